@@ -1,0 +1,17 @@
+from collections.abc import MutableMapping
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _doctest_names(doctest_namespace: MutableMapping[str, Any]) -> None:
+    """Names that every docstring example may use, so that examples stay short."""
+    import torch
+
+    import cenote
+    import cenote.pool
+    import cenote.testing
+
+    torch.manual_seed(0)
+    doctest_namespace.update(torch=torch, cenote=cenote)

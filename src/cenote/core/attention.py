@@ -1,0 +1,209 @@
+"""Cross-attention from a few queries to many tokens, without projecting the tokens.
+
+With queries that are few per set, the projections of keys and values move to the other side of the sums:
+
+    q_h . (W_k x_n + b_k) = (W_k^T q_h) . x_n + const          (the constant drops out of the softmax)
+    sum_n a_n (W_v x_n + b_v) = W_v (sum_n a_n x_n) + b_v      (the weights sum to 1)
+
+so no token is ever projected and the cost falls from `O(N D^2)` to `O(N D H Q)`, with the same output to rounding. A
+LayerNorm on the tokens folds in as well: with `mu_n`, `sigma_n` the statistics of token `n` and `g`, `b` its affine part,
+
+    u . LN(x_n) = ((u*g) . x_n - mu_n sum(u*g)) / sigma_n + u . b
+    sum_n a_n LN(x_n) = g * (sum_n (a_n/sigma_n) x_n - sum_n a_n mu_n/sigma_n) + b
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cenote.core.errors import InputError
+from cenote.core.segments import accumulation_dtype
+from cenote.core.sets import Tokens
+
+Plan = Literal["auto", "absorbed", "projected"]
+
+
+class Latents(NamedTuple):
+    """What `cross_attention` returns: `output [batch, queries, width]`, `weights [*rows, heads * queries]`."""
+
+    output: Float[Tensor, "batch queries width"]
+    weights: Float[Tensor, "*rows heads_queries"]
+
+
+def cross_attention(
+    tokens: Tokens,
+    query: Float[Tensor, "queries width"] | Float[Tensor, "batch queries width"],
+    *,
+    key: nn.Linear | None = None,
+    value: nn.Linear | None = None,
+    heads: int = 1,
+    scale: float | None = None,
+    key_norm: nn.LayerNorm | None = None,
+    value_norm: nn.LayerNorm | None = None,
+    plan: Plan = "auto",
+    map_weights: Callable[[Tensor], Tensor] | None = None,
+) -> Latents:
+    """Multi-head attention of `query` over the tokens of each set.
+
+    Args:
+        tokens: the sets; a set without tokens gives zeros (its value bias included).
+        query: already projected queries, heads side by side: shared by all sets, or one group per set.
+        key: `dim -> width` map of the (normalised) tokens; `None`: every head sees the whole token, and `width` is
+            `heads * dim`.
+        value: `dim -> value_width` map, head `h` owning the `h`-th slice; `None`: the (normalised) token itself is sliced.
+        heads: number of heads; divides `width` and the value width.
+        scale: factor on the scores; default `head_width ** -0.5`.
+        key_norm, value_norm: LayerNorms over `dim` applied to the tokens before keys and values; give the same module
+            twice where the method normalises once.
+        plan: `"absorbed"` never projects a token, `"projected"` projects each, `"auto"` takes for keys and for values
+            whichever needs fewer multiplications.
+        map_weights: applied to the weights before the sum (dropout, say); they need not sum to 1 after it.
+
+    Returns:
+        `Latents(output, weights)`; `weights[..., h * queries + q]` is the weight of head `h`, query `q`.
+
+    Raises:
+        InputError: where widths and heads do not fit together.
+    """
+    if plan not in ("auto", "absorbed", "projected"):
+        raise InputError(f"plan: expected 'auto', 'absorbed' or 'projected', got {plan!r}")
+    dim, (queries, width) = tokens.dim, query.shape[-2:]
+    key_width = heads * dim if key is None else key.out_features
+    value_width = dim if value is None else value.out_features
+    if width != key_width:
+        raise InputError(f"query: expected width {key_width} to match the keys, got {width}")
+    for name, size in (("key", key_width), ("value", value_width)):
+        if size % heads:
+            raise InputError(f"heads: {heads} does not divide the {name} width {size}")
+    scale = (key_width // heads) ** -0.5 if scale is None else scale
+
+    n = tokens.tokens_per_set
+    norms = _TokenNorms(tokens)
+    # products per set: absorbing maps the queries once, projecting maps every token
+    absorb_keys = key is None or _choose(
+        plan,
+        absorbed=n * dim * heads * queries + (queries * width * dim if query.dim() == 3 else 0),
+        projected=n * dim * width + n * width * queries,
+    )
+    absorb_values = _choose(
+        plan,
+        absorbed=n * dim * heads * queries + queries * dim * value_width,
+        projected=(n * dim * value_width if value is not None else 0) + n * value_width * queries,
+    )
+
+    by_head = (query * scale).unflatten(-1, (heads, width // heads)).transpose(-2, -3)
+    if absorb_keys:
+        u = by_head if key is None else _map_by_head(by_head, key.weight.unflatten(0, (heads, -1)))
+        scores = norms.scores(u.flatten(-3, -2), key_norm)
+    else:
+        assert key is not None
+        k = F.linear(norms.applied(key_norm), key.weight)
+        scores = _scores_by_head(tokens, k, by_head)
+    weights = tokens.softmax(scores).to(tokens.values.dtype)
+    used = weights if map_weights is None else map_weights(weights)
+
+    if absorb_values:
+        pooled = norms.weighted_sum(used, value_norm).unflatten(1, (heads, queries))
+        if value is None:
+            pooled = _own_slices(pooled, heads)
+        else:
+            pooled = _map_by_head(pooled, value.weight.unflatten(0, (heads, -1)).transpose(-1, -2))
+    else:
+        v = norms.applied(value_norm)
+        v = v if value is None else F.linear(v, value.weight)
+        pooled = _weighted_sum_by_head(tokens, used, v, heads)
+    output = pooled.transpose(1, 2).flatten(2)
+    if value is not None and value.bias is not None:
+        mass = tokens.sum(used).unflatten(-1, (heads, queries)).transpose(1, 2)
+        output = output + (mass.unsqueeze(-1) * value.bias.unflatten(0, (heads, -1))).flatten(2).to(output.dtype)
+    return Latents(output, weights)
+
+
+def _choose(plan: Plan, absorbed: float, projected: float) -> bool:
+    return plan == "absorbed" or (plan == "auto" and absorbed <= projected)
+
+
+def _map_by_head(
+    by_head: Float[Tensor, "*sets heads queries in"], weight: Float[Tensor, "heads in out"]
+) -> Float[Tensor, "*sets heads queries out"]:
+    # one product per head for all sets: a plain matmul would copy the weight once per set
+    rows = by_head.movedim(-3, 0)
+    return (rows.flatten(1, -2) @ weight).unflatten(1, rows.shape[1:-1]).movedim(0, -3)
+
+
+def _scores_by_head(
+    tokens: Tokens, k: Float[Tensor, "*rows width"], by_head: Float[Tensor, "*sets heads queries head_width"]
+) -> Float[Tensor, "*rows heads_queries"]:
+    keys = k.chunk(by_head.shape[-3], -1)
+    return torch.cat([tokens.replace(keys[h]).scores(by_head[..., h, :, :]) for h in range(len(keys))], -1)
+
+
+def _weighted_sum_by_head(
+    tokens: Tokens, weights: Float[Tensor, "*rows heads_queries"], v: Float[Tensor, "*rows width"], heads: int
+) -> Float[Tensor, "batch heads queries head_width"]:
+    pairs = zip(weights.chunk(heads, -1), v.chunk(heads, -1), strict=True)
+    return torch.stack([tokens.weighted_sum(w, v_h) for w, v_h in pairs], 1)
+
+
+def _own_slices(pooled: Float[Tensor, "batch heads queries dim"], heads: int) -> Tensor:
+    slices = pooled.unflatten(-1, (heads, -1))
+    return torch.stack([slices[:, h, :, h] for h in range(heads)], 1)
+
+
+class _TokenNorms:
+    """LayerNorms on the tokens, folded into products with them; statistics are shared where epsilons agree."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        self.tokens = tokens
+        self._statistics: dict[float, tuple[Tensor, Tensor]] = {}
+        self._applied: dict[int, Tensor] = {}
+
+    def statistics(self, eps: float) -> tuple[Float[Tensor, "*rows 1"], Float[Tensor, "*rows 1"]]:
+        """`(mu_n, 1/sigma_n)` of each token."""
+        if eps not in self._statistics:
+            x = self.tokens.values
+            variance, mean = torch.var_mean(x.to(accumulation_dtype(x.dtype)), -1, correction=0, keepdim=True)
+            self._statistics[eps] = mean, (variance + eps).rsqrt()
+        return self._statistics[eps]
+
+    def applied(self, norm: nn.LayerNorm | None) -> Float[Tensor, "*rows dim"]:
+        if norm is None:
+            return self.tokens.values
+        if id(norm) not in self._applied:
+            self._applied[id(norm)] = norm(self.tokens.values)
+        return self._applied[id(norm)]
+
+    def scores(
+        self, u: Float[Tensor, "*sets heads_queries dim"], norm: nn.LayerNorm | None
+    ) -> Float[Tensor, "*rows heads_queries"]:
+        if norm is None:
+            return self.tokens.scores(u)
+        mean, inverse_std = self.statistics(norm.eps)
+        # u . b is the same for every token and drops out of the softmax
+        u = u if norm.weight is None else u * norm.weight
+        total = u.sum(-1)
+        total = total if u.dim() == 2 else self.tokens.spread(total)
+        scores = self.tokens.scores(u).to(mean.dtype)
+        return (scores - mean * total) * inverse_std
+
+    def weighted_sum(
+        self, weights: Float[Tensor, "*rows heads_queries"], norm: nn.LayerNorm | None
+    ) -> Float[Tensor, "batch heads_queries dim"]:
+        if norm is None:
+            return self.tokens.weighted_sum(weights)
+        mean, inverse_std = self.statistics(norm.eps)
+        scaled = weights.to(mean.dtype) * inverse_std
+        shift = self.tokens.sum(scaled * mean).unsqueeze(-1)
+        x = self.tokens.values
+        pooled = self.tokens.weighted_sum(scaled.to(x.dtype)).to(mean.dtype) - shift
+        if norm.weight is not None:
+            pooled = pooled * norm.weight
+        if norm.bias is not None:
+            pooled = pooled + self.tokens.sum(weights.to(mean.dtype)).unsqueeze(-1) * norm.bias
+        return pooled.to(x.dtype)

@@ -1,0 +1,118 @@
+"""Labelled token features in memory: what `cenote probe` trains on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cenote.core import Bags
+
+Task = Literal["binary", "multiclass", "multilabel", "regression"]
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class TokenDataset:
+    """Items with token features and a target.
+
+    Attributes:
+        name: for people.
+        x: `[items, tokens, dim]`, or `Bags` where the items have different numbers of tokens. Never both padded and ragged:
+            readers turn padding into `Bags`. float32, float16 or bfloat16.
+        y: binary and multiclass: int64 `[items]`, numbers of `classes`; multilabel: float32 `[items, labels]` of 0 and 1;
+            regression: float32 `[items, targets]`.
+        task: what kind of target `y` is.
+        classes: names of the classes, labels or regression targets.
+        ids: a unique name per item, used in messages, predictions and pictures.
+        split: per item 0 = train, 1 = validation, 2 = test (the order of `SPLITS`).
+        groups: per item the patient, speaker, ... that must not stand on two sides of a split; `None`: every item is its own.
+        prefix_tokens: how many leading tokens are [CLS] and registers rather than patches.
+        grid: `(height, width)` of the patch tokens where they form one, row by row.
+        images: `[items, height, width]` or `[items, height, width, 3]` uint8, what the tokens came from, for pictures.
+        token_labels: one label per token of `x` (`[items, tokens]` or `[total]`), where known (instance labels of bags).
+        source: where it was read from, for provenance.
+    """
+
+    name: str
+    x: Float[Tensor, "items tokens dim"] | Bags
+    y: Tensor
+    task: Task
+    classes: tuple[str, ...]
+    ids: tuple[str, ...]
+    split: Int[Tensor, "items"]
+    groups: tuple[str, ...] | None = None
+    prefix_tokens: int = 0
+    grid: tuple[int, int] | None = None
+    images: NDArray[np.uint8] | None = None
+    token_labels: Tensor | None = None
+    source: str = ""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def dim(self) -> int:
+        """Width of a token."""
+        return self.x.dim if isinstance(self.x, Bags) else self.x.shape[-1]
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens per item, prefix included; `None` where items differ."""
+        return None if isinstance(self.x, Bags) else self.x.shape[1]
+
+    @property
+    def outputs(self) -> int:
+        """Width of a classifier for this task: 1 logit for binary, one number per class, label or target otherwise."""
+        return 1 if self.task == "binary" else len(self.classes)
+
+    def lengths(self) -> Int[Tensor, "items"]:
+        """Number of tokens of each item."""
+        if isinstance(self.x, Bags):
+            return self.x.lengths()
+        return torch.full((len(self),), self.x.shape[1])
+
+    def indices(self, split: Literal["train", "val", "test"]) -> Int[Tensor, "chosen"]:
+        """Numbers of the items of one split."""
+        return (self.split == SPLITS.index(split)).nonzero().squeeze(1)
+
+    def item(self, index: int) -> Float[Tensor, "tokens dim"]:
+        """Tokens of one item, without a copy."""
+        return self.x[index]
+
+    def batch(
+        self, items: Int[Tensor, "chosen"]
+    ) -> tuple[Float[Tensor, "chosen tokens dim"], Bool[Tensor, "chosen tokens"] | None]:
+        """`(x, mask)` of some items; the mask is `None` where nothing is padded, and a single item is not copied."""
+        if not isinstance(self.x, Bags):
+            return self.x[items], None
+        if len(items) == 1:
+            return self.x[int(items[0])].unsqueeze(0), None
+        x, mask = self.x.select(items).to_padded()
+        return x, None if bool(mask.all()) else mask
+
+    def nbytes(self) -> int:
+        """Bytes of the token features."""
+        values = self.x.values if isinstance(self.x, Bags) else self.x
+        return values.numel() * values.element_size()
+
+    def fingerprint(self) -> str:
+        """SHA-256 over features, targets, ids, groups and split: the same data give the same text."""
+        digest = hashlib.sha256()
+        values, lengths = (self.x.values, self.x.offsets) if isinstance(self.x, Bags) else (self.x, self.lengths())
+        for tensor in (values, lengths, self.y, self.split):
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        text = "\n".join((*self.ids, *self.classes, *(self.groups or ()), self.task, str(self.prefix_tokens)))
+        digest.update(text.encode())
+        return digest.hexdigest()
+
+    def with_split(self, split: Sequence[int] | Tensor) -> TokenDataset:
+        """The same items under another split."""
+        return replace(self, split=torch.as_tensor(split, dtype=torch.int64))

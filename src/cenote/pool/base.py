@@ -1,0 +1,139 @@
+"""What every pool of the set kind is: many tokens in, few vectors out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from cenote.core.errors import InputError
+from cenote.core.sets import Bags, PaddedTokens, Tokens, as_tokens
+
+
+class Pooled(NamedTuple):
+    """A pooled batch and where it came from.
+
+    Attributes:
+        output: `[batch, out_dim]` or `[batch, k, out_dim]`.
+        weights: what each output took from each token, `[batch, heads, tokens]` (`[heads, total]` for `Bags`);
+            `None` where the method has no such numbers.
+    """
+
+    output: Float[Tensor, "batch *out"]
+    weights: Float[Tensor, "*sets heads tokens"] | None
+
+
+class Pool(nn.Module, ABC):
+    """Base of the pools that map `[batch, tokens, dim]` or `Bags` to `[batch, out_dim]`.
+
+    A pool defines `pool(tokens)`, written against the set algebra of `cenote.core.Tokens`, so that it holds for padded and
+    ragged batches alike. Where its weights cost extra, it also defines `pool_only(tokens)` without them.
+
+    Attributes:
+        dim: width of a token.
+        out_dim: width of an output vector, known before the first call.
+        permutation_invariant: whether the order of the tokens leaves the output unchanged.
+        prefix: what the pool does with prefix tokens ([CLS], registers): `"drop"`: it wants the patches alone;
+            `"keep"`: it reads them as its input form says.
+        fixed_tokens: whether every set must have the number of tokens that the constructor was told (`tokens=`).
+        inert_parameters: parameters that cannot change the output (a key bias drops out of a softmax), kept so that
+            published weights load.
+    """
+
+    permutation_invariant: ClassVar[bool] = True
+    prefix: ClassVar[Literal["drop", "keep"]] = "drop"
+    fixed_tokens: ClassVar[bool] = False
+    inert_parameters: ClassVar[tuple[str, ...]] = ()
+
+    dim: int
+    out_dim: int
+
+    def __init__(self, dim: int, out_dim: int | None = None) -> None:
+        super().__init__()
+        if dim < 1:
+            raise InputError(f"dim: expected a positive token width, got {dim}")
+        self.dim = dim
+        self.out_dim = dim if out_dim is None else out_dim
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens dim"] | Float[Tensor, "batch dim height width"] | Tokens,
+        mask: Bool[Tensor, "batch *tokens"] | None = None,
+    ) -> Float[Tensor, "batch *out"]:
+        """Pool `x` to `[batch, out_dim]`; `mask` is True on real tokens."""
+        tokens = as_tokens(x, mask, self.dim)
+        return _zero_where_empty(tokens, self.pool_only(tokens))
+
+    def attend(
+        self,
+        x: Float[Tensor, "batch tokens dim"] | Float[Tensor, "batch dim height width"] | Tokens,
+        mask: Bool[Tensor, "batch *tokens"] | None = None,
+    ) -> Pooled:
+        """As calling the pool, and also what each output took from each token."""
+        tokens = as_tokens(x, mask, self.dim)
+        output, weights = self.pool(tokens)
+        return Pooled(_zero_where_empty(tokens, output), None if weights is None else tokens.heads_first(weights))
+
+    @abstractmethod
+    def pool(self, tokens: Tokens) -> Pooled:
+        """`Pooled(output, weights)` with weights still in the order `[*rows, heads]` of the tokens."""
+
+    def pool_only(self, tokens: Tokens) -> Float[Tensor, "batch *out"]:
+        """The output alone; overridden where the weights would cost extra."""
+        return self.pool(tokens).output
+
+
+def _zero_where_empty(tokens: Tokens, output: Float[Tensor, "batch *out"]) -> Float[Tensor, "batch *out"]:
+    if isinstance(tokens, PaddedTokens) and tokens.mask is None and tokens.values.shape[1] > 0:
+        return output
+    empty = tokens.lengths() == 0
+    return output.masked_fill(empty.view(-1, *[1] * (output.dim() - 1)), 0)
+
+
+class PaddedPool(Pool):
+    """Base of the pools that need the padded form (tokens attend to each other, or stand on a grid).
+
+    A ragged batch is cut into groups of similar length, each padded on its own: at most `1 + 1/8` times its real tokens.
+    """
+
+    @abstractmethod
+    def pool_padded(self, tokens: PaddedTokens) -> Pooled:
+        """As `pool`, of padded sets."""
+
+    def pool(self, tokens: Tokens) -> Pooled:
+        if isinstance(tokens, PaddedTokens):
+            return self.pool_padded(tokens)
+        assert isinstance(tokens, Bags)
+        outputs: list[Tensor] = []
+        weights: list[Tensor] = []
+        groups = similar_lengths(tokens.lengths().tolist())
+        for group in groups:
+            bags = tokens.select(torch.tensor(group, device=tokens.values.device))
+            padded = PaddedTokens(*bags.to_padded())
+            output, w = self.pool_padded(padded)
+            outputs.append(output)
+            if w is not None:
+                assert padded.mask is not None
+                weights.append(w[padded.mask])
+        order = torch.tensor([i for group in groups for i in group], device=tokens.values.device)
+        back = order.argsort()
+        output = torch.cat(outputs)[back]
+        if not weights:
+            return Pooled(output, None)
+        by_group = Bags(torch.cat(weights), torch.nn.functional.pad(tokens.lengths()[order].cumsum(0), (1, 0)))
+        return Pooled(output, by_group.select(back).values)
+
+
+def similar_lengths(lengths: list[int], slack: float = 1 / 8) -> list[list[int]]:
+    """Indices grouped so that the longest set of a group has at most `1 + slack` times the tokens of the shortest."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and lengths[i] <= lengths[groups[-1][0]] * (1 + slack):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups

@@ -1,0 +1,5 @@
+"""Public contract checks: what every class of a room promises, runnable on your own classes."""
+
+from cenote.testing.pools import ContractError, check_pool
+
+__all__ = ["ContractError", "check_pool"]

@@ -1,0 +1,28 @@
+from torch import Tensor
+
+from cenote.core.sets import Tokens
+from cenote.pool import SimPool
+from tests.golden.cases import Case, adapter, load_parameters
+
+
+class BatchMinimumSimPool(SimPool):
+    """The authors' scope of the minimum: one number for the whole batch."""
+
+    def value_minimum(self, tokens: Tokens, values: Tensor) -> Tensor:
+        return values.min().expand(tokens.batch, 1)
+
+
+@adapter("simpool", "SimPool")
+def simpool(case: Case) -> dict[str, Tensor]:
+    config = case.config
+    pool = BatchMinimumSimPool(
+        config["dim"],
+        heads=config.get("num_heads", 1),
+        gamma=config.get("gamma"),
+        beta=config.get("use_beta", False) and config.get("gamma") is not None,
+        qkv_bias=config.get("qkv_bias", False),
+    )
+    params = {k: v for k, v in case.params.items() if k != "beta" or pool.beta is not None}
+    load_parameters(pool, params)
+    output, weights = pool.attend(case.inputs["x"])
+    return {"y": output, "attn": weights.unsqueeze(2)}

@@ -1,0 +1,18 @@
+import inspect
+
+import pytest
+
+import cenote
+import cenote.pool
+from cenote.testing import check_pool
+
+TOKENS = 9
+
+METHODS = [m.name for m in cenote.methods(room="pool", kind="sets")]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_pool_keeps_its_contract(name: str) -> None:
+    signature = inspect.signature(cenote.method(name).load())
+    sized = {"tokens": TOKENS} if "tokens" in signature.parameters else {}
+    check_pool(cenote.create(name, dim=16, **sized), tokens=TOKENS)
