@@ -38,7 +38,8 @@ ADAPTERS: dict[tuple[str, str], Adapter] = {}
 def adapter(slug: str, cls: str) -> Callable[[Adapter], Adapter]:
     """Register how to run our form of the authors' class `cls`.
 
-    The adapter gets a `Case` and returns tensors named as in the case's `out.*` without the prefix. A missing `grad.NAME` is
+    The adapter gets a `Case` and returns tensors named as in the case's `out.*` without the prefix. A missing
+    `grad.NAME` is
     computed by the harness as the gradient of the sum of the first output with respect to that input.
     """
 

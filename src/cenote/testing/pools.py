@@ -119,7 +119,7 @@ def _rule_padding_length_is_not_seen(t: _Trial) -> str | None:
     x = torch.cat([t.x, t.randn(3, 4, t.dim)], 1)
     mask = torch.cat([t.mask, torch.zeros(3, 4, dtype=torch.bool)], 1)
     if (difference := _difference(t.pool(t.x, t.mask), t.pool(x, mask))) > 1e-10:
-        return f"padding leaks: four more padded slots change the output by {difference:.3g}; divide by real tokens, not slots"
+        return f"padding leaks: four more padded slots change the output by {difference:.3g}; count tokens, not slots"
     return None
 
 

@@ -1,0 +1,32 @@
+"""The `cenote` program: its commands, and how errors reach a person."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from cenote.cli import catalog
+from cenote.core.errors import InputError
+
+app = typer.Typer(
+    name="cenote",
+    help="Pool, reduce, mix, explain, steer and select a model's tokens.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("list")(catalog.list_methods)
+app.command("show")(catalog.show)
+
+
+def main() -> None:
+    """Entry point: exit code 2 and one message for wrong input, 130 after Ctrl-C."""
+    try:
+        app()
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
