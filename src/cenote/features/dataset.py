@@ -16,7 +16,8 @@ from torch import Tensor
 from cenote.core import Bags
 
 Task = Literal["binary", "multiclass", "multilabel", "regression"]
-SPLITS = ("train", "val", "test")
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class TokenDataset:
             return self.x.lengths()
         return torch.full((len(self),), self.x.shape[1])
 
-    def indices(self, split: Literal["train", "val", "test"]) -> Int[Tensor, "chosen"]:
+    def indices(self, split: Split) -> Int[Tensor, "chosen"]:
         """Numbers of the items of one split."""
         return (self.split == SPLITS.index(split)).nonzero().squeeze(1)
 

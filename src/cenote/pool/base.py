@@ -35,9 +35,12 @@ class Pool(nn.Module, ABC):
     Attributes:
         dim: width of a token.
         out_dim: width of an output vector, known before the first call.
+        vectors: number of output vectors per set, `k`; with one, the output is `[batch, out_dim]`.
         permutation_invariant: whether the order of the tokens leaves the output unchanged.
         prefix: what the pool does with prefix tokens ([CLS], registers): `"drop"`: it wants the patches alone;
             `"keep"`: it reads them as its input form says.
+        reads_cls: whether it is meaningless on tokens without a [CLS].
+        pairwise: whether tokens attend to each other, at a cost quadratic in their number.
         fixed_tokens: whether every set must have the number of tokens that the constructor was told (`tokens=`).
         inert_parameters: parameters that cannot change the output (a key bias drops out of a softmax), kept so that
             published weights load.
@@ -45,11 +48,14 @@ class Pool(nn.Module, ABC):
 
     permutation_invariant: ClassVar[bool] = True
     prefix: ClassVar[Literal["drop", "keep"]] = "drop"
+    reads_cls: ClassVar[bool] = False
+    pairwise: ClassVar[bool] = False
     fixed_tokens: ClassVar[bool] = False
     inert_parameters: ClassVar[tuple[str, ...]] = ()
 
     dim: int
     out_dim: int
+    vectors: int = 1
 
     def __init__(self, dim: int, out_dim: int | None = None) -> None:
         super().__init__()

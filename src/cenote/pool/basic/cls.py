@@ -21,6 +21,7 @@ class ClsPool(Pool):
 
     permutation_invariant = False
     prefix = "keep"
+    reads_cls = True
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
@@ -47,6 +48,7 @@ class ClsMeanPool(Pool):
 
     permutation_invariant = False
     prefix = "keep"
+    reads_cls = True
 
     def __init__(self, dim: int, prefix_tokens: int = 1) -> None:
         super().__init__(dim, 2 * dim)

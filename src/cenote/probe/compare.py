@@ -1,0 +1,314 @@
+"""Compare poolings on one data set: train, test, decide."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import cenote.core.files as files
+from cenote.catalog import method as catalog_method
+from cenote.catalog import methods as catalog_methods
+from cenote.core import InputError
+from cenote.features.dataset import SPLITS, TokenDataset
+from cenote.probe import cost, statistics, training, verdict
+from cenote.probe.cells import Cell, cell_key, load_cell, save_cell
+from cenote.probe.looks import save_looks
+from cenote.probe.metrics import METRICS, metric_name
+from cenote.probe.module import build_probe
+from cenote.probe.recipe import Recipe
+from cenote.probe.results import Comparison, MethodResult, PairTest
+from cenote.probe.saved import save_best
+
+BASELINE = "mean"
+MAX_PAIRWISE_TOKENS = 8192
+
+OnMethod = Callable[[str, float], None]
+"""Called with a method's name and the share of its work that is done; 1.0 also where a finished cell was found."""
+
+
+def chosen_methods(wanted: str | Sequence[str]) -> tuple[str, ...]:
+    """Names of pools: `"fast"`, `"all"`, or a list (commas in a text separate). `mean` is always among them.
+
+    Raises:
+        InputError: naming what is no pool of token sets.
+    """
+    if wanted == "all":
+        names = [m.name for m in catalog_methods(room="pool", kind="sets")]
+    elif wanted == "fast":
+        names = [m.name for m in catalog_methods(room="pool", kind="sets", fast=True)]
+    else:
+        names = [n.strip() for n in wanted.split(",")] if isinstance(wanted, str) else list(wanted)
+        if not names or "" in names:
+            raise InputError("methods: the list has no name in it; try --methods fast")
+    for name in names:
+        entry = catalog_method(name)
+        if entry.room != "pool" or entry.kind != "sets":
+            raise InputError(f"methods: {name} is not a pool of token sets but lives in {entry.room} ({entry.kind})")
+    return tuple(dict.fromkeys([BASELINE, *names]))
+
+
+def compare(
+    data: TokenDataset,
+    methods: str | Sequence[str] = "fast",
+    *,
+    seeds: int | Sequence[int] = 3,
+    out: str | Path | None = None,
+    metric: str | None = None,
+    recipe: Recipe | None = None,
+    on_method: OnMethod = lambda _name, _share: None,
+) -> Comparison:
+    """Find out which pooling wins on labelled token features.
+
+    Args:
+        data: see `cenote.features.read`, `cenote.features.digits`.
+        methods: `"fast"`, `"all"`, or names; `mean`, the baseline, is always among them.
+        seeds: how many (0, 1, ...), or which.
+        out: folder for the finished cells, `comparison.json`, attention samples and the best probe; given the same folder
+            again, finished cells are not recomputed. `None`: nothing is written.
+        metric: default by task, see `cenote.probe.metrics`.
+        recipe: how probes are trained.
+        on_method: progress.
+
+    Returns:
+        The `Comparison`. After Ctrl-C, if any method had finished, that of the finished methods, with `complete=False`.
+
+    Raises:
+        InputError: for anything that cannot be used, before training starts.
+
+    Example:
+        >>> from cenote.features import digits
+        >>> result = cenote.probe.compare(digits(), ["mean", "max"], seeds=1)
+        >>> result.baseline
+        'mean'
+    """
+    recipe = recipe or Recipe()
+    names = chosen_methods(methods)
+    seed_numbers = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    if not seed_numbers:
+        raise InputError(f"seeds: expected at least one, got {seeds}")
+    name_of_metric = metric_name(data.task, metric)
+    for split in SPLITS:
+        if not len(data.indices(split)):
+            raise InputError(f"data: no item is in the {split} split; it needs train, val and test items")
+    folder = None if out is None else _prepared(Path(out))
+
+    fingerprint = data.fingerprint()
+    cells: dict[str, Cell] = {}
+    skipped: dict[str, str] = {}
+    complete = True
+    try:
+        for name in names:
+            try:
+                build = _builder(name, data)
+                settings = dict(catalog_method(name).settings or {})
+            except InputError as error:
+                if name == BASELINE:
+                    raise
+                skipped[name] = str(error).removeprefix(f"{name}: ")
+                on_method(name, 1.0)
+                continue
+            key = cell_key(fingerprint, name, settings, recipe, seed_numbers, name_of_metric, _version())
+            path = None if folder is None else folder / "cells" / f"{name}.safetensors"
+            cell = None if path is None else load_cell(path, key)
+            if cell is None:
+                cell = _run(name, build, settings, data, name_of_metric, seed_numbers, recipe, on_method)
+                if path is not None:
+                    save_cell(path, key, cell)
+            cells[name] = cell
+            on_method(name, 1.0)
+    except KeyboardInterrupt:
+        if BASELINE not in cells:
+            raise
+        complete = False
+
+    comparison = _judged(data, cells, skipped, name_of_metric, seed_numbers, recipe, fingerprint, complete)
+    if folder is not None:
+        probes = {name: cells[name].probe(_builder(name, data), 0) for name in cells}
+        comparison = save_looks(folder, comparison, data, probes)
+        winner = cells[comparison.winner]
+        best_seed = int(np.argmax(comparison[comparison.winner].validation_per_seed))
+        save_best(folder / "best", comparison, data, winner.probe(_builder(comparison.winner, data), best_seed))
+        files.write_whole(folder / "comparison.json", comparison.to_json())
+    return comparison
+
+
+def _builder(name: str, data: TokenDataset) -> Callable[[], Any]:
+    longest = int(data.lengths().max())
+    if catalog_method(name).load().pairwise and longest > MAX_PAIRWISE_TOKENS:
+        item = data.ids[int(data.lengths().argmax())]
+        raise InputError(
+            f"{name}: its tokens attend to each other, which at the {longest:,} tokens of item {item!r} would take too "
+            f"long; the limit is {MAX_PAIRWISE_TOKENS:,}"
+        )
+    build_probe(name, data)
+    return lambda: build_probe(name, data)
+
+
+def _run(
+    name: str,
+    build: Callable[[], Any],
+    settings: dict[str, Any],
+    data: TokenDataset,
+    metric: str,
+    seeds: tuple[int, ...],
+    recipe: Recipe,
+    on_method: OnMethod,
+) -> Cell:
+    trained = training.train(build, data, METRICS[metric], seeds, recipe, lambda share: on_method(name, 0.95 * share))
+    test = data.indices("test")
+    scores = torch.stack([training.predict(p, data, test, recipe.tokens_at_once) for p in trained.probes])
+    probe = trained.probes[0]
+    record = {
+        "settings": settings,
+        "validation_per_seed": trained.validation,
+        "learning_rate": trained.learning_rate,
+        "epochs": trained.epochs,
+        "parameters": cost.parameters(probe),
+        "multiply_adds": cost.multiply_adds(probe, data),
+        "latency_ms": cost.latency_ms(probe, data),
+        "seconds": trained.seconds,
+        "train_loss": trained.train_loss,
+        "validation_curve": trained.validation_curve,
+    }
+    return Cell(name, record, scores, tuple(p.state_dict() for p in trained.probes))
+
+
+def _judged(
+    data: TokenDataset,
+    cells: dict[str, Cell],
+    skipped: dict[str, str],
+    metric: str,
+    seeds: tuple[int, ...],
+    recipe: Recipe,
+    fingerprint: str,
+    complete: bool,
+) -> Comparison:
+    test = data.indices("test")
+    y = data.y[test].numpy()
+    names = list(cells)
+    all_scores = [cells[n].scores.double().numpy() for n in names]
+    ones = np.ones((1, len(test)))
+    per_seed = [tuple(float(METRICS[metric](s, y, ones)[0]) for s in scores) for scores in all_scores]
+    means = [float(np.mean(p)) for p in per_seed]
+    samples = statistics.resampled_metrics(METRICS[metric], all_scores, y, _group_numbers(data, test))
+    row = {n: i for i, n in enumerate(names)}
+
+    def paired(pairs: list[tuple[str, str]]) -> tuple[PairTest, ...]:
+        differences = [samples[row[a]] - samples[row[b]] for a, b in pairs]
+        raw = [statistics.two_sided_p(d) for d in differences]
+        adjusted = statistics.holm(raw)
+        return tuple(
+            PairTest(a, b, means[row[a]] - means[row[b]], statistics.interval(d), p, q)
+            for (a, b), d, p, q in zip(pairs, differences, raw, adjusted, strict=True)
+        )
+
+    order = sorted(names, key=lambda n: -means[row[n]])
+    results = tuple(
+        MethodResult(
+            method=n,
+            summary=catalog_method(n).summary,
+            metric=means[row[n]],
+            interval=statistics.interval(samples[row[n]]),
+            metric_per_seed=per_seed[row[n]],
+            **_tuples(cells[n].record),
+        )
+        for n in order
+    )
+    winner = order[0]
+    efficient = statistics.pareto([r.metric for r in results], [r.latency_ms for r in results])
+    comparison = Comparison(
+        dataset=_described(data),
+        metric_name=metric,
+        results=results,
+        skipped=skipped,
+        baseline=BASELINE,
+        winner=winner,
+        against_baseline=paired([(n, BASELINE) for n in order if n != BASELINE]),
+        against_winner=paired([(n, winner) for n in order if n != winner]),
+        pairs=paired([(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]),
+        pareto=tuple(order[i] for i in efficient),
+        sentence="",
+        provenance=_provenance(seeds, recipe, fingerprint),
+        complete=complete,
+    )
+    return verdict.with_sentence(comparison)
+
+
+def _tuples(record: dict[str, Any]) -> dict[str, Any]:
+    def fixed(value: Any) -> Any:
+        return tuple(fixed(v) for v in value) if isinstance(value, list | tuple) else value
+
+    return {k: fixed(v) for k, v in record.items()}
+
+
+def _group_numbers(data: TokenDataset, items: torch.Tensor) -> np.ndarray:
+    if data.groups is None:
+        return np.arange(len(items))
+    return np.unique([data.groups[i] for i in items.tolist()], return_inverse=True)[1]
+
+
+def _described(data: TokenDataset) -> dict[str, Any]:
+    lengths = data.lengths()
+    return {
+        "name": data.name,
+        "source": data.source,
+        "task": data.task,
+        "classes": list(data.classes),
+        "items": {split: len(data.indices(split)) for split in SPLITS},
+        "groups": None if data.groups is None else len(set(data.groups)),
+        "dim": data.dim,
+        "tokens": [int(lengths.min()), int(lengths.median()), int(lengths.max())],
+        "prefix_tokens": data.prefix_tokens,
+        "grid": None if data.grid is None else list(data.grid),
+        "bytes": data.nbytes(),
+    }
+
+
+def _provenance(seeds: tuple[int, ...], recipe: Recipe, fingerprint: str) -> dict[str, Any]:
+    import dataclasses
+
+    return {
+        "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["cenote", *sys.argv[1:]])
+        if Path(sys.argv[0]).name == "cenote"
+        else "cenote.probe.compare",
+        "versions": {
+            "cenote": _version(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
+        "seeds": list(seeds),
+        "recipe": json.loads(json.dumps(dataclasses.asdict(recipe))),
+        "data_sha256": fingerprint,
+        "bootstrap_resamples": statistics.RESAMPLES,
+    }
+
+
+def _version() -> str:
+    import cenote
+
+    return cenote.__version__
+
+
+def _prepared(folder: Path) -> Path:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"out: {folder} is a file; name a folder")
+    try:
+        (folder / "cells").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out: cannot write to {folder}: {error.strerror}; name another folder") from error
+    return folder
+
+
+__all__ = ["BASELINE", "Recipe", "chosen_methods", "compare"]

@@ -1,0 +1,115 @@
+"""Metrics under item weights, many weightings at once: the bootstrap needs thousands of them.
+
+Every metric takes `scores [items, outputs]`, `y` and `weights [resamples, items]` and gives `[resamples]`; weights of one
+give the plain metric. scikit-learn's functions are the reference in the tests; called once per resample, method and seed they
+would take minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float, Shaped
+from numpy import ndarray
+
+from cenote.core import InputError
+from cenote.features.dataset import Task
+
+Metric = Callable[
+    [Float[ndarray, "items outputs"], Shaped[ndarray, "items *targets"], Float[ndarray, "resamples items"]],
+    Float[ndarray, "resamples"],
+]
+
+
+def accuracy(scores: ndarray, y: ndarray, weights: ndarray) -> ndarray:
+    """Share of items whose highest score is their class."""
+    return weights @ _right(scores, y) / weights.sum(1)
+
+
+def balanced_accuracy(scores: ndarray, y: ndarray, weights: ndarray) -> ndarray:
+    """Mean over the classes of the share of their items that are right."""
+    right = _right(scores, y)
+    of_class = (y[:, None] == np.unique(y)).astype(weights.dtype)
+    with np.errstate(invalid="ignore"):
+        recall = weights @ (of_class * right[:, None]) / (weights @ of_class)
+    return np.nanmean(recall, 1)
+
+
+def auroc(scores: ndarray, y: ndarray, weights: ndarray) -> ndarray:
+    """Probability that a positive item scores above a negative one; NaN where a resample has only one class."""
+    order = np.argsort(scores[:, 0], kind="stable")
+    s, positive, w = scores[order, 0], y[order] == 1, weights[:, order]
+    first_of_tie = np.flatnonzero(np.r_[True, s[1:] != s[:-1]])
+    w_pos = np.add.reduceat(w * positive, first_of_tie, axis=1)
+    w_neg = np.add.reduceat(w * ~positive, first_of_tie, axis=1)
+    below = np.cumsum(w_neg, 1) - w_neg
+    with np.errstate(invalid="ignore"):
+        return (w_pos * (below + w_neg / 2)).sum(1) / (w_pos.sum(1) * w_neg.sum(1))
+
+
+def mean_average_precision(scores: ndarray, y: ndarray, weights: ndarray) -> ndarray:
+    """Mean over the labels of average precision; labels without a positive item in a resample are left out of its mean."""
+    with np.errstate(invalid="ignore"):
+        per_label = [_average_precision(scores[:, k], y[:, k] > 0.5, weights) for k in range(scores.shape[1])]
+        return np.nanmean(np.stack(per_label), 0)
+
+
+def r2(scores: ndarray, y: ndarray, weights: ndarray) -> ndarray:
+    """Explained share of the variance, averaged over the targets."""
+    total = weights.sum(1, keepdims=True)
+    mean = weights @ y / total
+    with np.errstate(invalid="ignore", divide="ignore"):
+        unexplained = weights @ (scores - y) ** 2 / (weights @ y**2 - total * mean**2)
+    return (1 - unexplained).mean(1)
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": accuracy,
+    "balanced accuracy": balanced_accuracy,
+    "AUROC": auroc,
+    "mean average precision": mean_average_precision,
+    "R2": r2,
+}
+DEFAULTS: dict[Task, str] = {
+    "binary": "AUROC",
+    "multiclass": "accuracy",
+    "multilabel": "mean average precision",
+    "regression": "R2",
+}
+FITTING: dict[Task, tuple[str, ...]] = {
+    "binary": ("AUROC", "accuracy", "balanced accuracy"),
+    "multiclass": ("accuracy", "balanced accuracy"),
+    "multilabel": ("mean average precision",),
+    "regression": ("R2",),
+}
+
+
+def metric_name(task: Task, wanted: str | None = None) -> str:
+    """The metric for a task: as wanted, or the task's own.
+
+    Raises:
+        InputError: where the wanted metric does not fit the task.
+    """
+    if wanted is None:
+        return DEFAULTS[task]
+    by_lower = {name.lower(): name for name in FITTING[task]}
+    if wanted.lower() not in by_lower:
+        raise InputError(f"metric: {wanted!r} does not fit a {task} task; choose from {', '.join(FITTING[task])}")
+    return by_lower[wanted.lower()]
+
+
+def _right(scores: ndarray, y: ndarray) -> ndarray:
+    guess = scores[:, 0] > 0 if scores.shape[1] == 1 else scores.argmax(1)
+    return (guess == y).astype(np.float64)
+
+
+def _average_precision(s: ndarray, positive: ndarray, weights: ndarray) -> ndarray:
+    order = np.argsort(-s, kind="stable")
+    s, positive, w = s[order], positive[order], weights[:, order]
+    last_of_tie = np.flatnonzero(np.r_[s[1:] != s[:-1], True])
+    found = np.cumsum(w * positive, 1)[:, last_of_tie]
+    read = np.cumsum(w, 1)[:, last_of_tie]
+    precision = np.divide(found, read, out=np.zeros_like(found), where=read > 0)
+    gained = np.diff(found, axis=1, prepend=0.0)
+    return (precision * gained).sum(1) / found[:, -1]

@@ -1,0 +1,35 @@
+"""How probes are trained: one standard recipe for all methods, so that only the pooling differs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cenote.core import InputError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The standard recipe: AdamW, cosine decay, early stop and the learning rate chosen on validation.
+
+    Attributes:
+        learning_rates: the grid; the one with the best mean validation metric over the seeds is kept.
+        epochs: at most so many passes over the training items.
+        patience: a method stops when no seed and learning rate has improved for so many epochs.
+        batch_size: items per step.
+        weight_decay: of AdamW, decoupled.
+        tokens_at_once: padded tokens that go through a pool in one piece; larger batches are cut.
+    """
+
+    learning_rates: tuple[float, ...] = (1e-3, 5e-3, 2e-2)
+    epochs: int = 40
+    patience: int = 8
+    batch_size: int = 128
+    weight_decay: float = 0.01
+    tokens_at_once: int = 65536
+
+    def __post_init__(self) -> None:
+        if not self.learning_rates or any(lr <= 0 for lr in self.learning_rates):
+            raise InputError(f"learning_rates: expected positive numbers, got {self.learning_rates}")
+        for name in ("epochs", "patience", "batch_size", "tokens_at_once"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
