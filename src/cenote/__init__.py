@@ -1,8 +1,43 @@
 """cenote: everything that stands between a model's tokens and an answer."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from cenote.catalog import create, find, method, methods, systems
 from cenote.core import Bags, InputError
 
+if TYPE_CHECKING:
+    from cenote.probe import load
+    from cenote.probe.estimators import ProbeClassifier, ProbeRegressor
+
 __version__ = "0.1.0"
 
-__all__ = ["Bags", "InputError", "__version__", "create", "find", "method", "methods", "systems"]
+__all__ = [
+    "Bags",
+    "InputError",
+    "ProbeClassifier",
+    "ProbeRegressor",
+    "__version__",
+    "create",
+    "find",
+    "load",
+    "method",
+    "methods",
+    "systems",
+]
+
+# these need scikit-learn or scipy, or are whole floors: imported when they are first named
+_LATER = {
+    "ProbeClassifier": "cenote.probe.estimators",
+    "ProbeRegressor": "cenote.probe.estimators",
+    "load": "cenote.probe",
+}
+_FLOORS = ("core", "features", "pool", "probe", "report", "study", "testing")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    if name in _FLOORS:
+        return import_module(f"cenote.{name}")
+    raise AttributeError(f"module 'cenote' has no attribute {name!r}")

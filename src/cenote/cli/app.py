@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from cenote.cli import catalog
+from cenote.cli import catalog, predict, probe
 from cenote.core.errors import InputError
 
 app = typer.Typer(
@@ -16,6 +16,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.command("probe")(probe.probe)
+app.command("predict")(predict.predict)
 app.command("list")(catalog.list_methods)
 app.command("show")(catalog.show)
 

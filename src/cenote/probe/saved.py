@@ -57,6 +57,14 @@ class SavedProbe:
             return torch.cat([1 - p, p], -1)
         return logits.sigmoid() if self.task == "multilabel" else logits
 
+    def word(self, scores: Float[Tensor, "outputs"]) -> str:
+        """One item's scores as a prediction in words: class, labels separated by `;`, or numbers."""
+        if self.task in ("binary", "multiclass"):
+            return self.classes[int(scores.argmax())]
+        if self.task == "multilabel":
+            return ";".join(c for c, s in zip(self.classes, scores.tolist(), strict=True) if s > 0.5)
+        return ";".join(f"{s:.6g}" for s in scores.tolist())
+
     @torch.no_grad()
     def attend(
         self, x: Float[Tensor, "batch tokens dim"] | Bags, mask: Bool[Tensor, "batch tokens"] | None = None

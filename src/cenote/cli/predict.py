@@ -1,0 +1,46 @@
+"""`cenote predict`: a saved probe on new data."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+TOKENS_LISTED = 5
+
+
+def predict(
+    best: Annotated[Path, typer.Argument(help="Folder of a saved probe: OUT/best.")],
+    data: Annotated[str, typer.Argument(help="As for cenote probe; labels are not needed.")],
+    out: Annotated[Path, typer.Option(help="CSV file to write.")] = Path("predictions.csv"),
+    vectors: Annotated[str | None, typer.Option(help="Name of the column with lists of vectors.")] = None,
+) -> None:
+    """Write a prediction per item, its scores, and the tokens that the probe looked at most."""
+    import cenote.core.files as files
+    import cenote.features as features
+    from cenote.core import InputError
+    from cenote.probe import load
+
+    saved = load(best)
+    items = features.load(data, vector_column=vectors, prefix_tokens=saved.prefix_tokens, labelled=False)
+    if items.dim != saved.dim:
+        raise InputError(f"data: its tokens have width {items.dim}, but the probe in {best} takes {saved.dim}")
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(["id", "prediction", *(f"score {c}" for c in saved.classes), "tokens looked at", "their weights"])
+    for i, name in enumerate(items.ids):
+        x = items.item(i).float().unsqueeze(0)
+        scores = saved.scores(x).squeeze(0)
+        weights = saved.attend(x).weights
+        looked, share = "", ""
+        if weights is not None and weights.shape[-1]:
+            top = weights.squeeze(0).mean(0).topk(min(TOKENS_LISTED, weights.shape[-1]))
+            looked = " ".join(str(n + saved.probe.drop) for n in top.indices.tolist())
+            share = " ".join(f"{w:.3f}" for w in top.values.tolist())
+        table.writerow([name, saved.word(scores), *(f"{s:.6g}" for s in scores.tolist()), looked, share])
+    files.write_whole(out, text.getvalue())
+    Console().print(f"{len(items)} predictions: {out}", highlight=False)

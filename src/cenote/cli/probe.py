@@ -1,0 +1,127 @@
+"""`cenote probe`: which pooling wins on your data."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from cenote.probe import Comparison
+
+
+def probe(
+    data: Annotated[
+        str,
+        typer.Argument(help="Folder of bags with labels.csv, Arrow/Parquet file, .npz, or one of: digits, digit-bags."),
+    ] = "digits",
+    methods: Annotated[str, typer.Option(help="fast, all, or names separated by commas (see cenote list).")] = "fast",
+    seeds: Annotated[int, typer.Option(min=1, help="How many initialisations of each probe.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for results; the same folder again resumes.")] = Path("cenote-out"),
+    metric: Annotated[
+        str | None, typer.Option(help="Default by task: AUROC, accuracy, mean average precision, R2.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="binary, multiclass, multilabel or regression; default: found from the labels.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="CSV with the labels, if not labels.csv in the folder.")] = None,
+    label: Annotated[str | None, typer.Option(help="Name of the label column.")] = None,
+    vectors: Annotated[str | None, typer.Option(help="Name of the column with lists of vectors.")] = None,
+    group: Annotated[
+        str | None, typer.Option(help="Column with patient, speaker, ...: its items stay on one side of a split.")
+    ] = None,
+    prefix_tokens: Annotated[int, typer.Option(min=0, help="Leading tokens that are [CLS] or registers.")] = 0,
+    epochs: Annotated[int | None, typer.Option(min=1, help="At most so many passes over the training items.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many epochs without a better validation.")
+    ] = None,
+) -> None:
+    """Train probes with every pooling on labelled token features; say which wins, by how much, at what cost."""
+    console = Console()
+    import cenote.features as features
+    from cenote.probe import Recipe, compare
+    from cenote.probe.compare import chosen_methods
+
+    names = chosen_methods(methods)
+    recipe = Recipe()
+    changed = {k: v for k, v in (("epochs", epochs), ("patience", patience)) if v is not None}
+    recipe = dataclasses.replace(recipe, **changed)
+    with console.status(f"reading {data}"):
+        items = features.load(
+            data,
+            labels=labels,
+            task=task,
+            label_column=label,
+            vector_column=vectors,
+            group_column=group,
+            prefix_tokens=prefix_tokens,
+        )
+    console.print(features.describe(items), highlight=False)
+
+    start = time.perf_counter()
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("starting", total=len(names))
+        done: set[str] = set()
+
+        def on_method(name: str, share: float) -> None:
+            if share >= 1:
+                done.add(name)
+            progress.update(bar, description=name, completed=len(done) + (share if share < 1 else 0))
+
+        comparison = compare(items, names, seeds=seeds, out=out, metric=metric, recipe=recipe, on_method=on_method)
+
+    from cenote.report import write
+
+    page = write(out)
+    console.print(leaderboard(comparison))
+    for name, why in comparison.skipped.items():
+        console.print(f"skipped {name}: {why}", highlight=False)
+    console.print(f"\n[bold]{comparison.sentence}[/bold]", highlight=False)
+    console.print(f"{time.perf_counter() - start:.0f} s; report: {page}", highlight=False)
+    if not comparison.complete:
+        sys.stderr.write(
+            f"interrupted: kept {len(comparison.results)} of {len(names)} methods in {out}; "
+            f"run the same command again to go on\n"
+        )
+        raise typer.Exit(130)
+
+
+def leaderboard(comparison: Comparison) -> Table:
+    """The results as a table for the terminal, best first."""
+    table = Table(
+        title=f"{comparison.dataset['name']}: {comparison.metric_name} on {comparison.dataset['items']['test']} test items"
+    )
+    for heading in ("method", comparison.metric_name, "95 % interval", f"against {comparison.baseline}", "p (Holm)"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for heading in ("parameters", "multiply-adds", "ms/item", "train s"):
+        table.add_column(heading, justify="right")
+    tests = {t.first: t for t in comparison.against_baseline}
+    for r in comparison.results:
+        t = tests.get(r.method)
+        table.add_row(
+            f"{r.method}{' *' if r.method in comparison.pareto else ''}",
+            f"{r.metric:.4f}",
+            f"{r.interval[0]:.3f} to {r.interval[1]:.3f}",
+            "" if t is None else f"{t.difference:+.4f}",
+            "" if t is None else f"{t.p_adjusted:.2g}",
+            f"{r.parameters:,}",
+            f"{r.multiply_adds:,}",
+            f"{r.latency_ms:.3f}",
+            f"{r.seconds:.1f}",
+        )
+    table.caption = "* no other method is both better and faster"
+    return table
