@@ -13,15 +13,17 @@ class Recipe:
 
     Attributes:
         learning_rates: the grid; the one with the best mean validation metric over the seeds is kept.
-        epochs: at most so many passes over the training items.
+        epochs: at most so many; validation stands at the end of each.
+        least_steps: of an epoch: it is one pass over the training items, or as many as make so many steps.
         patience: a method stops when no seed and learning rate has improved for so many epochs.
-        batch_size: items per step.
+        batch_size: items per step, at most; of few training items an eighth, but not less than 16.
         weight_decay: of AdamW, decoupled.
         tokens_at_once: padded tokens that go through a pool in one piece; larger batches are cut.
     """
 
     learning_rates: tuple[float, ...] = (1e-3, 5e-3, 2e-2)
     epochs: int = 40
+    least_steps: int = 10
     patience: int = 8
     batch_size: int = 128
     weight_decay: float = 0.01
@@ -30,6 +32,14 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.learning_rates or any(lr <= 0 for lr in self.learning_rates):
             raise InputError(f"learning_rates: expected positive numbers, got {self.learning_rates}")
-        for name in ("epochs", "patience", "batch_size", "tokens_at_once"):
+        for name in ("epochs", "least_steps", "patience", "batch_size", "tokens_at_once"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+    def items_per_step(self, items: int) -> int:
+        """Batch size for so many training items.
+
+        >>> [Recipe().items_per_step(n) for n in (50, 400, 5000)]
+        [16, 50, 128]
+        """
+        return min(self.batch_size, max(16, items // 8))

@@ -72,8 +72,10 @@ def train(
     groups = [{"params": stack, "lr": lr} for stack, lr in zip(ensemble.leaves(), recipe.learning_rates, strict=True)]
     optimiser = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
     train_items, val_items = data.indices("train"), data.indices("val")
-    batches = math.ceil(len(train_items) / recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe.epochs * batches)
+    size = recipe.items_per_step(len(train_items))
+    batches = max(1, math.ceil(len(train_items) / size))
+    passes = math.ceil(recipe.least_steps / batches)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe.epochs * passes * batches)
     order = torch.Generator().manual_seed(seeds[0])
     y_val = data.y[val_items].numpy()
     ones = torch.ones(1, len(val_items), dtype=torch.float64).numpy()
@@ -86,7 +88,7 @@ def train(
     for epoch in range(1, recipe.epochs + 1):
         ensemble.train()
         total = torch.zeros(ensemble.members)
-        for items in logical_batches(train_items, recipe.batch_size, order):
+        for items in _passes(train_items, size, passes, order):
             logits = ensemble.logits(data, items, recipe.tokens_at_once)
             loss = _losses(logits, data.y[items], data.task)
             optimiser.zero_grad(set_to_none=True)
@@ -94,7 +96,7 @@ def train(
             optimiser.step()
             schedule.step()
             total += loss.detach() * len(items)
-        losses.append((total / len(train_items)).tolist())
+        losses.append((total / (passes * len(train_items))).tolist())
         scores = ensemble.predict(data, val_items, recipe).numpy()
         now = [float(metric(s, y_val, ones)[0]) for s in scores]
         curves.append(now)
@@ -129,7 +131,7 @@ def predict(probe: Probe, data: TokenDataset, items: Int[Tensor, "chosen"], toke
     out = torch.empty(len(items), probe.classifier.out_features)
     for where, part in pieces(data, items, tokens_at_once):
         x, mask = data.batch(part)
-        out[where] = probe(_float(x), mask).float()
+        out[where] = probe(_float(x), mask)
     return out
 
 
@@ -142,6 +144,11 @@ def logical_batches(
     if len(chunks) > 1 and len(chunks[-1]) == 1:
         chunks[-2:] = [torch.cat(chunks[-2:])]
     yield from chunks
+
+
+def _passes(items: Tensor, size: int, passes: int, generator: torch.Generator) -> Iterator[Tensor]:
+    for _ in range(passes):
+        yield from logical_batches(items, size, generator)
 
 
 def pieces(
@@ -268,7 +275,7 @@ def _stack(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _float(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float32 else x.float()
+    return x.to(torch.get_default_dtype())
 
 
 def _losses(logits: Float[Tensor, "members batch outputs"], y: Tensor, task: Task) -> Float[Tensor, "members"]:
