@@ -1,6 +1,6 @@
 """Ground floor: sets of tokens, masked and segmented maths, attention arithmetic."""
 
-from cenote.core.attention import Latents, cross_attention
+from cenote.core.attention import Latents, Projection, cross_attention
 from cenote.core.errors import InputError
 from cenote.core.powermean import power_mean
 from cenote.core.sets import Bags, PaddedTokens, Tokens, as_tokens
@@ -10,6 +10,7 @@ __all__ = [
     "InputError",
     "Latents",
     "PaddedTokens",
+    "Projection",
     "Tokens",
     "as_tokens",
     "cross_attention",

@@ -10,6 +10,9 @@ LayerNorm on the tokens folds in as well: with `mu_n`, `sigma_n` the statistics 
 
     u . LN(x_n) = ((u*g) . x_n - mu_n sum(u*g)) / sigma_n + u . b
     sum_n a_n LN(x_n) = g * (sum_n (a_n/sigma_n) x_n - sum_n a_n mu_n/sigma_n) + b
+
+Further vectors `e` that the queries see besides the tokens (a class token among its own keys) need no concatenation: with
+`L` the logsumexp of the scores on either side, the tokens' share of the softmax is `sigmoid(L_x - L_e)`.
 """
 
 from __future__ import annotations
@@ -24,9 +27,16 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.segments import accumulation_dtype
-from cenote.core.sets import Tokens
+from cenote.core.sets import PaddedTokens, Tokens
 
 Plan = Literal["auto", "absorbed", "projected"]
+
+
+class Projection(NamedTuple):
+    """An affine map given by its tensors, where a method's map is a slice or a product of its parameters."""
+
+    weight: Float[Tensor, "out in"]
+    bias: Float[Tensor, "out"] | None = None
 
 
 class Latents(NamedTuple):
@@ -40,12 +50,14 @@ def cross_attention(
     tokens: Tokens,
     query: Float[Tensor, "queries width"] | Float[Tensor, "batch queries width"],
     *,
-    key: nn.Linear | None = None,
-    value: nn.Linear | None = None,
+    key: nn.Linear | Projection | None = None,
+    value: nn.Linear | Projection | None = None,
     heads: int = 1,
     scale: float | None = None,
     key_norm: nn.LayerNorm | None = None,
     value_norm: nn.LayerNorm | None = None,
+    head_norm: nn.LayerNorm | None = None,
+    beside: Float[Tensor, "batch others dim"] | None = None,
     plan: Plan = "auto",
     map_weights: Callable[[Tensor], Tensor] | None = None,
 ) -> Latents:
@@ -61,6 +73,9 @@ def cross_attention(
         scale: factor on the scores; default `head_width ** -0.5`.
         key_norm, value_norm: LayerNorms over `dim` applied to the tokens before keys and values; give the same module
             twice where the method normalises once.
+        head_norm: LayerNorm over the key of each head (QK-norm); such keys cannot be absorbed and are always projected.
+        beside: vectors of each set that the queries see besides its tokens; they pass the same norms and maps, and the
+            weights of the tokens then sum to less than 1.
         plan: `"absorbed"` never projects a token, `"projected"` projects each, `"auto"` takes for keys and for values
             whichever needs fewer multiplications.
         map_weights: applied to the weights before the sum (dropout, say); they need not sum to 1 after it.
@@ -74,22 +89,28 @@ def cross_attention(
     if plan not in ("auto", "absorbed", "projected"):
         raise InputError(f"plan: expected 'auto', 'absorbed' or 'projected', got {plan!r}")
     dim, (queries, width) = tokens.dim, query.shape[-2:]
-    key_width = heads * dim if key is None else key.out_features
-    value_width = dim if value is None else value.out_features
+    key_width = heads * dim if key is None else key.weight.shape[0]
+    value_width = dim if value is None else value.weight.shape[0]
     if width != key_width:
         raise InputError(f"query: expected width {key_width} to match the keys, got {width}")
     for name, size in (("key", key_width), ("value", value_width)):
         if size % heads:
             raise InputError(f"heads: {heads} does not divide the {name} width {size}")
+    if head_norm is not None and key is None:
+        raise InputError(
+            "head_norm: normalises the projected keys of a head, so it needs key; give key or leave it out"
+        )
     scale = (key_width // heads) ** -0.5 if scale is None else scale
 
     n = tokens.tokens_per_set
-    norms = _TokenNorms(tokens)
     # products per set: absorbing maps the queries once, projecting maps every token
-    absorb_keys = key is None or _choose(
-        plan,
-        absorbed=n * dim * heads * queries + (queries * width * dim if query.dim() == 3 else 0),
-        projected=n * dim * width + n * width * queries,
+    absorb_keys = key is None or (
+        head_norm is None
+        and _choose(
+            plan,
+            absorbed=n * dim * heads * queries + (queries * width * dim if query.dim() == 3 else 0),
+            projected=n * dim * width + n * width * queries,
+        )
     )
     absorb_values = _choose(
         plan,
@@ -98,31 +119,51 @@ def cross_attention(
     )
 
     by_head = (query * scale).unflatten(-1, (heads, width // heads)).transpose(-2, -3)
-    if absorb_keys:
-        u = by_head if key is None else _map_by_head(by_head, key.weight.unflatten(0, (heads, -1)))
-        scores = norms.scores(u.flatten(-3, -2), key_norm)
-    else:
-        assert key is not None
-        k = F.linear(norms.applied(key_norm), key.weight)
-        scores = _scores_by_head(tokens, k, by_head)
-    weights = tokens.softmax(scores).to(tokens.values.dtype)
-    used = weights if map_weights is None else map_weights(weights)
 
-    if absorb_values:
-        pooled = norms.weighted_sum(used, value_norm).unflatten(1, (heads, queries))
-        if value is None:
-            pooled = _own_slices(pooled, heads)
+    def scored(side: _TokenNorms) -> Float[Tensor, "*rows heads_queries"]:
+        if absorb_keys:
+            u = by_head if key is None else _map_by_head(by_head, key.weight.unflatten(0, (heads, -1)))
+            return side.scores(u.flatten(-3, -2), key_norm)
+        assert key is not None
+        k = F.linear(side.applied(key_norm), key.weight, None if head_norm is None else key.bias)
+        if head_norm is not None:
+            k = head_norm(k.unflatten(-1, (heads, -1))).flatten(-2)
+        return _scores_by_head(side.tokens, k, by_head)
+
+    def summed(side: _TokenNorms, weights: Float[Tensor, "*rows heads_queries"]) -> Tensor:
+        if absorb_values:
+            pooled = side.weighted_sum(weights, value_norm).unflatten(1, (heads, queries))
+            if value is None:
+                pooled = _own_slices(pooled, heads)
+            else:
+                pooled = _map_by_head(pooled, value.weight.unflatten(0, (heads, -1)).transpose(-1, -2))
         else:
-            pooled = _map_by_head(pooled, value.weight.unflatten(0, (heads, -1)).transpose(-1, -2))
-    else:
-        v = norms.applied(value_norm)
-        v = v if value is None else F.linear(v, value.weight)
-        pooled = _weighted_sum_by_head(tokens, used, v, heads)
-    output = pooled.transpose(1, 2).flatten(2)
-    if value is not None and value.bias is not None:
-        mass = tokens.sum(used).unflatten(-1, (heads, queries)).transpose(1, 2)
-        output = output + (mass.unsqueeze(-1) * value.bias.unflatten(0, (heads, -1))).flatten(2).to(output.dtype)
-    return Latents(output, weights)
+            v = side.applied(value_norm)
+            v = v if value is None else F.linear(v, value.weight)
+            pooled = _weighted_sum_by_head(side.tokens, weights, v, heads)
+        output = pooled.transpose(1, 2).flatten(2)
+        if value is not None and value.bias is not None:
+            mass = side.tokens.sum(weights).unflatten(-1, (heads, queries)).transpose(1, 2)
+            output = output + (mass.unsqueeze(-1) * value.bias.unflatten(0, (heads, -1))).flatten(2).to(output.dtype)
+        return output
+
+    side = _TokenNorms(tokens)
+    scores = scored(side)
+    weights = tokens.softmax(scores)
+    if beside is None:
+        weights = weights.to(tokens.values.dtype)
+        return Latents(summed(side, weights if map_weights is None else map_weights(weights)), weights)
+
+    others = PaddedTokens(beside)
+    other_side = _TokenNorms(others)
+    other_scores = scored(other_side)
+    share = torch.sigmoid(tokens.logsumexp(scores) - others.logsumexp(other_scores))
+    share = share * (tokens.lengths() > 0).unsqueeze(-1)
+    weights = (weights * tokens.spread(share)).to(tokens.values.dtype)
+    other_weights = (others.softmax(other_scores) * others.spread(1 - share)).to(beside.dtype)
+    if map_weights is None:
+        return Latents(summed(side, weights) + summed(other_side, other_weights), weights)
+    return Latents(summed(side, map_weights(weights)) + summed(other_side, map_weights(other_weights)), weights)
 
 
 def _choose(plan: Plan, absorbed: float, projected: float) -> bool:

@@ -4,12 +4,10 @@ from torch import Tensor, nn
 
 from cenote.core.attention import Plan, cross_attention
 from cenote.core.errors import InputError
-from cenote.core.powermean import power_mean
 from cenote.core.sets import Tokens
 from cenote.core.widths import require_divides
+from cenote.pool.attention.blocks import shifted_power_mean
 from cenote.pool.base import Pool, Pooled
-
-SHIFT_EPS = 1e-6
 
 
 class SimPool(Pool):
@@ -79,19 +77,9 @@ class SimPool(Pool):
         )
         if self.gamma is None:
             return Pooled(output.squeeze(1), weights)
-        return Pooled(self._power_mean(tokens, weights), weights)
-
-    def _power_mean(self, tokens: Tokens, weights: Float[Tensor, "*rows heads"]) -> Float[Tensor, "batch dim"]:
         values = self.norm_patches(tokens.values)
-        shifted = values - tokens.spread(self.value_minimum(tokens, values)) + SHIFT_EPS
-        y = power_mean(
-            tokens,
-            # padded slots hold LN(0), which may lie below the minimum of the real tokens
-            shifted.clamp(min=SHIFT_EPS),
-            values.new_tensor([self.gamma]),
-            weights.repeat_interleave(self.dim // self.heads, -1),
-        )
-        return y if self.beta is None else y + self.beta
+        y = shifted_power_mean(tokens, values, self.value_minimum(tokens, values), self.gamma, weights)
+        return Pooled(y if self.beta is None else y + self.beta, weights)
 
     def value_minimum(self, tokens: Tokens, values: Float[Tensor, "*rows dim"]) -> Float[Tensor, "batch 1"]:
         """The number that shifts each set's values to be positive."""

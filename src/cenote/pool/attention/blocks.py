@@ -1,0 +1,131 @@
+"""Small parts that several attention pools are made of."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from cenote.core.attention import Projection
+from cenote.core.powermean import power_mean
+from cenote.core.segments import accumulation_dtype
+from cenote.core.sets import Tokens
+from cenote.core.widths import require_divides
+
+SHIFT_EPS = 1e-6
+
+
+class MLP(nn.Module):
+    """`fc2(gelu(fc1(x)))`, as in a vision transformer."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over padded sets; padded slots are never attended to."""
+
+    def __init__(self, dim: int, heads: int, qkv_bias: bool = False) -> None:
+        super().__init__()
+        require_divides("heads", heads, dim)
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        seen = None
+        if mask is not None:
+            # a set without tokens attends to its zeroed slots: all False would make NaN
+            seen = (mask | ~mask.any(1, keepdim=True))[:, None, None]
+        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block: `x + attention(LN(x))`, then `x + MLP(LN(x))`."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = False) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = SelfAttention(dim, heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        x = x + self.attn(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class TokenBatchNorm(nn.BatchNorm1d):
+    """BatchNorm over the real tokens of a batch; padding takes no part in the statistics.
+
+    While training, a set's result depends on its batch mates: that is what BatchNorm is. In eval mode it does not.
+    """
+
+    def moments(
+        self, tokens: Tokens, v: Float[Tensor, "*rows channels"]
+    ) -> tuple[Float[Tensor, "channels"], Float[Tensor, "channels"]]:
+        """`(mean, 1 / std)` of each channel of `v`: of this batch while training, else the running ones."""
+        wide = accumulation_dtype(v.dtype)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        if not self.training:
+            return self.running_mean.to(wide), (self.running_var.to(wide) + self.eps).rsqrt()
+        v = v.to(wide)
+        count = tokens.lengths().sum().clamp(min=1)
+        mean = tokens.sum(v).sum(0) / count
+        variance = tokens.sum((v - mean).square()).sum(0) / count
+        momentum = 0.1 if self.momentum is None else self.momentum
+        with torch.no_grad():
+            unbiased = variance * (count / (count - 1).clamp(min=1))
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+        return mean, (variance + self.eps).rsqrt()
+
+    def normalised(self, tokens: Tokens, v: Float[Tensor, "*rows channels"]) -> Float[Tensor, "*rows channels"]:
+        """`v` normalised per channel, with the affine part where there is one."""
+        mean, inverse_std = self.moments(tokens, v)
+        scale = inverse_std if self.weight is None else inverse_std * self.weight
+        y = (v.to(scale.dtype) - mean) * scale
+        return (y if self.bias is None else y + self.bias).to(v.dtype)
+
+
+def split_projection(fused: nn.Linear, parts: int) -> list[Projection]:
+    """The equal slices of one Linear that maps to several things at once (`qkv`, `kv`)."""
+    biases: list[Tensor | None] = [None] * parts if fused.bias is None else list(fused.bias.chunk(parts))
+    return [Projection(w, b) for w, b in zip(fused.weight.chunk(parts), biases, strict=True)]
+
+
+def project(x: Float[Tensor, "*rows in"], projection: Projection) -> Float[Tensor, "*rows out"]:
+    """`W x + b`."""
+    return F.linear(x, projection.weight, projection.bias)
+
+
+def shifted_power_mean(
+    tokens: Tokens,
+    values: Float[Tensor, "*rows dim"],
+    minimum: Float[Tensor, "batch 1"],
+    gamma: float,
+    weights: Float[Tensor, "*rows heads"],
+) -> Float[Tensor, "batch dim"]:
+    """`(sum_n a_n (v_n - min + 1e-6)^gamma)^(1/gamma)`, each head's weights on its own slice of the channels."""
+    shifted = values - tokens.spread(minimum) + SHIFT_EPS
+    return power_mean(
+        tokens,
+        # padded slots hold a constant that may lie below the minimum of the real tokens
+        shifted.clamp(min=SHIFT_EPS),
+        values.new_tensor([gamma]),
+        weights.repeat_interleave(values.shape[-1] // weights.shape[-1], -1),
+    )
