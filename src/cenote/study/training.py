@@ -1,0 +1,146 @@
+"""Train the same small network once per seed, all seeds together."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+Batch = tuple[Tensor, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Together:
+    """One copy of a module per seed; a call runs each copy on its own batch.
+
+    Args:
+        build: a fresh module; called once per seed, after seeding.
+        seeds: of the initialisations.
+
+    Example:
+        >>> Together(lambda: torch.nn.Linear(3, 2), (0, 1))(torch.ones(2, 5, 3)).shape
+        torch.Size([2, 5, 2])
+    """
+
+    def __init__(self, build: Callable[[], nn.Module], seeds: Sequence[int]) -> None:
+        modules = [_seeded(build, s) for s in seeds]
+        self.base = copy.deepcopy(modules[0])
+        self.parameters = {
+            k: torch.stack([dict(m.named_parameters())[k].detach() for m in modules]).requires_grad_(p.requires_grad)
+            for k, p in modules[0].named_parameters()
+        }
+        self.buffers = {k: torch.stack([dict(m.named_buffers())[k] for m in modules]) for k, _ in self.base.named_buffers()}
+        self.count = len(modules)
+
+    def __call__(self, *inputs: Shaped[Tensor, "seeds *any"]) -> Float[Tensor, "seeds *out"]:
+        """Outputs of each copy on its own inputs."""
+
+        def run(parameters: dict[str, Tensor], buffers: dict[str, Tensor], *own: Tensor) -> Tensor:
+            return torch.func.functional_call(self.base, (parameters, buffers), own)
+
+        return torch.func.vmap(run, randomness="different")(self.parameters, self.buffers, *inputs)
+
+    def trained(self, prefix: str = "") -> list[Tensor]:
+        """The stacked parameters that are trained, or those of them whose name begins with `prefix`."""
+        return [p for k, p in self.parameters.items() if p.requires_grad and k.startswith(prefix)]
+
+    def module(self, index: int) -> nn.Module:
+        """A copy that stands on its own, in eval mode."""
+        module = copy.deepcopy(self.base)
+        state = {k: v[index].detach() for k, v in (self.parameters | self.buffers).items()}
+        module.load_state_dict(state)
+        return module.eval()
+
+    def size(self) -> int:
+        """Trained numbers of one copy."""
+        return sum(p[0].numel() for p in self.trained())
+
+
+def fit(
+    model: Together,
+    batches: Iterable[Batch],
+    loss: Loss,
+    steps: int,
+    lr: float,
+    *,
+    optimiser: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    parameters: list[Tensor] | None = None,
+    cosine: bool = True,
+    **settings: Any,
+) -> list[float]:
+    """Train all copies for `steps` batches.
+
+    Args:
+        model: the copies.
+        batches: `(x [seeds, batch, ...], y [seeds, batch, ...])`, at least `steps` of them.
+        loss: a mean over everything that it is given.
+        steps: optimiser steps.
+        lr: learning rate, decayed to zero by a cosine unless `cosine` is off.
+        optimiser: works element by element, so that the copies do not see each other.
+        parameters: what is trained; default: all that require a gradient.
+        settings: of the optimiser.
+
+    Returns:
+        The mean loss over the copies, step by step.
+    """
+    model.base.train()
+    optim: Any = optimiser
+    stepper = optim(model.trained() if parameters is None else parameters, lr=lr, **settings)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(stepper, steps) if cosine else None
+    losses = []
+    for _, (x, y) in zip(range(steps), batches, strict=False):
+        value = loss(model(x), y)
+        stepper.zero_grad(set_to_none=True)
+        # the sum over the copies of each one's mean, so that each trains as if it were alone
+        (value * model.count).backward()
+        stepper.step()
+        if schedule is not None:
+            schedule.step()
+        losses.append(float(value.detach()))
+    return losses
+
+
+def epochs(
+    x: Shaped[Tensor, "seeds items *any"], y: Shaped[Tensor, "seeds items *any"], batch: int, seeds: Sequence[int]
+) -> Iterator[Batch]:
+    """Batches without end, each seed's items in its own order; what does not fill a batch is left out of that epoch."""
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    items = x.shape[1]
+    batch = min(batch, items)
+    rows = torch.arange(len(seeds)).unsqueeze(1)
+    while True:
+        order = torch.stack([torch.randperm(items, generator=g) for g in generators])
+        for start in range(0, items - batch + 1, batch):
+            chosen = order[:, start : start + batch]
+            yield x[rows, chosen], y[rows, chosen]
+
+
+def steps_of(items: int, batch: int, passes: int) -> int:
+    """Number of batches that `epochs` gives in so many passes over the items."""
+    return passes * (items // min(batch, items))
+
+
+def cross_entropy(logits: Float[Tensor, "seeds batch classes"], y: Int[Tensor, "seeds batch"]) -> Float[Tensor, ""]:
+    """Mean cross-entropy over seeds and items."""
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+@torch.no_grad()
+def accuracy(
+    model: Together, x: Shaped[Tensor, "seeds items *any"], y: Int[Tensor, "seeds items"], batch: int = 512
+) -> tuple[float, ...]:
+    """Share of items whose class is named rightly, per seed."""
+    model.base.eval()
+    guesses = torch.cat([model(part).argmax(-1) for part in x.split(batch, 1)], 1)
+    return tuple((guesses == y).double().mean(1).tolist())
+
+
+def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build()
