@@ -1,7 +1,20 @@
 """N vectors -> k vectors."""
 
 from cenote.pool.attention.abmil import ABMIL
+from cenote.pool.attention.abmilp import ABMILP, ABMILPPositions
+from cenote.pool.attention.aim import AimPool
+from cenote.pool.attention.cae import CaePool
+from cenote.pool.attention.cait import CaiTPool
+from cenote.pool.attention.cbam import CbamPool
+from cenote.pool.attention.clip import ClipPool
+from cenote.pool.attention.coca import CoCaPool
+from cenote.pool.attention.dinovit import DinoViTPool
+from cenote.pool.attention.dolg import DolgPool
 from cenote.pool.attention.efficient_probing import EfficientProbing
+from cenote.pool.attention.esimpool import ESimPool
+from cenote.pool.attention.jepa import JepaPool
+from cenote.pool.attention.mhca import MHCAPool
+from cenote.pool.attention.siglip import SigLipPool
 from cenote.pool.attention.simpool import SimPool
 from cenote.pool.base import PaddedPool, Pool, Pooled
 from cenote.pool.basic.cls import ClsMeanPool, ClsPool
@@ -14,17 +27,31 @@ from cenote.pool.spatial.ggem import GeM, GGeM
 
 __all__ = [
     "ABMIL",
+    "ABMILP",
+    "ABMILPPositions",
+    "AimPool",
+    "CaePool",
+    "CaiTPool",
+    "CbamPool",
+    "ClipPool",
     "ClsMeanPool",
     "ClsPool",
+    "CoCaPool",
+    "DinoViTPool",
+    "DolgPool",
+    "ESimPool",
     "EfficientProbing",
     "GGeM",
     "GeM",
+    "JepaPool",
     "LastPool",
+    "MHCAPool",
     "MaxPool",
     "MeanPool",
     "PaddedPool",
     "Pool",
     "Pooled",
+    "SigLipPool",
     "SimPool",
     "StatisticsPool",
     "SumPool",

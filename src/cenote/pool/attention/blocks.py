@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core.attention import Projection
+from cenote.core.errors import InputError
 from cenote.core.powermean import power_mean
 from cenote.core.segments import accumulation_dtype
-from cenote.core.sets import Tokens
+from cenote.core.sets import PaddedTokens, Tokens
 from cenote.core.widths import require_divides
 
 SHIFT_EPS = 1e-6
@@ -100,6 +103,23 @@ class TokenBatchNorm(nn.BatchNorm1d):
         scale = inverse_std if self.weight is None else inverse_std * self.weight
         y = (v.to(scale.dtype) - mean) * scale
         return (y if self.bias is None else y + self.bias).to(v.dtype)
+
+
+def require_tokens(tokens: PaddedTokens, expected: int) -> None:
+    """Raise `InputError` unless every set has that number of slots."""
+    if tokens.values.shape[1] != expected:
+        raise InputError(
+            f"x: this pool was built for sets of {expected} tokens, got {tokens.values.shape[1]}; "
+            f"build it with tokens={tokens.values.shape[1]}"
+        )
+
+
+def require_square(tokens: int) -> int:
+    """The side of a square grid of that many tokens; `InputError` where there is none."""
+    side = math.isqrt(max(tokens, 0))
+    if side < 1 or side * side != tokens:
+        raise InputError(f"tokens: expected a square number, the patches of a square grid, got {tokens}")
+    return side
 
 
 def split_projection(fused: nn.Linear, parts: int) -> list[Projection]:

@@ -1,0 +1,58 @@
+from typing import Literal
+
+from torch import nn
+
+from cenote.core.errors import InputError
+from cenote.core.sets import Tokens
+from cenote.core.tokenwise import tokenwise
+from cenote.pool.base import Pool, Pooled
+
+
+class DeepSet(Pool):
+    """Deep Sets, the baseline without attention: a network on each token, a mean, a network on the mean.
+
+    `y = g((1/N) sum_n f(x_n))` with `f`, `g` of four linear layers each and ReLUs between them.
+
+    Args:
+        dim: width of a token.
+        out_dim: width of an output vector; default `dim`.
+        seeds: number of output vectors.
+        hidden: width inside.
+        reduce: `"mean"`, `"sum"` or `"max"` over the tokens.
+
+    Example:
+        >>> DeepSet(2, out_dim=5, seeds=4)(torch.randn(3, 50, 2)).shape
+        torch.Size([3, 4, 5])
+
+    Source: Zaheer et al., "Deep Sets", NeurIPS 2017, in the form of the baseline of Lee et al., ICML 2019.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int | None = None,
+        seeds: int = 1,
+        hidden: int = 128,
+        reduce: Literal["mean", "sum", "max"] = "mean",
+    ) -> None:
+        super().__init__(dim, out_dim)
+        if reduce not in ("mean", "sum", "max"):
+            raise InputError(f"reduce: expected 'mean', 'sum' or 'max', got {reduce!r}")
+        self.vectors = seeds
+        self.reduce = reduce
+        self.enc = _four_layers(dim, hidden, hidden)
+        self.dec = _four_layers(hidden, hidden, seeds * self.out_dim)
+
+    def pool(self, tokens: Tokens) -> Pooled:
+        encoded = tokenwise(self.enc, tokens.values)
+        pooled = {"mean": tokens.mean, "sum": tokens.sum, "max": tokens.max}[self.reduce](encoded)
+        y = self.dec(pooled)
+        return Pooled(y if self.vectors == 1 else y.unflatten(-1, (self.vectors, self.out_dim)), None)
+
+
+def _four_layers(width_in: int, hidden: int, width_out: int) -> nn.Sequential:
+    widths = [width_in, hidden, hidden, hidden, width_out]
+    layers: list[nn.Module] = []
+    for i in range(4):
+        layers += [nn.Linear(widths[i], widths[i + 1]), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
