@@ -23,6 +23,12 @@ def simpool(case: Case) -> dict[str, Tensor]:
         qkv_bias=config.get("qkv_bias", False),
     )
     params = {k: v for k, v in case.params.items() if k != "beta" or pool.beta is not None}
+    # ours always scales by head_width ** -0.5
+    scale = config.get("qk_scale") or (pool.dim // pool.heads) ** -0.5
+    for name in params.keys() & {"wq.weight", "wq.bias"}:
+        params[name] = params[name] * (scale * (pool.dim // pool.heads) ** 0.5)
     load_parameters(pool, params)
     output, weights = pool.attend(case.inputs["x"])
-    return {"y": output, "attn": weights.unsqueeze(2)}
+    # with gamma they leave the heads unmerged; they always squeeze
+    merged = output if pool.gamma is None else output.unflatten(-1, (pool.heads, -1))
+    return {"y": merged.squeeze(), "attn": weights.unsqueeze(2)}

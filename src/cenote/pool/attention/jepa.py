@@ -90,8 +90,9 @@ class JepaPool(Pool):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        blocks = [block for block in self.blocks if isinstance(block, TransformerBlock)]
         last = [[self.proj] if self.mlp is None else [self.proj, self.mlp.fc2]]
-        last += [[block.attn.proj, block.mlp.fc2] for block in self.blocks]
+        last += [[block.attn.proj, block.mlp.fc2] for block in blocks]
         with torch.no_grad():
             for depth, maps in enumerate(last, 1):
                 for linear in maps:
