@@ -114,7 +114,7 @@ def cross_attention(
     )
     absorb_values = _choose(
         plan,
-        absorbed=n * dim * heads * queries + queries * dim * value_width,
+        absorbed=n * dim * heads * queries + (queries * dim * value_width if value is not None else 0),
         projected=(n * dim * value_width if value is not None else 0) + n * value_width * queries,
     )
 

@@ -57,19 +57,22 @@ class Tokens(ABC):
 
     @abstractmethod
     def softmax(self, scores: Float[Tensor, "*rows heads"]) -> Float[Tensor, "*rows heads"]:
-        """Softmax of `scores` over the tokens of each set; padded slots get exactly 0."""
+        """Softmax of `scores` over the tokens of each set; padded slots get exactly 0.
+
+        A score of -inf gives a token the weight 0; each set with tokens needs one finite score per head.
+        """
 
     @abstractmethod
     def weighted_sum(
         self, weights: Float[Tensor, "*rows heads"], v: Float[Tensor, "*rows channels"] | None = None
     ) -> Float[Tensor, "batch heads channels"]:
-        """`y_bh = sum_n w_nh v_n` (default `v`: the tokens)."""
+        """`y_bh = sum_n w_nh v_n` (default `v`: the tokens); what stands in padded slots of either counts for nothing."""
 
     @abstractmethod
     def scores(
         self, queries: Float[Tensor, "heads dim"] | Float[Tensor, "batch heads dim"]
     ) -> Float[Tensor, "*rows heads"]:
-        """`s_nh = q_h . x_n`, with queries shared by all sets or one group of queries per set."""
+        """`s_nh = q_h . x_n`, with queries shared by all sets or one group of queries per set; 0 in padded slots."""
 
     @abstractmethod
     def spread(self, per_set: Float[Tensor, "batch *channels"]) -> Float[Tensor, "*rows *channels"]:
@@ -81,7 +84,7 @@ class Tokens(ABC):
 
     @abstractmethod
     def drop_first(self, count: int) -> Tokens:
-        """The same sets without their first `count` tokens."""
+        """The same sets without their first `count` tokens; a set that has no more is empty."""
 
     @abstractmethod
     def replace(self, values: Float[Tensor, "*rows channels"]) -> Tokens:
@@ -98,7 +101,7 @@ class Tokens(ABC):
         v = self.values if v is None else v
         wide = accumulation_dtype(v.dtype)
         counts = self.lengths().clamp(min=1).to(wide).unsqueeze(-1)
-        return (self.sum(v).to(wide) / counts).to(v.dtype)
+        return (self.sum(v.to(wide)) / counts).to(v.dtype)
 
     def min(self, v: Float[Tensor, "*rows channels"] | None = None) -> Float[Tensor, "batch channels"]:
         """Minimum of `v` (default: the tokens) over each set."""
@@ -166,11 +169,19 @@ class PaddedTokens(Tokens):
             return v.new_zeros((v.shape[0], v.shape[2]))
         if self.mask is None:
             return wide.logsumexp(1).to(v.dtype)
-        empty = ~self.mask.any(1, keepdim=True)
-        # an empty set keeps its slots, so that no gradient runs through logsumexp of nothing but -inf
-        hidden = ~self.mask & ~empty
-        out = wide.masked_fill(hidden.unsqueeze(-1), float("-inf")).logsumexp(1)
-        return out.masked_fill(empty, 0).to(v.dtype)
+        mask, empty = self.mask.unsqueeze(-1), ~self.mask.any(1).view(-1, 1, 1)
+        # 0 and not -inf in an empty set: the gradient of logsumexp of nothing but -inf is NaN
+        hidden = wide.new_full((), float("-inf")).masked_fill(empty, 0)
+        return torch.where(mask, wide, hidden).logsumexp(1).masked_fill(empty.squeeze(1), 0).to(v.dtype)
+
+    def std(
+        self, v: Float[Tensor, "batch tokens channels"] | None = None, eps: float = 1e-8
+    ) -> Float[Tensor, "batch channels"]:
+        v = self.values if v is None else v
+        if self.mask is not None or v.shape[1] == 0:
+            return super().std(v, eps)
+        # fused: no centred copy of the tokens
+        return (v.to(accumulation_dtype(v.dtype)).var(1, correction=0) + eps).sqrt().to(v.dtype)
 
     def softmax(self, scores: Float[Tensor, "batch tokens heads"]) -> Float[Tensor, "batch tokens heads"]:
         wide = scores.to(accumulation_dtype(scores.dtype))
@@ -186,7 +197,7 @@ class PaddedTokens(Tokens):
         weights: Float[Tensor, "batch tokens heads"],
         v: Float[Tensor, "batch tokens channels"] | None = None,
     ) -> Float[Tensor, "batch heads channels"]:
-        return weights.transpose(1, 2) @ (self.values if v is None else self._cleaned(v))
+        return self._cleaned(weights).transpose(1, 2) @ (self.values if v is None else self._cleaned(v))
 
     def scores(
         self, queries: Float[Tensor, "heads dim"] | Float[Tensor, "batch heads dim"]
@@ -201,13 +212,17 @@ class PaddedTokens(Tokens):
         if self.mask is None:
             inside = -tokens <= index < tokens
             return self.values[:, index] if inside else self.values.new_zeros((self.batch, self.dim))
+        if tokens == 0:
+            return self.values.new_zeros((self.batch, self.dim))
         counts = self.lengths().unsqueeze(1)
         wanted = counts + index if index < 0 else torch.full_like(counts, index)
         # the rank of each real token among the real tokens of its set, so that padding may stand anywhere
-        rank = self.mask.cumsum(1) - 1
-        return self.sum(self.values * ((rank == wanted) & self.mask).unsqueeze(-1))
+        found = (self.mask.cumsum(1) - 1 == wanted) & self.mask
+        slot = found.int().argmax(1).view(-1, 1, 1).expand(-1, 1, self.dim)
+        return self.values.gather(1, slot).squeeze(1).masked_fill(~found.any(1, keepdim=True), 0)
 
     def drop_first(self, count: int) -> PaddedTokens:
+        _require_count(count)
         if count == 0:
             return self
         if self.mask is None:
@@ -250,24 +265,32 @@ class Bags(Tokens):
                 f"Bags: offsets must be a one-dimensional int64 tensor of batch + 1 numbers, "
                 f"got {offsets.dtype} of shape {tuple(offsets.shape)}"
             )
+        if offsets.device != values.device:
+            raise InputError(
+                f"Bags: values are on {values.device} and offsets on {offsets.device}; move one with .to(device)"
+            )
         if not torch.compiler.is_compiling():
-            bounds = offsets.tolist()
-            if (
-                bounds[0] != 0
-                or bounds[-1] != values.shape[0]
-                or any(i > j for i, j in zip(bounds, bounds[1:], strict=False))
-            ):
+            first, last = offsets[0].item(), offsets[-1].item()
+            if first != 0 or last != values.shape[0] or bool((offsets.diff() < 0).any()):
                 raise InputError(
-                    f"Bags: offsets must rise from 0 to the number of rows {values.shape[0]}, got {bounds[:3]}...{bounds[-1]}"
+                    f"Bags: offsets must rise from 0 to the number of rows {values.shape[0]}, "
+                    f"got {offsets[:3].tolist()}...{last}"
                 )
         self.values = values
         self.offsets = offsets
 
     @classmethod
     def from_list(cls, sets: Sequence[Float[Tensor, "_ dim"]]) -> Bags:
-        """Join a list of `[tokens_i, dim]` tensors."""
+        """Join a list of `[tokens_i, dim]` tensors.
+
+        Raises:
+            InputError: where the list is empty or a tensor is not two-dimensional or of another width.
+        """
         if not sets:
             raise InputError("Bags.from_list: got an empty list; at least one set is needed to know the width")
+        for i, s in enumerate(sets):
+            if s.dim() != 2:
+                raise InputError(f"Bags.from_list: set {i} must be [tokens, dim], got shape {tuple(s.shape)}")
         widths = {s.shape[-1] for s in sets}
         if len(widths) > 1:
             raise InputError(f"Bags.from_list: the sets have different widths {sorted(widths)}")
@@ -278,7 +301,14 @@ class Bags(Tokens):
     def from_padded(
         cls, x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Bags:
-        """The real tokens of a padded batch."""
+        """The real tokens of a padded batch.
+
+        Raises:
+            InputError: where the mask is not bool or does not fit `x`.
+        """
+        if x.dim() != 3:
+            raise InputError(f"x: expected [batch, tokens, dim], got shape {tuple(x.shape)}")
+        _require_mask(x, mask)
         if mask is None:
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         offsets = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
@@ -308,13 +338,13 @@ class Bags(Tokens):
         return f"Bags(batch={self.batch}, total={self.values.shape[0]}, dim={self.dim}, dtype={self.values.dtype})"
 
     def select(self, sets: Int[Tensor, "chosen"]) -> Bags:
-        """The bags with these numbers, in this order."""
+        """The bags with these numbers (negative: counted from the last), in this order."""
         lengths = self.lengths()[sets]
         offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         total = int(offsets[-1])
         owner = segments.segment_index(offsets, total)
-        rows = torch.arange(total, device=offsets.device) + (self.offsets[sets] - offsets[:-1])[owner]
-        return Bags(self.values[rows], offsets)
+        shift = (self.offsets[:-1][sets] - offsets[:-1]).index_select(0, owner)
+        return Bags(self.values.index_select(0, torch.arange(total, device=offsets.device) + shift), offsets)
 
     def to(self, *args: object, **kwargs: object) -> Bags:
         """As `torch.Tensor.to`: another device or dtype."""
@@ -361,7 +391,7 @@ class Bags(Tokens):
         return segments.segment_scores(self.values, queries, self.offsets)
 
     def spread(self, per_set: Float[Tensor, "batch *channels"]) -> Float[Tensor, "total *channels"]:
-        return per_set[self.set_index()]
+        return per_set.index_select(0, self.set_index())
 
     def token(self, index: int) -> Float[Tensor, "batch dim"]:
         lengths = self.lengths()
@@ -370,12 +400,14 @@ class Bags(Tokens):
         if not self.values.shape[0]:
             return self.values.new_zeros((self.batch, self.dim))
         rows = (self.offsets[:-1] + position).clamp(0, self.values.shape[0] - 1)
-        return torch.where(inside.unsqueeze(-1), self.values[rows], self.values.new_zeros(()))
+        return self.values.index_select(0, rows).masked_fill(~inside.unsqueeze(-1), 0)
 
     def drop_first(self, count: int) -> Bags:
+        _require_count(count)
         if count == 0:
             return self
-        position = torch.arange(self.values.shape[0], device=self.values.device) - self.offsets[self.set_index()]
+        rows = torch.arange(self.values.shape[0], device=self.values.device)
+        position = rows - self.offsets.index_select(0, self.set_index())
         lengths = (self.lengths() - count).clamp(min=0)
         return Bags(self.values[position >= count], torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
 
@@ -414,19 +446,32 @@ def as_tokens(
             )
         if x.dim() == 4:
             x = x.flatten(2).transpose(1, 2)
-            mask = mask.flatten(1) if mask is not None and mask.dim() == 3 else mask
+            mask = mask.flatten(1) if isinstance(mask, Tensor) and mask.dim() == 3 else mask
         if x.dim() != 3:
             raise InputError(
                 f"x: expected [batch, tokens, dim] or [batch, dim, height, width], got shape {tuple(x.shape)}; "
                 f"a single set is x.unsqueeze(0)"
             )
-        if mask is not None and mask.dtype != torch.bool:
-            raise InputError(f"mask: expected bool with True on real tokens, got {mask.dtype}; use mask.bool()")
-        if mask is not None and mask.shape != x.shape[:2]:
-            raise InputError(f"mask: expected shape {tuple(x.shape[:2])} to match x, got {tuple(mask.shape)}")
+        _require_mask(x, mask)
         tokens = PaddedTokens(x, mask)
     if not tokens.values.is_floating_point():
         raise InputError(f"x: expected floating point features, got {tokens.values.dtype}; use x.float()")
     if dim is not None and tokens.dim != dim:
         raise InputError(f"x: expected tokens of width {dim}, got {tokens.dim}; build the pool with dim={tokens.dim}")
     return tokens
+
+
+def _require_mask(x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise InputError(f"mask: expected a bool tensor, got {type(mask).__name__}; use torch.as_tensor(mask)")
+    if mask.dtype != torch.bool:
+        raise InputError(f"mask: expected bool with True on real tokens, got {mask.dtype}; use mask.bool()")
+    if mask.shape != x.shape[:2]:
+        raise InputError(f"mask: expected shape {tuple(x.shape[:2])} to match x, got {tuple(mask.shape)}")
+
+
+def _require_count(count: int) -> None:
+    if count < 0:
+        raise InputError(f"count: expected how many tokens to drop, got {count}")

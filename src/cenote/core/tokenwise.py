@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-ROWS_AT_ONCE = 16384
+ROWS_AT_ONCE = 4096
 
 
 def tokenwise(

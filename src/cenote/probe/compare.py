@@ -18,6 +18,7 @@ import cenote.core.files as files
 from cenote.catalog import method as catalog_method
 from cenote.catalog import methods as catalog_methods
 from cenote.core import InputError
+from cenote.core.memory import return_freed_blocks
 from cenote.features.dataset import SPLITS, TokenDataset
 from cenote.probe import cost, statistics, training, verdict
 from cenote.probe.cells import Cell, cell_key, load_cell, save_cell
@@ -30,6 +31,7 @@ from cenote.probe.saved import save_best
 
 BASELINE = "mean"
 MAX_PAIRWISE_TOKENS = 8192
+HUGE_ITEM_BYTES = 2**24
 
 OnMethod = Callable[[str, float], None]
 """Called with a method's name and the share of its work that is done; 1.0 also where a finished cell was found."""
@@ -101,6 +103,8 @@ def compare(
             raise InputError(f"data: no item is in the {split} split; it needs train, val and test items")
     folder = None if out is None else _prepared(Path(out))
 
+    if int(data.lengths().max()) * data.dim * 4 >= HUGE_ITEM_BYTES:
+        return_freed_blocks()
     fingerprint = data.fingerprint()
     cells: dict[str, Cell] = {}
     skipped: dict[str, str] = {}

@@ -18,7 +18,8 @@ class Recipe:
         patience: a method stops when no seed and learning rate has improved for so many epochs.
         batch_size: items per step, at most; of few training items an eighth, but not less than 16.
         weight_decay: of AdamW, decoupled.
-        tokens_at_once: padded tokens that go through a pool in one piece; larger batches are cut.
+        tokens_at_once: padded tokens that go through a pool in one piece, times the probes that train side by side;
+            larger batches are cut.
     """
 
     learning_rates: tuple[float, ...] = (1e-3, 5e-3, 2e-2)
@@ -27,7 +28,7 @@ class Recipe:
     patience: int = 8
     batch_size: int = 128
     weight_decay: float = 0.01
-    tokens_at_once: int = 65536
+    tokens_at_once: int = 32768
 
     def __post_init__(self) -> None:
         if not self.learning_rates or any(lr <= 0 for lr in self.learning_rates):

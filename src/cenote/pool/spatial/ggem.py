@@ -58,13 +58,13 @@ class GGeM(Pool):
         self.p = nn.Parameter(torch.full((self.groups,), float(p)), requires_grad=learnable)
 
     def pool(self, tokens: Tokens) -> Pooled:
-        positive, exponent = self._positive(tokens), self._exponent()
-        weights = tokens.softmax(exponent * positive.log())
+        weights = tokens.softmax(self._exponent() * self._positive(tokens).log())
         by_group = weights.unflatten(-1, (self.groups, -1)).mean(-1)
         return Pooled(self.pool_only(tokens), by_group)
 
     def pool_only(self, tokens: Tokens) -> Float[Tensor, "batch dim"]:
-        y = power_mean(tokens, self._positive(tokens), self._exponent())
+        by_set = self.negatives == "shift"
+        y = power_mean(tokens, self._positive(tokens) if by_set else self._magnitude, self._exponent())
         return y * tokens.mean().sign() if self.negatives == "abs_sign" else y
 
     def _exponent(self) -> Float[Tensor, "dim"]:
@@ -72,10 +72,10 @@ class GGeM(Pool):
 
     def _positive(self, tokens: Tokens) -> Float[Tensor, "*rows dim"]:
         x = tokens.values
-        if self.negatives == "abs_sign":
-            x = x.abs()
-        if self.negatives == "shift":
-            x = x - tokens.spread(tokens.min())
+        return self._magnitude(x - tokens.spread(tokens.min()) if self.negatives == "shift" else x)
+
+    def _magnitude(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
+        x = x.abs() if self.negatives == "abs_sign" else x
         # in half precision 1e-6 would be a denormal number
         return x.clamp(min=max(self.eps, torch.finfo(x.dtype).tiny))
 
