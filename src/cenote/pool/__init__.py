@@ -2,18 +2,27 @@
 
 from cenote.pool.attention.abmil import ABMIL
 from cenote.pool.attention.abmilp import ABMILP, ABMILPPositions
+from cenote.pool.attention.adaptive_noise_pooling import AdaptiveNoisePool
 from cenote.pool.attention.aim import AimPool
+from cenote.pool.attention.attenuator import Attenuator
+from cenote.pool.attention.attsets import AttSets, AttSetsConv
+from cenote.pool.attention.attsets_faset import FASet
 from cenote.pool.attention.cae import CaePool
 from cenote.pool.attention.cait import CaiTPool
 from cenote.pool.attention.cbam import CbamPool
 from cenote.pool.attention.clip import ClipPool
 from cenote.pool.attention.coca import CoCaPool
+from cenote.pool.attention.deep_set import DeepSet
 from cenote.pool.attention.dinovit import DinoViTPool
 from cenote.pool.attention.dolg import DolgPool
 from cenote.pool.attention.efficient_probing import EfficientProbing
 from cenote.pool.attention.esimpool import ESimPool
 from cenote.pool.attention.jepa import JepaPool
 from cenote.pool.attention.mhca import MHCAPool
+from cenote.pool.attention.pma import PMA
+from cenote.pool.attention.set_attention import ISAB, MAB, SAB
+from cenote.pool.attention.set_transformer import SetTransformer
+from cenote.pool.attention.set_transformer_clustering import GaussianMixtures, sample_mixtures
 from cenote.pool.attention.siglip import SigLipPool
 from cenote.pool.attention.simpool import SimPool
 from cenote.pool.base import PaddedPool, Pool, Pooled
@@ -28,8 +37,16 @@ from cenote.pool.spatial.ggem import GeM, GGeM
 __all__ = [
     "ABMIL",
     "ABMILP",
+    "ISAB",
+    "MAB",
+    "PMA",
+    "SAB",
     "ABMILPPositions",
+    "AdaptiveNoisePool",
     "AimPool",
+    "AttSets",
+    "AttSetsConv",
+    "Attenuator",
     "CaePool",
     "CaiTPool",
     "CbamPool",
@@ -37,11 +54,14 @@ __all__ = [
     "ClsMeanPool",
     "ClsPool",
     "CoCaPool",
+    "DeepSet",
     "DinoViTPool",
     "DolgPool",
     "ESimPool",
     "EfficientProbing",
+    "FASet",
     "GGeM",
+    "GaussianMixtures",
     "GeM",
     "JepaPool",
     "LastPool",
@@ -51,8 +71,10 @@ __all__ = [
     "PaddedPool",
     "Pool",
     "Pooled",
+    "SetTransformer",
     "SigLipPool",
     "SimPool",
     "StatisticsPool",
     "SumPool",
+    "sample_mixtures",
 ]

@@ -46,12 +46,12 @@ class Pool(nn.Module, ABC):
             published weights load.
     """
 
-    permutation_invariant: ClassVar[bool] = True
+    permutation_invariant: bool = True
     prefix: ClassVar[Literal["drop", "keep"]] = "drop"
     reads_cls: ClassVar[bool] = False
     pairwise: ClassVar[bool] = False
     fixed_tokens: ClassVar[bool] = False
-    inert_parameters: ClassVar[tuple[str, ...]] = ()
+    inert_parameters: tuple[str, ...] = ()
 
     dim: int
     out_dim: int

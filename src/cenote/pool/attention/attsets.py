@@ -29,7 +29,7 @@ class AttSets(Pool):
         >>> pool.channel_weights(torch.randn(3, 5, 8)).shape
         torch.Size([3, 5, 2, 8])
 
-    Source: Yang et al., "Robust Attentional Aggregation of Deep Feature Sets for Multi-view 3D Reconstruction", IJCV 2020.
+    Source: Yang et al., "Robust Attentional Aggregation of Deep Feature Sets for Multi-view 3D Reconstruction", IJCV 2019.
 
     Note:
         The bias is shared by all tokens, so that without the tanh it drops out of the softmax.
@@ -78,7 +78,7 @@ class AttSetsConv(nn.Module):
         >>> AttSetsConv(4)(torch.randn(2, 6, 4, 5, 5)).shape  # 6 views
         torch.Size([2, 4, 5, 5])
 
-    Source: Yang et al., IJCV 2020.
+    Source: Yang et al., IJCV 2019.
 
     Note:
         The authors' released code holds the fully connected form only; kernel size 3 and the padding are our choice.

@@ -15,6 +15,9 @@ from torch.optim import Adam, Optimizer
 from cenote.core.errors import InputError
 
 
+ADAM = partial(Adam, lr=1e-4)
+
+
 class Batch(NamedTuple):
     """Sets `x [batch, tokens, ...]`, one target per set, and which slots are real (`None`: all)."""
 
@@ -36,7 +39,8 @@ class FASet:
         attention: the part of `model` that weighs the elements, such as its `AttSets`; with a single element it must pass
             that element on.
         loss: `loss(prediction, target)`, a mean over its items.
-        optimizer: makes the optimiser of a list of parameters; each of the two groups gets its own.
+        optimizer: makes the optimiser of a list of parameters; each of the two groups gets its own. Default: Adam
+            at rate 1e-4, as the authors.
 
     Raises:
         InputError: where the attention is no part of the model, or nothing is left to train beside it.
@@ -50,7 +54,7 @@ class FASet:
         >>> len(losses.base), len(losses.attention)
         (2, 1)
 
-    Source: Yang et al., "Robust Attentional Aggregation of Deep Feature Sets for Multi-view 3D Reconstruction", IJCV 2020.
+    Source: Yang et al., "Robust Attentional Aggregation of Deep Feature Sets for Multi-view 3D Reconstruction", IJCV 2019.
     """
 
     def __init__(
@@ -58,7 +62,7 @@ class FASet:
         model: nn.Module,
         attention: nn.Module,
         loss: Callable[[Tensor, Tensor], Tensor],
-        optimizer: Callable[[list[nn.Parameter]], Optimizer] = partial(Adam, lr=1e-4),
+        optimizer: Callable[[list[nn.Parameter]], Optimizer] = ADAM,
     ) -> None:
         if not any(module is attention for module in model.modules()):
             raise InputError("attention: is no part of the model; give the very module that the model calls")
@@ -79,7 +83,7 @@ class FASet:
         x, target, mask = batch
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
         owner = real.nonzero()[:, 0]
-        with self._training(self._base_parameters, frozen=self._attention_parameters):
+        with self._frozen(self._attention_parameters):
             self.model.train()
             self.attention.eval()
             return self._step(self.base_optimizer, self.model(x[real].unsqueeze(1)), target[owner])
@@ -87,7 +91,7 @@ class FASet:
     def attention_step(self, batch: Batch) -> float:
         """Stage 2: one step of the attention alone, on the whole sets; the loss before it."""
         x, target, mask = batch
-        with self._training(self._attention_parameters, frozen=self._base_parameters):
+        with self._frozen(self._base_parameters):
             self.model.eval()
             self.attention.train()
             return self._step(
@@ -131,21 +135,19 @@ class FASet:
     def _step(self, optimizer: Optimizer, prediction: Tensor, target: Tensor) -> float:
         loss = self.loss(prediction, target)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         return loss.item()
 
     @contextmanager
-    def _training(self, trained: list[nn.Parameter], frozen: list[nn.Parameter]) -> Iterator[None]:
+    def _frozen(self, parameters: list[nn.Parameter]) -> Iterator[None]:
         modes = [(module, module.training) for module in self.model.modules()]
+        for p in parameters:
+            p.requires_grad_(False)
         try:
-            for p in trained:
-                p.requires_grad_(True)
-            for p in frozen:
-                p.requires_grad_(False)
             yield
         finally:
-            for p in [*trained, *frozen]:
+            for p in parameters:
                 p.requires_grad_(True)
             for module, training in modes:
                 module.training = training
