@@ -178,7 +178,7 @@ class PaddedTokens(Tokens):
         self, v: Float[Tensor, "batch tokens channels"] | None = None, eps: float = 1e-8
     ) -> Float[Tensor, "batch channels"]:
         v = self.values if v is None else v
-        if self.mask is not None or v.shape[1] == 0:
+        if self.mask is not None or v.numel() == 0:
             return super().std(v, eps)
         # fused: no centred copy of the tokens
         return (v.to(accumulation_dtype(v.dtype)).var(1, correction=0) + eps).sqrt().to(v.dtype)
