@@ -27,6 +27,8 @@ class System:
         code: the authors' repository, `None` where none was found.
         room: where it lives, `pool/attention` for example.
         classes: dotted paths of our classes and functions.
+        licence: of the authors' repository, as found there; `None` where nobody looked. No code of theirs is in cenote.
+        legal: what a user should know besides, `None` for nearly all.
     """
 
     row: int
@@ -37,6 +39,8 @@ class System:
     code: str | None
     room: str
     classes: tuple[str, ...]
+    licence: str | None = None
+    legal: str | None = None
 
     @property
     def status(self) -> Status:
@@ -95,6 +99,8 @@ def systems() -> tuple[System, ...]:
             code=r.get("code"),
             room=r["room"],
             classes=tuple(r.get("classes", ())),
+            licence=r.get("licence"),
+            legal=r.get("legal"),
         )
         for r in rows
     )

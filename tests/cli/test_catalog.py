@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+import cenote
+from cenote.cli.app import app, main
+
+runner = CliRunner()
+
+
+def test_list_prints_every_system_and_every_name_on_one_line_each() -> None:
+    done = runner.invoke(app, ["list"])
+    assert done.exit_code == 0
+    lines = done.stdout.splitlines()
+    for s in cenote.systems():
+        assert any(f" {s.slug} " in line and f" {s.row} " in line for line in lines), s.slug
+    for m in cenote.methods():
+        assert any(line.startswith(f"│ {m.name} ") for line in lines), m.name
+
+
+def test_list_of_one_room_leaves_the_others_out() -> None:
+    lines = runner.invoke(app, ["list", "--room", "steer"]).stdout
+    for s in cenote.systems():
+        assert (f" {s.slug} " in lines) == (s.room == "steer"), s.slug
+
+
+def test_show_of_a_slug() -> None:
+    shown = runner.invoke(app, ["show", "simpool"]).stdout
+    for expected in (
+        "Keep It SimPool",
+        "arXiv 2309.06891",
+        "billpsomas/simpool",
+        "cenote.pool.attention.simpool.SimPool",
+    ):
+        assert expected in shown
+
+
+def test_show_says_what_a_user_should_know_about_the_method() -> None:
+    assert "pending patent applications" in runner.invoke(app, ["show", "localist-framework"]).stdout
+
+
+def test_show_of_words_lists_what_matches() -> None:
+    shown = runner.invoke(app, ["show", "token pooling"]).stdout
+    assert "systems match" in shown
+    assert "colbert-token-pooling" in shown
+    assert "simpool" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "simpol"], "did you mean simpool"),
+        (["show", "zzzz"], "`cenote list` prints all"),
+        (["list", "--room", "cellar"], "no system lives in 'cellar'"),
+    ],
+)
+def test_wrong_names_end_in_one_message_and_exit_code_2(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["cenote", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    written = capsys.readouterr().err
+    assert written.startswith("error: ")
+    assert message in written
