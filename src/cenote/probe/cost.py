@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 
@@ -20,11 +21,12 @@ def parameters(probe: Probe) -> int:
     return sum(p.numel() for p in probe.parameters() if p.requires_grad)
 
 
-@torch.no_grad()
 def multiply_adds(probe: Probe, data: TokenDataset) -> int:
     """Multiply-adds in matrix products, convolutions and attention for one item of median length."""
+    # the counter's module hooks cannot stand tensors that want a gradient while gradients are off
+    without_gradients = copy.deepcopy(probe).eval().requires_grad_(False)
     with FlopCounterMode(display=False) as counter:
-        probe.eval()(_typical(data, 1))
+        without_gradients(_typical(data, 1))
     return counter.get_total_flops() // 2
 
 

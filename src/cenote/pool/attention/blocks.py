@@ -91,8 +91,8 @@ class TokenBatchNorm(nn.BatchNorm1d):
         momentum = 0.1 if self.momentum is None else self.momentum
         with torch.no_grad():
             unbiased = variance * (count / (count - 1).clamp(min=1))
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+            for running, now in ((self.running_mean, mean), (self.running_var, unbiased)):
+                running.mul_(1 - momentum).add_(now.to(running.dtype) * momentum)
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
         return mean, (variance + self.eps).rsqrt()
