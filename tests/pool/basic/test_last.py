@@ -1,0 +1,14 @@
+import torch
+from tests.pools import features
+
+from cenote.core import Bags
+from cenote.pool import LastPool
+
+
+def test_is_the_last_real_token_wherever_the_padding_stands() -> None:
+    x = features(3, 4)
+    mask = torch.tensor([[True, True, False, False], [False, False, True, True], [True, True, True, True]])
+    expected = torch.stack([x[0, 1], x[1, 3], x[2, 3]])
+    torch.testing.assert_close(LastPool(16)(x), x[:, -1])
+    torch.testing.assert_close(LastPool(16)(x, mask), expected)
+    torch.testing.assert_close(LastPool(16)(Bags.from_padded(x, mask)), expected)
