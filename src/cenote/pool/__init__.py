@@ -32,7 +32,26 @@ from cenote.pool.basic.max import MaxPool
 from cenote.pool.basic.mean import MeanPool
 from cenote.pool.basic.statistics import StatisticsPool
 from cenote.pool.basic.sum import SumPool
+from cenote.pool.spatial.adapool import AdaPool1d, AdaPool2d, AdaPool3d, AdaUnpool1d, AdaUnpool2d, AdaUnpool3d
+from cenote.pool.spatial.base import WeightedWindowPool, WindowPool
+from cenote.pool.spatial.edscw import EDSCWPool1d, EDSCWPool2d, EDSCWPool3d, IDWPool1d, IDWPool2d, IDWPool3d
 from cenote.pool.spatial.ggem import GeM, GGeM
+from cenote.pool.spatial.gramian_heads import GramianHeads, GramianPool
+from cenote.pool.spatial.gramian_loss import DecorrelationLoss, divergence_from_mean
+from cenote.pool.spatial.mixed_gated_tree import (
+    GatedPool1d,
+    GatedPool2d,
+    GatedPool3d,
+    MixedPool1d,
+    MixedPool2d,
+    MixedPool3d,
+    TreePool1d,
+    TreePool2d,
+    TreePool3d,
+)
+from cenote.pool.spatial.network_in_network import GlobalAveragePool, MLPConv, NetworkInNetwork, class_maps
+from cenote.pool.spatial.softpool import SoftPool1d, SoftPool2d, SoftPool3d
+from cenote.pool.spatial.tokenflex import TokenCountSampler, TokenFlex, check_placeholders
 
 __all__ = [
     "ABMIL",
@@ -42,6 +61,12 @@ __all__ = [
     "PMA",
     "SAB",
     "ABMILPPositions",
+    "AdaPool1d",
+    "AdaPool2d",
+    "AdaPool3d",
+    "AdaUnpool1d",
+    "AdaUnpool2d",
+    "AdaUnpool3d",
     "AdaptiveNoisePool",
     "AimPool",
     "AttSets",
@@ -54,27 +79,58 @@ __all__ = [
     "ClsMeanPool",
     "ClsPool",
     "CoCaPool",
+    "DecorrelationLoss",
     "DeepSet",
     "DinoViTPool",
     "DolgPool",
+    "EDSCWPool1d",
+    "EDSCWPool2d",
+    "EDSCWPool3d",
     "ESimPool",
     "EfficientProbing",
     "FASet",
     "GGeM",
+    "GatedPool1d",
+    "GatedPool2d",
+    "GatedPool3d",
     "GaussianMixtures",
     "GeM",
+    "GlobalAveragePool",
+    "GramianHeads",
+    "GramianPool",
+    "IDWPool1d",
+    "IDWPool2d",
+    "IDWPool3d",
     "JepaPool",
     "LastPool",
     "MHCAPool",
+    "MLPConv",
     "MaxPool",
     "MeanPool",
+    "MixedPool1d",
+    "MixedPool2d",
+    "MixedPool3d",
+    "NetworkInNetwork",
     "PaddedPool",
     "Pool",
     "Pooled",
     "SetTransformer",
     "SigLipPool",
     "SimPool",
+    "SoftPool1d",
+    "SoftPool2d",
+    "SoftPool3d",
     "StatisticsPool",
     "SumPool",
+    "TokenCountSampler",
+    "TokenFlex",
+    "TreePool1d",
+    "TreePool2d",
+    "TreePool3d",
+    "WeightedWindowPool",
+    "WindowPool",
+    "check_placeholders",
+    "class_maps",
+    "divergence_from_mean",
     "sample_mixtures",
 ]

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cenote.core.errors import InputError
+from cenote.pool.spatial.shared import SharedWindowPool
+from cenote.pool.spatial.unit import Constraint, in_unit_interval, unit_parameter
+from cenote.pool.spatial.windows import Size
+
+
+class MixedPool(SharedWindowPool):
+    """A learned blend of maximum and mean.
+
+    `y = a max_i x_i + (1 - a) mean_i x_i`, with one learned `a` in [0, 1].
+
+    Use `MixedPool1d`, `MixedPool2d` or `MixedPool3d`.
+
+    Args:
+        kernel_size, stride, padding, ceil_mode: as in `torch.nn.AvgPool2d`; cells outside of the map are left out.
+        channels, regions, count_include_pad: as in `SharedWindowPool`.
+        a: its first value.
+        constraint: how it is kept in [0, 1]: `"sigmoid"` or `"clamp"`.
+
+    Example:
+        >>> MixedPool2d(2, a=0.5)(torch.tensor([[[[0.0, 1.0], [2.0, 3.0]]]])).item()
+        2.25
+
+    Source: Lee, Gallagher, Tu, "Generalizing Pooling Functions in Convolutional Neural Networks: Mixed, Gated, and Tree",
+    AISTATS 2016.
+
+    Note:
+        The paper asks for `a` in [0, 1] without saying how, nor where it starts; a sigmoid and 0.5 are taken here.
+    """
+
+    def __init__(
+        self,
+        kernel_size: Size,
+        stride: Size | None = None,
+        padding: Size = 0,
+        ceil_mode: bool = False,
+        channels: int | None = None,
+        regions: Size | None = None,
+        count_include_pad: bool = False,
+        a: float = 0.5,
+        constraint: Constraint = "sigmoid",
+    ) -> None:
+        super().__init__(kernel_size, stride, padding, ceil_mode, channels, regions, count_include_pad)
+        if not 0 <= a <= 1:
+            raise InputError(f"a: expected a number in [0, 1], got {a}")
+        self.constraint: Constraint = constraint
+        self.a = unit_parameter(torch.full(self.owners, float(a)), constraint)
+
+    def pool(self, x: Float[Tensor, "batch channels *map"]) -> Float[Tensor, "batch channels *windows"]:
+        mean = self._mean(x)
+        return mean + in_unit_interval(self.a, self.constraint).to(x.dtype) * (self.windows.max(x) - mean)
+
+
+class GatedPool(SharedWindowPool):
+    """A blend of maximum and mean that a gate chooses for each window.
+
+    `g = sigmoid(w . x)`, `y = g max_i x_i + (1 - g) mean_i x_i`, with one learned weight per cell of the kernel, no bias.
+
+    Use `GatedPool1d`, `GatedPool2d` or `GatedPool3d`.
+
+    Args:
+        kernel_size, stride, padding, ceil_mode: as in `torch.nn.AvgPool2d`; cells outside of the map are left out.
+        channels, regions, count_include_pad: as in `SharedWindowPool`.
+
+    Example:
+        >>> GatedPool2d(3, stride=2, ceil_mode=True)(torch.randn(2, 8, 8, 7)).shape
+        torch.Size([2, 8, 4, 3])
+
+    Source: as `MixedPool`. The authors' best net has `TreePool` where it pools first and `GatedPool` later.
+    """
+
+    def __init__(
+        self,
+        kernel_size: Size,
+        stride: Size | None = None,
+        padding: Size = 0,
+        ceil_mode: bool = False,
+        channels: int | None = None,
+        regions: Size | None = None,
+        count_include_pad: bool = False,
+    ) -> None:
+        super().__init__(kernel_size, stride, padding, ceil_mode, channels, regions, count_include_pad)
+        self.gate = self._first_filters(1)
+
+    def pool(self, x: Float[Tensor, "batch channels *map"]) -> Float[Tensor, "batch channels *windows"]:
+        mean = self._mean(x)
+        return mean + self._gates(x) * (self.windows.max(x) - mean)
+
+    def gates(self, x: Float[Tensor, "*map"]) -> Float[Tensor, "*windows"]:
+        """How much of the maximum each window takes."""
+        g = self._gates(self.as_batch(x)).to(x.dtype)
+        return g if x.dim() == self.dims + 2 else g.squeeze(0)
+
+    def _gates(self, x: Float[Tensor, "batch channels *map"]) -> Float[Tensor, "batch channels *windows"]:
+        return torch.sigmoid(self.windows.filtered(x, self.gate.to(x.dtype))[0])
+
+
+class TreePool(SharedWindowPool):
+    """A soft binary tree over each window: its leaves are learned filters, its inner nodes gates.
+
+    `y_m = v_m . x` at a leaf; `y_m = s_m y_left + (1 - s_m) y_right` with `s_m = sigmoid(w_m . x)` at an inner node. The
+    filters are free: a tree can change scale and sign.
+
+    Use `TreePool1d`, `TreePool2d` or `TreePool3d`.
+
+    Args:
+        kernel_size, stride, padding, ceil_mode: as in `torch.nn.AvgPool2d`; cells outside of the map are left out.
+        levels: `L` of the tree, with `2^(L-1)` leaves.
+        channels, regions: as in `SharedWindowPool`.
+        leaves: what filters start from: `"random"`, near zero as the authors do, or `"mean"`, near the mean of the window.
+
+    Attributes:
+        gates: `[2^(L-1) - 1, channels or 1, *regions or ones, *kernel]`, the root first, then level by level.
+        leaves: `[2^(L-1), ...]`, from left to right.
+
+    Example:
+        >>> TreePool2d(3, stride=2, levels=3)(torch.randn(2, 8, 9, 9)).shape
+        torch.Size([2, 8, 4, 4])
+
+    Source: as `MixedPool`.
+    """
+
+    keeps_constants = False
+
+    def __init__(
+        self,
+        kernel_size: Size,
+        stride: Size | None = None,
+        padding: Size = 0,
+        ceil_mode: bool = False,
+        levels: int = 2,
+        channels: int | None = None,
+        regions: Size | None = None,
+        leaves: Literal["random", "mean"] = "random",
+    ) -> None:
+        super().__init__(kernel_size, stride, padding, ceil_mode, channels, regions)
+        if levels < 1:
+            raise InputError(f"levels: expected at least 1, got {levels}")
+        if leaves not in ("random", "mean"):
+            raise InputError(f"leaves: expected 'random' or 'mean', got {leaves!r}")
+        self.levels = levels
+        self.leaves = self._first_filters(2 ** (levels - 1))
+        if leaves == "mean":
+            with torch.no_grad():
+                self.leaves.div_(self.windows.cells).add_(1 / self.windows.cells)
+        self.gates = self._first_filters(2 ** (levels - 1) - 1) if levels > 1 else None
+
+    def pool(self, x: Float[Tensor, "batch channels *map"]) -> Float[Tensor, "batch channels *windows"]:
+        filters = self.leaves if self.gates is None else torch.cat([self.gates, self.leaves])
+        answers = self.windows.filtered(x, filters.to(x.dtype))
+        count = len(answers) // 2
+        gates, nodes = answers[:count], answers[count:]
+        while len(nodes) > 1:
+            gates, level = gates[: -len(nodes) // 2], gates[-len(nodes) // 2 :]
+            pairs = zip(level, nodes[::2], nodes[1::2], strict=True)
+            nodes = [right + torch.sigmoid(s) * (left - right) for s, left, right in pairs]
+        return nodes[0]
+
+
+class MixedPool1d(MixedPool):
+    """`MixedPool` of `[batch, channels, length]`."""
+
+    dims = 1
+
+
+class MixedPool2d(MixedPool):
+    """`MixedPool` of `[batch, channels, height, width]`."""
+
+    dims = 2
+
+
+class MixedPool3d(MixedPool):
+    """`MixedPool` of `[batch, channels, depth, height, width]`."""
+
+    dims = 3
+
+
+class GatedPool1d(GatedPool):
+    """`GatedPool` of `[batch, channels, length]`."""
+
+    dims = 1
+
+
+class GatedPool2d(GatedPool):
+    """`GatedPool` of `[batch, channels, height, width]`."""
+
+    dims = 2
+
+
+class GatedPool3d(GatedPool):
+    """`GatedPool` of `[batch, channels, depth, height, width]`."""
+
+    dims = 3
+
+
+class TreePool1d(TreePool):
+    """`TreePool` of `[batch, channels, length]`."""
+
+    dims = 1
+
+
+class TreePool2d(TreePool):
+    """`TreePool` of `[batch, channels, height, width]`."""
+
+    dims = 2
+
+
+class TreePool3d(TreePool):
+    """`TreePool` of `[batch, channels, depth, height, width]`."""
+
+    dims = 3

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from cenote.core.errors import InputError
+from cenote.pool.spatial.base import Grad, WeightedWindowPool
+from cenote.pool.spatial.windows import Size
+
+
+class SoftPool(WeightedWindowPool):
+    """Each activation of a window weighted by its softmax over the window.
+
+    `w_i = exp(a_i / t) / sum_j exp(a_j / t)`, `y = sum_i w_i a_i`, for each channel on its own; `t = 1` in the paper. Large
+    `a / t` tends to the maximum, small to the mean. `dy/da_i = w_i (1 + (a_i - y) / t)`, which can be negative.
+
+    Use `SoftPool1d`, `SoftPool2d` or `SoftPool3d`.
+
+    Args:
+        kernel_size, stride, padding, ceil_mode: as in `torch.nn.AvgPool2d`; cells outside of the map are left out.
+        weights: `"channel"`, or `"shared"`: one weight map for all channels, `w_i ~ sum_c exp(a_ic / t)`.
+        grad: `"full"`, or `"weights"`: `dy/da_i = w_i`, the rule of the paper and of the authors' CUDA kernel.
+        temperature: `t`.
+        clamp_output: whether negative results become 0.
+
+    Raises:
+        InputError: where an argument is out of range or the input is no map that holds a window.
+
+    Example:
+        >>> round(SoftPool2d(2)(torch.tensor([[[[0.0, 1.0], [2.0, 3.0]]]])).item(), 3)
+        2.493
+        >>> SoftPool2d(3, stride=2)(torch.randn(2, 8, 9, 9)).shape
+        torch.Size([2, 8, 4, 4])
+
+    Source: Stergiou, Poppe, Kalliatakis, "Refining Activation Downsampling with SoftPool", ICCV 2021.
+
+    Note:
+        The authors do not subtract the maximum before `exp` and zero the windows that overflow; here no magnitude overflows.
+        Their kernel misplaces results where `stride != kernel_size`; here every stride is right. Their fallback without CUDA
+        is another function, `weights="shared"` with `clamp_output=True`. Temperature, padding and ceil mode are ours.
+    """
+
+    def __init__(
+        self,
+        kernel_size: Size = 2,
+        stride: Size | None = None,
+        padding: Size = 0,
+        ceil_mode: bool = False,
+        weights: Literal["channel", "shared"] = "channel",
+        grad: Grad = "full",
+        temperature: float = 1.0,
+        clamp_output: bool = False,
+    ) -> None:
+        super().__init__(kernel_size, stride, padding, ceil_mode, grad)
+        if weights not in ("channel", "shared"):
+            raise InputError(f"weights: expected 'channel' or 'shared', got {weights!r}")
+        if temperature <= 0:
+            raise InputError(f"temperature: expected a positive number, got {temperature}")
+        self.weights = weights
+        self.temperature = temperature
+        self.clamp_output = clamp_output
+
+    def pool(self, x: Float[Tensor, "batch channels *map"]) -> Float[Tensor, "batch channels *windows"]:
+        y = super().pool(x)
+        return y.clamp(min=0) if self.clamp_output else y
+
+    def scores(self, x: Float[Tensor, "batch channels *map"]) -> Sequence[Float[Tensor, "batch owners *windows"]]:
+        if self.temperature != 1:
+            x = x / self.temperature
+        return self.windows.views(x if self.weights == "channel" else x.logsumexp(1, keepdim=True))
+
+    def centre(self, x: Float[Tensor, "batch channels *map"]) -> Float[Tensor, "batch channels *windows"]:
+        return self.windows.max(x) if self.weights == "channel" else super().centre(x)
+
+
+class SoftPool1d(SoftPool):
+    """`SoftPool` of `[batch, channels, length]`."""
+
+    dims = 1
+
+
+class SoftPool2d(SoftPool):
+    """`SoftPool` of `[batch, channels, height, width]`."""
+
+    dims = 2
+
+
+class SoftPool3d(SoftPool):
+    """`SoftPool` of `[batch, channels, depth, height, width]`."""
+
+    dims = 3
