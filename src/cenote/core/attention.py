@@ -6,10 +6,15 @@ With queries that are few per set, the projections of keys and values move to th
     sum_n a_n (W_v x_n + b_v) = W_v (sum_n a_n x_n) + b_v      (the weights sum to 1)
 
 so no token is ever projected and the cost falls from `O(N D^2)` to `O(N D H Q)`, with the same output to rounding. A
-LayerNorm on the tokens folds in as well: with `mu_n`, `sigma_n` the statistics of token `n` and `g`, `b` its affine part,
+LayerNorm on the tokens folds in as well: with `sigma_n` the deviation of token `n`, `g`, `b` the affine part and
+`c(u) = u - mean(u)`, which may be applied to either side of a product,
 
-    u . LN(x_n) = ((u*g) . x_n - mu_n sum(u*g)) / sigma_n + u . b
-    sum_n a_n LN(x_n) = g * (sum_n (a_n/sigma_n) x_n - sum_n a_n mu_n/sigma_n) + b
+    u . LN(x_n) = c(u*g) . x_n / sigma_n + u . b
+    sum_n a_n LN(x_n) = g * c(sum_n (a_n/sigma_n) x_n) + b
+
+The means of the tokens then leave after the sums. Where `|mean(x_n)| >> sigma_n`, rounding errors grow with their ratio, as
+those of a LayerNorm do, but are some ten times as large (in float32 about 1e-6 of the ratio). Tokens of transformers have
+ratios below 1; for data with a ratio above 10 in half precision, or above 1000 in float32, take the projected plan.
 
 Further vectors `e` that the queries see besides the tokens (a class token among its own keys) need no concatenation: with
 `L` the logsumexp of the scores on either side, the tokens' share of the softmax is `sigmoid(L_x - L_e)`.
@@ -88,13 +93,24 @@ def cross_attention(
     """
     if plan not in ("auto", "absorbed", "projected"):
         raise InputError(f"plan: expected 'auto', 'absorbed' or 'projected', got {plan!r}")
+    if query.dim() not in (2, 3) or (query.dim() == 3 and query.shape[0] != tokens.batch):
+        raise InputError(
+            f"query: expected [queries, width] for all sets or [{tokens.batch}, queries, width] for each, "
+            f"got shape {tuple(query.shape)}"
+        )
     dim, (queries, width) = tokens.dim, query.shape[-2:]
+    for name, map_ in (("key", key), ("value", value)):
+        if map_ is not None and map_.weight.shape[1] != dim:
+            raise InputError(f"{name}: maps vectors of width {map_.weight.shape[1]}, but the tokens have width {dim}")
+    for name, norm in (("key_norm", key_norm), ("value_norm", value_norm)):
+        if norm is not None and not (isinstance(norm, nn.LayerNorm) and norm.normalized_shape == (dim,)):
+            raise InputError(f"{name}: expected a LayerNorm over the token width {dim}, got {norm}")
     key_width = heads * dim if key is None else key.weight.shape[0]
     value_width = dim if value is None else value.weight.shape[0]
     if width != key_width:
         raise InputError(f"query: expected width {key_width} to match the keys, got {width}")
     for name, size in (("key", key_width), ("value", value_width)):
-        if size % heads:
+        if heads < 1 or size % heads:
             raise InputError(f"heads: {heads} does not divide the {name} width {size}")
     if head_norm is not None and key is None:
         raise InputError(
@@ -209,7 +225,11 @@ class _TokenNorms:
         """`(mu_n, 1/sigma_n)` of each token."""
         if eps not in self._statistics:
             x = self.tokens.values
-            variance, mean = torch.var_mean(x.to(accumulation_dtype(x.dtype)), -1, correction=0, keepdim=True)
+            wide = x.to(accumulation_dtype(x.dtype))
+            if x.numel():
+                variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
+            else:  # where torch would warn
+                variance = mean = wide.new_zeros((*x.shape[:-1], 1))
             self._statistics[eps] = mean, (variance + eps).rsqrt()
         return self._statistics[eps]
 
@@ -227,24 +247,27 @@ class _TokenNorms:
             return self.tokens.scores(u)
         mean, inverse_std = self.statistics(norm.eps)
         # u . b is the same for every token and drops out of the softmax
-        u = u if norm.weight is None else u * norm.weight
-        total = u.sum(-1)
-        total = total if u.dim() == 2 else self.tokens.spread(total)
-        scores = self.tokens.scores(u).to(mean.dtype)
-        return (scores - mean * total) * inverse_std
+        u = u.to(mean.dtype) if norm.weight is None else u * norm.weight.to(mean.dtype)
+        u = u - u.mean(-1, keepdim=True)
+        narrow = u.to(self.tokens.values.dtype)
+        scores = self.tokens.scores(narrow).to(mean.dtype)
+        if narrow.dtype != mean.dtype:
+            # in half precision u is centred only to rounding
+            left = narrow.to(mean.dtype).sum(-1)
+            scores = scores - mean * (left if u.dim() == 2 else self.tokens.spread(left))
+        return scores * inverse_std
 
     def weighted_sum(
         self, weights: Float[Tensor, "*rows heads_queries"], norm: nn.LayerNorm | None
     ) -> Float[Tensor, "batch heads_queries dim"]:
         if norm is None:
             return self.tokens.weighted_sum(weights)
-        mean, inverse_std = self.statistics(norm.eps)
-        scaled = weights.to(mean.dtype) * inverse_std
-        shift = self.tokens.sum(scaled * mean).unsqueeze(-1)
-        x = self.tokens.values
-        pooled = self.tokens.weighted_sum(scaled.to(x.dtype)).to(mean.dtype) - shift
+        wide, x = accumulation_dtype(weights.dtype), self.tokens.values
+        scaled = weights.to(wide) * self.statistics(norm.eps)[1]
+        pooled = self.tokens.weighted_sum(scaled.to(x.dtype)).to(wide)
+        pooled = pooled - pooled.mean(-1, keepdim=True)
         if norm.weight is not None:
             pooled = pooled * norm.weight
         if norm.bias is not None:
-            pooled = pooled + self.tokens.sum(weights.to(mean.dtype)).unsqueeze(-1) * norm.bias
+            pooled = pooled + self.tokens.sum(weights.to(wide)).unsqueeze(-1) * norm.bias
         return pooled.to(x.dtype)

@@ -202,7 +202,10 @@ class PaddedTokens(Tokens):
     def scores(
         self, queries: Float[Tensor, "heads dim"] | Float[Tensor, "batch heads dim"]
     ) -> Float[Tensor, "batch tokens heads"]:
-        return self.values @ queries.transpose(-1, -2)
+        if queries.dim() == 2 and self.values.is_contiguous():
+            return self.values @ queries.T
+        # one product per set: joining the sets would copy the tokens of a map, or of sets without their first token
+        return (queries.expand(self.batch, *queries.shape[-2:]) @ self.values.transpose(1, 2)).transpose(1, 2)
 
     def spread(self, per_set: Float[Tensor, "batch *channels"]) -> Float[Tensor, "batch tokens *channels"]:
         return per_set.unsqueeze(1).expand(per_set.shape[0], self.values.shape[1], *per_set.shape[1:])
