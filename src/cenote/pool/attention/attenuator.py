@@ -153,6 +153,10 @@ class Attenuator(PaddedPool):
         elif pooling == "max":
             self.head = MaxPool(hidden)
         elif pooling == "cls":
+            if not 0 <= cls_index < cls_tokens:
+                raise InputError(
+                    f"cls_index: expected the number of one of the {cls_tokens} learned tokens, got {cls_index}"
+                )
             self.cls_token = nn.Parameter(torch.rand(1, cls_tokens, hidden))
         else:
             raise InputError(f"pooling: expected 'adaptive', 'mean', 'max' or 'cls', got {pooling!r}")
@@ -164,7 +168,7 @@ class Attenuator(PaddedPool):
         if self.proj_in is not None:
             x = self.proj_in(x)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
             if mask is not None:
                 mask = torch.cat([mask.new_ones(x.shape[0], self.cls_token.shape[1]), mask], 1)
         if self.query_emb is not None:
@@ -172,9 +176,13 @@ class Attenuator(PaddedPool):
         for layer in self.layers:
             x = layer(x, mask)
         x = x if self.norm is None else self.norm(x)
-        cls = Pooled(x[:, self.cls_index], None)
-        y, weights = cls if self.head is None else self.head.pool(PaddedTokens(x, mask))
+        y, weights = self._pooled(PaddedTokens(x, mask))
         return Pooled(y if self.proj_out is None else self.proj_out(y), weights)
+
+    def _pooled(self, tokens: PaddedTokens) -> Pooled:
+        if self.head is None:
+            return Pooled(tokens.values[:, self.cls_index], None)
+        return self.head.pool(tokens)
 
 
 def _first(x: Tensor, mask: Bool[Tensor, "batch tokens"] | None) -> Bool[Tensor, "*batch tokens"]:

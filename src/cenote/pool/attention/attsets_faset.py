@@ -14,7 +14,6 @@ from torch.optim import Adam, Optimizer
 
 from cenote.core.errors import InputError
 
-
 ADAM = partial(Adam, lr=1e-4)
 
 
@@ -94,9 +93,7 @@ class FASet:
         with self._frozen(self._base_parameters):
             self.model.eval()
             self.attention.train()
-            return self._step(
-                self.attention_optimizer, self.model(x) if mask is None else self.model(x, mask), target
-            )
+            return self._step(self.attention_optimizer, self.model(x) if mask is None else self.model(x, mask), target)
 
     def fit(
         self,

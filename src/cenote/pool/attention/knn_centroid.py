@@ -61,9 +61,7 @@ def _one_set(stream: np.random.RandomState, vectors: int, dim: int) -> np.ndarra
     return by_feature[:dim].T
 
 
-def knn_centroid_targets(
-    x: Float[np.ndarray, "samples vectors dim"], method: str
-) -> Float[np.ndarray, "samples dim"]:
+def knn_centroid_targets(x: Float[np.ndarray, "samples vectors dim"], method: str) -> Float[np.ndarray, "samples dim"]:
     """What a pool must return for each set.
 
     Args:
