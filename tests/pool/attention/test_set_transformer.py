@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -179,7 +180,7 @@ def test_em_never_loses_likelihood() -> None:
     for _ in range(30):
         likelihoods.append(float(mixtures.log_likelihood(x)))
         mixtures = mixtures.em_step(x)
-    assert all(b > a - 1e-9 for a, b in zip(likelihoods, likelihoods[1:], strict=False))
+    assert all(b > a - 1e-9 for a, b in pairwise(likelihoods))
     assert likelihoods[-1] > likelihoods[0] + 1
     assert float(truth.log_likelihood(x.float())) > likelihoods[0]
 
