@@ -43,7 +43,7 @@ class ABMILP(PaddedPool):
 
     Note:
         The bias of the last linear map, which drops out of the softmax, is left out. `self_attention` defaults to `"both"`,
-        as in the published runs; the authors' class itself defaults to `"none"`.
+        as in the authors' training script; their class itself defaults to `"none"`.
     """
 
     pairwise = True

@@ -33,7 +33,8 @@ class AimPool(Pool):
 
     Note:
         The key bias of the authors' `qkv_bias`, which drops out of the softmax, is left out. Half-precision tokens are
-        normalised one by one: a channel with a large mean would cancel badly after the sum.
+        normalised one by one: a channel with a large mean would cancel badly after the sum. 16 heads are the default of the
+        authors' training script; their class itself defaults to 12.
     """
 
     def __init__(self, dim: int, heads: int | None = None, queries: int = 1, qkv_bias: bool = False) -> None:

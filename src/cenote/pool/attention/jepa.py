@@ -34,6 +34,9 @@ class JepaPool(Pool):
 
     Source: Bardes et al., "Revisiting Feature Prediction for Learning Visual Representations from Video", 2024; this form:
     Psomas et al., "Attention, Please!", 2025.
+
+    Note:
+        16 heads are the default of the authors' training script; their class itself defaults to 12.
     """
 
     def __init__(
