@@ -1,0 +1,75 @@
+# Needs make and Python 3.11 or newer. Everything is installed into .venv; nothing outside this folder is touched.
+#
+#   make probe   the built-in data through every fast pooling: leaderboard here, report in cenote-out/report.html
+#   make test    the quick test suite
+#   make lint    style, types, import floors
+#   make pages   the generated pages of docs/methods
+#   make docs    the documentation, into site/
+#   make bench   the benchmarks, into benchmarks/results/
+#
+# Another build of PyTorch: make probe TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+
+VENV ?= .venv
+OUT ?= cenote-out
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PACKAGE := $(VENV)/package.stamp
+TEST := $(VENV)/test.stamp
+DEV := $(VENV)/dev.stamp
+DOCS := $(VENV)/docs.stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help probe test lint pages docs bench clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+probe: $(PACKAGE)
+	$(BIN)/cenote probe --out $(OUT)
+
+test: $(TEST)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+pages: $(PACKAGE)
+	$(BIN)/python scripts/build_method_pages.py
+
+docs: $(DOCS) pages
+	$(BIN)/mkdocs build --strict
+
+bench: $(PACKAGE)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) $(OUT) site build dist
+
+# torch comes first and alone, so that the package's own requirement cannot pick another build
+$(PACKAGE): pyproject.toml
+	@set -e; for python in python3.11 python3 python python3.12 python3.13; do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then echo "error: Python 3.11 or newer is needed; found none on PATH" >&2; exit 2; fi; \
+	if [ ! -x $(BIN)/python ]; then echo "creating $(VENV) with $$($$found --version)"; $$found -m venv $(VENV); fi
+	$(PIP) $(TORCH)
+	$(PIP) --editable .
+	@touch $@
+
+$(TEST): $(PACKAGE)
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(DEV): $(PACKAGE)
+	$(PIP) --editable '.[dev,test]'
+	@touch $@
+
+$(DOCS): $(PACKAGE)
+	$(PIP) --editable '.[docs]'
+	@touch $@

@@ -1,0 +1,187 @@
+"""Write docs/methods: one page per published system that is built, one per further pool that has a name, and the index.
+
+python scripts/build_method_pages.py [--check]
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import cenote
+from cenote.catalog import Method, System
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+FOLDER = DOCS / "methods"
+STUDIES = DOCS / "studies"
+MARK = "<!-- written by scripts/build_method_pages.py; do not edit -->"
+NOT_FREE = ("CC BY-NC", "Apple", "all rights", "academic")
+ROOMS = {
+    "pool/attention": "Pool: attention",
+    "pool/sequence": "Pool: sequences",
+    "pool/layers": "Pool: layers",
+    "pool/spatial": "Pool: maps",
+    "pool/graph": "Pool: graphs",
+    "pool/bags": "Pool: bags",
+    "reduce": "Reduce",
+    "mix": "Mix",
+    "explain": "Explain",
+    "steer": "Steer",
+    "select": "Select",
+    "study": "Study only",
+}
+
+
+def pages() -> dict[str, str]:
+    """File name -> text of every page."""
+    written = {f"{s.slug}.md": system_page(s) for s in cenote.systems() if has_page(s)}
+    for m in unpublished():
+        written[f"{m.name}.md"] = method_page(m)
+    return written | {"index.md": index()}
+
+
+def has_page(s: System) -> bool:
+    return s.status != "planned" or s.study is not None
+
+
+def unpublished() -> list[Method]:
+    """Named methods that belong to none of the systems: the mean, the maximum, ABMIL, ..."""
+    return [m for m in cenote.methods() if m.slug is None]
+
+
+def system_page(s: System) -> str:
+    lines = [MARK, "", f"# {s.title}", "", facts(s), ""]
+    if s.classes:
+        lines += [one_line(s.classes[0]), ""]
+    if s.legal:
+        lines += [f"**Note.** {s.legal} cenote's classes are written from the published equations.", ""]
+    elif s.licence and any(word in s.licence for word in NOT_FREE):
+        lines += [
+            f"**Note.** The authors' code is under a licence that restricts its use ({s.licence}). cenote's classes are "
+            "written from the published equations and contain none of it.",
+            "",
+        ]
+    if names := [m for m in cenote.methods() if m.slug == s.slug]:
+        lines += ["## By name", "", *(by_name(m) for m in names), ""]
+    if s.classes:
+        lines += ["## Classes", ""]
+        for path in s.classes:
+            lines += reference(path)
+    lines += ["## Does the claim show here?", "", *study(s)]
+    return finished(lines)
+
+
+def method_page(m: Method) -> str:
+    lines = [MARK, "", f"# {m.name}", "", one_line(m.path), "", "## By name", "", by_name(m), "", "## Class", ""]
+    return finished(lines + reference(m.path))
+
+
+def facts(s: System) -> str:
+    paper = s.paper
+    if paper.startswith("arXiv "):
+        paper = f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv ')})"
+    code = "no code of the authors found"
+    if s.code:
+        licence = f" ({'no licence found' if s.licence == 'none found' else s.licence})" if s.licence else ""
+        code = f"authors' code [{s.code}](https://github.com/{s.code}){licence}"
+    return f"`{s.slug}`, row {s.row}, {s.year}, {paper}; {code}; room `{s.room}`."
+
+
+def by_name(m: Method) -> str:
+    settings = "".join(f", {k}={v!r}" for k, v in (m.settings or {}).items())
+    cls = m.path.rpartition(".")[2]
+    fast = " Part of `cenote probe --methods fast`." if m.fast else ""
+    return f'- `cenote.create("{m.name}", ...)` builds `{cls}(...{settings})`: {m.summary}.{fast}'
+
+
+def reference(path: str) -> list[str]:
+    where = inspect.getsourcefile(load(path))
+    assert where is not None
+    source = Path(where).resolve().relative_to(DOCS.parent).as_posix()
+    return [f"`{source}`", "", f"::: {path}", ""]
+
+
+def study(s: System) -> list[str]:
+    if s.study is None:
+        return ["There is no study of it yet."]
+    kept = STUDIES / f"{s.slug}.json"
+    if not kept.is_file():
+        return [f"`cenote study {s.slug}` checks it; no result is kept in this repository yet."]
+    verdict: dict[str, Any] = json.loads(kept.read_text("utf-8"))
+    return [
+        f"**Claim.** {verdict['claim']}",
+        "",
+        f"**Verdict: {verdict['holds']}**, {len(verdict['seeds'])} seeds, size {verdict['size']}. "
+        f"Numbers and picture: [the study's page](../studies/{s.slug}.md). Again: `cenote study {s.slug}`.",
+    ]
+
+
+def index() -> str:
+    systems = cenote.systems()
+    counts = Counter(s.status for s in systems)
+    lines = [
+        MARK,
+        "",
+        "# All methods",
+        "",
+        f"{len(systems)} published systems: {counts['complete']} built and with a study of their claim, "
+        f"{counts['no study yet']} built without one, {counts['planned']} planned. "
+        "`cenote list` prints the same, `cenote show NAME` one of them.",
+        "",
+        "## Pools that everybody knows",
+        "",
+        *table(("name", "what it does"), [(f"[{m.name}]({m.name}.md)", m.summary) for m in unpublished()]),
+    ]
+    for room, heading in ROOMS.items():
+        here = [s for s in systems if s.room == room]
+        lines += ["", f"## {heading}", "", *table(("row", "system", "year", "title", "status"), map(row, here))]
+    return finished(lines)
+
+
+def row(s: System) -> tuple[str, ...]:
+    link = f"[{s.slug}]({s.slug}.md)" if has_page(s) else s.slug
+    return str(s.row), link, str(s.year), s.title, s.status
+
+
+def table(headings: Any, rows: Any) -> list[str]:
+    def line(cells: Any) -> str:
+        return f"| {' | '.join(c.replace('|', chr(92) + '|') for c in cells)} |"
+
+    return [line(headings), line(["---"] * len(headings)), *map(line, rows)]
+
+
+def one_line(path: str) -> str:
+    return (inspect.getdoc(load(path)) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def load(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def finished(lines: list[str]) -> str:
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def main() -> None:
+    new = pages()
+    old = {p.name: p.read_text("utf-8") for p in FOLDER.glob("*.md")}
+    stale = sorted(n for n in new.keys() | old.keys() if new.get(n) != old.get(n))
+    if "--check" in sys.argv:
+        sys.exit(f"docs/methods is out of date, run make pages: {', '.join(stale)}" if stale else 0)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name in stale:
+        if name in new:
+            (FOLDER / name).write_text(new[name], "utf-8")
+        else:
+            (FOLDER / name).unlink()
+    print(f"docs/methods: {len(new)} pages, {len(stale)} changed")
+
+
+if __name__ == "__main__":
+    main()
