@@ -23,6 +23,6 @@ def fenced(text: str) -> str:
 class Doctests(griffe.Extension):
     """Rewrites docstrings before they are parsed."""
 
-    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:  # noqa: ARG002
         if obj.docstring is not None:
             obj.docstring.value = fenced(obj.docstring.value)
