@@ -1,6 +1,8 @@
 """What people have on disk -> labelled token features in memory."""
 
 from cenote.features.dataset import TokenDataset
+from cenote.features.description import describe, facts
 from cenote.features.embedded import digit_bags, digits
+from cenote.features.reading import read
 
-__all__ = ["TokenDataset", "digit_bags", "digits"]
+__all__ = ["TokenDataset", "describe", "digit_bags", "digits", "facts", "read"]

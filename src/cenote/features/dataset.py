@@ -65,6 +65,11 @@ class TokenDataset:
         return self.x.dim if isinstance(self.x, Bags) else self.x.shape[-1]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Type of the token features."""
+        return self.x.values.dtype if isinstance(self.x, Bags) else self.x.dtype
+
+    @property
     def tokens(self) -> int | None:
         """Tokens per item, prefix included; `None` where items differ."""
         return None if isinstance(self.x, Bags) else self.x.shape[1]

@@ -1,0 +1,347 @@
+"""One array in a file, known by its header and read in blocks: no file is ever held whole.
+
+Nothing here unpickles.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 4 * 2**20
+SUFFIXES = (".npy", ".npz", ".safetensors", ".h5", ".hdf5", ".pt", ".pth")
+USUAL_NAMES = ("features", "x", "tokens", "embeddings", "feats", "vectors")
+_TORCH = {
+    np.dtype(np.float16): torch.float16,
+    np.dtype(np.float32): torch.float32,
+    np.dtype(np.float64): torch.float64,
+}
+_SAFETENSORS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+_ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+
+
+class Unusable(Exception):
+    """A file that cannot be used; the message says why and what to do, without naming the file."""
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """An array of floats on disk.
+
+    Attributes:
+        shape: as stored.
+        dtype: float16, bfloat16, float32 or float64.
+        blocks: reads it along its first axis, a few megabytes at a time; raises `Unusable` where the file ends early.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    blocks: Callable[[], Iterator[Tensor]]
+
+
+def open_array(path: Path, name: str | None = None) -> StoredArray:
+    """The array of floats in a file.
+
+    Args:
+        path: `.npy`, `.npz`, `.safetensors`, `.h5`, `.hdf5`, `.pt` or `.pth`.
+        name: which array, where a file holds several; default: the only one, or one called features, x, tokens, ...
+
+    Raises:
+        Unusable: where the file is damaged, needs unpickling, or does not hold such an array.
+    """
+    try:
+        match path.suffix.lower():
+            case ".npy":
+                return _npy(path)
+            case ".npz":
+                return _npz(path, name)
+            case ".safetensors":
+                return _safetensors(path, name)
+            case ".h5" | ".hdf5":
+                return _hdf5(path, name)
+            case _:
+                return _torch(path, name)
+    except OSError as error:
+        raise Unusable(f"cannot be read ({_first_line(error)}); write it again") from error
+
+
+def fill(part: Tensor, stored: StoredArray) -> None:
+    """Copy a stored array into its place, in the type of that place.
+
+    Raises:
+        Unusable: where the file ends early or the numbers are not finite.
+    """
+    start = 0
+    try:
+        for block in stored.blocks():
+            place = part[start : start + len(block)]
+            place.copy_(block)
+            if not place.isfinite().all():
+                row = start + int((~place.isfinite().flatten(1).all(1)).nonzero()[0])
+                raise Unusable(f"holds NaN or infinite numbers, first in row {row}; leave it out or compute it again")
+            start += len(block)
+    except OSError as error:
+        raise Unusable(f"cannot be read ({_first_line(error)}); write it again") from error
+
+
+def common_dtype(dtypes: set[torch.dtype]) -> torch.dtype:
+    """What arrays of these types are kept as: the type itself where all agree and it is not float64, else float32."""
+    only = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    return torch.float32 if only == torch.float64 else only
+
+
+def rows_per_block(shape: tuple[int, ...], itemsize: int) -> int:
+    """How many entries of the first axis make a block."""
+    return max(1, BLOCK_BYTES // max(1, int(np.prod(shape[1:], dtype=np.int64)) * itemsize))
+
+
+def npz_members(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Shape and dtype of each array of an `.npz`, from the headers alone."""
+    found = {}
+    with _zip(path) as archive:
+        for member in archive.namelist():
+            if member.endswith(".npy"):
+                with archive.open(member) as file:
+                    shape, _, dtype = _npy_header(file)
+                    found[member.removesuffix(".npy")] = (shape, dtype)
+    return found
+
+
+def npz_array(path: Path, name: str) -> StoredArray:
+    """One array of floats of an `.npz`; a compressed one is decompressed block by block."""
+    with _zip(path) as archive, archive.open(f"{name}.npy") as file:
+        shape, fortran, dtype = _npy_header(file)
+    _check_numpy_floats(dtype)
+
+    def blocks() -> Iterator[Tensor]:
+        if fortran:
+            with np.load(path, allow_pickle=False) as arrays:
+                yield from _slices(arrays[name])
+            return
+        with _zip(path) as archive, archive.open(f"{name}.npy") as file:
+            _npy_header(file)
+            yield from _read_blocks(file, shape, dtype)
+
+    return StoredArray(shape, _TORCH[dtype.newbyteorder("=")], blocks)
+
+
+def npz_values(path: Path, name: str) -> np.ndarray[Any, Any]:
+    """A small array of an `.npz`, whole: labels, ids, masks."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return np.asarray(arrays[name])
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise Unusable(f"array {name!r} cannot be read ({_first_line(error)})") from error
+
+
+def _npy(path: Path) -> StoredArray:
+    with path.open("rb") as file:
+        shape, fortran, dtype = _npy_header(file)
+        start = file.tell()
+    _check_numpy_floats(dtype)
+    _check_size(path, start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+
+    def blocks() -> Iterator[Tensor]:
+        if fortran:
+            yield from _slices(np.load(path, mmap_mode="r", allow_pickle=False))
+            return
+        with path.open("rb") as file:
+            file.seek(start)
+            yield from _read_blocks(file, shape, dtype)
+
+    return StoredArray(shape, _TORCH[dtype.newbyteorder("=")], blocks)
+
+
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise Unusable(f"is not a whole .npy array ({_first_line(error)}); write it again with numpy.save") from error
+    return shape, fortran and len(shape) > 1, dtype
+
+
+def _npz(path: Path, name: str | None) -> StoredArray:
+    members = npz_members(path)
+    objects = [key for key, (_, dtype) in members.items() if dtype.hasobject]
+    if objects and (name in objects or len(objects) == len(members)):
+        _check_numpy_floats(members[objects[0]][1])
+    shapes = {key: shape for key, (shape, dtype) in members.items() if dtype.kind == "f"}
+    return npz_array(path, _choose(shapes, list(members), name))
+
+
+def _zip(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise Unusable(f"is not a whole .npz archive ({error}); write it again with numpy.savez") from error
+
+
+def _safetensors(path: Path, name: str | None) -> StoredArray:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = int.from_bytes(file.read(8), "little")
+        if head > size - 8:
+            raise Unusable("is not a whole safetensors file; write it again")
+        try:
+            header = json.loads(file.read(head))
+            entries = {k: _entry(v) for k, v in header.items() if k != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Unusable("has no safetensors header; write it again") from error
+    chosen = _choose({k: e[0] for k, e in entries.items() if e[1] in _SAFETENSORS}, list(entries), name)
+    shape, kind, begin, end = entries[chosen]
+    if end - begin != int(np.prod(shape, dtype=np.int64)) * _ITEM_BYTES[kind]:
+        raise Unusable("has a safetensors header that contradicts itself; write it again")
+    start = 8 + head + begin
+    _check_size(path, 8 + head + end)
+    dtype = np.dtype(np.uint16) if kind == "BF16" else np.dtype(f"<f{_ITEM_BYTES[kind]}")
+
+    def blocks() -> Iterator[Tensor]:
+        with path.open("rb") as file:
+            file.seek(start)
+            for block in _read_blocks(file, shape, dtype):
+                yield block.view(_SAFETENSORS[kind])
+
+    return StoredArray(shape, _SAFETENSORS[kind], blocks)
+
+
+def _entry(raw: dict[str, Any]) -> tuple[tuple[int, ...], str, int, int]:
+    begin, end = raw["data_offsets"]
+    return tuple(int(n) for n in raw["shape"]), str(raw["dtype"]), int(begin), int(end)
+
+
+def _hdf5(path: Path, name: str | None) -> StoredArray:
+    try:
+        import h5py
+    except ImportError as error:
+        raise Unusable("needs h5py; install it with: pip install 'cenote[hdf5]'") from error
+    with h5py.File(path, "r") as file:
+        datasets: dict[str, Any] = {}
+        file.visititems(lambda key, node: datasets.update({key: node}) if isinstance(node, h5py.Dataset) else None)
+        shapes = {key: node.shape for key, node in datasets.items() if node.dtype.kind == "f"}
+        chosen = _choose(shapes, list(datasets), name)
+        shape, dtype = tuple(datasets[chosen].shape), datasets[chosen].dtype
+    _check_numpy_floats(dtype)
+
+    def blocks() -> Iterator[Tensor]:
+        with h5py.File(path, "r") as file:
+            yield from _slices(file[chosen])
+
+    return StoredArray(shape, _TORCH[dtype.newbyteorder("=")], blocks)
+
+
+def _torch(path: Path, name: str | None) -> StoredArray:
+    def load() -> Any:
+        import pickle
+
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except pickle.UnpicklingError as error:
+            raise Unusable(
+                "holds Python objects that would need unpickling, which may run code; "
+                "save the tensor alone with torch.save(tensor) or as safetensors"
+            ) from error
+        except (RuntimeError, EOFError, ValueError, KeyError) as error:
+            raise Unusable(f"is not a whole .pt file ({_first_line(error)}); write it again") from error
+
+    def tensor() -> tuple[Tensor, str | None]:
+        held = load()
+        if isinstance(held, Tensor):
+            return held, None
+        if not isinstance(held, dict):
+            raise Unusable(f"holds a {type(held).__name__}; expected a tensor or a dict of tensors")
+        tensors = {str(k): v for k, v in held.items() if isinstance(v, Tensor)}
+        shapes = {k: tuple(v.shape) for k, v in tensors.items() if v.is_floating_point()}
+        chosen = _choose(shapes, [str(k) for k in held], name)
+        return tensors[chosen], chosen
+
+    found, _ = tensor()
+    if found.dtype not in (*_TORCH.values(), torch.bfloat16):
+        raise Unusable(f"holds {found.dtype}; expected float16, bfloat16, float32 or float64: use tensor.float()")
+    shape = tuple(found.shape)
+
+    def blocks() -> Iterator[Tensor]:
+        values = tensor()[0].detach()
+        rows = rows_per_block(shape, values.element_size())
+        yield from (values[i : i + rows] for i in range(0, len(values), rows))
+
+    return StoredArray(shape, found.dtype, blocks)
+
+
+def _choose(floats: dict[str, tuple[int, ...]], everything: list[str], name: str | None) -> str:
+    if name is not None:
+        if name in floats:
+            return name
+        if name in everything:
+            raise Unusable(f"array {name!r} does not hold floats; save it as float32 or float16")
+        raise Unusable(f"has no array {name!r}; it holds {', '.join(everything) or 'none'}")
+    if not everything:
+        raise Unusable("holds no array")
+    if not floats:
+        raise Unusable(f"holds no array of floats, only {', '.join(everything)}; save float32 or float16")
+    tables = {key: shape for key, shape in floats.items() if len(shape) == 2} or floats
+    usual = [key for key in USUAL_NAMES if key in tables]
+    if len(tables) > 1 and not usual:
+        raise Unusable(f"holds several arrays, {', '.join(tables)}; say which with vector_column")
+    return usual[0] if len(tables) > 1 else next(iter(tables))
+
+
+def _check_numpy_floats(dtype: np.dtype[Any]) -> None:
+    if dtype.hasobject:
+        raise Unusable(
+            "holds Python objects, which would need unpickling; save a plain array of floats "
+            "(items of different lengths: one file each, or x [total, dim] with offsets)"
+        )
+    if dtype.newbyteorder("=") not in _TORCH:
+        raise Unusable(f"holds {dtype}; expected float16, float32 or float64: use array.astype('float32')")
+
+
+def _check_size(path: Path, expected: int) -> None:
+    size = path.stat().st_size
+    if size < expected:
+        raise Unusable(f"is truncated: {size:,} of {expected:,} bytes are there; write it again")
+
+
+def _read_blocks(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[Tensor]:
+    row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
+    rows = rows_per_block(shape, dtype.itemsize)
+    for i in range(0, shape[0] if row_bytes else 0, rows):
+        wanted = min(rows, shape[0] - i)
+        block = np.frombuffer(_exactly(file, wanted * row_bytes), dtype).reshape(wanted, *shape[1:])
+        yield torch.from_numpy(block.astype(dtype.newbyteorder("="), copy=False))
+
+
+def _exactly(file: IO[bytes], count: int) -> bytearray:
+    buffer = bytearray(count)
+    filled = 0
+    try:
+        with memoryview(buffer) as view:
+            while filled < count:
+                got = file.readinto(view[filled:])  # type: ignore[attr-defined]
+                if not got:
+                    raise Unusable(f"is truncated: it ends {count - filled:,} bytes early; write it again")
+                filled += got
+    except (EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise Unusable(f"is damaged ({_first_line(error)}); write it again") from error
+    return buffer
+
+
+def _slices(array: Any) -> Iterator[Tensor]:
+    rows = rows_per_block(array.shape, array.dtype.itemsize)
+    for i in range(0, array.shape[0], rows):
+        block = np.array(array[i : i + rows], dtype=array.dtype.newbyteorder("="), order="C")
+        yield torch.from_numpy(block)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

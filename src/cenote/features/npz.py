@@ -1,0 +1,155 @@
+"""One `.npz` with `x [items, tokens, dim]` (or `x [total, dim]` and `offsets`), `y`, and what else is known per item."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cenote.core import InputError
+from cenote.features import arrays
+from cenote.features.arrays import Unusable
+from cenote.features.source import Filled, LazyColumns, Source
+from cenote.features.table import Column, find
+from cenote.features.validate import Problems
+
+MASK, OFFSETS = "mask", "offsets"
+
+
+def open_npz(path: Path, array: str | None, id_column: str | None, problems: Problems) -> Source:
+    """The items of one `.npz`.
+
+    Arrays: `x`; `y` (`[items]`, or `[items, labels]`); optional `mask [items, tokens]` with True on real tokens, `ids`,
+    `groups`, `split`. Instead of padding, `x [total, dim]` may come with `offsets [items + 1]`.
+
+    Args:
+        path: the file.
+        array: name of the features, if not `x`.
+        id_column: name of the ids, if not `ids`.
+        problems: takes what is wrong.
+
+    Raises:
+        InputError: where there is no usable `x`.
+    """
+    try:
+        members = arrays.npz_members(path)
+        name = find(members, array, ("x", "features", "tokens"), "vector_column")
+        if name is None:
+            raise InputError(
+                f"{path}: holds no array called x; it holds {', '.join(members) or 'none'}; "
+                f"name the features with vector_column"
+            )
+        x = arrays.npz_array(path, name)
+        offsets = None
+        if OFFSETS in members:
+            offsets = _offsets(arrays.npz_values(path, OFFSETS), x.shape, path)
+        elif len(x.shape) != 3:
+            raise InputError(
+                f"{path}: {name} has shape {list(x.shape)}; expected [items, tokens, dim], "
+                f"or [total, dim] together with offsets [items + 1]"
+            )
+        mask = None
+        if MASK in members and offsets is None:
+            mask = _mask(arrays.npz_values(path, MASK), x.shape, path)
+    except Unusable as error:
+        raise InputError(f"{path}: {error}") from error
+    items = x.shape[0] if offsets is None else len(offsets) - 1
+
+    def column(key: str) -> Column:
+        try:
+            values = arrays.npz_values(path, key)
+        except Unusable as error:
+            raise InputError(f"{path}: {error}; save {key} as numbers or texts, not as objects") from error
+        return values.tolist()
+
+    shapes = {key: shape for key, (shape, _) in members.items() if key not in (name, MASK, OFFSETS)}
+    names = [key for key, shape in shapes.items() if len(shape) == 1 and shape[0] == items]
+    id_name = find(shapes, id_column, ("ids", "id"), "id_column")
+    ids = [str(i) for i in (range(items) if id_name is None else column(id_name))]
+    for key, shape in shapes.items():
+        if shape[:1] != (items,):
+            problems.add(
+                "shape", f"array {key!r} has shape {list(shape)}, but there are {items} items; save one entry per item"
+            )
+    if len(ids) != items:
+        ids = [str(i) for i in range(items)]
+    renamed = {"groups": "group", "splits": "split"}
+    columns = {renamed.get(key, key): key for key in names}
+    targets = {f"{key} {i}": (key, i) for key, shape in shapes.items() if len(shape) == 2 for i in range(shape[1])}
+
+    def read(key: str) -> Column:
+        if key in targets:
+            wide, i = targets[key]
+            return [row[i] for row in column(wide)]
+        return column(columns[key])
+
+    def load(found: Problems) -> Filled | None:
+        lengths = _lengths(x.shape, mask, offsets)
+        values = torch.empty(sum(lengths), x.shape[-1], dtype=arrays.common_dtype({x.dtype}))
+        try:
+            _fill(values, x, mask, lengths, ids, found)
+        except (Unusable, OSError) as error:
+            found.add("unreadable", f"array {name!r} {error}")
+        return Filled(values, lengths)
+
+    return Source(
+        ".npz",
+        ids,
+        LazyColumns([*columns, *targets], read),
+        load,
+        used=frozenset() if id_name is None else frozenset({id_name}),
+    )
+
+
+def _lengths(shape: tuple[int, ...], mask: NDArray[np.bool_] | None, offsets: NDArray[np.int64] | None) -> list[int]:
+    if offsets is not None:
+        return np.diff(offsets).tolist()
+    return [shape[1]] * shape[0] if mask is None else mask.sum(1).tolist()
+
+
+def _fill(
+    values: torch.Tensor,
+    x: arrays.StoredArray,
+    mask: NDArray[np.bool_] | None,
+    lengths: list[int],
+    ids: list[str],
+    problems: Problems,
+) -> None:
+    """Copy the real tokens, and name the items that hold numbers that are not finite."""
+    start = row = 0
+    for block in x.blocks():
+        real = block.flatten(0, -2) if mask is None else block[torch.from_numpy(mask[row : row + len(block)])]
+        values[start : start + len(real)] = real
+        start += len(real)
+        row += len(block)
+    ends = np.cumsum(lengths)
+    rows = arrays.rows_per_block(tuple(values.shape), values.element_size())
+    bad: set[int] = set()
+    for i in range(0, len(values), rows):
+        odd = (~values[i : i + rows].isfinite().all(1)).nonzero().flatten().numpy() + i
+        bad.update(np.searchsorted(ends, odd, side="right").tolist())
+    for item in sorted(bad):
+        problems.add(
+            "not finite", f"item {ids[item]!r} holds NaN or infinite numbers; leave it out or compute it again"
+        )
+
+
+def _mask(values: NDArray[Any], shape: tuple[int, ...], path: Path) -> NDArray[np.bool_]:
+    if values.shape != shape[:2]:
+        raise InputError(f"{path}: mask has shape {list(values.shape)}; expected {list(shape[:2])} to match x")
+    if values.dtype != np.bool_ and not np.isin(values, (0, 1)).all():
+        raise InputError(f"{path}: mask holds other numbers than 0 and 1; True (or 1) marks a real token")
+    return values.astype(np.bool_)
+
+
+def _offsets(values: NDArray[Any], shape: tuple[int, ...], path: Path) -> NDArray[np.int64]:
+    fits = values.ndim == 1 and values.dtype.kind in "iu" and len(values) > 1 and len(shape) == 2
+    if not fits or values[0] != 0 or values[-1] != shape[0] or (np.diff(values.astype(np.int64)) < 0).any():
+        raise InputError(
+            f"{path}: offsets must be items + 1 whole numbers that rise from 0 to the number of rows of x, which has shape "
+            f"{list(shape)}"
+        )
+    return values.astype(np.int64)

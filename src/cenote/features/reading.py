@@ -1,0 +1,243 @@
+"""`read`: whatever people have on disk -> `TokenDataset`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from cenote.core import Bags, InputError
+from cenote.features import splits, targets
+from cenote.features.arrow import open_arrow, shards_of
+from cenote.features.dataset import SPLITS, TokenDataset
+from cenote.features.embedded import digit_bags, digits
+from cenote.features.folder import open_folder
+from cenote.features.npz import open_npz
+from cenote.features.source import Filled, Source
+from cenote.features.table import (
+    GROUP_NAME,
+    ID_NAMES,
+    SPLIT_NAME,
+    Column,
+    find,
+    is_missing,
+    label_columns,
+    read_csv,
+)
+from cenote.features.targets import Target
+from cenote.features.validate import Problems, check_grid, check_groups, check_ids, check_lengths
+
+EMBEDDED = {"digits": digits, "digit-bags": digit_bags}
+
+
+def read(
+    path: str | Path,
+    *,
+    labels: str | Path | None = None,
+    task: str | None = None,
+    label_column: str | Sequence[str] | None = None,
+    vector_column: str | None = None,
+    id_column: str | None = None,
+    group_column: str | None = None,
+    split_column: str | None = None,
+    prefix_tokens: int = 0,
+    grid: tuple[int, int] | None = None,
+    fractions: Sequence[float] = splits.FRACTIONS,
+    seed: int = 0,
+    labelled: bool = True,
+) -> TokenDataset:
+    """Read labelled token features, and check all of it before anything is trained.
+
+    Args:
+        path: one of
+
+            - `"digits"`, `"digit-bags"`: the embedded data (a folder of that name is `"./digits"`);
+            - a folder with one `.npy`, `.npz`, `.safetensors`, `.h5` or `.pt` file `[tokens, dim]` per item, in subfolders or
+              not, and `labels.csv` with columns `id`, `label` and, if there are, `split` and `group`;
+            - an Arrow, Feather or Parquet file with a column of lists of vectors, a folder of such files, or one saved by
+              `datasets.save_to_disk`;
+            - an `.npz` with `x [items, tokens, dim]`, `y`, and, if there are, `mask` (True = real), `ids`, `groups`, `split`;
+              or with `x [total, dim]` and `offsets [items + 1]`.
+        labels: CSV file with the labels, instead of those that lie with the data; matched by id.
+        task: `"binary"`, `"multiclass"`, `"multilabel"` or `"regression"`; default by the rules of `cenote.features.targets`.
+        label_column: the column with the label, or several columns, as a sequence or separated by commas; default `label`,
+            `labels`, `y`, `target` or `class`, else the only column left, else all that are left if they hold numbers. Several
+            names in one cell are separated by `;`.
+        vector_column: the column with the vectors; in a folder, the array where files hold several.
+        id_column: default `id`, `item`, `name`, `file`, `filename` or `path` (`ids` in an `.npz`).
+        group_column: column with the patient, speaker, ... whose items stay on one side of a split; default `group`, if there.
+        split_column: column with train, val or test; default `split`, if there. Without val items, val is taken from train.
+        prefix_tokens: how many leading tokens are [CLS] and registers.
+        grid: `(height, width)` of the patch tokens.
+        fractions: shares of train, val, test where no split is given.
+        seed: of the split that is made.
+        labelled: False for data to predict: labels, groups and splits are not looked for, every item is in test, `y` is zeros
+            and `classes` empty.
+
+    Returns:
+        The data, float32 or as stored in half precision: `[items, tokens, dim]` where all items have equally many tokens, else
+        `Bags`. The tokens are held once; files are read in blocks.
+
+    Raises:
+        InputError: that lists everything that is wrong, each problem with its item and remedy.
+
+    Example:
+        >>> read("digits").x.shape
+        torch.Size([1797, 17, 64])
+    """
+    splits.check_fractions(fractions)
+    _check_layout(prefix_tokens, grid)
+    if str(path) in EMBEDDED:
+        return _embedded(
+            str(path), prefix_tokens, labels=labels, task=task, label_column=label_column, vector_column=vector_column,
+            id_column=id_column, group_column=group_column, split_column=split_column, grid=grid,
+        )  # fmt: skip
+    path = Path(path)
+    problems = Problems(str(path))
+    source = _open(path, None if labels is None else Path(labels), vector_column, id_column, labelled, problems)
+    check_ids(source.ids, problems)
+    if not source.ids:
+        raise InputError(f"{path}: holds no item")
+
+    made, split, groups = None, torch.full((len(source.ids),), SPLITS.index("test")), None
+    if labelled:
+        made, split, groups = _judged(source, task, label_column, group_column, split_column, fractions, seed, problems)
+    filled = source.load(problems)
+    if filled is not None and not len(problems):
+        check_lengths(source.ids, filled.lengths, prefix_tokens, problems)
+        check_grid(grid, prefix_tokens, filled.lengths, problems)
+    problems.raise_any()
+    assert filled is not None
+    assert made is not None or not labelled
+    made = made or Target(torch.zeros(len(source.ids), dtype=torch.int64), "multiclass", ())
+    return TokenDataset(
+        name=path.stem,
+        x=_shaped(filled),
+        y=made.y,
+        task=made.task,
+        classes=made.classes,
+        ids=tuple(source.ids),
+        split=split,
+        groups=None if groups is None else tuple(groups),
+        prefix_tokens=prefix_tokens,
+        grid=grid,
+        source=f"{path} ({source.format})",
+    )
+
+
+def _open(
+    path: Path, labels: Path | None, vectors: str | None, id_column: str | None, labelled: bool, problems: Problems
+) -> Source:
+    if not path.exists():
+        raise InputError(f"data: there is no file or folder {path}; give one, or one of {', '.join(EMBEDDED)}")
+    shards = shards_of(path)
+    if path.is_dir() and not shards:
+        return open_folder(path, labels, vectors, id_column, labelled, problems)
+    if shards:
+        source = open_arrow(shards, vectors, None if labels else id_column, path)
+    elif path.suffix.lower() == ".npz":
+        source = open_npz(path, vectors, None if labels else id_column, problems)
+    else:
+        raise InputError(
+            f"data: {path} is none of .npz, .arrow, .feather, .parquet or a folder; "
+            f"put .npy, .safetensors, .h5 and .pt files, one per item, into a folder with labels.csv"
+        )
+    return source if labels is None or not labelled else _joined(source, labels, id_column, problems)
+
+
+def _embedded(name: str, prefix_tokens: int, **given: object) -> TokenDataset:
+    data = EMBEDDED[name]()
+    for argument, value in given.items():
+        if value is not None:
+            raise InputError(f"{argument}: {name} comes with its own labels, split and layout; leave {argument} out")
+    if prefix_tokens not in (0, data.prefix_tokens):
+        raise InputError(f"prefix_tokens: {name} has {data.prefix_tokens}, got {prefix_tokens}; leave it out")
+    return data
+
+
+def _joined(source: Source, labels: Path, id_column: str | None, problems: Problems) -> Source:
+    """The same items with the columns of a CSV file."""
+    columns = read_csv(labels)
+    id_name = find(columns, id_column, ID_NAMES, "id_column")
+    if id_name is None:
+        raise InputError(
+            f"id_column: {labels} has no column called {', '.join(ID_NAMES)}; its columns are {', '.join(columns)}"
+        )
+    check_ids(columns[id_name], problems)
+    row_of = {name: row for row, name in enumerate(columns[id_name])}
+    for name in source.ids:
+        if name not in row_of:
+            problems.add("no row", f"item {name!r} has no row in {labels.name}; add one or leave the item out")
+    for name in row_of.keys() - set(source.ids):
+        problems.add("no item", f"id {name!r} in {labels.name} is no item of the data; take the row out or correct it")
+    # an item without a row is told above; any row in its place keeps the other checks from telling it again
+    rows = [row_of.get(name, 0) for name in source.ids]
+    ordered: dict[str, Column] = {name: [cells[row] for row in rows] for name, cells in columns.items()}
+    return replace(source, columns=ordered, class_names={}, used=frozenset({id_name}))
+
+
+def _judged(
+    source: Source,
+    task: str | None,
+    label_column: str | Sequence[str] | None,
+    group_column: str | None,
+    split_column: str | None,
+    fractions: Sequence[float],
+    seed: int,
+    problems: Problems,
+) -> tuple[Target | None, Int[Tensor, "items"], list[str] | None]:
+    """Target, split and groups; every problem with them is told."""
+    ids, columns = source.ids, source.columns
+    group_name = find(columns, group_column, (GROUP_NAME,), "group_column")
+    split_name = find(columns, split_column, (SPLIT_NAME,), "split_column")
+    others = source.used | {name for name in (group_name, split_name) if name is not None}
+    names = label_columns(columns, label_column, set(others))
+    made = targets.target(ids, {n: columns[n] for n in names}, task, source.class_names, problems)
+
+    groups = None
+    if group_name is not None:
+        for name, cell in zip(ids, columns[group_name], strict=True):
+            if is_missing(cell):
+                problems.add(
+                    "no group", f"item {name!r} has no {group_name}; give it one of its own if it belongs to none"
+                )
+        groups = [str(cell) for cell in columns[group_name]]
+
+    split = torch.zeros(len(ids), dtype=torch.int64)
+    if split_name is None:
+        if made is not None:
+            before = len(problems)
+            targets.check_enough(made, groups, problems)
+            if len(problems) == before:
+                split = splits.make_split(made, groups, fractions, seed, problems)
+        return made, split, groups
+    given = splits.given_split(ids, columns[split_name], problems)
+    if given is None:
+        return made, split, groups
+    if groups is not None:
+        check_groups(ids, groups, given, problems)
+    split = torch.tensor(given)
+    if made is not None:
+        if SPLITS.index("val") not in given:
+            split = splits.val_from_train(split, made, groups, fractions, seed, problems)
+        splits.check_given(split, made, problems)
+    return made, split, groups
+
+
+def _shaped(filled: Filled) -> Tensor | Bags:
+    """The same memory as `[items, tokens, dim]` where that fits, else as `Bags`."""
+    values, lengths = filled
+    if len(set(lengths)) == 1:
+        return values.view(len(lengths), lengths[0], values.shape[1])
+    return Bags(values, torch.tensor([0, *lengths]).cumsum(0))
+
+
+def _check_layout(prefix_tokens: int, grid: tuple[int, int] | None) -> None:
+    if prefix_tokens < 0:
+        raise InputError(f"prefix_tokens: expected 0 or more leading tokens, got {prefix_tokens}")
+    if grid is not None and (len(grid) != 2 or min(grid) < 1):
+        raise InputError(f"grid: expected (height, width) of the patch tokens, got {grid}")

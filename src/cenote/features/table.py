@@ -1,0 +1,116 @@
+"""Columns of labels, whatever file they come from."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from itertools import count, takewhile
+from pathlib import Path
+from typing import Any
+
+from cenote.core import InputError
+
+Column = Sequence[Any]
+ID_NAMES = ("id", "item", "name", "file", "filename", "path")
+LABEL_NAMES = ("label", "labels", "y", "target", "class")
+SPLIT_NAME, GROUP_NAME = "split", "group"
+
+
+def read_csv(path: Path) -> dict[str, list[str]]:
+    """Columns of a CSV file with a header line; separated by commas, or as the header shows by tabs or semicolons.
+
+    Raises:
+        InputError: where it is missing, not UTF-8 text, empty, or a line has too many or too few cells.
+    """
+    if not path.is_file():
+        raise InputError(f"labels: there is no file {path}; it must have a header line such as id,label")
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"labels: {path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
+    head = text.split("\n", 1)[0]
+    separator = next((s for s in ("\t", ",", ";") if s in head), ",")
+    lines = [(i, row) for i, row in enumerate(csv.reader(text.splitlines(), delimiter=separator), 1) if any(row)]
+    if len(lines) < 2:
+        raise InputError(f"labels: {path} holds no item; expected a header line such as id,label and a line per item")
+    names = [name.strip() for name in lines[0][1]]
+    if len(set(names)) < len(names):
+        raise InputError(f"labels: {path} names a column twice: {', '.join(names)}; give each a name of its own")
+    for number, row in lines[1:]:
+        if len(row) != len(names):
+            raise InputError(
+                f"labels: {path}, line {number}: {len(row)} cells under {len(names)} column names; "
+                f"put cells that hold {separator!r} in quotes"
+            )
+    return {name: [row[i].strip() for _, row in lines[1:]] for i, name in enumerate(names)}
+
+
+def find(columns: Mapping[str, Column], wanted: str | None, usual: Sequence[str], argument: str) -> str | None:
+    """The wanted column; where none is named, the first usual one that is there."""
+    if wanted is not None:
+        return _required(columns, wanted, argument)
+    return next((name for name in usual if name in columns), None)
+
+
+def _required(columns: Mapping[str, Column], name: str, argument: str) -> str:
+    if name not in columns:
+        raise InputError(f"{argument}: there is no column {name!r}; the columns are {', '.join(columns) or 'none'}")
+    return name
+
+
+def label_columns(columns: Mapping[str, Column], wanted: str | Sequence[str] | None, others: set[str]) -> list[str]:
+    """The columns that hold the target.
+
+    Args:
+        columns: all.
+        wanted: as the caller named them; a text that is no column's name is taken as names separated by commas.
+        others: the columns already known to be something else.
+
+    Raises:
+        InputError: where they cannot be found, naming the columns that are there.
+    """
+    if wanted is not None:
+        if isinstance(wanted, str) and wanted not in columns:
+            wanted = [part.strip() for part in wanted.split(",")]
+        names = [wanted] if isinstance(wanted, str) else list(wanted)
+        return [c for name in names for c in _wide(columns, name) or [_required(columns, name, "label_column")]]
+    for name in LABEL_NAMES:
+        found = [name] if name in columns else _wide(columns, name)
+        if found:
+            return found
+    rest = [name for name in columns if name not in others]
+    if len(rest) == 1 or (rest and all(number(cell) is not None for name in rest for cell in columns[name])):
+        return rest
+    raise InputError(
+        f"label_column: no column is called {', '.join(LABEL_NAMES)}; the columns are {', '.join(columns) or 'none'}; "
+        f"name the one that holds the label (several: separated by commas)"
+    )
+
+
+def _wide(columns: Mapping[str, Column], name: str) -> list[str]:
+    """The columns `y 0`, `y 1`, ... that a two-dimensional `y` is read as."""
+    return list(takewhile(columns.__contains__, (f"{name} {i}" for i in count())))
+
+
+def is_missing(cell: object) -> bool:
+    """Whether a cell holds nothing: None, an empty text, NaN."""
+    return cell is None or (isinstance(cell, float) and cell != cell) or str(cell).strip().lower() in ("", "nan")
+
+
+def number(cell: object) -> float | None:
+    """The number in a cell, if it is one.
+
+    >>> number(" 2.50"), number(True), number("1_0"), number("a")
+    (2.5, 1.0, None, None)
+    """
+    if isinstance(cell, int | float):
+        return float(cell)
+    text = str(cell).strip()
+    if "_" in text:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return None
