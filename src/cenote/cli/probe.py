@@ -8,10 +8,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import rich.box
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from cenote.core import InputError
 
 if TYPE_CHECKING:
     from cenote.probe import Comparison
@@ -37,6 +40,10 @@ def probe(
     group: Annotated[
         str | None, typer.Option(help="Column with patient, speaker, ...: its items stay on one side of a split.")
     ] = None,
+    id_column: Annotated[str | None, typer.Option("--id", help="Column with the items' names.")] = None,
+    split: Annotated[str | None, typer.Option(help="Column with train, val or test.")] = None,
+    split_seed: Annotated[int, typer.Option(help="Seed of the split, where none is given.")] = 0,
+    grid: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of the patch tokens, for pictures: 14x14.")] = None,
     prefix_tokens: Annotated[int, typer.Option(min=0, help="Leading tokens that are [CLS] or registers.")] = 0,
     epochs: Annotated[int | None, typer.Option(min=1, help="At most so many passes over the training items.")] = None,
     patience: Annotated[
@@ -54,14 +61,18 @@ def probe(
     changed = {k: v for k, v in (("epochs", epochs), ("patience", patience)) if v is not None}
     recipe = dataclasses.replace(recipe, **changed)
     with console.status(f"reading {data}"):
-        items = features.load(
+        items = features.read(
             data,
             labels=labels,
             task=task,
             label_column=label,
             vector_column=vectors,
+            id_column=id_column,
             group_column=group,
+            split_column=split,
             prefix_tokens=prefix_tokens,
+            grid=parsed_grid(grid),
+            seed=split_seed,
         )
     console.print(features.describe(items), highlight=False)
 
@@ -87,7 +98,7 @@ def probe(
     from cenote.report import write
 
     page = write(out)
-    console.print(leaderboard(comparison))
+    console.print(leaderboard(comparison, console.width))
     for name, why in comparison.skipped.items():
         console.print(f"skipped {name}: {why}", highlight=False)
     console.print(f"\n[bold]{comparison.sentence}[/bold]", highlight=False)
@@ -100,28 +111,40 @@ def probe(
         raise typer.Exit(130)
 
 
-def leaderboard(comparison: Comparison) -> Table:
-    """The results as a table for the terminal, best first."""
+def parsed_grid(text: str | None) -> tuple[int, int] | None:
+    """`"14x14"` as numbers."""
+    if text is None:
+        return None
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise InputError(f"--grid: expected HEIGHTxWIDTH such as 14x14, got {text!r}")
+    return int(height), int(width)
+
+
+def leaderboard(comparison: Comparison, width: int) -> Table:
+    """The results as a table for a terminal of so many columns, best first."""
+    wide = width >= 100
     table = Table(
-        title=f"{comparison.dataset['name']}: {comparison.metric_name} on {comparison.dataset['items']['test']} test items"
+        title=f"{comparison.dataset['name']}: {comparison.metric_name} on {comparison.dataset['items']['test']} test items",
+        caption="* no other method is both better and faster",
+        box=rich.box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    for heading in ("method", comparison.metric_name, "95 % interval", f"against {comparison.baseline}", "p (Holm)"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for heading in ("parameters", "multiply-adds", "ms/item", "train s"):
-        table.add_column(heading, justify="right")
+    table.add_column("method", no_wrap=True)
+    columns = [comparison.metric_name, "95 % interval", f"vs {comparison.baseline}", "p (Holm)", "params", "ms/item"]
+    for heading in columns + (["multiply-adds", "train s"] if wide else []):
+        table.add_column(heading, justify="right", no_wrap=True)
     tests = {t.first: t for t in comparison.against_baseline}
     for r in comparison.results:
         t = tests.get(r.method)
-        table.add_row(
+        row = [
             f"{r.method}{' *' if r.method in comparison.pareto else ''}",
-            f"{r.metric:.4f}",
+            f"{r.metric:.3f}",
             f"{r.interval[0]:.3f} to {r.interval[1]:.3f}",
-            "" if t is None else f"{t.difference:+.4f}",
+            "" if t is None else f"{t.difference:+.3f}",
             "" if t is None else f"{t.p_adjusted:.2g}",
             f"{r.parameters:,}",
-            f"{r.multiply_adds:,}",
             f"{r.latency_ms:.3f}",
-            f"{r.seconds:.1f}",
-        )
-    table.caption = "* no other method is both better and faster"
+        ]
+        table.add_row(*row, *([f"{r.multiply_adds:,}", f"{r.seconds:.1f}"] if wide else []))
     return table

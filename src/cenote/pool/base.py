@@ -49,7 +49,7 @@ class Pool(nn.Module, ABC):
     permutation_invariant: bool = True
     prefix: ClassVar[Literal["drop", "keep"]] = "drop"
     reads_cls: ClassVar[bool] = False
-    pairwise: ClassVar[bool] = False
+    pairwise: bool = False
     fixed_tokens: ClassVar[bool] = False
     inert_parameters: tuple[str, ...] = ()
 

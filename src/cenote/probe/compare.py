@@ -147,13 +147,12 @@ def compare(
 
 def _builder(name: str, data: TokenDataset) -> Callable[[], Any]:
     longest = int(data.lengths().max())
-    if catalog_method(name).load().pairwise and longest > MAX_PAIRWISE_TOKENS:
+    if build_probe(name, data).pool.pairwise and longest > MAX_PAIRWISE_TOKENS:
         item = data.ids[int(data.lengths().argmax())]
         raise InputError(
             f"{name}: its tokens attend to each other, which at the {longest:,} tokens of item {item!r} would take too "
             f"long; the limit is {MAX_PAIRWISE_TOKENS:,}"
         )
-    build_probe(name, data)
     return lambda: build_probe(name, data)
 
 

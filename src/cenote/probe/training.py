@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cenote.core import Bags
 from cenote.core.tokenwise import ROWS_AT_ONCE
@@ -237,7 +238,9 @@ class _Ensemble:
         # a huge set goes through alone, so that one member's hidden layers are in memory at a time
         if self.together and x.shape[:2].numel() <= ROWS_AT_ONCE:
             try:
-                return torch.func.vmap(run, randomness="different")(parameters, buffers)
+                # the fused attention kernels have no batching rule: vmap would run them one by one
+                with sdpa_kernel(SDPBackend.MATH):
+                    return torch.func.vmap(run, randomness="different")(parameters, buffers)
             except RuntimeError:
                 # a pool that vmap cannot batch is trained member by member
                 self.together = False

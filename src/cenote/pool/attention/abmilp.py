@@ -46,8 +46,6 @@ class ABMILP(PaddedPool):
         as in the authors' training script; their class itself defaults to `"none"`.
     """
 
-    pairwise = True
-
     def __init__(
         self, dim: int, self_attention: AppliesTo = "both", activation: Activation = "tanh", depth: int = 2
     ) -> None:
@@ -59,6 +57,7 @@ class ABMILP(PaddedPool):
         if depth < 1:
             raise InputError(f"depth: expected at least 1 linear map, got {depth}")
         self.self_attention = self_attention
+        self.pairwise = self_attention != "none"
         self.activation = activation
         self.self_attn = None if self_attention == "none" else SelfAttention(dim, heads=1)
         self.hidden = nn.ModuleList(nn.Linear(dim, dim) for _ in range(depth - 1))

@@ -49,6 +49,7 @@ class SetTransformer(PaddedPool):
     ) -> None:
         super().__init__(dim, out_dim)
         self.vectors = seeds
+        self.pairwise = inducing is None
         decoder_blocks = (2 if seeds > 1 else 0) if decoder_blocks is None else decoder_blocks
 
         def encoder_block(width: int) -> nn.Module:
