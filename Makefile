@@ -5,7 +5,7 @@
 #   make lint    style, types, import floors
 #   make pages   the generated pages of docs/methods
 #   make docs    the documentation, into site/
-#   make bench   the benchmarks, into benchmarks/results/
+#   make bench   every benchmark, one after the other
 #
 # Another build of PyTorch: make probe TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
@@ -46,7 +46,9 @@ docs: $(DOCS) pages
 	$(BIN)/mkdocs build --strict
 
 bench: $(PACKAGE)
-	$(BIN)/python -m benchmarks
+	@set -e; for file in benchmarks/[a-z]*.py; do \
+	  name=$$(basename $$file .py); echo "benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name; \
+	done
 
 clean:
 	rm -rf $(VENV) $(OUT) site build dist
