@@ -28,7 +28,8 @@ def study(
     seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="With --all: run finished studies again.")] = False,
     scoreboard: Annotated[
-        Path | None, typer.Option(help="With --all: the page to write; default scoreboard.md beside the folder of results.")
+        Path | None,
+        typer.Option(help="With --all: the page to write; default scoreboard.md beside the folder of results."),
     ] = None,
 ) -> None:
     """Re-check the claim of one published system, or of all, on small data; decided by an interval over seeds."""
@@ -63,7 +64,7 @@ def parse_rows(text: str) -> list[int]:
 
 
 def _one(slug: str, size: str, out: Path, seed: int) -> None:
-    from cenote.study.pages import bounds, effect
+    from cenote.study.pages import bounds, effect, outcome
     from cenote.study.runner import study_of, write
 
     console = Console()
@@ -76,12 +77,14 @@ def _one(slug: str, size: str, out: Path, seed: int) -> None:
     for heading in ("check", "measured (95 % interval)", "expected", "outcome"):
         table.add_column(heading)
     for c in verdict.checks:
-        table.add_row(c.what, effect(c), bounds(c), c.holds if c.in_rule else f"{c.holds} (reported only)")
+        table.add_row(c.what, effect(c), bounds(c), outcome(c) if c.in_rule else f"{outcome(c)}; reported only")
     console.print(table)
     for note in verdict.notes:
         console.print(f"- {note}", highlight=False)
     console.print(f"[bold]{slug}: {verdict.holds}[/bold]", highlight=False)
-    console.print(f"{len(verdict.seeds)} seeds, {verdict.seconds:.0f} s; {out / slug}.md, .svg, .json", highlight=False)
+    console.print(
+        f"{len(verdict.seeds)} seeds, {verdict.seconds:.0f} CPU seconds; {out / slug}.md, .svg, .json", highlight=False
+    )
 
 
 def _all(size: str, out: Path, rows: list[int] | None, seed: int, fresh: bool, board: Path | None) -> None:

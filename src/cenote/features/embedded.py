@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -105,6 +106,16 @@ def digit_bags() -> TokenDataset:
         token_labels=(raw.labels[members] == WANTED).long(),
         source=f"bags drawn with seed {BAGS_SEED} from {SOURCE}",
     )
+
+
+def backbone() -> DigitsEncoder:
+    """A copy of the frozen masked autoencoder's encoder, for those who want to go on training it.
+
+    Example:
+        >>> backbone()(torch.rand(2, 8, 8)).shape
+        torch.Size([2, 17, 64])
+    """
+    return copy.deepcopy(_read().encoder)
 
 
 def _draw(

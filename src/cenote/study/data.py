@@ -1,4 +1,4 @@
-"""The digits that come with scikit-learn: nothing is downloaded."""
+"""Handwritten digits, raw and behind a frozen backbone: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cenote.features.dataset import SPLITS
+from cenote.features.digits_mae import DigitsEncoder
+
 TRAIN = 1200
 PIXELS = 64
 
@@ -16,7 +19,7 @@ PIXELS = 64
 class Digits(NamedTuple):
     """1,797 handwritten digits of 8 x 8 pixels in [0, 1]; the first 1,200 are for training."""
 
-    x: Float[Tensor, "items pixels"]
+    x: Float[Tensor, "items *pixels"]
     y: Int[Tensor, "items"]
 
 
@@ -36,3 +39,24 @@ def digits(split: str) -> Digits:
     """
     x, y = _all_digits()
     return Digits(x[:TRAIN], y[:TRAIN]) if split == "train" else Digits(x[TRAIN:], y[TRAIN:])
+
+
+class Backbone(NamedTuple):
+    """A frozen masked autoencoder and the digits it goes with; its training images are among the 1,200 training items."""
+
+    encoder: DigitsEncoder
+    train: Digits
+    test: Digits
+
+
+def backbone() -> Backbone:
+    """A fresh copy of the package's digits backbone; images as `[items, 8, 8]`.
+
+    >>> backbone().train.x.shape, backbone().test.x.shape
+    (torch.Size([1200, 8, 8]), torch.Size([597, 8, 8]))
+    """
+    from cenote.features import embedded
+
+    x, y = _all_digits()
+    x, testing = x.view(-1, 8, 8), embedded.digits().split == SPLITS.index("test")
+    return Backbone(embedded.backbone(), Digits(x[~testing], y[~testing]), Digits(x[testing], y[testing]))

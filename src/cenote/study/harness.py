@@ -29,6 +29,7 @@ from cenote.core import InputError
 Size = Literal["smoke", "small", "full"]
 Holds = Literal["holds", "does not hold", "not decidable at this scale"]
 Figure = Callable[[Any], None]
+Bounds = tuple[float | None, float | None]
 
 HOLDS: Holds = "holds"
 REFUTED: Holds = "does not hold"
@@ -59,7 +60,13 @@ class Arms(dict[str, tuple[float, ...]]):
         rows = []
         for arm, values in self.items():
             low, high = t_interval(values)
-            row: dict[str, Any] = {"arm": arm, "metric": metric, "mean": float(np.mean(values)), "low": low, "high": high}
+            row: dict[str, Any] = {
+                "arm": arm,
+                "metric": metric,
+                "mean": float(np.mean(values)),
+                "low": low,
+                "high": high,
+            }
             row |= {name: by_arm.get(arm, "") for name, by_arm in columns.items()}
             rows.append({**row, "per seed": list(values)})
         return rows
@@ -83,8 +90,8 @@ class Check:
     what: str
     effect: float
     interval: tuple[float, float]
-    expected: tuple[float | None, float | None]
-    tolerated: tuple[float | None, float | None]
+    expected: Bounds
+    tolerated: Bounds
     holds: Holds
     in_rule: bool = True
 
@@ -92,15 +99,21 @@ class Check:
 def above(
     what: str, values: Sequence[float], expected: float, refuted: float | None = None, *, in_rule: bool = True
 ) -> Check:
-    """Holds where the interval lies above `expected`, is refuted where it lies at or below `refuted` (default: the same)."""
-    return _check(what, values, (expected, None), (expected if refuted is None else refuted, None), in_rule)
+    """Holds where the interval lies above `expected`, is refuted where it lies at or below `refuted`.
+
+    `refuted` is the same number by default; with `-inf` the check can fail to hold, but not refute.
+    """
+    return _check(what, values, (expected, None), (_bound(expected if refuted is None else refuted), None), in_rule)
 
 
 def below(
     what: str, values: Sequence[float], expected: float, refuted: float | None = None, *, in_rule: bool = True
 ) -> Check:
-    """Holds where the interval lies below `expected`, is refuted where it lies at or above `refuted` (default: the same)."""
-    return _check(what, values, (None, expected), (None, expected if refuted is None else refuted), in_rule)
+    """Holds where the interval lies below `expected`, is refuted where it lies at or above `refuted`.
+
+    `refuted` is the same number by default; with `inf` the check can fail to hold, but not refute.
+    """
+    return _check(what, values, (None, expected), (None, _bound(expected if refuted is None else refuted)), in_rule)
 
 
 def between(what: str, values: Sequence[float], low: float, high: float, *, in_rule: bool = True) -> Check:
@@ -108,19 +121,24 @@ def between(what: str, values: Sequence[float], low: float, high: float, *, in_r
     return _check(what, values, (low, high), (low, high), in_rule)
 
 
-def decide(checks: Sequence[Check], size: Size = "small") -> Holds:
-    """A claim holds where every check of its rule holds, and does not hold where any of them is refuted.
-
-    A smoke run trains too little to decide anything.
-    """
+def decide(checks: Sequence[Check]) -> Holds:
+    """A claim holds where every check of its rule holds, and does not hold where any of them is refuted."""
     rule = [c.holds for c in checks if c.in_rule]
     if not rule:
         raise InputError("checks: expected at least one that is part of the rule")
-    if size == "smoke":
-        return UNDECIDED
     if REFUTED in rule:
         return REFUTED
     return HOLDS if all(h == HOLDS for h in rule) else UNDECIDED
+
+
+def decided(interval: tuple[float, float], expected: Bounds, tolerated: Bounds) -> Holds:
+    """Holds with the whole interval inside `expected`, refuted with the whole interval outside `tolerated`."""
+    (low, high), (floor, ceiling), (least, most) = interval, expected, tolerated
+    if (floor is None or floor < low) and (ceiling is None or high < ceiling):
+        return HOLDS
+    if (least is not None and high <= least) or (most is not None and low >= most):
+        return REFUTED
+    return UNDECIDED
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -172,7 +190,7 @@ class Verdict:
         seeds, checks, table, notes, tried: as in `Findings`.
         figure: draws onto a matplotlib figure; of a stored verdict, the name of the file beside it.
         size: how much was run.
-        seconds: wall time.
+        seconds: CPU seconds.
         provenance: versions.
     """
 
@@ -201,9 +219,7 @@ class Verdict:
     def from_json(cls, text: str) -> Verdict:
         """Inverse of `to_json`."""
         raw = json.loads(text)
-        raw["checks"] = tuple(
-            Check(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()}) for c in raw["checks"]
-        )
+        raw["checks"] = tuple(_check_from(c) for c in raw["checks"])
         for name in ("interval", "seeds", "notes", "tried"):
             raw[name] = tuple(raw[name])
         return cls(**raw)
@@ -221,15 +237,17 @@ def study(run: Callable[[int, Size], Findings]) -> Callable[[int, Size], Verdict
         if size not in SIZES:
             raise InputError(f"size: expected one of {', '.join(SIZES)}, got {size!r}")
         claim, rule = claim_and_rule(sys.modules[run.__module__].__doc__ or "")
-        start = time.perf_counter()
+        start = time.process_time()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             found = run(seed, size)
+        if size == "smoke":
+            found = _undecided(found)
         return Verdict(
             slug=slug,
             claim=claim,
             rule=rule,
-            holds=decide(found.checks, size),
+            holds=decide(found.checks),
             effect=found.checks[0].effect,
             interval=found.checks[0].interval,
             seeds=found.seeds,
@@ -237,8 +255,8 @@ def study(run: Callable[[int, Size], Findings]) -> Callable[[int, Size], Verdict
             table=found.table,
             figure=found.figure,
             size=size,
-            seconds=time.perf_counter() - start,
-            notes=(*found.notes, SMOKE_NOTE) if size == "smoke" else found.notes,
+            seconds=time.process_time() - start,
+            notes=found.notes,
             tried=found.tried,
             provenance=_provenance(),
         )
@@ -282,27 +300,35 @@ def draw_arms(axes: Any, arms: Arms, xlabel: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _bound(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
 def _check(
     what: str,
     values: Sequence[float],
-    expected: tuple[float | None, float | None],
-    tolerated: tuple[float | None, float | None],
+    expected: Bounds,
+    tolerated: Bounds,
     in_rule: bool,
 ) -> Check:
     if not np.isfinite(values).all():
         raise InputError(f"{what}: expected finite numbers, got {list(values)}")
-    low, high = t_interval(values)
-    inf = math.inf
-    floor, ceiling = (-inf if expected[0] is None else expected[0]), (inf if expected[1] is None else expected[1])
-    least, most = (-inf if tolerated[0] is None else tolerated[0]), (inf if tolerated[1] is None else tolerated[1])
-    if not (least <= floor <= ceiling <= most):
-        raise InputError(f"{what}: what refutes must lie outside what is expected, got {tolerated} and {expected}")
-    holds = UNDECIDED
-    if floor < low and high < ceiling:
-        holds = HOLDS
-    elif high <= least or low >= most:
-        holds = REFUTED
-    return Check(what, float(np.mean(values)), (low, high), expected, tolerated, holds, in_rule)
+    for inner, outer, sign in ((expected[0], tolerated[0], 1), (expected[1], tolerated[1], -1)):
+        if outer is not None and (inner is None or sign * outer > sign * inner):
+            raise InputError(f"{what}: what refutes must lie outside what is expected, got {tolerated} and {expected}")
+    interval = t_interval(values)
+    holds = decided(interval, expected, tolerated)
+    return Check(what, float(np.mean(values)), interval, expected, tolerated, holds, in_rule)
+
+
+def _check_from(raw: dict[str, Any]) -> Check:
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    return Check(**fields)
+
+
+def _undecided(found: Findings) -> Findings:
+    checks = tuple(dataclasses.replace(c, holds=UNDECIDED) for c in found.checks)
+    return dataclasses.replace(found, checks=checks, notes=(*found.notes, SMOKE_NOTE))
 
 
 def _provenance() -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cenote.catalog import System, systems
-from cenote.study.harness import HOLDS, REFUTED, UNDECIDED, Check, Verdict
+from cenote.study.harness import HOLDS, REFUTED, UNDECIDED, Check, Verdict, decided
 
 COMMAND = "cenote study"
 
@@ -26,7 +26,7 @@ def page(verdict: Verdict) -> str:
         f"**Rule.** {verdict.rule}",
         "",
         f"**Verdict: {verdict.holds}.** {verdict.checks[0].what}: {effect(verdict.checks[0])}, "
-        f"{len(verdict.seeds)} seeds, {verdict.seconds:.0f} s, size {verdict.size}.",
+        f"{len(verdict.seeds)} seeds, {verdict.seconds:.0f} CPU seconds, size {verdict.size}.",
         "",
         f"![{verdict.checks[0].what} and the arms of the study]({verdict.figure})",
         "",
@@ -36,7 +36,10 @@ def page(verdict: Verdict) -> str:
         "",
         *_table(
             ("check", "measured (95 % interval)", "expected", "part of the rule", "outcome"),
-            [(c.what, effect(c), bounds(c), "yes" if c.in_rule else "no, reported only", c.holds) for c in verdict.checks],
+            [
+                (c.what, effect(c), bounds(c), "yes" if c.in_rule else "no, reported only", outcome(c))
+                for c in verdict.checks
+            ],
         ),
         "",
         "## Numbers",
@@ -73,7 +76,16 @@ def scoreboard(verdicts: Mapping[str, Verdict], folder: str) -> str:
         f"{counts[UNDECIDED]} are not decidable at this scale. Of {len(every)} systems, {without} have no study yet.",
         "",
         *_table(
-            ("row", "system", "claim that was checked", "verdict", "measured (95 % interval)", "seeds", "size", "seconds"),
+            (
+                "row",
+                "system",
+                "claim that was checked",
+                "verdict",
+                "measured (95 % interval)",
+                "seeds",
+                "size",
+                "CPU seconds",
+            ),
             [_line(by_slug[slug], v, folder) for slug, v in verdicts.items()],
         ),
     ]
@@ -103,11 +115,18 @@ def bounds(check: Check) -> str:
     if low is not None and high is not None:
         return f"between {_short(low)} and {_short(high)}"
     if low is not None:
-        assert least is not None
-        return f"above {_short(low)}; refuted at or below {_short(least)}"
+        return f"above {_short(low)}" + ("" if least is None else f"; refuted at or below {_short(least)}")
     assert high is not None
-    assert most is not None
-    return f"below {_short(high)}; refuted at or above {_short(most)}"
+    return f"below {_short(high)}" + ("" if most is None else f"; refuted at or above {_short(most)}")
+
+
+def outcome(check: Check) -> str:
+    """What became of a check, and why where it is not decided."""
+    if check.holds != UNDECIDED or decided(check.interval, check.expected, check.tolerated) != UNDECIDED:
+        return check.holds
+    # refuted by its own expectation, were there no room left between the two
+    less = decided(check.interval, check.expected, check.expected) == REFUTED
+    return f"{check.holds} ({'less than expected, but not refuted' if less else 'the interval is too wide'})"
 
 
 def _line(system: System, v: Verdict, folder: str) -> tuple[str, ...]:

@@ -31,10 +31,12 @@ def study_of(slug: str) -> Callable[[int, Size], Verdict]:
     """
     known = studies()
     if slug not in known:
-        near = difflib.get_close_matches(slug, known, n=3, cutoff=0.4)
-        hint = f"did you mean {', '.join(near)}?" if near else f"there are: {', '.join(known)}"
-        exists = any(s.slug == slug for s in systems())
-        raise InputError(f"SLUG: {slug!r} {'has no study yet' if exists else 'is no system'}; {hint}")
+        there = f"there are: {', '.join(known)}"
+        if any(s.slug == slug for s in systems()):
+            raise InputError(f"SLUG: {slug!r} has no study yet; {there}")
+        near = difflib.get_close_matches(slug, [s.slug for s in systems()], n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else there
+        raise InputError(f"SLUG: {slug!r} is no system; {hint}")
     return importlib.import_module(str(known[slug].study)).run
 
 
@@ -58,7 +60,9 @@ def read(out: Path) -> dict[str, Verdict]:
             try:
                 kept[system.slug] = Verdict.from_json(file.read_text("utf-8"))
             except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{file}: is not a result of this version ({error}); delete it and run again") from error
+                raise InputError(
+                    f"{file}: is not a result of this version ({error}); delete it and run again"
+                ) from error
     return kept
 
 
@@ -78,7 +82,7 @@ def run_all(
     *,
     rows: Iterable[int] | None = None,
     fresh: bool = False,
-    on_study: Callable[[str, str], None] = lambda slug, what: None,
+    on_study: Callable[[str, str], object] = lambda *_: None,
 ) -> Walk:
     """Run every study whose result of this size and seed is not yet in `out`.
 

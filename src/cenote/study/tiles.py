@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -49,7 +49,9 @@ def distractor_tiles(source: Digits, draws: int, generator: torch.Generator, til
 
 def train_and_test(seeds: tuple[int, ...], size: Size) -> tuple[Tiles, Tiles]:
     """Tiles drawn afresh for each seed, stacked: several sets per training digit, one per test digit."""
-    return _over_seeds(digits("train"), DRAWS[size], seeds), _over_seeds(digits("test"), 1, tuple(s + 1000 for s in seeds))
+    return _over_seeds(digits("train"), DRAWS[size], seeds), _over_seeds(
+        digits("test"), 1, tuple(s + 1000 for s in seeds)
+    )
 
 
 class TileClassifier(nn.Module):
@@ -65,11 +67,17 @@ class TileClassifier(nn.Module):
         return self.classifier(self.pool(self.encoder(x)))
 
 
-def classifiers(pool: Callable[[], Pool], train: Tiles, seeds: tuple[int, ...], size: Size) -> Together:
-    """One classifier per seed, each on the tiles of its seed."""
+def classifiers(
+    pool: Callable[[], Pool],
+    train: Tiles,
+    seeds: tuple[int, ...],
+    size: Size,
+    own_rates: Mapping[str, float] | None = None,
+) -> Together:
+    """One trained classifier per seed, each on the tiles of its seed; `own_rates` as in `fit`."""
     model = Together(lambda: TileClassifier(pool()), seeds)
     steps = steps_of(train.y.shape[1], BATCH, EPOCHS[size])
-    fit(model, epochs(train.x, train.y, BATCH, seeds), cross_entropy, steps, LEARNING_RATE)
+    fit(model, epochs(train.x, train.y, BATCH, seeds), cross_entropy, steps, LEARNING_RATE, own_rates=own_rates)
     return model
 
 

@@ -1,0 +1,103 @@
+"""Every study runs at its smallest size and yields a complete verdict."""
+
+import importlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.figure
+import pytest
+
+import cenote
+from cenote.study.harness import SIZES, UNDECIDED, Verdict
+from cenote.study.runner import read, studies, study_of, write
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def test_the_first_studies_are_there() -> None:
+    rows = {s.row for s in studies().values()}
+    assert {7, 9, 16, 17, 23, 28} <= rows
+    assert all(s.study == f"cenote.study.{slug.replace('-', '_')}" for slug, s in studies().items())
+
+
+@pytest.mark.parametrize("slug", studies())
+def test_study_runs_and_is_complete(slug: str, tmp_path: Path) -> None:
+    verdict = study_of(slug)(0, "smoke")
+    assert verdict.slug == slug
+    assert verdict.size == "smoke"
+    assert len(verdict.claim) > 40
+    assert verdict.rule.startswith("Refuted if")
+    assert verdict.holds == UNDECIDED
+    assert len(verdict.seeds) == len(set(verdict.seeds)) >= 2
+    assert verdict.seconds > 0
+    assert verdict.interval[0] <= verdict.effect <= verdict.interval[1]
+    assert any(c.in_rule for c in verdict.checks)
+    for check in verdict.checks:
+        assert check.interval[0] <= check.effect <= check.interval[1]
+        assert all(map(math.isfinite, check.interval))
+        assert check.expected != (None, None)
+    assert len({c.what for c in verdict.checks}) == len(verdict.checks)
+    for row in verdict.table:
+        assert len(row["per seed"]) == len(verdict.seeds)
+        assert row["mean"] == pytest.approx(sum(row["per seed"]) / len(row["per seed"]))
+    figure = matplotlib.figure.Figure()
+    assert callable(verdict.figure)
+    verdict.figure(figure)
+    assert figure.axes
+
+    stored = write(verdict, tmp_path)
+    assert read(tmp_path) == {slug: stored}
+    assert (tmp_path / f"{slug}.svg").read_text().lstrip().startswith("<?xml")
+    assert verdict.claim in (tmp_path / f"{slug}.md").read_text()
+
+
+@pytest.mark.parametrize("slug", ["simpool"])
+def test_the_same_seed_gives_the_same_verdict(slug: str) -> None:
+    run = study_of(slug)
+    first, second = run(3, "smoke"), run(3, "smoke")
+    assert first.checks == second.checks
+    assert first.table == second.table
+    assert run(4, "smoke").table != first.table
+
+
+def test_kept_results_are_those_of_the_studies() -> None:
+    """What docs/ shows says of each study what the study says of itself, and its page and scoreboard follow from the JSON."""
+    from cenote.study.harness import claim_and_rule, decide
+    from cenote.study.pages import page, scoreboard
+
+    kept = read(DOCS / "studies")
+    assert kept, "docs/studies is empty: run cenote study --all"
+    for slug, verdict in kept.items():
+        module = importlib.import_module(str(studies()[slug].study))
+        assert (verdict.claim, verdict.rule) == claim_and_rule(module.__doc__ or ""), slug
+        assert verdict.holds == decide(verdict.checks), slug
+        assert verdict.size in SIZES[1:], slug
+        assert (DOCS / "studies" / f"{slug}.md").read_text("utf-8") == page(verdict), slug
+        assert (DOCS / "studies" / str(verdict.figure)).is_file(), slug
+    board = (DOCS / "scoreboard.md").read_text("utf-8")
+    for line in scoreboard(kept, "studies").splitlines():
+        if line.startswith("| "):
+            assert line in board
+
+
+def test_kept_results_are_plain_json() -> None:
+    for file in (DOCS / "studies").glob("*.json"):
+        raw = json.loads(file.read_text("utf-8"))
+        assert raw["slug"] == file.stem
+        assert Verdict.from_json(file.read_text("utf-8")).to_json() == file.read_text("utf-8")
+
+
+def test_looking_for_studies_imports_none_of_them() -> None:
+    program = (
+        "import sys, cenote.study.runner as r; r.studies();"
+        "heavy = [m for m in sys.modules if m in ('matplotlib', 'sklearn', 'cenote.study.simpool')]; print(heavy)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_status_follows_from_the_study() -> None:
+    assert cenote.find("simpool")[0].study == "cenote.study.simpool"
