@@ -55,23 +55,24 @@ clean:
 
 # torch comes first and alone, so that the package's own requirement cannot pick another build
 $(PACKAGE): pyproject.toml
-	@set -e; for python in python3.11 python3 python python3.12 python3.13; do \
+	@set -e; found=; for python in python3.11 python3 python python3.12 python3.13; do \
 	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
 	done; \
 	if [ -z "$$found" ]; then echo "error: Python 3.11 or newer is needed; found none on PATH" >&2; exit 2; fi; \
 	if [ ! -x $(BIN)/python ]; then echo "creating $(VENV) with $$($$found --version)"; $$found -m venv $(VENV); fi
-	$(PIP) $(TORCH)
-	$(PIP) --editable .
+	@echo "installing $(TORCH) and cenote into $(VENV), once"
+	@$(PIP) $(TORCH)
+	@$(PIP) --editable .
 	@touch $@
 
 $(TEST): $(PACKAGE)
-	$(PIP) --editable '.[test]'
+	@$(PIP) --editable '.[test]'
 	@touch $@
 
 $(DEV): $(PACKAGE)
-	$(PIP) --editable '.[dev,test]'
+	@$(PIP) --editable '.[dev,test]'
 	@touch $@
 
 $(DOCS): $(PACKAGE)
-	$(PIP) --editable '.[docs]'
+	@$(PIP) --editable '.[docs]'
 	@touch $@
