@@ -1,0 +1,188 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cenote.cli import main
+
+QUICK = ["--methods", "mean,abmil", "--seeds", "1", "--epochs", "3"]
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cenote(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the program in this process: `(exit code, stdout, stderr)`."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cenote", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "120")
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def bags(tmp_path: Path) -> Path:
+    """A folder of .npy bags with labels.csv."""
+    folder = tmp_path / "bags"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    rows = [("id", "label", "patient")]
+    for i in range(60):
+        x = rng.normal(size=(int(rng.integers(2, 9)), 6)).astype(np.float32)
+        x[0, 0] += 4 * (i % 2)
+        np.save(folder / f"slide{i}.npy", x)
+        rows.append((f"slide{i}", "tumour" if i % 2 else "normal", f"p{i // 4}"))
+    with (folder / "labels.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return folder
+
+
+def test_probe_then_predict_then_report(cenote: Run, bags: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, text, _ = cenote("probe", bags, *QUICK, "--group", "patient", "--out", out)
+    assert code == 0
+    assert "60 items" in text
+    assert "abmil" in text
+    assert (out / "report.html").stat().st_size > 1000
+    comparison = json.loads((out / "comparison.json").read_text())
+    assert comparison["dataset"]["groups"] == 15
+
+    predictions = tmp_path / "p.csv"
+    code, text, _ = cenote("predict", out / "best", bags, "--out", predictions)
+    assert code == 0
+    rows = list(csv.DictReader(predictions.open()))
+    assert len(rows) == 60
+    assert {r["prediction"] for r in rows} <= {"tumour", "normal"}
+    for row in rows:
+        assert float(row["score normal"]) + float(row["score tumour"]) == pytest.approx(1, abs=1e-4)
+        looked = [int(n) for n in row["tokens looked at"].split()]
+        assert looked
+        assert max(looked) < len(np.load(bags / f"{row['id']}.npy"))
+
+    (out / "report.html").unlink()
+    assert cenote("report", out)[0] == 0
+    assert (out / "report.html").exists()
+
+
+def test_running_again_resumes(cenote: Run, bags: Path, tmp_path: Path) -> None:
+    cenote("probe", bags, *QUICK, "--out", tmp_path / "out")
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "cells").iterdir()}
+    cenote("probe", bags, *QUICK, "--out", tmp_path / "out")
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "cells").iterdir()} == stamps
+
+
+def _damage(name: str, bags: Path) -> None:
+    labels = bags / "labels.csv"
+    item = bags / "slide7.npy"
+    match name:
+        case "dims":
+            np.save(item, np.ones((3, 5), np.float32))
+        case "missing":
+            item.unlink()
+        case "nan":
+            np.save(item, np.full((3, 6), np.nan, np.float32))
+        case "empty":
+            np.save(item, np.ones((0, 6), np.float32))
+        case "unreadable":
+            item.write_bytes(item.read_bytes()[:90])
+        case "one class":
+            labels.write_text(labels.read_text().replace("tumour", "normal"))
+        case "objects":
+            np.save(item, np.array([{}], dtype=object), allow_pickle=True)
+        case "no labels":
+            labels.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        ("dims", "slide7"),
+        ("missing", "slide7"),
+        ("nan", "slide7"),
+        ("empty", "slide7"),
+        ("unreadable", "slide7"),
+        ("objects", "slide7"),
+        ("one class", "normal"),
+        ("no labels", "labels.csv"),
+    ],
+)
+def test_wrong_files_are_named_with_exit_code_2(
+    cenote: Run, bags: Path, tmp_path: Path, damage: str, named: str
+) -> None:
+    _damage(damage, bags)
+    code, out, err = cenote("probe", bags, *QUICK, "--out", tmp_path / "out")
+    assert code == 2
+    assert err.startswith("error: ")
+    assert named in err
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["probe", "/no/such/place"], "/no/such/place"),
+        (["probe", "--methods", "simpol"], "did you mean simpool"),
+        (["probe", "--metric", "R2"], "'R2' does not fit a multiclass task"),
+        (["probe", "--task", "regression", "--grid", "4by4"], "--grid: expected HEIGHTxWIDTH"),
+        (["predict", "/no/such/best", "digits"], "holds no saved probe"),
+        (["report", "/no/such/out"], "/no/such/out"),
+        (["show", "simpol-nonsense"], "no system matches"),
+        (["study", "simpol"], "simpol"),
+    ],
+)
+def test_wrong_arguments_are_named_with_exit_code_2(
+    cenote: Run, tmp_path: Path, arguments: list[str], named: str
+) -> None:
+    out = ["--out", str(tmp_path / "out")] if arguments[0] == "probe" else []
+    code, _, err = cenote(*arguments, *out)
+    assert code == 2
+    assert named in " ".join(err.split())
+
+
+@pytest.mark.parametrize("arguments", [["probe", "--seeds", "0"], ["probe", "--no-such-option"], ["nonsense"]])
+def test_usage_errors_exit_with_2(cenote: Run, arguments: list[str]) -> None:
+    assert cenote(*arguments)[0] == 2
+
+
+def test_predicting_tokens_of_another_width_is_named(cenote: Run, bags: Path, tmp_path: Path) -> None:
+    cenote("probe", bags, *QUICK, "--out", tmp_path / "out")
+    code, _, err = cenote("predict", tmp_path / "out" / "best", "digits", "--out", tmp_path / "p.csv")
+    assert code == 2
+    assert "width 64" in err
+    assert not (tmp_path / "p.csv").exists()
+
+
+def test_ctrl_c_keeps_what_is_done_and_says_so(bags: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", "from cenote.cli import main; main()", "probe", str(bags), "--seeds", "2"]
+    command += ["--epochs", "3000", "--patience", "3000", "--methods", "mean,abmil,simpool,gem", "--out", str(out)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    deadline = time.monotonic() + 120
+    while not (out / "cells" / "mean.safetensors").exists() and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "interrupted: kept" in err
+    assert "run the same command again to go on" in err
+    assert "Traceback" not in err
+    assert not json.loads((out / "comparison.json").read_text())["complete"]
+    assert (out / "report.html").exists()
