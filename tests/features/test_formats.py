@@ -166,11 +166,16 @@ def test_unlabelled_folder(folder: Path, bags: list[np.ndarray]) -> None:
     (folder / "labels.csv").unlink()
     data = read(folder, labelled=False)
     order = sorted(range(ITEMS), key=lambda i: f"item{i}.npy")
-    assert data.ids == tuple(f"item{i}.npy" for i in order)
+    assert data.ids == tuple(f"item{i}" for i in order)
     assert_holds(data, [bags[i] for i in order])
     assert data.classes == ()
     assert (data.split == 2).all()
     assert "not labelled" in describe(data)
+
+
+def test_unlabelled_items_of_one_name_keep_their_extension(folder: Path, bags: list[np.ndarray]) -> None:
+    np.savez(folder / "item3.npz", bags[3])
+    assert {"item3.npy", "item3.npz"} <= set(read(folder, labelled=False).ids)
 
 
 def arrow_table(bags: list[np.ndarray], kind: pa.DataType, **columns: object) -> pa.Table:

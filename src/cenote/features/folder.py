@@ -43,7 +43,9 @@ def open_folder(
         )
     kinds = ", ".join(sorted({f.suffix for f in files}))
     if not labelled:
-        names = [f.relative_to(folder).as_posix() for f in files]
+        names = [f.relative_to(folder).with_suffix("").as_posix() for f in files]
+        if len(set(names)) < len(names):
+            names = [f.relative_to(folder).as_posix() for f in files]
         paths: list[Path | None] = list(files)
         return Source(f"folder of {kinds} files", names, {}, lambda found: _load(names, paths, folder, array, found))
 
