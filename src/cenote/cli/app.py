@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from cenote.cli import catalog, predict, probe, study
+from cenote.cli import catalog, predict, probe, report, study
 from cenote.core.errors import InputError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command("probe")(probe.probe)
 app.command("predict")(predict.predict)
+app.command("report")(report.report)
 app.command("study")(study.study)
 app.command("list")(catalog.list_methods)
 app.command("show")(catalog.show)
