@@ -32,8 +32,11 @@ from cenote.pool.basic.max import MaxPool
 from cenote.pool.basic.mean import MeanPool
 from cenote.pool.basic.statistics import StatisticsPool
 from cenote.pool.basic.sum import SumPool
+from cenote.pool.layers.base import LayerPool, LayersPooled, stack_layers
+from cenote.pool.layers.weighted_sum import WeightedLayerSum
+from cenote.pool.sequence.attentive_statistics import AttentiveStatisticsPool
 from cenote.pool.spatial.adapool import AdaPool1d, AdaPool2d, AdaPool3d, AdaUnpool1d, AdaUnpool2d, AdaUnpool3d
-from cenote.pool.spatial.base import WeightedWindowPool, WindowPool
+from cenote.pool.spatial.base import WindowPool
 from cenote.pool.spatial.edscw import EDSCWPool1d, EDSCWPool2d, EDSCWPool3d, IDWPool1d, IDWPool2d, IDWPool3d
 from cenote.pool.spatial.ggem import GeM, GGeM
 from cenote.pool.spatial.gramian_heads import GramianHeads, GramianPool
@@ -52,6 +55,7 @@ from cenote.pool.spatial.mixed_gated_tree import (
 from cenote.pool.spatial.network_in_network import GlobalAveragePool, MLPConv, NetworkInNetwork, class_maps
 from cenote.pool.spatial.softpool import SoftPool1d, SoftPool2d, SoftPool3d
 from cenote.pool.spatial.tokenflex import TokenCountSampler, TokenFlex, check_placeholders
+from cenote.pool.spatial.weighted import WeightedWindowPool
 
 __all__ = [
     "ABMIL",
@@ -71,6 +75,7 @@ __all__ = [
     "AimPool",
     "AttSets",
     "AttSetsConv",
+    "AttentiveStatisticsPool",
     "Attenuator",
     "CaePool",
     "CaiTPool",
@@ -103,6 +108,8 @@ __all__ = [
     "IDWPool3d",
     "JepaPool",
     "LastPool",
+    "LayerPool",
+    "LayersPooled",
     "MHCAPool",
     "MLPConv",
     "MaxPool",
@@ -127,10 +134,12 @@ __all__ = [
     "TreePool1d",
     "TreePool2d",
     "TreePool3d",
+    "WeightedLayerSum",
     "WeightedWindowPool",
     "WindowPool",
     "check_placeholders",
     "class_maps",
     "divergence_from_mean",
     "sample_mixtures",
+    "stack_layers",
 ]
