@@ -35,10 +35,7 @@ def test_definition(p: float, weighted: bool) -> None:
         weights = some_weights(tokens) if weighted else None
         y = power_mean(tokens, v, torch.tensor([p], dtype=torch.float64), weights)
         w = tokens.uniform() if weights is None else weights
-        if p == 0:
-            expected = tokens.sum(w * v.log()).exp()
-        else:
-            expected = tokens.sum(w * v**p) ** (1 / p)
+        expected = tokens.sum(w * v.log()).exp() if p == 0 else tokens.sum(w * v**p) ** (1 / p)
         expected = expected.masked_fill((tokens.lengths() == 0).unsqueeze(1), 0)
         # the definition itself loses digits near p = 0
         tolerance = 1e-12 if p == 0 or abs(p) > 1e-2 else 1e-8

@@ -9,6 +9,8 @@ def largest_divisor(width: int, at_most: int) -> int:
     >>> largest_divisor(768, 32), largest_divisor(50, 32), largest_divisor(7, 4)
     (32, 25, 1)
     """
+    if width < 1 or at_most < 1:
+        raise InputError(f"largest_divisor: expected positive numbers, got the width {width} and at most {at_most}")
     return next(d for d in range(min(at_most, width), 0, -1) if width % d == 0)
 
 
