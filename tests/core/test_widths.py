@@ -28,7 +28,7 @@ def test_require_divides(width: int, parts: int) -> None:
 
 
 def test_the_nearest_is_named() -> None:
-    with pytest.raises(InputError, match="heads: 10 does not divide the width 768 .* is 8$"):
+    with pytest.raises(InputError, match=r"heads: 10 does not divide the width 768 .* is 8$"):
         require_divides("heads", 10, 768)
 
 
