@@ -1,0 +1,15 @@
+import inspect
+
+import pytest
+
+import cenote
+from cenote.testing import check_layer_pool
+
+LAYERS = 5
+
+
+@pytest.mark.parametrize("name", [m.name for m in cenote.methods(room="pool", kind="layers")])
+def test_layer_pool_keeps_its_contract(name: str) -> None:
+    taken = inspect.signature(cenote.method(name).load()).parameters
+    sized = {"layers": LAYERS} if "layers" in taken else {}
+    check_layer_pool(cenote.create(name, dim=16, **sized), layers=LAYERS)
