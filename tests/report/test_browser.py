@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.report.factory import make_comparison, write_run
 
 import cenote.report
+from tests.report.factory import make_comparison, write_run
 
 CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
 ARGUMENTS = [

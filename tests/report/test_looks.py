@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tests.report.factory import make_comparison, photograph, write_attention
 
 import cenote.report
 from cenote.core import InputError
@@ -21,12 +20,14 @@ from cenote.report.looks import (
     LEVELS,
     MOST_BARS,
     bars,
-    mean_over_heads,
+    effective_tokens,
     overlay,
     picture,
     samples,
+    shares_per_head,
     strength,
 )
+from tests.report.factory import make_comparison, photograph, write_attention
 
 
 def pixels(address: str) -> np.ndarray:
@@ -74,7 +75,7 @@ def test_a_fine_grid_is_made_coarser_and_keeps_its_place() -> None:
     st.lists(st.booleans(), max_size=700),
 )
 def test_bars_keep_the_largest_of_each_kind(values: list[float], marks: list[bool]) -> None:
-    shares = mean_over_heads(np.array([values]))
+    shares = shares_per_head(np.array([values]))[0]
     if not shares.any():
         return
     drawn = bars(shares, marks)
@@ -93,8 +94,8 @@ def test_bars_keep_the_largest_of_each_kind(values: list[float], marks: list[boo
 
 
 def test_weights_that_are_no_numbers_count_as_nothing() -> None:
-    shares = mean_over_heads(np.array([[np.nan, 1.0, np.inf, -2.0], [0.0, 0.0, 0.0, 0.0]]))
-    assert shares.tolist() == [0, 0.5, 0, 0]
+    shares = shares_per_head(np.array([[np.nan, 1.0, np.inf, -2.0], [0.0, 0.0, 0.0, 0.0]]))
+    assert shares.tolist() == [[0, 1, 0, 0], [0, 0, 0, 0]]
 
 
 def test_pictures_become_small() -> None:
@@ -127,6 +128,8 @@ def test_samples_carry_all_methods(grid: tuple[int, int] | None, tmp_path: Path)
             assert (look.overlay is None) == (grid is None)
             assert look.heads == len(tensors[f"{look.method}/{i}"])
             assert 1 <= look.spread <= s.item.tokens * 1.0001
+            heads = [effective_tokens(h) for h in tensors[f"{look.method}/{i}"].double().numpy()]
+            assert look.spreads == pytest.approx((min(heads), max(heads)), rel=1e-4)
             assert look.correct == (look.prediction == s.item.label)
             if look.method == "mean":
                 assert look.spread == pytest.approx(s.item.tokens, rel=1e-4)

@@ -6,7 +6,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from tests.report.factory import CLASSES, make_comparison, method_names, write_run
 
 import cenote.report
 from cenote.core import InputError
@@ -14,6 +13,7 @@ from cenote.probe import Comparison
 from cenote.report.attention import Attention
 from cenote.report.leaderboard import leaderboard
 from cenote.report.matrix import matrix
+from tests.report.factory import CLASSES, make_comparison, method_names, write_run
 
 NASTY = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;"
 VOID = {"meta", "link", "img", "br", "input"}

@@ -5,13 +5,13 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.report.factory import make_comparison
 
 from cenote.report.axes import Axis
 from cenote.report.curves import HEIGHT, WIDTH, curves
 from cenote.report.formats import Units
 from cenote.report.page import NARROW, WIDE
 from cenote.report.pareto import pareto_plot
+from tests.report.factory import make_comparison
 
 
 @pytest.mark.parametrize("size", [WIDE, NARROW])

@@ -66,7 +66,8 @@ class Look:
         correct: whether the prediction is the label; `None` where that is not a question of yes and no.
         overlay: data address of the weights over the grid.
         bars: the weights over a bag.
-        spread: how many tokens carry the weight, exp of its entropy.
+        spread: how many tokens carry the mean weight, exp of its entropy.
+        spreads: of the most pointed and of the widest head.
         heads: over which the weights are averaged.
         shown: tokens that have weights here; of long items only the first are kept.
     """
@@ -77,6 +78,7 @@ class Look:
     overlay: str | None = None
     bars: Bars | None = None
     spread: float = 0.0
+    spreads: tuple[float, float] = (0.0, 0.0)
     heads: int = 0
     shown: int = 0
 
@@ -133,23 +135,25 @@ def _look(
 ) -> Look:
     if weights is None or not weights.size:
         return Look(method, prediction, correct)
-    shares = mean_over_heads(weights)
+    per_head = shares_per_head(weights)
+    shares = per_head.mean(0)
     spread = effective_tokens(shares)
+    each = [effective_tokens(head) for head in per_head]
+    spreads = min(each), max(each)
     if grid is not None:
-        return Look(method, prediction, correct, overlay(shares, grid), None, spread, *weights.shape)
-    return Look(method, prediction, correct, None, bars(shares, item.labelled), spread, *weights.shape)
+        return Look(method, prediction, correct, overlay(shares, grid), None, spread, spreads, *weights.shape)
+    return Look(method, prediction, correct, None, bars(shares, item.labelled), spread, spreads, *weights.shape)
 
 
-def mean_over_heads(weights: Float[ndarray, "heads tokens"]) -> Float[ndarray, "tokens"]:
-    """Shares that sum to one: every head counts alike, however large its weights.
+def shares_per_head(weights: Float[ndarray, "heads tokens"]) -> Float[ndarray, "heads tokens"]:
+    """Shares that sum to one in every head, so that all heads count alike; what is no number counts as nothing.
 
-    >>> mean_over_heads(np.array([[1.0, 1.0], [0.0, 50.0]])).tolist()
-    [0.25, 0.75]
+    >>> shares_per_head(np.array([[1.0, 1.0], [0.0, 50.0]])).tolist()
+    [[0.5, 0.5], [0.0, 1.0]]
     """
     clean = np.nan_to_num(weights.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
     totals = clean.sum(1, keepdims=True)
-    shares = np.divide(clean, totals, out=np.zeros_like(clean), where=totals > 0)
-    return shares.mean(0)
+    return np.divide(clean, totals, out=np.zeros_like(clean), where=totals > 0)
 
 
 def effective_tokens(shares: Float[ndarray, "tokens"]) -> float:
