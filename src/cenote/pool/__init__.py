@@ -33,8 +33,11 @@ from cenote.pool.basic.mean import MeanPool
 from cenote.pool.basic.statistics import StatisticsPool
 from cenote.pool.basic.sum import SumPool
 from cenote.pool.layers.base import LayerPool, LayersPooled, stack_layers
+from cenote.pool.layers.multi_layer_trainable import LastLayerTrainable, MultiLayerTrainable
 from cenote.pool.layers.weighted_sum import WeightedLayerSum
 from cenote.pool.sequence.attentive_statistics import AttentiveStatisticsPool
+from cenote.pool.sequence.attentive_temporal_pooling import AttentiveTemporalPool, TemporalState
+from cenote.pool.sequence.domain_adaptation import LinearCalibration, adapt_logits
 from cenote.pool.spatial.adapool import AdaPool1d, AdaPool2d, AdaPool3d, AdaUnpool1d, AdaUnpool2d, AdaUnpool3d
 from cenote.pool.spatial.base import WindowPool
 from cenote.pool.spatial.edscw import EDSCWPool1d, EDSCWPool2d, EDSCWPool3d, IDWPool1d, IDWPool2d, IDWPool3d
@@ -76,6 +79,7 @@ __all__ = [
     "AttSets",
     "AttSetsConv",
     "AttentiveStatisticsPool",
+    "AttentiveTemporalPool",
     "Attenuator",
     "CaePool",
     "CaiTPool",
@@ -107,9 +111,11 @@ __all__ = [
     "IDWPool2d",
     "IDWPool3d",
     "JepaPool",
+    "LastLayerTrainable",
     "LastPool",
     "LayerPool",
     "LayersPooled",
+    "LinearCalibration",
     "MHCAPool",
     "MLPConv",
     "MaxPool",
@@ -117,6 +123,7 @@ __all__ = [
     "MixedPool1d",
     "MixedPool2d",
     "MixedPool3d",
+    "MultiLayerTrainable",
     "NetworkInNetwork",
     "PaddedPool",
     "Pool",
@@ -129,6 +136,7 @@ __all__ = [
     "SoftPool3d",
     "StatisticsPool",
     "SumPool",
+    "TemporalState",
     "TokenCountSampler",
     "TokenFlex",
     "TreePool1d",
@@ -137,6 +145,7 @@ __all__ = [
     "WeightedLayerSum",
     "WeightedWindowPool",
     "WindowPool",
+    "adapt_logits",
     "check_placeholders",
     "class_maps",
     "divergence_from_mean",

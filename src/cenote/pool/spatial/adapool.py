@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.pool.base import Pooled
-from cenote.pool.spatial.base import Grad, WindowPool
+from cenote.pool.spatial.base import WindowPool
 from cenote.pool.spatial.edscw import EDSCWPool1d, EDSCWPool2d, EDSCWPool3d, Similarity
 from cenote.pool.spatial.softpool import SoftPool1d, SoftPool2d, SoftPool3d
 from cenote.pool.spatial.unit import Constraint, in_unit_interval, unit_parameter
+from cenote.pool.spatial.weighted import Grad
 from cenote.pool.spatial.windows import Size, Windows
 
 _EDSCW: dict[int, Any] = {1: EDSCWPool1d, 2: EDSCWPool2d, 3: EDSCWPool3d}
@@ -24,7 +25,7 @@ class AdaPool(WindowPool):
 
     `y = beta * eDSCW(a) + (1 - beta) * eM(a)`; the fixed poolings are `EDSCWPool2d` and `SoftPool2d`.
 
-    Use `AdaPool1d`, `AdaPool2d` or `AdaPool3d`.
+    Use `AdaPool1d`, `AdaPool2d` or `AdaPool3d`: maps of one to three dimensions, with or without a batch.
 
     Args:
         kernel_size, stride, padding, ceil_mode: as in `torch.nn.AvgPool2d`; cells outside of the map are left out.
@@ -119,7 +120,7 @@ class AdaUnpool(nn.Module):
     `a_i = w_i y` in the window of `y`; where windows overlap, their shares add up. A window then sums to its pooled value;
     with `preserve="mean"` each share is multiplied by the number of cells in the window, so that their mean is that value.
 
-    Use `AdaUnpool1d`, `AdaUnpool2d` or `AdaUnpool3d`.
+    Use `AdaUnpool1d`, `AdaUnpool2d` or `AdaUnpool3d`: maps of one to three dimensions, with or without a batch.
 
     Args:
         kernel_size, stride, padding, ceil_mode: those of the pool.
@@ -187,36 +188,24 @@ class AdaUnpool(nn.Module):
 
 
 class AdaPool1d(AdaPool):
-    """`AdaPool` of `[batch, channels, length]`."""
-
     dims = 1
 
 
 class AdaPool2d(AdaPool):
-    """`AdaPool` of `[batch, channels, height, width]`."""
-
     dims = 2
 
 
 class AdaPool3d(AdaPool):
-    """`AdaPool` of `[batch, channels, depth, height, width]`."""
-
     dims = 3
 
 
 class AdaUnpool1d(AdaUnpool):
-    """`AdaUnpool` to `[batch, channels, length]`."""
-
     dims = 1
 
 
 class AdaUnpool2d(AdaUnpool):
-    """`AdaUnpool` to `[batch, channels, height, width]`."""
-
     dims = 2
 
 
 class AdaUnpool3d(AdaUnpool):
-    """`AdaUnpool` to `[batch, channels, depth, height, width]`."""
-
     dims = 3

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -8,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cenote.core.errors import InputError
-from cenote.pool.spatial.base import Grad, WeightedWindowPool
+from cenote.pool.spatial.weighted import Cell, Grad, Owned, WeightedWindowPool
 from cenote.pool.spatial.windows import Size
 
 Similarity = Literal["channel", "vector"]
@@ -20,7 +19,7 @@ class EDSCWPool(WeightedWindowPool):
     `DSC_i = 2 |a_i m| / (a_i^2 + m^2)` with `m = mean_i a_i`, `y = sum_i exp(DSC_i) a_i / sum_i exp(DSC_i)`: a mean that counts
     outliers less. `DSC` lies in [0, 1], so no two weights of a window differ by more than a factor `e`.
 
-    Use `EDSCWPool1d`, `EDSCWPool2d` or `EDSCWPool3d`.
+    Use `EDSCWPool1d`, `EDSCWPool2d` or `EDSCWPool3d`: maps of one to three dimensions, with or without a batch.
 
     Args:
         kernel_size, stride, padding, ceil_mode: as in `torch.nn.AvgPool2d`; cells outside of the map are left out.
@@ -53,24 +52,37 @@ class EDSCWPool(WeightedWindowPool):
             raise InputError(f"similarity: expected 'channel' or 'vector', got {similarity!r}")
         self.similarity = similarity
 
-    def scores(self, x: Float[Tensor, "batch channels *map"]) -> Sequence[Float[Tensor, "batch owners *windows"]]:
-        mean = self.windows.mean(x).abs()
+    def score(self, a: Cell, context: Cell) -> Owned:
         if self.similarity == "channel":
-            return [_dice(a.abs(), mean) for a in self.windows.views(x)]
-        # the similarity does not depend on the scale; squares of huge or tiny values would
-        scale = _nonzero(self.windows.max(x.detach().abs().amax(1, keepdim=True)))
-        mean = mean / scale
-        return [_vector_dice(a.abs() / scale, mean) for a in self.windows.views(x)]
+            ratio, _ = _ratio(a, context)
+            return 2 * ratio / (1 + ratio.square())
+        a, mean, _ = _scaled(a, context)
+        both = (a.square() + mean.square()).sum(1, keepdim=True)
+        return torch.where(both > 0, 2 * (a * mean).abs().sum(1, keepdim=True) / _nonzero(both), 1)
+
+    def score_gradient(self, g: Owned, a: Cell, context: Cell) -> tuple[Tensor, Tensor]:
+        if self.similarity == "channel":
+            ratio, larger = _ratio(a, context)
+            g = g * 2 * (1 - ratio.square()) / (1 + ratio.square()).square() / larger
+            # the ratio rises with the smaller of the two and falls with the larger
+            smaller_is_a = a.abs() <= context.abs()
+            at_a, at_mean = torch.where(smaller_is_a, g, -g * ratio), torch.where(smaller_is_a, -g * ratio, g)
+            return at_a * a.sign(), at_mean * context.sign()
+        a, mean, scale = _scaled(a, context)
+        both = _nonzero((a.square() + mean.square()).sum(1, keepdim=True))
+        dice = 2 * (a * mean).abs().sum(1, keepdim=True) / both
+        g = 2 * g / both / scale
+        return g * (a.sign() * mean.abs() - dice * a), g * (mean.sign() * a.abs() - dice * mean)
 
 
 class IDWPool(WeightedWindowPool):
     """Each activation of a window weighted by its inverse distance to the window's mean: `w_i ~ 1 / |a_i - m|`.
 
-    Use `IDWPool1d`, `IDWPool2d` or `IDWPool3d`.
+    Use `IDWPool1d`, `IDWPool2d` or `IDWPool3d`: maps of one to three dimensions, with or without a batch.
 
     Args:
         kernel_size, stride, padding, ceil_mode, grad: as in `EDSCWPool`.
-        eps: smallest distance, as a share of the largest magnitude in the window.
+        eps: smallest distance, as a share of the magnitudes of `a_i` and `m`.
 
     Example:
         >>> IDWPool2d(2)(torch.full((1, 1, 2, 2), 5.0)).item()
@@ -96,24 +108,31 @@ class IDWPool(WeightedWindowPool):
             raise InputError(f"eps: expected a positive distance, got {eps}")
         self.eps = eps
 
-    def scores(self, x: Float[Tensor, "batch channels *map"]) -> Sequence[Float[Tensor, "batch owners *windows"]]:
-        mean = self.windows.mean(x)
-        nearest = self.eps * self.windows.max(x.detach().abs()) + torch.finfo(x.dtype).tiny
-        return [-torch.maximum((a - mean).abs(), nearest).log() for a in self.windows.views(x)]
+    def score(self, a: Cell, context: Cell) -> Owned:
+        return -torch.maximum((a - context).abs(), self._nearest(a, context)).log()
+
+    def score_gradient(self, g: Owned, a: Cell, context: Cell) -> tuple[Tensor, Tensor]:
+        distance = a - context
+        far = distance.abs() > self._nearest(a, context)
+        at_a = torch.where(far, -g / torch.where(far, distance, 1), 0)
+        return at_a, -at_a
+
+    def _nearest(self, a: Cell, context: Cell) -> Cell:
+        return self.eps * torch.maximum(a.detach().abs(), context.detach().abs()) + torch.finfo(a.dtype).tiny
 
 
-def _dice(a: Float[Tensor, "*any"], b: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """`2ab / (a^2 + b^2)` of non-negative numbers, from their ratio: no square over- or underflows."""
-    large = torch.maximum(a, b)
-    ratio = torch.where(large > 0, torch.minimum(a, b) / _nonzero(large), 1)
-    return 2 * ratio / (1 + ratio.square())
+def _ratio(a: Cell, b: Cell) -> tuple[Cell, Cell]:
+    """The smaller by the larger magnitude (1 where both are 0), and the larger; no square over- or underflows."""
+    tiny = torch.finfo(a.dtype).tiny
+    a, b = a.abs().clamp(min=tiny), b.abs().clamp(min=tiny)
+    larger = torch.maximum(a, b)
+    return torch.minimum(a, b) / larger, larger
 
 
-def _vector_dice(
-    a: Float[Tensor, "batch channels *windows"], b: Float[Tensor, "batch channels *windows"]
-) -> Float[Tensor, "batch 1 *windows"]:
-    both = (a.square() + b.square()).sum(1, keepdim=True)
-    return torch.where(both > 0, 2 * (a * b).sum(1, keepdim=True) / _nonzero(both), 1)
+def _scaled(a: Cell, b: Cell) -> tuple[Cell, Cell, Owned]:
+    """Both by the largest magnitude among their channels, and that: their similarity is the same."""
+    scale = _nonzero(torch.maximum(a.detach().abs(), b.detach().abs()).amax(1, keepdim=True))
+    return a / scale, b / scale, scale
 
 
 def _nonzero(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
@@ -121,36 +140,24 @@ def _nonzero(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
 
 
 class EDSCWPool1d(EDSCWPool):
-    """`EDSCWPool` of `[batch, channels, length]`."""
-
     dims = 1
 
 
 class EDSCWPool2d(EDSCWPool):
-    """`EDSCWPool` of `[batch, channels, height, width]`."""
-
     dims = 2
 
 
 class EDSCWPool3d(EDSCWPool):
-    """`EDSCWPool` of `[batch, channels, depth, height, width]`."""
-
     dims = 3
 
 
 class IDWPool1d(IDWPool):
-    """`IDWPool` of `[batch, channels, length]`."""
-
     dims = 1
 
 
 class IDWPool2d(IDWPool):
-    """`IDWPool` of `[batch, channels, height, width]`."""
-
     dims = 2
 
 
 class IDWPool3d(IDWPool):
-    """`IDWPool` of `[batch, channels, depth, height, width]`."""
-
     dims = 3

@@ -17,7 +17,7 @@ class MixedPool(SharedWindowPool):
 
     `y = a max_i x_i + (1 - a) mean_i x_i`, with one learned `a` in [0, 1].
 
-    Use `MixedPool1d`, `MixedPool2d` or `MixedPool3d`.
+    Use `MixedPool1d`, `MixedPool2d` or `MixedPool3d`: maps of one to three dimensions, with or without a batch.
 
     Args:
         kernel_size, stride, padding, ceil_mode: as in `torch.nn.AvgPool2d`; cells outside of the map are left out.
@@ -64,7 +64,7 @@ class GatedPool(SharedWindowPool):
 
     `g = sigmoid(w . x)`, `y = g max_i x_i + (1 - g) mean_i x_i`, with one learned weight per cell of the kernel, no bias.
 
-    Use `GatedPool1d`, `GatedPool2d` or `GatedPool3d`.
+    Use `GatedPool1d`, `GatedPool2d` or `GatedPool3d`: maps of one to three dimensions, with or without a batch.
 
     Args:
         kernel_size, stride, padding, ceil_mode: as in `torch.nn.AvgPool2d`; cells outside of the map are left out.
@@ -109,7 +109,7 @@ class TreePool(SharedWindowPool):
     `y_m = v_m . x` at a leaf; `y_m = s_m y_left + (1 - s_m) y_right` with `s_m = sigmoid(w_m . x)` at an inner node. The
     filters are free: a tree can change scale and sign.
 
-    Use `TreePool1d`, `TreePool2d` or `TreePool3d`.
+    Use `TreePool1d`, `TreePool2d` or `TreePool3d`: maps of one to three dimensions, with or without a batch.
 
     Args:
         kernel_size, stride, padding, ceil_mode: as in `torch.nn.AvgPool2d`; cells outside of the map are left out.
@@ -166,54 +166,36 @@ class TreePool(SharedWindowPool):
 
 
 class MixedPool1d(MixedPool):
-    """`MixedPool` of `[batch, channels, length]`."""
-
     dims = 1
 
 
 class MixedPool2d(MixedPool):
-    """`MixedPool` of `[batch, channels, height, width]`."""
-
     dims = 2
 
 
 class MixedPool3d(MixedPool):
-    """`MixedPool` of `[batch, channels, depth, height, width]`."""
-
     dims = 3
 
 
 class GatedPool1d(GatedPool):
-    """`GatedPool` of `[batch, channels, length]`."""
-
     dims = 1
 
 
 class GatedPool2d(GatedPool):
-    """`GatedPool` of `[batch, channels, height, width]`."""
-
     dims = 2
 
 
 class GatedPool3d(GatedPool):
-    """`GatedPool` of `[batch, channels, depth, height, width]`."""
-
     dims = 3
 
 
 class TreePool1d(TreePool):
-    """`TreePool` of `[batch, channels, length]`."""
-
     dims = 1
 
 
 class TreePool2d(TreePool):
-    """`TreePool` of `[batch, channels, height, width]`."""
-
     dims = 2
 
 
 class TreePool3d(TreePool):
-    """`TreePool` of `[batch, channels, depth, height, width]`."""
-
     dims = 3

@@ -101,6 +101,12 @@ def class_maps(
 
     The mean of map `k` is the logit of class `k`. Network In Network is the case where the map is the class channel itself.
 
+    Args:
+        features: the last maps before the mean.
+        classifier: what maps their mean to logits.
+
+    Source: Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016, after Network In Network.
+
     >>> features, classifier = torch.randn(2, 8, 4, 4), torch.nn.Linear(8, 3)
     >>> torch.allclose(class_maps(features, classifier).mean((2, 3)), classifier(features.mean((2, 3))), atol=1e-5)
     True

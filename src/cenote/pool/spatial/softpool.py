@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from cenote.core.errors import InputError
-from cenote.pool.spatial.base import Grad, WeightedWindowPool
+from cenote.pool.spatial.weighted import Cell, Grad, Owned, WeightedWindowPool
 from cenote.pool.spatial.windows import Size
 
 
@@ -17,7 +16,7 @@ class SoftPool(WeightedWindowPool):
     `w_i = exp(a_i / t) / sum_j exp(a_j / t)`, `y = sum_i w_i a_i`, for each channel on its own; `t = 1` in the paper. Large
     `a / t` tends to the maximum, small to the mean. `dy/da_i = w_i (1 + (a_i - y) / t)`, which can be negative.
 
-    Use `SoftPool1d`, `SoftPool2d` or `SoftPool3d`.
+    Use `SoftPool1d`, `SoftPool2d` or `SoftPool3d`: maps of one to three dimensions, with or without a batch.
 
     Args:
         kernel_size, stride, padding, ceil_mode: as in `torch.nn.AvgPool2d`; cells outside of the map are left out.
@@ -63,32 +62,31 @@ class SoftPool(WeightedWindowPool):
         self.temperature = temperature
         self.clamp_output = clamp_output
 
-    def pool(self, x: Float[Tensor, "batch channels *map"]) -> Float[Tensor, "batch channels *windows"]:
-        y = super().pool(x)
+    def pool(self, x: Float[Tensor, "batch channels *map"]) -> Cell:
+        return self.finished(super().pool(x))
+
+    def finished(self, y: Cell) -> Cell:
         return y.clamp(min=0) if self.clamp_output else y
 
-    def scores(self, x: Float[Tensor, "batch channels *map"]) -> Sequence[Float[Tensor, "batch owners *windows"]]:
-        if self.temperature != 1:
-            x = x / self.temperature
-        return self.windows.views(x if self.weights == "channel" else x.logsumexp(1, keepdim=True))
+    def context(self, x: Float[Tensor, "batch channels *map"]) -> Cell:
+        return self.windows.max(x.detach()) if self.weights == "channel" else self.windows.mean(x.detach())
 
-    def centre(self, x: Float[Tensor, "batch channels *map"]) -> Float[Tensor, "batch channels *windows"]:
-        return self.windows.max(x) if self.weights == "channel" else super().centre(x)
+    def score(self, a: Cell, context: Cell) -> Owned:  # noqa: ARG002
+        scaled = a if self.temperature == 1 else a / self.temperature
+        return scaled if self.weights == "channel" else scaled.logsumexp(1, keepdim=True)
+
+    def score_gradient(self, g: Owned, a: Cell, context: Cell) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
+        g = g / self.temperature
+        return g if self.weights == "channel" else g * (a / self.temperature).softmax(1), None
 
 
 class SoftPool1d(SoftPool):
-    """`SoftPool` of `[batch, channels, length]`."""
-
     dims = 1
 
 
 class SoftPool2d(SoftPool):
-    """`SoftPool` of `[batch, channels, height, width]`."""
-
     dims = 2
 
 
 class SoftPool3d(SoftPool):
-    """`SoftPool` of `[batch, channels, depth, height, width]`."""
-
     dims = 3

@@ -198,6 +198,8 @@ def check_placeholders(
     Raises:
         InputError: naming the first text that does not fit.
 
+    Source: as `TokenFlex`, which needs it.
+
     >>> check_placeholders(torch.tensor([[7, 7, 7, 7, 1, 2]]), placeholder=7, num_tokens=4)
     """
     rows, columns = grid_of(num_tokens)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,15 +146,18 @@ class Windows:
         return [sum_of_products([w[f] for w in by_cell], views) for f in range(count)]
 
     def spread(
-        self, cells: Sequence[Float[Tensor, "*lead_and_windows"]], size: Sequence[int]
+        self, cells: Iterable[Float[Tensor, "*lead_and_windows"]], size: Sequence[int]
     ) -> Float[Tensor, "*lead_and_map"]:
         """The way back of `views`: every cell of the map gets the sum of what the windows that hold it have there."""
         out = self.output_size(size)
         pads = self._pads(size, out)
         padded = [left + length + right for length, (left, right) in zip(size, pads, strict=True)]
-        total = cells[0].new_zeros((*cells[0].shape[: -self.dims], *padded))
+        total: Tensor | None = None
         for cell, values in zip(self._slices(out), cells, strict=True):
+            if total is None:
+                total = values.new_zeros((*values.shape[: -self.dims], *padded))
             total[cell] += values
+        assert total is not None
         for axis, (length, (left, _)) in enumerate(zip(size, pads, strict=True), start=-self.dims):
             total = total.narrow(axis, left, length)
         return total

@@ -1,0 +1,156 @@
+"""Windows that are pooled with weights of a softmax over their cells."""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from cenote.core.errors import InputError
+from cenote.pool.base import Pooled
+from cenote.pool.spatial.base import WindowPool
+from cenote.pool.spatial.windows import Size, sum_of_products
+
+Grad = Literal["full", "weights"]
+Cell = Float[Tensor, "batch channels *windows"]
+Owned = Float[Tensor, "batch owners *windows"]
+
+
+class WeightedWindowPool(WindowPool):
+    """Base of the pools `y = sum_i w_i a_i` with `w = softmax_i(s_i)` over the cells `i` of each window.
+
+    A pool defines `score(a, context)`, what a cell scores in view of what `context` says of its window. With
+    `score_gradient` as well, training keeps the map and a few numbers per window, and makes scores and weights again in the
+    backward pass. Cells outside of the map have weight 0.
+
+    Args:
+        kernel_size, stride, padding, ceil_mode: as in `WindowPool`.
+        grad: `"full"`: the true derivative; `"weights"`: with the weights held constant, `dy/da_i = w_i`.
+    """
+
+    def __init__(
+        self,
+        kernel_size: Size,
+        stride: Size | None = None,
+        padding: Size = 0,
+        ceil_mode: bool = False,
+        grad: Grad = "full",
+    ) -> None:
+        super().__init__(kernel_size, stride, padding, ceil_mode)
+        if grad not in ("full", "weights"):
+            raise InputError(f"grad: expected 'full' or 'weights', got {grad!r}")
+        self.grad = grad
+
+    @abstractmethod
+    def score(self, a: Cell, context: Cell) -> Owned:
+        """The score of one cell of every window; `owners` is `channels`, or 1 where all of them share it."""
+
+    def score_gradient(self, g: Owned, a: Cell, context: Cell) -> tuple[Tensor, Tensor | None]:
+        """`(g ds/da, g ds/dcontext)`, `None` where the score does not read the context."""
+        raise NotImplementedError
+
+    def context(self, x: Float[Tensor, "batch channels *map"]) -> Cell:
+        """A number between the smallest and the largest value of each window; the sums are taken around it."""
+        return self.windows.mean(x)
+
+    def pool(self, x: Float[Tensor, "batch channels *map"]) -> Cell:
+        context = self.context(x)
+        # a compiler decides by itself what to make again
+        if torch.compiler.is_compiling() or type(self).score_gradient is WeightedWindowPool.score_gradient:
+            return _weighted_sum(self, x, context).y
+        return _Lean.apply(x, context, self)[0]  # type: ignore[no-untyped-call]
+
+    def attend(self, x: Float[Tensor, "*map"]) -> Pooled:
+        """As calling the pool, and also the weights `[batch, channels, *windows, *kernel]` (without a batch as `x`).
+
+        They sum to 1 over each window; `AdaUnpool2d` spreads pooled values back with them.
+        """
+        batch = self.as_batch(x)
+        y, _, total, shares = _weighted_sum(self, batch, self.context(batch))
+        weights = torch.stack([e / total for e in shares], -1).unflatten(-1, self.kernel_size)
+        weights = weights.expand(-1, batch.shape[1], *[-1] * (2 * self.dims))
+        y, weights = self.finished(y).to(x.dtype), weights.to(x.dtype)
+        return Pooled(y, weights) if x.dim() == batch.dim() else Pooled(y.squeeze(0), weights.squeeze(0))
+
+    def finished(self, y: Cell) -> Cell:
+        """What becomes of the weighted sums."""
+        return y
+
+
+class _Sums(NamedTuple):
+    y: Cell
+    top: Owned
+    total: Owned
+    shares: Sequence[Owned]
+
+
+def _weighted_sum(pool: WeightedWindowPool, x: Float[Tensor, "batch channels *map"], context: Cell) -> _Sums:
+    cells = pool.windows.views(x)
+    scores = [pool.score(a, context) for a in cells]
+    scores = [_hidden(s, there) for s, there in zip(scores, _inside(pool, x), strict=True)]
+    top = functools.reduce(torch.maximum, (s.detach() for s in scores))
+    shares = [(s - top).exp() for s in scores]
+    if pool.grad == "weights":
+        shares = [e.detach() for e in shares]
+    total = functools.reduce(torch.add, shares)
+    # seen from a number near the result, large values neither overflow nor cancel, and their gradients stay exact
+    centre = context.detach()
+    y = centre + sum_of_products(shares, [a - centre for a in cells]) / total
+    return _Sums(y, top, total, shares)
+
+
+class _Lean(torch.autograd.Function):
+    """`_weighted_sum` that keeps no number per cell for the backward pass."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, context: Tensor, pool: WeightedWindowPool) -> tuple[Tensor, Tensor, Tensor]:
+        y, top, total, _ = _weighted_sum(pool, x, context)
+        return y, top, total
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, WeightedWindowPool], output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        x, context, ctx.pool = inputs
+        ctx.save_for_backward(x, context, *output)
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        pool: WeightedWindowPool = ctx.pool
+        x, context, y, top, total = ctx.saved_tensors
+        context_gradients: list[Tensor] = []
+
+        def by_cell() -> Iterator[Tensor]:
+            for a, there in zip(pool.windows.views(x), _inside(pool, x), strict=True):
+                w = (_hidden(pool.score(a, context), there) - top).exp() / total
+                grad = g * w
+                if pool.grad == "full":
+                    at_score = grad * (a - y)
+                    if w.shape[1] < at_score.shape[1]:
+                        at_score = at_score.sum(1, keepdim=True)
+                    at_cell, at_context = pool.score_gradient(at_score, a, context)
+                    grad = grad + at_cell
+                    if at_context is not None:
+                        context_gradients.append(at_context)
+                        context_gradients[:] = [functools.reduce(torch.add, context_gradients)]
+                yield grad
+
+        at_x = pool.windows.spread(by_cell(), x.shape[2:])
+        return at_x, context_gradients[0] if context_gradients else None, None
+
+
+def _inside(pool: WeightedWindowPool, x: Tensor) -> Sequence[Bool[Tensor, "*windows"] | None]:
+    inside = pool.windows.inside(x.shape[2:], x.device)
+    return [None] * pool.windows.cells if inside is None else inside
+
+
+def _hidden(scores: Owned, there: Bool[Tensor, "*windows"] | None) -> Owned:
+    return scores if there is None else scores.masked_fill(~there, float("-inf"))
