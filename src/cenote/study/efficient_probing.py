@@ -16,14 +16,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from cenote.pool import EfficientProbing, MeanPool, MHCAPool, Pool
 from cenote.probe import Probe
 from cenote.study.data import Digits, backbone
-from cenote.study.harness import Arms, Findings, Size, above, seeds_of, study, t_interval
+from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
 from cenote.study.training import Together, accuracy, cross_entropy, epochs, fit, steps_of
 
 DIM = 64
@@ -118,17 +117,7 @@ def _probe(pool: Callable[[], Pool]) -> Probe:
 
 
 def _draw(figure: Any, raw: Arms, normed: Arms, parameters: dict[str, int]) -> None:
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, arms, title in zip(panels, (raw, normed), ("tokens as they are", "tokens after LayerNorm"), strict=True):
-        for name, values in arms.items():
-            low, high = t_interval(values)
-            mean = float(np.mean(values))
-            colour = "#0b57d0" if name.startswith("EP") else "#5f6368"
-            axes.errorbar(parameters[name], mean, yerr=[[mean - low], [high - mean]], fmt="D", color=colour, capsize=3)
-            short = name.removeprefix("EP, ").removesuffix(", 8 heads")
-            axes.annotate(short, (parameters[name], mean), xytext=(6, -10), textcoords="offset points", fontsize=7)
-        axes.set_xscale("log")
-        axes.set_xlabel("trained parameters")
-        axes.set_title(title, fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("accuracy, 597 test digits")
+    left, right = figure.subplots(1, 2, sharex=True)
+    draw_arms(left, Arms({f"{name}\n({parameters[name]:,} parameters)": v for name, v in raw.items()}), "accuracy")
+    draw_arms(right, normed, "accuracy, normalised tokens")
+    right.set_yticks([])

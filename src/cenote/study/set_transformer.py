@@ -163,5 +163,5 @@ def _generator(seed: int) -> torch.Generator:
 
 def _draw(figure: Any, likelihood: Arms, maximum: Arms) -> None:
     left, right = figure.subplots(1, 2)
-    draw_arms(left, likelihood, "clustering: log-likelihood per point (higher is better)")
-    draw_arms(right, maximum, "largest number: absolute error (lower is better)")
+    draw_arms(left, likelihood, "clustering: log-likelihood per point\n(higher is better)")
+    draw_arms(right, maximum, "largest number: absolute error\n(lower is better)")
