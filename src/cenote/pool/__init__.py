@@ -33,6 +33,7 @@ from cenote.pool.basic.mean import MeanPool
 from cenote.pool.basic.statistics import StatisticsPool
 from cenote.pool.basic.sum import SumPool
 from cenote.pool.layers.base import LayerPool, LayersPooled, stack_layers
+from cenote.pool.layers.maxpoolbert import CLSAttention, MaxCLS, MaxPoolBERT
 from cenote.pool.layers.multi_layer_trainable import LastLayerTrainable, MultiLayerTrainable
 from cenote.pool.layers.weighted_sum import WeightedLayerSum
 from cenote.pool.sequence.attentive_statistics import AttentiveStatisticsPool
@@ -81,6 +82,7 @@ __all__ = [
     "AttentiveStatisticsPool",
     "AttentiveTemporalPool",
     "Attenuator",
+    "CLSAttention",
     "CaePool",
     "CaiTPool",
     "CbamPool",
@@ -118,7 +120,9 @@ __all__ = [
     "LinearCalibration",
     "MHCAPool",
     "MLPConv",
+    "MaxCLS",
     "MaxPool",
+    "MaxPoolBERT",
     "MeanPool",
     "MixedPool1d",
     "MixedPool2d",
