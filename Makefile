@@ -7,7 +7,6 @@
 #   make docs    the documentation, into site/
 #   make bench   every benchmark, one after the other
 #
-# Another build of PyTorch: make probe TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
 VENV ?= .venv
 OUT ?= cenote-out
