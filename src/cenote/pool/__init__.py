@@ -36,9 +36,18 @@ from cenote.pool.layers.base import LayerPool, LayersPooled, stack_layers
 from cenote.pool.layers.maxpoolbert import CLSAttention, MaxCLS, MaxPoolBERT
 from cenote.pool.layers.multi_layer_trainable import LastLayerTrainable, MultiLayerTrainable
 from cenote.pool.layers.weighted_sum import WeightedLayerSum
+from cenote.pool.sequence.attention_conditioning import (
+    AttentionalAffine,
+    AttentionalConcat,
+    AttentionalGate,
+    ConditionedAttention,
+    Lexicon,
+)
 from cenote.pool.sequence.attentive_statistics import AttentiveStatisticsPool
 from cenote.pool.sequence.attentive_temporal_pooling import AttentiveTemporalPool, TemporalState
 from cenote.pool.sequence.domain_adaptation import LinearCalibration, adapt_logits
+from cenote.pool.sequence.drasp import DraspPool
+from cenote.pool.sequence.weighted_mean import PositionWeightedMean
 from cenote.pool.spatial.adapool import AdaPool1d, AdaPool2d, AdaPool3d, AdaUnpool1d, AdaUnpool2d, AdaUnpool3d
 from cenote.pool.spatial.base import WindowPool
 from cenote.pool.spatial.edscw import EDSCWPool1d, EDSCWPool2d, EDSCWPool3d, IDWPool1d, IDWPool2d, IDWPool3d
@@ -79,6 +88,9 @@ __all__ = [
     "AimPool",
     "AttSets",
     "AttSetsConv",
+    "AttentionalAffine",
+    "AttentionalConcat",
+    "AttentionalGate",
     "AttentiveStatisticsPool",
     "AttentiveTemporalPool",
     "Attenuator",
@@ -90,10 +102,12 @@ __all__ = [
     "ClsMeanPool",
     "ClsPool",
     "CoCaPool",
+    "ConditionedAttention",
     "DecorrelationLoss",
     "DeepSet",
     "DinoViTPool",
     "DolgPool",
+    "DraspPool",
     "EDSCWPool1d",
     "EDSCWPool2d",
     "EDSCWPool3d",
@@ -117,6 +131,7 @@ __all__ = [
     "LastPool",
     "LayerPool",
     "LayersPooled",
+    "Lexicon",
     "LinearCalibration",
     "MHCAPool",
     "MLPConv",
@@ -132,6 +147,7 @@ __all__ = [
     "PaddedPool",
     "Pool",
     "Pooled",
+    "PositionWeightedMean",
     "SetTransformer",
     "SigLipPool",
     "SimPool",

@@ -1,0 +1,142 @@
+import pytest
+import torch
+from tests.pools import features, shaken
+from torch import Tensor
+
+from cenote.core import Bags, InputError
+from cenote.pool import AttentiveStatisticsPool, DraspPool, MeanPool, StatisticsPool
+from cenote.testing import check_pool
+
+
+def written_out(pool: DraspPool, clip: Tensor) -> Tensor:
+    """One clip, segment by segment."""
+    means = torch.stack([s.mean(0) for s in clip.split(pool.segment)])
+    w = (torch.tanh(pool.sap_linear(means)) @ pool.attention).softmax(0)
+    mean = (w * means).sum(0)
+    fine = [mean, ((w * means**2).sum(0) - mean**2).clamp(min=pool.eps).sqrt()]
+    coarse = [clip.mean(0), clip.var(0, correction=0).clamp(min=pool.eps).sqrt()]
+    return pool.alpha * torch.cat(coarse) + pool.beta * torch.cat(fine)
+
+
+@pytest.mark.parametrize("segment", [1, 3, 4, 9, 20])
+@pytest.mark.parametrize("tokens", [1, 8, 9])
+def test_equals_the_equations_clip_by_clip(segment: int, tokens: int) -> None:
+    pool, x = shaken(DraspPool(16, segment=segment)), features(3, tokens)
+    expected = torch.stack([written_out(pool, clip) for clip in x])
+    torch.testing.assert_close(pool(x), expected)
+    clips = [x[0], x[1, : (tokens + 1) // 2], x[2, :1]]
+    ragged = torch.stack([written_out(pool, clip) for clip in clips])
+    torch.testing.assert_close(pool(Bags.from_list(clips)), ragged)
+    torch.testing.assert_close(pool(*Bags.from_list(clips).to_padded()), ragged)
+
+
+def test_at_first_it_is_statistics_pooling_and_only_beta_opens_the_fine_branch() -> None:
+    pool, x = DraspPool(16, segment=4).double(), features()
+    torch.testing.assert_close(pool(x), StatisticsPool(16, eps=0.0)(x))
+    pool(x).sum().backward()
+    assert torch.equal(pool.attention.grad, torch.zeros_like(pool.attention))
+    assert pool.beta.grad.abs() > 1e-3
+
+
+def test_the_fine_branch_of_single_frames_is_attentive_statistics() -> None:
+    pool, x = shaken(DraspPool(16, branches="fine")), features()
+    attentive = AttentiveStatisticsPool(16, hidden=16, heads=1, context=False, eps=pool.eps).double()
+    with torch.no_grad():
+        attentive.token.load_state_dict(pool.sap_linear.state_dict())
+        attentive.score.weight.copy_(pool.attention.T)
+    torch.testing.assert_close(pool(x), attentive(x))
+
+
+def test_alpha_zero_and_beta_one_is_the_fine_branch() -> None:
+    both, fine = shaken(DraspPool(16, segment=2)), DraspPool(16, segment=2, branches="fine").double()
+    fine.load_state_dict({k: v for k, v in both.state_dict().items() if k not in ("alpha", "beta")})
+    with torch.no_grad():
+        both.alpha.zero_()
+        both.beta.fill_(1.0)
+    x = features()
+    torch.testing.assert_close(both(x), fine(x))
+
+
+def test_one_segment_has_the_mean_and_the_floor_as_deviation() -> None:
+    for segment in (9, 30):
+        pool, x = shaken(DraspPool(16, segment=segment, branches="fine")), features()
+        torch.testing.assert_close(pool(x), torch.cat([x.mean(1), torch.full_like(x[:, 0], pool.eps**0.5)], -1))
+
+
+def test_equal_scores_of_whole_segments_give_the_mean_and_less_deviation() -> None:
+    pool, x = shaken(DraspPool(16, segment=3, branches="fine")), features()
+    with torch.no_grad():
+        pool.attention.zero_()
+    mean, std = pool(x).chunk(2, -1)
+    torch.testing.assert_close(mean, x.mean(1))
+    torch.testing.assert_close(std, x.unflatten(1, (3, 3)).mean(2).std(1, correction=0))
+    assert (std <= x.std(1, correction=0)).all()
+
+
+def test_a_masked_frame_inside_a_clip_still_takes_time() -> None:
+    pool, x = shaken(DraspPool(16, segment=2, branches="fine", statistics="mean")), features(1, 6)
+    mask = torch.tensor([[True, False, False, False, True, True]])
+    _, weights = pool.attend(x.masked_fill(~mask.unsqueeze(-1), float("nan")), mask)
+    means = torch.stack([x[0, 0], x[0, 4:].mean(0)])
+    w = (torch.tanh(pool.sap_linear(means)) @ pool.attention).softmax(0).squeeze(-1)
+    expected = torch.stack([w[0], w.new_zeros(()), w.new_zeros(()), w.new_zeros(()), w[1] / 2, w[1] / 2])
+    torch.testing.assert_close(weights[0, 0], expected)
+
+
+@pytest.mark.parametrize("mask_from", [7, 9])
+def test_weights_are_what_the_means_took_from_each_frame(mask_from: int) -> None:
+    pool, x = shaken(DraspPool(16, segment=4, statistics="mean")), features()
+    mask = torch.arange(9).expand(2, 9) < mask_from
+    output, weights = pool.attend(x, mask)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, dtype=x.dtype))
+    coarse, fine = (weights @ x).unbind(1)
+    torch.testing.assert_close(pool.alpha * coarse + pool.beta * fine, output)
+    bags = pool.attend(Bags.from_padded(x, mask)).weights
+    torch.testing.assert_close(bags, torch.cat([w[:, m] for w, m in zip(weights, mask, strict=True)], 1))
+
+
+def test_branches_of_one_are_the_plain_pools() -> None:
+    x = features()
+    torch.testing.assert_close(DraspPool(16, branches="coarse", statistics="mean")(x), MeanPool(16)(x))
+    torch.testing.assert_close(DraspPool(16, branches="coarse")(x), StatisticsPool(16, eps=0.0)(x))
+
+
+def test_fusions() -> None:
+    x = features()
+    joined = shaken(DraspPool(16, segment=4, fusion="concat"))
+    coarse, fine = joined(x).chunk(2, -1)
+    for fusion, expected in (("scalars", 0.3 * coarse - 2 * fine), ("sigmoid", 0.25 * coarse + 0.75 * fine)):
+        pool = DraspPool(16, segment=4, fusion=fusion).double()
+        pool.load_state_dict(joined.state_dict(), strict=False)
+        with torch.no_grad():
+            pool.alpha.fill_(0.3 if fusion == "scalars" else torch.logit(torch.tensor(0.25)).item())
+            if fusion == "scalars":
+                pool.beta.fill_(-2.0)
+        torch.testing.assert_close(pool(x), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"segment": 4},
+        {"segment": 3, "statistics": "mean", "project": True},
+        {"segment": 2, "fusion": "concat"},
+        {"fusion": "sigmoid"},
+    ],
+)
+def test_contract_of_variants(settings: dict) -> None:
+    check_pool(DraspPool(16, **settings))
+
+
+def test_a_segment_that_is_longer_than_all_frames_and_no_frames() -> None:
+    pool = shaken(DraspPool(16, segment=4))
+    assert torch.equal(pool(features(2, 0)), torch.zeros(2, 32, dtype=torch.float64))
+    assert pool(features(2, 1)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"segment": 0}, {"statistics": "std"}, {"branches": "none"}, {"fusion": "sum"}, {"eps": 0.0}]
+)
+def test_wrong_arguments_are_named(settings: dict) -> None:
+    with pytest.raises(InputError, match=next(iter(settings))):
+        DraspPool(16, **settings)
