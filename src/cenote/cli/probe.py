@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -58,8 +57,7 @@ def probe(
 
     names = chosen_methods(methods)
     recipe = Recipe()
-    changed = {k: v for k, v in (("epochs", epochs), ("patience", patience)) if v is not None}
-    recipe = dataclasses.replace(recipe, **changed)
+    recipe = Recipe(epochs=epochs or recipe.epochs, patience=patience or recipe.patience)
     with console.status(f"reading {data}"):
         items = features.read(
             data,
@@ -126,12 +124,12 @@ def leaderboard(comparison: Comparison, width: int) -> Table:
     wide = width >= 100
     table = Table(
         title=f"{comparison.dataset['name']}: {comparison.metric_name} on {comparison.dataset['items']['test']} test items",
-        caption="* no other method is both better and faster",
+        caption="* no other method is both better and faster; p adjusted by Holm's method",
         box=rich.box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
     table.add_column("method", no_wrap=True)
-    columns = [comparison.metric_name, "95 % interval", f"vs {comparison.baseline}", "p (Holm)", "params", "ms/item"]
+    columns = [comparison.metric_name, "95 % interval", f"vs {comparison.baseline}", "p adj.", "params", "ms/item"]
     for heading in columns + (["multiply-adds", "train s"] if wide else []):
         table.add_column(heading, justify="right", no_wrap=True)
     tests = {t.first: t for t in comparison.against_baseline}
@@ -140,7 +138,7 @@ def leaderboard(comparison: Comparison, width: int) -> Table:
         row = [
             f"{r.method}{' *' if r.method in comparison.pareto else ''}",
             f"{r.metric:.3f}",
-            f"{r.interval[0]:.3f} to {r.interval[1]:.3f}",
+            f"{r.interval[0]:.3f}-{r.interval[1]:.3f}",
             "" if t is None else f"{t.difference:+.3f}",
             "" if t is None else f"{t.p_adjusted:.2g}",
             f"{r.parameters:,}",

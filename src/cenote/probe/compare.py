@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -202,7 +203,8 @@ def _judged(
     ones = np.ones((1, len(test)))
     per_seed = [tuple(float(METRICS[metric](s, y, ones)[0]) for s in scores) for scores in all_scores]
     means = [float(np.mean(p)) for p in per_seed]
-    samples = statistics.resampled_metrics(METRICS[metric], all_scores, y, _group_numbers(data, test))
+    resamples = statistics.resamples_for(len(names))
+    samples = statistics.resampled_metrics(METRICS[metric], all_scores, y, _group_numbers(data, test), resamples)
     row = {n: i for i, n in enumerate(names)}
 
     def paired(pairs: list[tuple[str, str]]) -> tuple[PairTest, ...]:
@@ -240,7 +242,7 @@ def _judged(
         pairs=paired([(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]),
         pareto=tuple(order[i] for i in efficient),
         sentence="",
-        provenance=_provenance(seeds, recipe, fingerprint),
+        provenance=_provenance(seeds, recipe, fingerprint, resamples),
         complete=complete,
     )
     return verdict.with_sentence(comparison)
@@ -276,9 +278,7 @@ def _described(data: TokenDataset) -> dict[str, Any]:
     }
 
 
-def _provenance(seeds: tuple[int, ...], recipe: Recipe, fingerprint: str) -> dict[str, Any]:
-    import dataclasses
-
+def _provenance(seeds: tuple[int, ...], recipe: Recipe, fingerprint: str, resamples: int) -> dict[str, Any]:
     return {
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["cenote", *sys.argv[1:]])
@@ -294,7 +294,7 @@ def _provenance(seeds: tuple[int, ...], recipe: Recipe, fingerprint: str) -> dic
         "seeds": list(seeds),
         "recipe": json.loads(json.dumps(dataclasses.asdict(recipe))),
         "data_sha256": fingerprint,
-        "bootstrap_resamples": statistics.RESAMPLES,
+        "bootstrap_resamples": resamples,
     }
 
 

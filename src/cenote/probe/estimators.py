@@ -199,8 +199,8 @@ def _as_features(X: Sets) -> torch.Tensor | Bags:
     if isinstance(X, ndarray) and X.dtype != object:
         if X.ndim != 3:
             raise InputError(f"X: expected [items, tokens, dim] or a list of [tokens, dim] arrays, got shape {X.shape}")
-        x: torch.Tensor | Bags = torch.as_tensor(X, dtype=torch.float32)
-        values = x
+        values = torch.as_tensor(X, dtype=torch.float32)
+        x: torch.Tensor | Bags = values
     else:
         sets = [torch.as_tensor(np.asarray(s), dtype=torch.float32) for s in X]
         for i, s in enumerate(sets):

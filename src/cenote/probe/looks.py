@@ -37,8 +37,9 @@ def save_looks(folder: Path, comparison: Comparison, data: TokenDataset, probes:
             weights, logits = _look(probe, data, item)
             predictions[i][name] = _worded(logits, data)
             if weights is not None:
-                tensors[f"{name}/{i}"] = weights[:, :TOKENS_SHOWN].contiguous()
-    shown = {
+                shown = weights if data.grid is not None else weights[:, :TOKENS_SHOWN]
+                tensors[f"{name}/{i}"] = shown.contiguous()
+    card = {
         "items": [
             {
                 "id": data.ids[item],
@@ -55,7 +56,7 @@ def save_looks(folder: Path, comparison: Comparison, data: TokenDataset, probes:
         "token_labels": None if data.token_labels is None else [_token_labels(data, i).tolist() for i in items],
     }
     files.write_whole(folder / "attention.safetensors", save(tensors))
-    files.write_whole(folder / "attention.json", json.dumps(shown))
+    files.write_whole(folder / "attention.json", json.dumps(card))
     if data.token_labels is None:
         return comparison
     return dataclasses.replace(comparison, localisation=localisation(data, probes))

@@ -15,7 +15,8 @@ class Recipe:
         learning_rates: the grid; the one with the best mean validation metric over the seeds is kept.
         epochs: at most so many; validation stands at the end of each.
         least_steps: of an epoch: it is one pass over the training items, or as many as make so many steps.
-        patience: a method stops when no seed and learning rate has improved for so many epochs.
+        patience: a method stops when what decides, the best mean validation metric of a learning rate, has not risen for so
+            many epochs.
         batch_size: items per step, at most; of few training items an eighth, but not less than 16.
         weight_decay: of AdamW, decoupled.
         tokens_at_once: padded tokens that go through a pool in one piece, times the probes that train side by side;

@@ -11,6 +11,7 @@ from numpy import ndarray
 from cenote.probe.metrics import Metric
 
 RESAMPLES = 9999
+RESAMPLES_PER_PAIR = 80
 CHUNK_ELEMENTS = 4_000_000
 
 
@@ -38,6 +39,15 @@ def resampled_metrics(
         for m, of_method in enumerate(scores):
             out[m, start : start + size] = np.mean([metric(s, y, weights) for s in of_method], 0)
     return out
+
+
+def resamples_for(methods: int) -> int:
+    """Enough that the smallest p-value, `2 / (resamples + 1)`, stays significant when Holm corrects over all pairs.
+
+    >>> resamples_for(3), resamples_for(32)
+    (9999, 39680)
+    """
+    return max(RESAMPLES, RESAMPLES_PER_PAIR * methods * (methods - 1) // 2)
 
 
 def interval(values: Float[ndarray, "resamples"]) -> tuple[float, float]:

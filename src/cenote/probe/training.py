@@ -24,6 +24,9 @@ from cenote.probe.recipe import Recipe
 
 Progress = Callable[[float], None]
 
+WHOLE_BATCH = 16
+"""How many times the usual bound a batch may take when its pool must see it whole."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -85,6 +88,7 @@ def train(
     curves: list[list[float]] = []
     best = [-math.inf] * ensemble.members
     best_epoch = [0] * ensemble.members
+    best_leading, leading_epoch = -math.inf, 0
     kept = ensemble.state()
     for epoch in range(1, recipe.epochs + 1):
         ensemble.train()
@@ -107,12 +111,14 @@ def train(
         for m in range(ensemble.members):
             if better[m]:
                 best[m], best_epoch[m] = now[m], epoch
+        leading = float(_mean_by_rate(best, len(seeds)).max())
+        if leading > best_leading:
+            best_leading, leading_epoch = leading, epoch
         progress(epoch / recipe.epochs)
-        if epoch - max(best_epoch) >= recipe.patience:
+        if epoch - leading_epoch >= recipe.patience:
             break
 
-    by_rate = torch.tensor(best).view(len(recipe.learning_rates), len(seeds)).nan_to_num(-math.inf)
-    chosen = int(by_rate.mean(1).argmax())
+    chosen = int(_mean_by_rate(best, len(seeds)).argmax())
     members = range(chosen * len(seeds), (chosen + 1) * len(seeds))
     return Trained(
         probes=tuple(ensemble.probe(kept, m) for m in members),
@@ -153,10 +159,16 @@ def _passes(items: Tensor, size: int, passes: int, generator: torch.Generator) -
 
 
 def pieces(
-    data: TokenDataset, items: Int[Tensor, "chosen"], tokens_at_once: int
+    data: TokenDataset, items: Int[Tensor, "chosen"], tokens_at_once: int, keep_together: bool = False
 ) -> Iterator[tuple[Int[Tensor, "part"], Int[Tensor, "part"]]]:
-    """Cut a batch into `(positions, items)` of similar length, so that padding and size stay bounded."""
-    if not isinstance(data.x, Bags):
+    """Cut a batch into `(positions, items)` of similar length, so that padding and size stay bounded.
+
+    With `keep_together` a batch that fits the bound is not cut, whatever its padding: a pool that normalises over the
+    batch must see it whole.
+    """
+    if keep_together and len(items) * int(data.lengths()[items].max()) <= tokens_at_once:
+        groups = [list(range(len(items)))]
+    elif not isinstance(data.x, Bags):
         step = max(1, tokens_at_once // max(data.x.shape[1], 1))
         groups = [list(range(i, min(i + step, len(items)))) for i in range(0, len(items), step)]
     else:
@@ -185,6 +197,7 @@ class _Ensemble:
         ]
         buffers = _stack([dict(p.named_buffers()) for p in seeded])
         self.buffers = {k: v.repeat(self.rates, *[1] * (v.dim() - 1)) for k, v in buffers.items()}
+        self.normalises_batches = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.pool.modules())
         self.together = True
         self.training = True
 
@@ -198,7 +211,10 @@ class _Ensemble:
     def logits(self, data: TokenDataset, items: Tensor, tokens_at_once: int) -> Float[Tensor, "members batch outputs"]:
         """Of one batch, with gradients when training; the normalisation sees the whole batch, whatever its pieces."""
         p = {k: torch.cat([of_rate[k] for of_rate in self.parameters]) for k in self.parameters[0]}
-        parts = list(pieces(data, items, max(1, tokens_at_once // self.members)))
+        at_once = max(1, tokens_at_once // self.members)
+        if self.training and self.normalises_batches:
+            at_once *= WHOLE_BATCH
+        parts = list(pieces(data, items, at_once, keep_together=self.training and self.normalises_batches))
         pooled = torch.cat([self._pooled(p, *data.batch(part)) for _, part in parts], 1)
         back = torch.cat([where for where, _ in parts]).argsort()
         z = self._normalised(pooled[:, back])
@@ -265,6 +281,10 @@ class _Ensemble:
         else:
             mean, variance = running_mean, running_var
         return (z - mean.unsqueeze(1)) * (variance.unsqueeze(1) + norm.eps).rsqrt()
+
+
+def _mean_by_rate(best: list[float], seeds: int) -> Float[Tensor, "rates"]:
+    return torch.tensor(best, dtype=torch.float64).view(-1, seeds).nan_to_num(-math.inf).mean(1)
 
 
 def _seeded(build: Callable[[], Probe], seed: int) -> Probe:
