@@ -36,6 +36,7 @@ from cenote.pool.layers.base import LayerPool, LayersPooled, stack_layers
 from cenote.pool.layers.maxpoolbert import CLSAttention, MaxCLS, MaxPoolBERT
 from cenote.pool.layers.multi_layer_trainable import LastLayerTrainable, MultiLayerTrainable
 from cenote.pool.layers.weighted_sum import WeightedLayerSum
+from cenote.pool.sequence.aam_softmax import AamSoftmax
 from cenote.pool.sequence.attention_conditioning import (
     AttentionalAffine,
     AttentionalConcat,
@@ -47,6 +48,8 @@ from cenote.pool.sequence.attentive_statistics import AttentiveStatisticsPool
 from cenote.pool.sequence.attentive_temporal_pooling import AttentiveTemporalPool, TemporalState
 from cenote.pool.sequence.domain_adaptation import LinearCalibration, adapt_logits
 from cenote.pool.sequence.drasp import DraspPool
+from cenote.pool.sequence.layer_aware_fronts import D3Net, Ecapa2d
+from cenote.pool.sequence.layer_aware_tdnn import LayerAttentionPool, LayerAwareTDNN, SpeakerStatisticsPool
 from cenote.pool.sequence.weighted_mean import PositionWeightedMean
 from cenote.pool.spatial.adapool import AdaPool1d, AdaPool2d, AdaPool3d, AdaUnpool1d, AdaUnpool2d, AdaUnpool3d
 from cenote.pool.spatial.base import WindowPool
@@ -78,6 +81,7 @@ __all__ = [
     "PMA",
     "SAB",
     "ABMILPPositions",
+    "AamSoftmax",
     "AdaPool1d",
     "AdaPool2d",
     "AdaPool3d",
@@ -103,6 +107,7 @@ __all__ = [
     "ClsPool",
     "CoCaPool",
     "ConditionedAttention",
+    "D3Net",
     "DecorrelationLoss",
     "DeepSet",
     "DinoViTPool",
@@ -112,6 +117,7 @@ __all__ = [
     "EDSCWPool2d",
     "EDSCWPool3d",
     "ESimPool",
+    "Ecapa2d",
     "EfficientProbing",
     "FASet",
     "GGeM",
@@ -129,6 +135,8 @@ __all__ = [
     "JepaPool",
     "LastLayerTrainable",
     "LastPool",
+    "LayerAttentionPool",
+    "LayerAwareTDNN",
     "LayerPool",
     "LayersPooled",
     "Lexicon",
@@ -154,6 +162,7 @@ __all__ = [
     "SoftPool1d",
     "SoftPool2d",
     "SoftPool3d",
+    "SpeakerStatisticsPool",
     "StatisticsPool",
     "SumPool",
     "TemporalState",

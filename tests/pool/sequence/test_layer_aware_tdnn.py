@@ -1,0 +1,259 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.pools import shaken
+from torch import Tensor, nn
+
+from cenote.core import InputError
+from cenote.pool import (
+    AamSoftmax,
+    AttentiveStatisticsPool,
+    D3Net,
+    Ecapa2d,
+    LayerAttentionPool,
+    LayerAwareTDNN,
+    SpeakerStatisticsPool,
+)
+from cenote.testing import check_pool
+
+FRONTS = ["ecapa", "d3net", None]
+
+
+def stack(batch: int = 2, layers: int = 5, tokens: int = 9, dim: int = 6, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, layers, tokens, dim, generator=generator, dtype=torch.float64)
+
+
+def model(front: str | None, **settings: object) -> LayerAwareTDNN:
+    torch.manual_seed(0)
+    small = {"layers": 5, "out_dim": 8, "channels": 8, "hidden": 12, "heads": 3}
+    return shaken(LayerAwareTDNN(6, front=front, **{**small, **settings}))
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_padding_changes_nothing(front: str | None) -> None:
+    net, x = model(front), stack()
+    mask = torch.arange(13).expand(2, 13) < torch.tensor([[9], [4]])
+    padded = torch.cat([x, stack(tokens=4, seed=2)], 2)
+    for content in (1e3, float("nan")):
+        filled = padded.masked_fill(~mask[:, None, :, None], content)
+        torch.testing.assert_close(net(filled, mask)[:1], net(x)[:1])
+        torch.testing.assert_close(net(filled, mask)[1:], net(x[1:, :, :4]))
+    torch.testing.assert_close(net(x, torch.ones(2, 9, dtype=torch.bool)), net(x))
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_padding_does_not_count_in_training(front: str | None) -> None:
+    a, b = model(front, dropout=0.0).train(), model(front, dropout=0.0).train()
+    x = stack()
+    mask = torch.arange(9).expand(2, 9) < 6
+    torch.testing.assert_close(a(x, mask), b(x[:, :, :6]))
+    for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_one_frame_and_no_frame(front: str | None) -> None:
+    net, x = model(front), stack(tokens=1).requires_grad_()
+    y = net(x)
+    assert y.isfinite().all()
+    assert torch.autograd.grad(y.square().sum(), x)[0].isfinite().all()
+    mask = torch.tensor([[True, False], [False, False]])
+    y = net(stack(tokens=2), mask)
+    assert y[0].isfinite().all()
+    assert torch.equal(y[1], torch.zeros_like(y[1]))
+    # training divides by variances of very few frames
+    net.train()
+    y = net(stack(batch=3, tokens=1))
+    y.square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_gradients_are_right_and_reach_every_parameter(front: str | None) -> None:
+    # slices of one channel would die as a whole behind a ReLU
+    net, x = model(front, dropout=0.0, channels=32), stack(tokens=4).requires_grad_()
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    assert torch.autograd.gradcheck(lambda x: net(x, mask), (x,), fast_mode=True)
+    net.train()
+    y = net(stack(batch=3))
+    y.backward(torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0)))
+    # a BatchNorm, or a softmax over frames, takes these away again
+    inert = {f"time_pool.{name}" for name in net.time_pool.inert_parameters}
+    silent = {name for name, p in net.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-12}
+    assert silent <= inert
+
+
+def test_batch_mates_do_not_matter_and_dtype_is_kept() -> None:
+    net, x = model("ecapa"), stack(3)
+    torch.testing.assert_close(net(x)[1:2], net(x[1:2]))
+    half = model("ecapa").to(torch.bfloat16)(x.to(torch.bfloat16))
+    assert half.dtype == torch.bfloat16
+    assert half.isfinite().all()
+
+
+def test_it_compiles_in_one_graph() -> None:
+    net, x = model("ecapa"), stack()
+    mask = torch.arange(9).expand(2, 9) < 6
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, mask), net(x, mask))
+
+
+def test_open_gates_are_the_largest_layer_of_the_projection() -> None:
+    pool = shaken(LayerAttentionPool(6, 12, layers=5, heads=3))
+    x = stack().permute(0, 3, 1, 2)
+    with torch.no_grad():
+        pool.w2.zero_()
+        pool.b2.fill_(50.0)
+    largest = pool.projected(x).amax(2)
+    tokens = pool.outwards(largest)
+    expected = F.batch_norm(
+        tokens, pool.out_norm.running_mean, pool.out_norm.running_var, pool.out_norm.weight, pool.out_norm.bias
+    )
+    torch.testing.assert_close(pool(x), expected)
+
+
+def test_equal_layers_and_a_silent_gate_give_half_the_projection() -> None:
+    pool = shaken(LayerAttentionPool(6, 12, layers=5, heads=3))
+    x = stack(layers=1).permute(0, 3, 1, 2).expand(-1, -1, 5, -1)
+    with torch.no_grad():
+        for p in (pool.w1, pool.w2, pool.b1, pool.b2):
+            p.zero_()
+        pool.outwards.weight.copy_(torch.eye(12).unsqueeze(-1))
+        nn.init.ones_(pool.out_norm.weight)
+        nn.init.zeros_(pool.out_norm.bias)
+        pool.out_norm.running_mean.zero_()
+        pool.out_norm.running_var.fill_(1 - pool.out_norm.eps)
+    torch.testing.assert_close(pool(x), pool.projected(x)[:, :, 0] / 2)
+
+
+def test_the_gate_of_one_frame_does_not_see_another() -> None:
+    net, x = model(None), stack()
+    y = x.clone()
+    y[:, :, 4] += 1
+    same = torch.arange(9) != 4
+    assert torch.equal(net.layer_gates(x)[..., same], net.layer_gates(y)[..., same])
+    assert torch.equal(net.frames(x)[:, same], net.frames(y)[:, same])
+    assert not torch.equal(net.layer_gates(x)[..., 4], net.layer_gates(y)[..., 4])
+
+
+def test_gates_lie_between_0_and_1_and_are_0_on_padding() -> None:
+    net, x = model("d3net"), stack()
+    mask = torch.arange(9).expand(2, 9) < 6
+    gates = net.layer_gates(x, mask)
+    assert gates.shape == (2, 3, 5, 9)
+    assert ((gates >= 0) & (gates <= 1)).all()
+    assert torch.equal(gates[..., 6:], torch.zeros_like(gates[..., 6:]))
+
+
+@pytest.mark.parametrize(("front", "channels"), [(Ecapa2d, 16), (D3Net, 8)])
+def test_fronts_keep_the_map_and_stack_three_blocks(front: type[nn.Module], channels: int) -> None:
+    net = shaken(front(6, channels))
+    x = stack().permute(0, 3, 1, 2)
+    y = net(x)
+    assert y.shape == (2, 3 * channels, 5, 9)
+    assert net.out_channels == 3 * channels
+    assert (y >= 0).all()
+
+
+def test_a_front_sees_neighbouring_frames_and_layers() -> None:
+    x = stack().permute(0, 3, 1, 2)
+    for front, frames in ((Ecapa2d, 3), (D3Net, 5)):
+        net = shaken(front(6, 8))
+        y = x.clone()
+        y[:, :, 2, 4] += 1
+        moved = (net.conv(net.norm(x)) != net.conv(net.norm(y))).flatten(0, 1).any(0)
+        assert moved.any(0).sum() == frames
+        assert moved.any(1).sum() == (5 if front is Ecapa2d else 1)
+
+
+def test_the_last_slice_of_a_res2_block_passes_unchanged() -> None:
+    from cenote.pool.sequence.layer_aware_fronts import Res2Block
+
+    block = shaken(Res2Block(16, dilation=2))
+    x = torch.randn(2, 16, 5, 9, dtype=torch.float64)
+    seen: list[Tensor] = []
+    block.after.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    block(x)
+    torch.testing.assert_close(seen[0][:, 14:], block.before(x)[:, 14:])
+    assert not torch.allclose(seen[0][:, :14], block.before(x)[:, :14])
+
+
+def test_contract_of_the_time_pool() -> None:
+    check_pool(SpeakerStatisticsPool(16, 5))
+
+
+def test_equal_scores_give_mean_and_population_deviation() -> None:
+    pool = shaken(SpeakerStatisticsPool(6, 4))
+    with torch.no_grad():
+        pool.statistics.score.weight.zero_()
+    x = stack()[:, 0]
+    expected = torch.cat([x.mean(1), x.std(1, correction=0)], -1)
+    torch.testing.assert_close(pool(x), pool.out_norm(pool.projection(pool.norm(expected))))
+    assert isinstance(pool.statistics, AttentiveStatisticsPool)
+
+
+def test_the_embedding_is_cut_and_normalised_per_loss_head() -> None:
+    net = model(None, loss_heads=2)
+    y = net.embed(stack())
+    assert y.shape == (2, 2, 4)
+    torch.testing.assert_close(y.norm(dim=-1), torch.ones(2, 2, dtype=torch.float64))
+    torch.testing.assert_close(y[:, 0], F.normalize(net(stack())[:, :4], dim=-1))
+
+
+def test_no_margin_is_the_cross_entropy_of_scaled_cosines() -> None:
+    loss = shaken(AamSoftmax(8, classes=3, heads=2, margin=0.0))
+    x, labels = stack(4, 1, 1, 8).flatten(1), torch.tensor([0, 2, 1, 1])
+    heads = [
+        F.cross_entropy(30 * F.cosine_similarity(x[:, 4 * h : 4 * h + 4, None], loss.weight[h], dim=1), labels)
+        for h in range(2)
+    ]
+    torch.testing.assert_close(loss(x, labels), torch.stack(heads).mean())
+    torch.testing.assert_close(loss.probabilities(x).sum(-1), torch.ones(4, dtype=torch.float64))
+
+
+def test_the_margin_widens_the_angle_of_the_right_class_alone() -> None:
+    loss = AamSoftmax(2, classes=2, margin=0.3)
+    angles = torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64)
+    cosines = angles.cos()[:, None, None].expand(3, 1, 2)
+    y = loss.with_margin(cosines, torch.tensor([0, 0, 0]))
+    # beyond pi - m the angle cannot be widened: a straight line goes on
+    expected = torch.stack([(angles[0] + 0.3).cos(), (angles[1] + 0.3).cos(), angles[2].cos() - 0.3 * math.sin(0.3)])
+    torch.testing.assert_close(y[:, 0, 0], expected)
+    torch.testing.assert_close(y[:, 0, 1], angles.cos())
+
+
+def test_an_embedding_right_on_its_class_has_a_finite_gradient() -> None:
+    loss = AamSoftmax(4, classes=3)
+    x = loss.weight[0, :, :1].T.detach().clone().requires_grad_()
+    loss(x, torch.tensor([0])).backward()
+    assert x.grad.isfinite().all()
+    assert loss.weight.grad.isfinite().all()
+
+
+def test_wrong_arguments_are_named() -> None:
+    net, x = model(None), stack()
+    for wrong in (x[:, :4], x[..., :5], x[0]):
+        with pytest.raises(InputError, match="x:"):
+            net(wrong)
+    for mask in (torch.ones(2, 8, dtype=torch.bool), torch.ones(2, 9)):
+        with pytest.raises(InputError, match="mask"):
+            net(x, mask)
+    with pytest.raises(InputError, match="front"):
+        LayerAwareTDNN(6, front="xvector")
+    with pytest.raises(InputError, match="layers"):
+        LayerAttentionPool(6, 12, layers=1, heads=3)
+    with pytest.raises(InputError, match="heads"):
+        LayerAttentionPool(6, 12, layers=4, heads=5)
+    with pytest.raises(InputError, match="slices"):
+        Ecapa2d(6, channels=12)
+    with pytest.raises(InputError, match="depth"):
+        D3Net(6, channels=6)
+    with pytest.raises(InputError, match="one set"):
+        net.train()(x[:1])
+    with pytest.raises(InputError, match="labels"):
+        AamSoftmax(4, classes=3)(torch.randn(1, 4), torch.tensor([3]))
+    with pytest.raises(InputError, match="margin"):
+        AamSoftmax(4, classes=3, margin=4.0)
