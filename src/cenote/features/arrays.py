@@ -203,7 +203,7 @@ def _safetensors(path: Path, name: str | None) -> StoredArray:
     if end - begin != int(np.prod(shape, dtype=np.int64)) * _ITEM_BYTES[kind]:
         raise Unusable("has a safetensors header that contradicts itself; write it again")
     start = 8 + head + begin
-    _check_size(path, 8 + head + end)
+    _check_size(path, 8 + head + max(entry[3] for entry in entries.values()))
     dtype = np.dtype(np.uint16) if kind == "BF16" else np.dtype(f"<f{_ITEM_BYTES[kind]}")
 
     def blocks() -> Iterator[Tensor]:

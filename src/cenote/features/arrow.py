@@ -21,7 +21,8 @@ from cenote.features.validate import Problems
 
 ARROW, PARQUET = (".arrow", ".feather", ".ipc"), (".parquet", ".pq")
 SUFFIXES = ARROW + PARQUET
-BATCH_BYTES = 16 * 2**20
+BATCH_BYTES = 4 * 2**20
+ROWS_AT_MOST = 65_536
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ class _File:
         self.path = path
         self.is_parquet = path.suffix.lower() in PARQUET
         with self._told():
-            self.schema = self._parquet().schema_arrow if self.is_parquet else self._ipc(None).schema
+            self.schema = self._parquet().schema_arrow if self.is_parquet else self._ipc().schema
 
     def rows(self) -> int:
         """Number of items."""
@@ -217,36 +218,35 @@ class _File:
         """The pieces of one column."""
         with self._told():
             if not self.is_parquet:
-                reader = self._ipc([self.schema.get_field_index(column)])
+                reader = self._ipc()
                 stored = getattr(reader, "num_record_batches", None)
                 records = reader if stored is None else (reader.get_batch(i) for i in range(stored))
             else:
                 file = self._parquet()
-                numbers = (
-                    max(1, self.numbers_at_most(column))
-                    if _depth(self.schema.field(column).type)
-                    else file.metadata.num_rows
-                )
-                rows = max(1, BATCH_BYTES // 4 * file.metadata.num_rows // max(1, numbers))
+                rows = BATCH_BYTES // 4 * file.metadata.num_rows // max(1, self.numbers_at_most(column))
+                rows = min(max(1, rows), ROWS_AT_MOST)
                 records = file.iter_batches(batch_size=rows, columns=[column], use_threads=False)
             for record in records:
-                yield record.column(column)
+                cells = record.column(column)
+                cells.validate(full=True)
+                yield cells
 
     def _parquet(self) -> Any:
         import pyarrow.parquet as pq
 
-        return pq.ParquetFile(self.path, buffer_size=2**20)
+        # without these pyarrow holds a whole row group, which often is the whole file
+        return pq.ParquetFile(self.path, buffer_size=2**20, pre_buffer=False)
 
-    def _ipc(self, fields: list[int] | None) -> Any:
+    def _ipc(self) -> Any:
         import pyarrow as pa
 
+        # all columns of a mapped file cost nothing, while included_fields would copy the chosen ones
         mapped = pa.memory_map(str(self.path))
-        options = pa.ipc.IpcReadOptions(included_fields=fields)
         try:
-            return pa.ipc.open_file(mapped, options=options)
+            return pa.ipc.open_file(mapped)
         except pa.ArrowInvalid:
             mapped.seek(0)
-            return pa.ipc.open_stream(mapped, options=options)
+            return pa.ipc.open_stream(mapped)
 
     @contextmanager
     def _told(self) -> Iterator[None]:
