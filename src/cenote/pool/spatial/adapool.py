@@ -75,7 +75,7 @@ class AdaPool(WindowPool):
     def pool(self, x: Float[Tensor, "batch channels *map"]) -> Float[Tensor, "batch channels *windows"]:
         return self._mixed(x, self.edscw.pool(x), self.em.pool(x))
 
-    def attend(self, x: Float[Tensor, "*map"]) -> Pooled:
+    def attend(self, x: Float[Tensor, "*given"]) -> Pooled:
         """As calling the pool, and also the weights `[batch, channels, *windows, *kernel]` (without a batch as `x`)."""
         batch = self.as_batch(x)
         robust, peak = self.edscw.attend(batch), self.em.attend(batch)
@@ -84,7 +84,7 @@ class AdaPool(WindowPool):
         weights = (peak.weights + beta * (robust.weights - peak.weights)).to(x.dtype)
         return Pooled(output, weights) if x.dim() == batch.dim() else Pooled(output.squeeze(0), weights.squeeze(0))
 
-    def _first_beta(self, beta: float | tuple[int, ...] | Tensor) -> Float[Tensor, "*windows"]:
+    def _first_beta(self, beta: float | tuple[int, ...] | Tensor) -> Float[Tensor, "*pooled"]:
         if isinstance(beta, Tensor) and beta.dim() == self.dims:
             return beta
         if isinstance(beta, tuple) and len(beta) == self.dims:
@@ -96,7 +96,7 @@ class AdaPool(WindowPool):
             f"got {f'one of shape {tuple(beta.shape)}' if isinstance(beta, Tensor) else beta}"
         )
 
-    def _beta(self, x: Float[Tensor, "batch channels *map"]) -> Float[Tensor, "*windows"]:
+    def _beta(self, x: Float[Tensor, "batch channels *map"]) -> Float[Tensor, "*pooled"]:
         out, have = self.windows.output_size(x.shape[2:]), tuple(self.beta.shape)
         if any(n != m and n != 1 for n, m in zip(have, out, strict=True)):
             raise InputError(
@@ -152,10 +152,10 @@ class AdaUnpool(nn.Module):
 
     def forward(
         self,
-        y: Float[Tensor, "*windows"],
+        y: Float[Tensor, "*pooled"],
         weights: Float[Tensor, "*windows_and_kernel"],
         output_size: Sequence[int] | None = None,
-    ) -> Float[Tensor, "*map"]:
+    ) -> Float[Tensor, "*given"]:
         """The map that `y` was pooled from, as far as `weights` tell.
 
         Args:

@@ -39,7 +39,7 @@ class WindowPool(nn.Module, ABC):
         self.padding = self.windows.padding
         self.ceil_mode = ceil_mode
 
-    def forward(self, x: Float[Tensor, "*map"]) -> Float[Tensor, "*windows"]:
+    def forward(self, x: Float[Tensor, "*given"]) -> Float[Tensor, "*pooled"]:
         """Pool `x`, `[batch, channels, *map]` or `[channels, *map]`."""
         y = self.pool(self.as_batch(x)).to(x.dtype)
         return y if x.dim() == self.dims + 2 else y.squeeze(0)
@@ -48,7 +48,7 @@ class WindowPool(nn.Module, ABC):
     def pool(self, x: Float[Tensor, "batch channels *map"]) -> Float[Tensor, "batch channels *windows"]:
         """Pool a batch in a precision to sum in."""
 
-    def as_batch(self, x: Float[Tensor, "*map"]) -> Float[Tensor, "batch channels *map"]:
+    def as_batch(self, x: Float[Tensor, "*given"]) -> Float[Tensor, "batch channels *map"]:
         """Check a map, give it a batch and a precision to sum in.
 
         Raises:

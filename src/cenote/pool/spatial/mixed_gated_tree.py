@@ -94,7 +94,7 @@ class GatedPool(SharedWindowPool):
         mean = self._mean(x)
         return mean + self._gates(x) * (self.windows.max(x) - mean)
 
-    def gates(self, x: Float[Tensor, "*map"]) -> Float[Tensor, "*windows"]:
+    def gates(self, x: Float[Tensor, "*given"]) -> Float[Tensor, "*pooled"]:
         """How much of the maximum each window takes."""
         g = self._gates(self.as_batch(x)).to(x.dtype)
         return g if x.dim() == self.dims + 2 else g.squeeze(0)

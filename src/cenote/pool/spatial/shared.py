@@ -49,7 +49,7 @@ class SharedWindowPool(WindowPool):
         """`[channels or 1, *regions or ones]`: how many sets of parameters there are."""
         return (self.channels or 1, *(self.regions or (1,) * self.dims))
 
-    def as_batch(self, x: Float[Tensor, "*map"]) -> Float[Tensor, "batch channels *map"]:
+    def as_batch(self, x: Float[Tensor, "*given"]) -> Float[Tensor, "batch channels *map"]:
         batch = super().as_batch(x)
         if self.channels not in (None, batch.shape[1]):
             raise InputError(f"x: expected {self.channels} channels, got {batch.shape[1]}")

@@ -65,7 +65,7 @@ class WeightedWindowPool(WindowPool):
             return _weighted_sum(self, x, context).y
         return _Lean.apply(x, context, self)[0]  # type: ignore[no-untyped-call]
 
-    def attend(self, x: Float[Tensor, "*map"]) -> Pooled:
+    def attend(self, x: Float[Tensor, "*given"]) -> Pooled:
         """As calling the pool, and also the weights `[batch, channels, *windows, *kernel]` (without a batch as `x`).
 
         They sum to 1 over each window; `AdaUnpool2d` spreads pooled values back with them.
@@ -120,31 +120,39 @@ class _Lean(torch.autograd.Function):
     ) -> None:
         x, context, ctx.pool = inputs
         ctx.save_for_backward(x, context, *output)
-        ctx.mark_non_differentiable(*output[1:])
+        # y does not change with the level that the scores are seen from
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(
+        ctx: Any, g: Tensor | None, _: None, g_total: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None]:
         pool: WeightedWindowPool = ctx.pool
         x, context, y, top, total = ctx.saved_tensors
-        context_gradients: list[Tensor] = []
+        if g is None:
+            return None, None, None
+        at_context: Tensor | None = None
 
         def by_cell() -> Iterator[Tensor]:
+            nonlocal at_context
             for a, there in zip(pool.windows.views(x), _inside(pool, x), strict=True):
-                w = (_hidden(pool.score(a, context), there) - top).exp() / total
-                grad = g * w
+                share = (_hidden(pool.score(a, context), there) - top).exp()
+                grad = g * (share / total)
                 if pool.grad == "full":
                     at_score = grad * (a - y)
-                    if w.shape[1] < at_score.shape[1]:
+                    if share.shape[1] < at_score.shape[1]:
                         at_score = at_score.sum(1, keepdim=True)
-                    at_cell, at_context = pool.score_gradient(at_score, a, context)
+                    if g_total is not None:  # in second derivatives
+                        at_score = at_score + g_total * share
+                    at_cell, more = pool.score_gradient(at_score, a, context)
                     grad = grad + at_cell
-                    if at_context is not None:
-                        context_gradients.append(at_context)
-                        context_gradients[:] = [functools.reduce(torch.add, context_gradients)]
+                    if more is not None:
+                        at_context = more if at_context is None else at_context + more
                 yield grad
 
         at_x = pool.windows.spread(by_cell(), x.shape[2:])
-        return at_x, context_gradients[0] if context_gradients else None, None
+        return at_x, at_context, None
 
 
 def _inside(pool: WeightedWindowPool, x: Tensor) -> Sequence[Bool[Tensor, "*windows"] | None]:

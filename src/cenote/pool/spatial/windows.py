@@ -188,7 +188,7 @@ def sum_of_products(weights: Sequence[Tensor], values: Sequence[Tensor]) -> Tens
 
 
 def _per_dimension(name: str, given: Size, dims: int, at_least: int) -> Shape:
-    numbers = (given,) * dims if isinstance(given, int) else tuple(given)
+    numbers = tuple(given) if isinstance(given, tuple | list) else (given,) * dims
     if len(numbers) != dims or any(not isinstance(n, int) or n < at_least for n in numbers):
         raise InputError(f"{name}: expected one integer of at least {at_least} or {dims} of them, got {given!r}")
     return numbers
