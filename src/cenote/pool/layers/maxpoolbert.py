@@ -68,8 +68,8 @@ class MaxCLS(LayerPool):
 class CLSAttention(LayerPool):
     """One more multi-head attention with [CLS] as its query, over the tokens of the last layer.
 
-    `q = W_q h_L,cls + b_q`, `k_n = W_k h_Ln + b_k`, `v_n = W_v h_Ln + b_v`, per head `a = softmax_n(q . k_n / sqrt(dim/heads))`;
-    `y = W_o [sum_n a_n v_n] + b_o`. [CLS] attends to itself too.
+    `q = W_q h_L,cls + b_q`, `k_n = W_k h_Ln + b_k`, `v_n = W_v h_Ln + b_v`, per head
+    `a = softmax_n(q . k_n / sqrt(dim/heads))`; `y = W_o [sum_n a_n v_n] + b_o`. [CLS] attends to itself too.
 
     Args:
         dim: width of a token.
