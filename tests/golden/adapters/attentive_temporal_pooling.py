@@ -45,7 +45,7 @@ def cumulative(case: Case) -> dict[str, Tensor]:
     outputs = {
         "features": offline.transpose(0, 1),
         "features_streamed": torch.cat(pieces, 1).transpose(0, 1),
-        "state_count": state.count.squeeze(-1),
+        "state_count": state.sum_w.squeeze(-1),
         "state_sum_x": state.sum_x,
     }
     if state.sum_xx is not None:

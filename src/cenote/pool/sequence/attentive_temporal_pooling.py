@@ -17,12 +17,12 @@ class TemporalState(NamedTuple):
     """All that a stream remembers: sums over its past frames, whatever its length.
 
     Attributes:
-        count: sum of the weights.
+        sum_w: sum of the weights.
         sum_x: sum of the weighted frames.
         sum_xx: sum of the weighted squared frames; `None` where only the mean is wanted.
     """
 
-    count: Float[Tensor, "batch 1"]
+    sum_w: Float[Tensor, "batch 1"]
     sum_x: Float[Tensor, "batch dim"]
     sum_xx: Float[Tensor, "batch dim"] | None
 
@@ -137,7 +137,7 @@ class AttentiveTemporalPool(Pool):
             raise InputError(f"state: comes from a pool with other statistics than {self.statistics!r}")
         wide = start.sum_x.dtype
         weights, values = self.frame_weights(tokens).to(wide), tokens.values.to(wide)
-        count = _running_sum(start.count, weights)
+        count = _running_sum(start.sum_w, weights)
         sum_x = _running_sum(start.sum_x, weights * values)
         # a stream without any real frame so far has neither weight nor sums
         divisor = count.clamp(min=torch.finfo(wide).tiny)
