@@ -50,6 +50,15 @@ from cenote.pool.sequence.domain_adaptation import LinearCalibration, adapt_logi
 from cenote.pool.sequence.drasp import DraspPool
 from cenote.pool.sequence.layer_aware_fronts import D3Net, Ecapa2d
 from cenote.pool.sequence.layer_aware_tdnn import LayerAttentionPool, LayerAwareTDNN, SpeakerStatisticsPool
+from cenote.pool.sequence.sentiment_attitudes import (
+    IMLPAttention,
+    InteractiveAttention,
+    MLPAttention,
+    PiecewiseMaxPool,
+    YangAttention,
+    ZhouAttention,
+    mass_by_type,
+)
 from cenote.pool.sequence.weighted_mean import PositionWeightedMean
 from cenote.pool.spatial.adapool import AdaPool1d, AdaPool2d, AdaPool3d, AdaUnpool1d, AdaUnpool2d, AdaUnpool3d
 from cenote.pool.spatial.base import WindowPool
@@ -132,6 +141,8 @@ __all__ = [
     "IDWPool1d",
     "IDWPool2d",
     "IDWPool3d",
+    "IMLPAttention",
+    "InteractiveAttention",
     "JepaPool",
     "LastLayerTrainable",
     "LastPool",
@@ -142,6 +153,7 @@ __all__ = [
     "Lexicon",
     "LinearCalibration",
     "MHCAPool",
+    "MLPAttention",
     "MLPConv",
     "MaxCLS",
     "MaxPool",
@@ -153,6 +165,7 @@ __all__ = [
     "MultiLayerTrainable",
     "NetworkInNetwork",
     "PaddedPool",
+    "PiecewiseMaxPool",
     "Pool",
     "Pooled",
     "PositionWeightedMean",
@@ -174,10 +187,13 @@ __all__ = [
     "WeightedLayerSum",
     "WeightedWindowPool",
     "WindowPool",
+    "YangAttention",
+    "ZhouAttention",
     "adapt_logits",
     "check_placeholders",
     "class_maps",
     "divergence_from_mean",
+    "mass_by_type",
     "sample_mixtures",
     "stack_layers",
 ]

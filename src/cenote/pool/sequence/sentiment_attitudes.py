@@ -1,0 +1,400 @@
+"""Attentive encoders for the attitude of one entity towards another: weights from key terms, or from the text alone.
+
+Source: Rusnachenko, Loukachevitch, "Studying Attention Models in Sentiment Attitude Extraction Task", NLDB 2020.
+
+Note:
+    None of the authors' code paths masks padding in its softmax; here a mask does, and without one all slots count.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from cenote.core.errors import InputError
+from cenote.core.sets import PaddedTokens, Tokens, as_tokens
+from cenote.core.tokenwise import tokenwise
+from cenote.pool.base import Pool, Pooled
+
+
+class ZhouAttention(Pool):
+    """Self-based attention of an encoder's states, one learned vector.
+
+    `a = softmax_n(u . tanh(h_n))`, `y = tanh(sum_n a_n h_n)`
+
+    Args:
+        dim: width of a token.
+
+    Example:
+        >>> ZhouAttention(8)(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 8])
+
+    Source: Zhou et al., "Attention-Based Bidirectional Long Short-Term Memory Networks for Relation Classification", ACL
+    2016; as in Rusnachenko, Loukachevitch, "Studying Attention Models in Sentiment Attitude Extraction Task", NLDB 2020.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.u = nn.Parameter(torch.empty(1, dim))
+        nn.init.xavier_normal_(self.u)
+
+    def pool(self, tokens: Tokens) -> Pooled:
+        weights = tokens.softmax(torch.tanh(tokens.values) @ self.u.T)
+        return Pooled(torch.tanh(tokens.weighted_sum(weights).squeeze(1)), weights)
+
+
+class YangAttention(Pool):
+    """Self-based attention of an encoder's states, a small network and a learned context vector.
+
+    `a = softmax_n(u . tanh(W h_n + b))`, `y = sum_n a_n h_n`
+
+    Args:
+        dim: width of a token.
+        hidden: width of `u`.
+
+    Example:
+        >>> YangAttention(8)(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 8])
+
+    Source: Yang et al., "Hierarchical Attention Networks for Document Classification", NAACL 2016; as in Rusnachenko,
+    Loukachevitch, "Studying Attention Models in Sentiment Attitude Extraction Task", NLDB 2020.
+    """
+
+    def __init__(self, dim: int, hidden: int = 100) -> None:
+        super().__init__(dim)
+        self.map = nn.Linear(dim, hidden)
+        self.u = nn.Parameter(torch.empty(1, hidden))
+        for p in self.parameters():
+            nn.init.normal_(p, std=0.1)
+
+    def pool(self, tokens: Tokens) -> Pooled:
+        weights = tokens.softmax(tokenwise(self.scores, tokens.values))
+        return Pooled(tokens.weighted_sum(weights).squeeze(1), weights)
+
+    def scores(self, h: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows 1"]:
+        """`u . tanh(W h_n + b)`."""
+        return torch.tanh(self.map(h)) @ self.u.T
+
+
+class KeyedPooled(NamedTuple):
+    """What a pool with key terms returns.
+
+    Attributes:
+        output: `[batch, out_dim]`.
+        weights: of each term for each key, `[batch, keys, tokens]`, 0 for keys that are padding; one row, the mean over
+            the keys, where the pool averages over them.
+    """
+
+    output: Float[Tensor, "batch out_dim"]
+    weights: Float[Tensor, "batch keys tokens"]
+
+
+class MLPAttention(nn.Module):
+    """Feature-based attention: each key term, the two entities for instance, asks for the terms that matter to it.
+
+    `s_nk = w . tanh(W [x_n ; x_k] + b) + c` with `x_k` the vector of the term that key `k` points at,
+    `a_k = softmax_n(s_nk)`, `y = [sum_n a_n1 x_n ; ... ; sum_n a_nK x_n]`
+
+    Args:
+        dim: width of a term vector.
+        keys: number of keys, 2 for subject and object.
+        hidden: width of `W`.
+
+    Attributes:
+        out_dim: `keys * dim`.
+        inert_parameters: `c` drops out of the softmax.
+
+    Example:
+        >>> pool = MLPAttention(8, keys=2)
+        >>> subject_object = torch.tensor([[0, 3], [4, 1]])
+        >>> pool(torch.randn(2, 5, 8), subject_object).shape
+        torch.Size([2, 16])
+
+    Source: Shen, Huang, "Attention-Based Convolutional Neural Network for Semantic Relation Extraction", COLING 2016; as in
+    Rusnachenko, Loukachevitch, "Studying Attention Models in Sentiment Attitude Extraction Task", NLDB 2020.
+
+    Note:
+        A key that is padding (-1), or that points at a padded slot, gives zeros.
+    """
+
+    inert_parameters = ("score.bias",)
+
+    def __init__(self, dim: int, keys: int = 2, hidden: int = 10) -> None:
+        super().__init__()
+        for name, size in (("dim", dim), ("keys", keys), ("hidden", hidden)):
+            if size < 1:
+                raise InputError(f"{name}: expected at least 1, got {size}")
+        self.dim = dim
+        self.keys = keys
+        self.out_dim = keys * dim
+        self.map = nn.Linear(2 * dim, hidden)
+        self.score = nn.Linear(hidden, 1)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        keys: Int[Tensor, "batch keys"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch out_dim"]:
+        """Pool the terms `x`; `keys` are indices of terms, -1 where there is no key."""
+        return self.attend(x, keys, mask).output
+
+    def attend(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        keys: Int[Tensor, "batch keys"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> KeyedPooled:
+        """As calling the pool, and also the weights of each key."""
+        if keys.dim() == 2 and keys.shape[1] != self.keys:
+            raise InputError(
+                f"keys: this pool was built for {self.keys} keys, got {keys.shape[1]}; build it with keys={keys.shape[1]}"
+            )
+        by_key, weights, _ = self.look(x, keys, mask)
+        return KeyedPooled(by_key.flatten(1), weights)
+
+    def look(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        keys: Int[Tensor, "batch keys"],
+        mask: Bool[Tensor, "batch tokens"] | None,
+    ) -> tuple[Float[Tensor, "batch keys dim"], Float[Tensor, "batch keys tokens"], Bool[Tensor, "batch keys"]]:
+        """`(a_k, weights, which keys are real)`; zeros for the others."""
+        tokens = as_tokens(x, mask, self.dim)
+        assert isinstance(tokens, PaddedTokens)
+        terms, real = terms_at(tokens, keys)
+        # W [x ; e] = W_x x + W_e e: neither is mapped more than once
+        of_terms, of_keys = self.map.weight.split(self.dim, 1)
+        hidden = (tokens.values @ of_terms.T + self.map.bias).unsqueeze(2) + (terms @ of_keys.T).unsqueeze(1)
+        weights = tokens.softmax(self.score(torch.tanh(hidden)).squeeze(-1)) * real.unsqueeze(1)
+        return tokens.weighted_sum(weights), tokens.heads_first(weights), real
+
+
+class IMLPAttention(MLPAttention):
+    """Feature-based attention averaged over any number of keys: frames, synonyms of the entities, and the entities.
+
+    As `MLPAttention`, with `y = (1/K) sum_k sum_n a_nk x_n` over the real keys; without any, zeros.
+
+    Args:
+        dim: width of a term vector.
+        hidden: width of the score network.
+
+    Example:
+        >>> pool = IMLPAttention(8)
+        >>> frames = torch.tensor([[3, -1, -1], [4, 1, -1]])
+        >>> pool(torch.randn(2, 5, 8), frames).shape
+        torch.Size([2, 8])
+
+    Source: Rusnachenko, Loukachevitch, "Studying Attention Models in Sentiment Attitude Extraction Task", NLDB 2020.
+
+    Note:
+        The weights returned are the mean over the real keys, as in the authors' code.
+    """
+
+    def __init__(self, dim: int, hidden: int = 10) -> None:
+        super().__init__(dim, 1, hidden)
+
+    def attend(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        keys: Int[Tensor, "batch keys"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> KeyedPooled:
+        """As calling the pool, and also the weights, their mean over the real keys."""
+        by_key, weights, real = self.look(x, keys, mask)
+        count = real.sum(1).clamp(min=1)
+        return KeyedPooled(by_key.sum(1) / count.unsqueeze(1), weights.sum(1, keepdim=True) / count.view(-1, 1, 1))
+
+
+class InteractiveAttention(nn.Module):
+    """IAN: the mean of the aspect terms decides what counts in the context, and the mean of the context what among them.
+
+    `b = softmax_n(tanh(h_n . W_c mean_j s_j + p_n))`, `g = softmax_j(tanh(s_j . W_a mean_n h_n + r_j))`,
+    `y = [sum_n b_n h_n ; sum_j g_j s_j]`, with `h` the states of an encoder of the context, `s` those of the aspects.
+
+    Args:
+        dim: width of the states of context and of aspects.
+        tokens: number of slots of a context, each with a bias `p_n` of its own; `None`: no such biases.
+        aspects: number of slots of aspects, each with a bias `r_j`; `None`: no such biases.
+
+    Attributes:
+        out_dim: `2 * dim`.
+
+    Example:
+        >>> y, of_context, of_aspects = InteractiveAttention(8).attend(torch.randn(2, 5, 8), torch.randn(2, 3, 8))
+        >>> y.shape, of_context.shape, of_aspects.shape
+        (torch.Size([2, 16]), torch.Size([2, 1, 5]), torch.Size([2, 1, 3]))
+
+    Source: Ma et al., "Interactive Attention Networks for Aspect-Level Sentiment Classification", IJCAI 2017; as in
+    Rusnachenko, Loukachevitch, "Studying Attention Models in Sentiment Attitude Extraction Task", NLDB 2020.
+
+    Note:
+        Means run over real slots; those of the authors' code include the zeros of padding. The biases per position are
+        theirs.
+    """
+
+    def __init__(self, dim: int, tokens: int | None = None, aspects: int | None = None) -> None:
+        super().__init__()
+        self.dim = dim
+        self.out_dim = 2 * dim
+        self.of_context = nn.Parameter(torch.empty(dim, dim))
+        self.of_aspects = nn.Parameter(torch.empty(dim, dim))
+        self.context_bias = None if tokens is None else nn.Parameter(torch.zeros(tokens))
+        self.aspect_bias = None if aspects is None else nn.Parameter(torch.zeros(aspects))
+        for p in (self.of_context, self.of_aspects):
+            nn.init.xavier_uniform_(p)
+
+    def forward(
+        self,
+        context: Float[Tensor, "batch tokens dim"],
+        aspects: Float[Tensor, "batch aspects dim"],
+        context_mask: Bool[Tensor, "batch tokens"] | None = None,
+        aspect_mask: Bool[Tensor, "batch aspects"] | None = None,
+    ) -> Float[Tensor, "batch out_dim"]:
+        """Pool both sequences; the masks are True on real slots."""
+        return self.attend(context, aspects, context_mask, aspect_mask)[0]
+
+    def attend(
+        self,
+        context: Float[Tensor, "batch tokens dim"],
+        aspects: Float[Tensor, "batch aspects dim"],
+        context_mask: Bool[Tensor, "batch tokens"] | None = None,
+        aspect_mask: Bool[Tensor, "batch aspects"] | None = None,
+    ) -> tuple[Float[Tensor, "batch out_dim"], Float[Tensor, "batch one tokens"], Float[Tensor, "batch one aspects"]]:
+        """`(y, weights of the context, weights of the aspects)`."""
+        h, s = as_tokens(context, context_mask, self.dim), as_tokens(aspects, aspect_mask, self.dim)
+        if h.batch != s.batch:
+            raise InputError(f"aspects: expected {h.batch} sets to match the contexts, got {s.batch}")
+        sides = (
+            ("context", h, s.mean() @ self.of_context.T, self.context_bias),
+            ("aspects", s, h.mean() @ self.of_aspects.T, self.aspect_bias),
+        )
+        pooled, weights = [], []
+        for name, tokens, query, bias in sides:
+            scores = tokens.scores(query.unsqueeze(1))
+            if bias is not None:
+                if bias.shape[0] != scores.shape[1]:
+                    raise InputError(f"{name}: this pool has {bias.shape[0]} biases, got {scores.shape[1]} slots")
+                scores = scores + bias.unsqueeze(-1)
+            w = tokens.softmax(torch.tanh(scores))
+            pooled.append(tokens.weighted_sum(w).squeeze(1))
+            weights.append(tokens.heads_first(w))
+        return torch.cat(pooled, -1), weights[0], weights[1]
+
+
+class PiecewiseMaxPool(nn.Module):
+    """PCNN's pooling: the sequence is cut at the two entities, and each of the three pieces gives its maximum.
+
+    `y = tanh([max_{n <= i} x_n ; max_{i < n <= j} x_n ; max_{n > j} x_n])` with `i <= j` the positions of the entities;
+    an empty piece gives zeros.
+
+    Args:
+        dim: width of a token.
+        tanh: whether the tanh is there.
+
+    Attributes:
+        out_dim: `3 * dim`.
+
+    Example:
+        >>> x = torch.tensor([[[0.0], [2.0], [1.0], [5.0]]])
+        >>> PiecewiseMaxPool(1, tanh=False)(x, torch.tensor([[0, 2]])).tolist()
+        [[0.0, 2.0, 5.0]]
+
+    Source: Zeng et al., "Distant Supervision for Relation Extraction via Piecewise Convolutional Neural Networks", EMNLP
+    2015; as in Rusnachenko, Loukachevitch, "Studying Attention Models in Sentiment Attitude Extraction Task", NLDB 2020.
+
+    Note:
+        Each entity closes its piece, as in Zeng et al. The authors' code fills an empty piece with the lowest float.
+    """
+
+    def __init__(self, dim: int, tanh: bool = True) -> None:
+        super().__init__()
+        self.dim = dim
+        self.out_dim = 3 * dim
+        self.tanh = tanh
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        entities: Int[Tensor, "batch 2"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch out_dim"]:
+        """Pool `x` around the positions of the two entities, in either order."""
+        tokens = as_tokens(x, mask, self.dim)
+        assert isinstance(tokens, PaddedTokens)
+        _require_indices("entities", entities, tokens, 2)
+        first, second = entities.amin(1, keepdim=True), entities.amax(1, keepdim=True)
+        slots = torch.arange(x.shape[1], device=x.device)
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        pieces = (slots <= first, (slots > first) & (slots <= second), slots > second)
+        y = torch.cat([PaddedTokens(tokens.values, piece & real).max() for piece in pieces], -1)
+        return torch.tanh(y) if self.tanh else y
+
+
+def terms_at(
+    tokens: PaddedTokens, keys: Int[Tensor, "batch keys"]
+) -> tuple[Float[Tensor, "batch keys dim"], Bool[Tensor, "batch keys"]]:
+    """`(vectors, real)`: the terms that keys point at; a key of -1 or at a padded slot is not real and gives zeros."""
+    _require_indices("keys", keys, tokens, None)
+    real = keys >= 0
+    slots = keys.clamp(min=0)
+    if tokens.mask is not None:
+        real = real & tokens.mask.gather(1, slots)
+    if tokens.values.shape[1] == 0:
+        return tokens.values.new_zeros((*keys.shape, tokens.dim)), torch.zeros_like(real)
+    terms = tokens.values.gather(1, slots.unsqueeze(-1).expand(-1, -1, tokens.dim))
+    return terms.masked_fill(~real.unsqueeze(-1), 0), real
+
+
+def mass_by_type(
+    weights: Float[Tensor, "batch rows tokens"],
+    types: Int[Tensor, "batch tokens"],
+    number: int,
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+) -> Float[Tensor, "batch rows types"]:
+    """How much of each row of weights falls on the terms of each type: on frames, entities, prepositions and so on.
+
+    Args:
+        weights: `[batch, rows, tokens]`, as `attend` gives them.
+        types: the type of each term, from 0 to `number - 1`.
+        number: number of types.
+        mask: True on real terms.
+
+    Raises:
+        InputError: where shapes do not match or a type is out of range.
+
+    Example:
+        >>> mass_by_type(torch.tensor([[[0.2, 0.5, 0.3]]]), torch.tensor([[0, 1, 0]]), 2).tolist()
+        [[[0.5, 0.5]]]
+
+    Source: Rusnachenko, Loukachevitch, "Studying Attention Models in Sentiment Attitude Extraction Task", NLDB 2020.
+    """
+    if types.shape != (weights.shape[0], weights.shape[-1]):
+        raise InputError(
+            f"types: expected shape {(weights.shape[0], weights.shape[-1])} to match the weights, got {tuple(types.shape)}"
+        )
+    if types.numel() and (int(types.min()) < 0 or int(types.max()) >= number):
+        raise InputError(
+            f"types: expected numbers from 0 to {number - 1}, got {int(types.min())} to {int(types.max())}"
+        )
+    if mask is not None:
+        weights = weights.masked_fill(~mask.unsqueeze(1), 0)
+    return weights @ nn.functional.one_hot(types, number).to(weights.dtype)
+
+
+def _require_indices(name: str, indices: Tensor, tokens: PaddedTokens, count: int | None) -> None:
+    if indices.dim() != 2 or indices.shape[0] != tokens.batch or count not in (None, indices.shape[1]):
+        expected = f"[{tokens.batch}, {'keys' if count is None else count}]"
+        raise InputError(f"{name}: expected indices of shape {expected}, got shape {tuple(indices.shape)}")
+    if indices.is_floating_point() or indices.dtype == torch.bool:
+        raise InputError(f"{name}: expected integer positions, got {indices.dtype}; use .long()")
+    if torch.compiler.is_compiling() or not indices.numel():
+        return
+    slots, lowest = tokens.values.shape[1], 0 if count else -1
+    if int(indices.max()) >= slots or int(indices.min()) < lowest:
+        raise InputError(
+            f"{name}: expected positions from {lowest} to {slots - 1}, got {int(indices.min())} to {int(indices.max())}"
+        )
