@@ -27,7 +27,7 @@ class Evidence(NamedTuple):
     maps: Float[Tensor, "batch classes height width"]
 
 
-class MLPConv(nn.Sequential):
+class MLPConv(nn.Module):
     """A small perceptron that slides over the map: a convolution and 1 x 1 convolutions, each with a ReLU.
 
     `f1 = max(w1 * x + b1, 0)`, `f2 = max(w2 f1 + b2, 0)`, and so on.
@@ -57,6 +57,7 @@ class MLPConv(nn.Sequential):
         padding: int = 0,
         final_relu: bool = True,
     ) -> None:
+        super().__init__()
         if not widths or min(widths) < 1:
             raise InputError(f"widths: expected at least one positive number of channels, got {tuple(widths)}")
         layers: list[nn.Module] = []
@@ -67,7 +68,13 @@ class MLPConv(nn.Sequential):
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
             layers += [conv, nn.ReLU()]
             before = width
-        super().__init__(*(layers if final_relu else layers[:-1]))
+        self.layers = nn.Sequential(*(layers if final_relu else layers[:-1]))
+
+    def forward(
+        self, x: Float[Tensor, "batch in_channels height width"]
+    ) -> Float[Tensor, "batch channels out_h out_w"]:
+        """The map after all layers."""
+        return self.layers(x)
 
 
 class GlobalAveragePool(nn.Module):
