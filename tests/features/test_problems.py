@@ -211,6 +211,18 @@ def test_damaged_inside_a_compressed_file(folder: Path) -> None:
     assert "item 'item7' (item7.npz) is damaged" in told(folder)
 
 
+def test_npz_header_that_lies(folder: Path) -> None:
+    import io
+    import zipfile
+
+    (folder / "item7.npy").unlink()
+    raw = io.BytesIO()
+    np.save(raw, np.ones((3, DIM), np.float32))
+    with zipfile.ZipFile(folder / "item7.npz", "w") as archive:
+        archive.writestr("x.npy", raw.getvalue().replace(b"(3, 8), }" + b" " * 9, b"(9999999999, 8), }"))
+    assert "item 'item7' (item7.npz) is truncated: 224 of " in told(folder)
+
+
 def test_safetensors_header_that_lies(folder: Path) -> None:
     (folder / "item7.npy").unlink()
     for entry in (

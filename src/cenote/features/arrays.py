@@ -5,16 +5,19 @@ Nothing here unpickles.
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 BLOCK_BYTES = 4 * 2**20
@@ -26,7 +29,6 @@ _TORCH = {
     np.dtype(np.float64): torch.float64,
 }
 _SAFETENSORS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-_ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
 class Unusable(Exception):
@@ -101,7 +103,7 @@ def common_dtype(dtypes: set[torch.dtype]) -> torch.dtype:
 
 def rows_per_block(shape: tuple[int, ...], itemsize: int) -> int:
     """How many entries of the first axis make a block."""
-    return max(1, BLOCK_BYTES // max(1, int(np.prod(shape[1:], dtype=np.int64)) * itemsize))
+    return max(1, BLOCK_BYTES // max(1, math.prod(shape[1:]) * itemsize))
 
 
 def npz_members(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
@@ -111,7 +113,7 @@ def npz_members(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         for member in archive.namelist():
             if member.endswith(".npy"):
                 with archive.open(member) as file:
-                    shape, _, dtype = _npy_header(file)
+                    shape, _, dtype = _npy_header(cast(io.BufferedIOBase, file))
                     found[member.removesuffix(".npy")] = (shape, dtype)
     return found
 
@@ -119,22 +121,26 @@ def npz_members(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
 def npz_array(path: Path, name: str) -> StoredArray:
     """One array of floats of an `.npz`; a compressed one is decompressed block by block."""
     with _zip(path) as archive, archive.open(f"{name}.npy") as file:
-        shape, fortran, dtype = _npy_header(file)
+        shape, fortran, dtype = _npy_header(cast(io.BufferedIOBase, file))
+        held, expected = archive.getinfo(f"{name}.npy").file_size, file.tell() + _bytes(shape, dtype)
     _check_numpy_floats(dtype)
+    if held < expected:
+        raise Unusable(f"is truncated: {held:,} of {expected:,} bytes are there; write it again")
 
     def blocks() -> Iterator[Tensor]:
         if fortran:
             with np.load(path, allow_pickle=False) as arrays:
                 yield from _slices(arrays[name])
             return
-        with _zip(path) as archive, archive.open(f"{name}.npy") as file:
+        with _zip(path) as archive, archive.open(f"{name}.npy") as member:
+            file = cast(io.BufferedIOBase, member)
             _npy_header(file)
             yield from _read_blocks(file, shape, dtype)
 
     return StoredArray(shape, _TORCH[dtype.newbyteorder("=")], blocks)
 
 
-def npz_values(path: Path, name: str) -> np.ndarray[Any, Any]:
+def npz_values(path: Path, name: str) -> NDArray[Any]:
     """A small array of an `.npz`, whole: labels, ids, masks."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -148,7 +154,7 @@ def _npy(path: Path) -> StoredArray:
         shape, fortran, dtype = _npy_header(file)
         start = file.tell()
     _check_numpy_floats(dtype)
-    _check_size(path, start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+    _check_size(path, start + _bytes(shape, dtype))
 
     def blocks() -> Iterator[Tensor]:
         if fortran:
@@ -161,7 +167,7 @@ def _npy(path: Path) -> StoredArray:
     return StoredArray(shape, _TORCH[dtype.newbyteorder("=")], blocks)
 
 
-def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def _npy_header(file: io.BufferedIOBase) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -200,11 +206,11 @@ def _safetensors(path: Path, name: str | None) -> StoredArray:
             raise Unusable("has no safetensors header; write it again") from error
     chosen = _choose({k: e[0] for k, e in entries.items() if e[1] in _SAFETENSORS}, list(entries), name)
     shape, kind, begin, end = entries[chosen]
-    if end - begin != int(np.prod(shape, dtype=np.int64)) * _ITEM_BYTES[kind]:
+    if end - begin != math.prod(shape) * _SAFETENSORS[kind].itemsize:
         raise Unusable("has a safetensors header that contradicts itself; write it again")
     start = 8 + head + begin
     _check_size(path, 8 + head + max(entry[3] for entry in entries.values()))
-    dtype = np.dtype(np.uint16) if kind == "BF16" else np.dtype(f"<f{_ITEM_BYTES[kind]}")
+    dtype = np.dtype(np.uint16) if kind == "BF16" else np.dtype(f"<f{_SAFETENSORS[kind].itemsize}")
 
     def blocks() -> Iterator[Tensor]:
         with path.open("rb") as file:
@@ -306,14 +312,18 @@ def _check_numpy_floats(dtype: np.dtype[Any]) -> None:
         raise Unusable(f"holds {dtype}; expected float16, float32 or float64: use array.astype('float32')")
 
 
+def _bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
 def _check_size(path: Path, expected: int) -> None:
     size = path.stat().st_size
     if size < expected:
         raise Unusable(f"is truncated: {size:,} of {expected:,} bytes are there; write it again")
 
 
-def _read_blocks(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[Tensor]:
-    row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
+def _read_blocks(file: io.BufferedIOBase, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[Tensor]:
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
     rows = rows_per_block(shape, dtype.itemsize)
     for i in range(0, shape[0] if row_bytes else 0, rows):
         wanted = min(rows, shape[0] - i)
@@ -321,13 +331,13 @@ def _read_blocks(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) 
         yield torch.from_numpy(block.astype(dtype.newbyteorder("="), copy=False))
 
 
-def _exactly(file: IO[bytes], count: int) -> bytearray:
+def _exactly(file: io.BufferedIOBase, count: int) -> bytearray:
     buffer = bytearray(count)
     filled = 0
     try:
         with memoryview(buffer) as view:
             while filled < count:
-                got = file.readinto(view[filled:])  # type: ignore[attr-defined]
+                got = file.readinto(view[filled:])
                 if not got:
                     raise Unusable(f"is truncated: it ends {count - filled:,} bytes early; write it again")
                 filled += got
