@@ -1,0 +1,487 @@
+"""Cross-attention over several memories, a text and an image for instance, and the imagination that needs no second one.
+
+Source: Helcl, Libovicky, Varis, "CUNI System for the WMT18 Multimodal Translation Task", WMT 2018.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from cenote.core.attention import cross_attention
+from cenote.core.errors import InputError
+from cenote.core.sets import PaddedTokens
+from cenote.core.widths import require_divides
+
+Masks = Sequence[Bool[Tensor, "batch tokens"] | None]
+
+
+class MemoriesAttended(NamedTuple):
+    """What attention over several memories returns.
+
+    Attributes:
+        output: `[batch, queries, dim]`.
+        weights: per memory `[batch, heads, queries, tokens]`. Those of `FlatMemories` sum to 1 over all memories together,
+            those of the others over each.
+        shares: `[batch, heads, queries, memories]`, what `HierarchicalMemories` takes from each memory; else `None`.
+    """
+
+    output: Float[Tensor, "batch queries dim"]
+    weights: tuple[Float[Tensor, "batch heads queries tokens"], ...]
+    shares: Float[Tensor, "batch heads queries memories"] | None = None
+
+
+class MemoryAttention(nn.Module):
+    """Multi-head attention of queries over one memory; with one head there are no projections at all.
+
+    `y = W_o [softmax_n(W_q q . W_k m_n / sqrt(dim/heads)) W_v m_n]` per head.
+
+    Args:
+        dim: width of queries and memory.
+        heads: number of heads; divides `dim`.
+        bias: whether the four maps have biases.
+        dropout: of the weights.
+
+    Note:
+        A memory without real slots gives zeros; the authors' code gives the mean of its padding.
+    """
+
+    def __init__(self, dim: int, heads: int = 16, bias: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        require_divides("heads", heads, dim)
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v, self.to_out = (
+            nn.Linear(dim, dim, bias=bias) if heads > 1 else None for _ in range(4)
+        )
+        for map_ in (self.to_q, self.to_k, self.to_v, self.to_out):
+            if map_ is not None:
+                nn.init.xavier_uniform_(map_.weight)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        query: Float[Tensor, "batch queries dim"],
+        memory: Float[Tensor, "batch tokens dim"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> tuple[Float[Tensor, "batch queries dim"], Float[Tensor, "batch heads queries tokens"]]:
+        """`(y, weights)`; `mask` is True on real slots."""
+        tokens = PaddedTokens(memory, mask)
+        output, weights = cross_attention(
+            tokens,
+            query if self.to_q is None else self.to_q(query),
+            key=self.to_k,
+            value=self.to_v,
+            heads=self.heads,
+            map_weights=self.dropout,
+        )
+        if self.to_out is not None:
+            # the bias too belongs to a memory that is there
+            output = self.to_out(output).masked_fill((tokens.lengths() == 0).view(-1, 1, 1), 0)
+        return output, weights.transpose(1, 2).unflatten(1, (self.heads, query.shape[1]))
+
+
+class Memories(nn.Module, ABC):
+    """Base of the sub-layers that attend to several memories: pre-norm, residual, dropout on what is added.
+
+    Args:
+        dim: width of queries and of every memory.
+        memories: number of memories.
+        heads: attention heads, one number for all memories or one for each.
+        bias: whether the maps of the attention have biases.
+        dropout: of the weights and of what is added.
+        eps: of the layer norms.
+
+    Attributes:
+        out_dim: `dim`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        memories: int = 2,
+        heads: int | Sequence[int] = 16,
+        bias: bool = False,
+        dropout: float = 0.0,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if memories < 1:
+            raise InputError(f"memories: expected at least one memory, got {memories}")
+        self.head_counts = [heads] * memories if isinstance(heads, int) else list(heads)
+        if len(self.head_counts) != memories:
+            raise InputError(f"heads: expected one number or {memories}, one per memory, got {len(self.head_counts)}")
+        if not 0 <= dropout < 1:
+            raise InputError(f"dropout: expected a share from 0 to below 1, got {dropout}")
+        self.dim = self.out_dim = dim
+        self.memories = memories
+        self.bias = bias
+        self.eps = eps
+        self.dropout = nn.Dropout(dropout)
+
+    def attention(self, heads: int) -> MemoryAttention:
+        """A new attention with the settings of this layer."""
+        return MemoryAttention(self.dim, heads, self.bias, self.dropout.p)
+
+    def norm_layer(self) -> nn.LayerNorm:
+        """A new layer norm with the settings of this layer."""
+        return nn.LayerNorm(self.dim, eps=self.eps)
+
+    def forward(
+        self,
+        queries: Float[Tensor, "batch queries dim"],
+        memories: Sequence[Float[Tensor, "batch _ dim"]],
+        masks: Masks | None = None,
+    ) -> Float[Tensor, "batch queries dim"]:
+        """Attend from `queries` to each of `memories`; `masks`, one per memory or `None`, are True on real slots."""
+        return self.attend(queries, memories, masks).output
+
+    def attend(
+        self,
+        queries: Float[Tensor, "batch queries dim"],
+        memories: Sequence[Float[Tensor, "batch _ dim"]],
+        masks: Masks | None = None,
+    ) -> MemoriesAttended:
+        """As calling the layer, and also the weights on each memory."""
+        if queries.dim() != 3 or queries.shape[-1] != self.dim:
+            raise InputError(f"queries: expected [batch, queries, {self.dim}], got shape {tuple(queries.shape)}")
+        if isinstance(memories, Tensor) or len(memories) != self.memories:
+            got = "one tensor" if isinstance(memories, Tensor) else f"{len(memories)} memories"
+            raise InputError(f"memories: expected a list of {self.memories}, got {got}")
+        given: list[Tensor | None] = [None] * self.memories if masks is None else list(masks)
+        if len(given) != self.memories:
+            raise InputError(
+                f"masks: expected {self.memories}, one per memory, None where all is real, got {len(given)}"
+            )
+        for i, (memory, mask) in enumerate(zip(memories, given, strict=True)):
+            if memory.dim() != 3 or memory.shape[0] != queries.shape[0] or memory.shape[-1] != self.dim:
+                raise InputError(
+                    f"memories: expected [{queries.shape[0]}, tokens, {self.dim}], got shape {tuple(memory.shape)} in "
+                    f"memory {i}; ImageMemory brings another width to dim"
+                )
+            if mask is not None and (mask.dtype != torch.bool or mask.shape != memory.shape[:2]):
+                raise InputError(
+                    f"masks: expected bool of shape {tuple(memory.shape[:2])} for memory {i}, "
+                    f"got {mask.dtype} of shape {tuple(mask.shape)}"
+                )
+        return self.combine(queries, memories, given)
+
+    @abstractmethod
+    def combine(
+        self, queries: Float[Tensor, "batch queries dim"], memories: Sequence[Tensor], masks: Masks
+    ) -> MemoriesAttended:
+        """`attend` on checked input."""
+
+
+class SerialMemories(Memories):
+    """One memory after the other, each asked by what the queries have become: the rule of the submission.
+
+    `c_0 = q`, `c_i = c_{i-1} + dropout(attention_i(LN_i(c_{i-1}), M_i))`, the output is the last `c`.
+
+    Args:
+        dim: width of queries and of every memory.
+        memories: number of memories.
+        heads: attention heads, one number for all memories or one for each.
+        bias: whether the maps of the attention have biases.
+        dropout: of the weights and of what is added.
+        eps: of the layer norms.
+
+    Example:
+        >>> text, image = torch.randn(2, 7, 8), torch.randn(2, 64, 8)
+        >>> SerialMemories(8, heads=2)(torch.randn(2, 3, 8), [text, image]).shape
+        torch.Size([2, 3, 8])
+
+    Source: Helcl, Libovicky, Varis, "CUNI System for the WMT18 Multimodal Translation Task", WMT 2018.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        memories: int = 2,
+        heads: int | Sequence[int] = 16,
+        bias: bool = False,
+        dropout: float = 0.0,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__(dim, memories, heads, bias, dropout, eps)
+        self.norms = nn.ModuleList(self.norm_layer() for _ in range(memories))
+        self.attentions = nn.ModuleList(self.attention(h) for h in self.head_counts)
+
+    def combine(
+        self, queries: Float[Tensor, "batch queries dim"], memories: Sequence[Tensor], masks: Masks
+    ) -> MemoriesAttended:
+        c, weights = queries, []
+        for norm, attention, memory, mask in zip(self.norms, self.attentions, memories, masks, strict=True):
+            found, w = attention(norm(c), memory, mask)
+            c = c + self.dropout(found)
+            weights.append(w)
+        return MemoriesAttended(c, tuple(weights))
+
+
+class ParallelMemories(Memories):
+    """All memories asked by the same queries, and what is found added up.
+
+    `y = q + sum_i dropout(attention_i(LN(q), M_i))`
+
+    Args:
+        dim: width of queries and of every memory.
+        memories: number of memories.
+        heads: attention heads, one number for all memories or one for each.
+        bias: whether the maps of the attention have biases.
+        dropout: of the weights and of what is added.
+        eps: of the layer norm.
+
+    Example:
+        >>> text, image = torch.randn(2, 7, 8), torch.randn(2, 64, 8)
+        >>> ParallelMemories(8, heads=2)(torch.randn(2, 3, 8), [text, image]).shape
+        torch.Size([2, 3, 8])
+
+    Source: Helcl, Libovicky, Varis, "CUNI System for the WMT18 Multimodal Translation Task", WMT 2018.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        memories: int = 2,
+        heads: int | Sequence[int] = 16,
+        bias: bool = False,
+        dropout: float = 0.0,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__(dim, memories, heads, bias, dropout, eps)
+        self.norm = self.norm_layer()
+        self.attentions = nn.ModuleList(self.attention(h) for h in self.head_counts)
+
+    def combine(
+        self, queries: Float[Tensor, "batch queries dim"], memories: Sequence[Tensor], masks: Masks
+    ) -> MemoriesAttended:
+        y, n, weights = queries, self.norm(queries), []
+        for attention, memory, mask in zip(self.attentions, memories, masks, strict=True):
+            found, w = attention(n, memory, mask)
+            y = y + self.dropout(found)
+            weights.append(w)
+        return MemoriesAttended(y, tuple(weights))
+
+
+class FlatMemories(Memories):
+    """One attention over all memories joined, with shared maps.
+
+    `y = q + dropout(attention(LN(q), [M_1; M_2; ...]))`
+
+    Args:
+        dim: width of queries and of every memory.
+        memories: number of memories.
+        heads: number of attention heads.
+        bias: whether the maps of the attention have biases.
+        dropout: of the weights and of what is added.
+        eps: of the layer norm.
+
+    Example:
+        >>> text, image = torch.randn(2, 7, 8), torch.randn(2, 64, 8)
+        >>> FlatMemories(8, heads=2)(torch.randn(2, 3, 8), [text, image]).shape
+        torch.Size([2, 3, 8])
+
+    Source: Helcl, Libovicky, Varis, "CUNI System for the WMT18 Multimodal Translation Task", WMT 2018.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        memories: int = 2,
+        heads: int = 16,
+        bias: bool = False,
+        dropout: float = 0.0,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__(dim, memories, heads, bias, dropout, eps)
+        self.norm = self.norm_layer()
+        self.joint_attention = self.attention(heads)
+
+    def combine(
+        self, queries: Float[Tensor, "batch queries dim"], memories: Sequence[Tensor], masks: Masks
+    ) -> MemoriesAttended:
+        real = [
+            torch.ones(memory.shape[:2], dtype=torch.bool, device=memory.device) if mask is None else mask
+            for memory, mask in zip(memories, masks, strict=True)
+        ]
+        found, weights = self.joint_attention(self.norm(queries), torch.cat(list(memories), 1), torch.cat(real, 1))
+        by_memory = weights.split([memory.shape[1] for memory in memories], -1)
+        return MemoriesAttended(queries + self.dropout(found), tuple(by_memory))
+
+
+class HierarchicalMemories(Memories):
+    """All memories asked by the same queries, then a second attention chooses among what was found.
+
+    `C_i = dropout(attention_i(LN(q), M_i))`, `y = q + dropout(attention_h(LN(q), [C_1; C_2; ...]))`, the second attention for
+    each query on its own.
+
+    Args:
+        dim: width of queries and of every memory.
+        memories: number of memories.
+        heads: attention heads, one number for all memories or one for each.
+        hierarchical_heads: heads of the second attention; default the first of `heads`. With 1 it has no maps.
+        bias: whether the maps of the attention have biases.
+        dropout: of the weights, of the `C_i` and of what is added.
+        eps: of the layer norm.
+
+    Example:
+        >>> text, image = torch.randn(2, 7, 8), torch.randn(2, 64, 8)
+        >>> HierarchicalMemories(8, heads=2).attend(torch.randn(2, 3, 8), [text, image]).shares.shape
+        torch.Size([2, 2, 3, 2])
+
+    Source: Helcl, Libovicky, Varis, "CUNI System for the WMT18 Multimodal Translation Task", WMT 2018.
+
+    Note:
+        A memory without real slots takes no part in the second attention; in the authors' code all take part.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        memories: int = 2,
+        heads: int | Sequence[int] = 16,
+        hierarchical_heads: int | None = None,
+        bias: bool = False,
+        dropout: float = 0.0,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__(dim, memories, heads, bias, dropout, eps)
+        self.norm = self.norm_layer()
+        self.attentions = nn.ModuleList(self.attention(h) for h in self.head_counts)
+        self.choice = self.attention(self.head_counts[0] if hierarchical_heads is None else hierarchical_heads)
+
+    def combine(
+        self, queries: Float[Tensor, "batch queries dim"], memories: Sequence[Tensor], masks: Masks
+    ) -> MemoriesAttended:
+        n, found, weights, seen = self.norm(queries), [], [], []
+        for attention, memory, mask in zip(self.attentions, memories, masks, strict=True):
+            c, w = attention(n, memory, mask)
+            found.append(self.dropout(c))
+            weights.append(w)
+            real = torch.full((memory.shape[0],), memory.shape[1] > 0, device=memory.device)
+            seen.append(real if mask is None else mask.any(1))
+        batch, positions, _ = queries.shape
+        # every query is a set of its own, whose tokens are its contexts
+        contexts = torch.stack(found, 2).flatten(0, 1)
+        present = torch.stack(seen, 1).repeat_interleave(positions, 0)
+        chosen, shares = self.choice(n.flatten(0, 1).unsqueeze(1), contexts, present)
+        y = queries + self.dropout(chosen.squeeze(1).unflatten(0, (batch, positions)))
+        return MemoriesAttended(y, tuple(weights), shares.squeeze(2).unflatten(0, (batch, positions)).transpose(1, 2))
+
+
+class ImageMemory(nn.Module):
+    """A map of image features as a memory: its positions row by row, brought to the width of the text.
+
+    `m_n = W_2 relu(W_1 x_n + b_1) + b_2`
+
+    Args:
+        channels: of the map, 2048 for the last convolution of a ResNet-50.
+        dim: width of the memory.
+        hidden: width between the two maps; default `dim`.
+
+    Example:
+        >>> ImageMemory(2048, 16)(torch.randn(2, 2048, 8, 8)).shape
+        torch.Size([2, 64, 16])
+
+    Source: Helcl, Libovicky, Varis, "CUNI System for the WMT18 Multimodal Translation Task", WMT 2018.
+    """
+
+    def __init__(self, channels: int, dim: int, hidden: int | None = None) -> None:
+        super().__init__()
+        self.channels = channels
+        self.fc1 = nn.Linear(channels, dim if hidden is None else hidden)
+        self.fc2 = nn.Linear(self.fc1.out_features, dim)
+
+    def forward(self, image: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch tokens dim"]:
+        """The memory of a map `[batch, channels, height, width]`."""
+        if image.dim() != 4 or image.shape[1] != self.channels:
+            raise InputError(f"image: expected [batch, {self.channels}, height, width], got shape {tuple(image.shape)}")
+        return self.fc2(F.relu(self.fc1(image.flatten(2).transpose(1, 2))))
+
+
+class Imagination(nn.Module):
+    """Predicts the vector of the image from the text alone: an auxiliary task in training, left out at test time.
+
+    `v = W_2 tanh(W_1 mean_n h_n + b_1) + b_2`; trained with `imagination_loss` beside the main one.
+
+    Args:
+        dim: width of the states of the text encoder.
+        image_dim: width of the image vector.
+        hidden: width between the two maps; default `image_dim`.
+        activation: `"tanh"` or `"relu"`.
+
+    Example:
+        >>> Imagination(16, 2048)(torch.randn(2, 7, 16)).shape
+        torch.Size([2, 2048])
+
+    Source: Elliott, Kadar, "Imagination Improves Multimodal Translation", IJCNLP 2017; as in Helcl, Libovicky, Varis, "CUNI
+    System for the WMT18 Multimodal Translation Task", WMT 2018.
+
+    Note:
+        The head's depth and activation are not published with the system's code; these are a reading of Elliott and Kadar.
+    """
+
+    def __init__(
+        self, dim: int, image_dim: int = 2048, hidden: int | None = None, activation: Literal["tanh", "relu"] = "tanh"
+    ) -> None:
+        super().__init__()
+        if activation not in ("tanh", "relu"):
+            raise InputError(f"activation: expected 'tanh' or 'relu', got {activation!r}")
+        self.dim = dim
+        self.out_dim = image_dim
+        self.activation = activation
+        self.fc1 = nn.Linear(dim, image_dim if hidden is None else hidden)
+        self.fc2 = nn.Linear(self.fc1.out_features, image_dim)
+
+    def forward(
+        self, states: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Float[Tensor, "batch image_dim"]:
+        """The predicted image vector; `mask` is True on real states."""
+        hidden = self.fc1(PaddedTokens(states, mask).mean())
+        return self.fc2(torch.tanh(hidden) if self.activation == "tanh" else F.relu(hidden))
+
+
+def imagination_loss(
+    predicted: Float[Tensor, "batch image_dim"],
+    image: Float[Tensor, "batch image_dim"],
+    margin: float = 0.1,
+    reduction: Literal["sum", "mean"] = "sum",
+) -> Float[Tensor, ""]:
+    """Margin loss: a predicted vector shall be nearer to its own image than to the other images of the batch.
+
+    `L = mean_b sum_{c != b} max(0, margin - cos(p_b, v_b) + cos(p_b, v_c))`, `"mean"`: the mean over `c`.
+
+    Args:
+        predicted: `p`, from `Imagination`.
+        image: `v`, the vectors of the images.
+        margin: by how much nearer.
+        reduction: over the other images of the batch.
+
+    Returns:
+        The loss; 0 for a batch of one, which has no other images.
+
+    Raises:
+        InputError: where shapes differ.
+
+    Example:
+        >>> imagination_loss(torch.eye(3), torch.eye(3)).item()
+        0.0
+
+    Source: Elliott, Kadar, "Imagination Improves Multimodal Translation", IJCNLP 2017.
+    """
+    if predicted.dim() != 2 or predicted.shape != image.shape:
+        raise InputError(
+            f"image: expected [batch, image_dim] as predicted, got {tuple(image.shape)} for {tuple(predicted.shape)}"
+        )
+    if reduction not in ("sum", "mean"):
+        raise InputError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
+    cosines = F.normalize(predicted, dim=-1) @ F.normalize(image, dim=-1).T
+    others = ~torch.eye(len(image), dtype=torch.bool, device=image.device)
+    hinge = (margin - cosines.diagonal().unsqueeze(1) + cosines).clamp(min=0) * others
+    negatives = max(len(image) - 1, 1) if reduction == "mean" else 1
+    return hinge.sum() / (negatives * max(len(image), 1))
