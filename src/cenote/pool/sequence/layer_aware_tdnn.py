@@ -12,6 +12,7 @@ from cenote.core.sets import PaddedTokens, Tokens
 from cenote.core.widths import largest_divisor, require_divides
 from cenote.pool.attention.blocks import TokenBatchNorm
 from cenote.pool.base import Pool, Pooled
+from cenote.pool.layers.base import LayerPool, LayersPooled
 from cenote.pool.sequence.attentive_statistics import AttentiveStatisticsPool
 from cenote.pool.sequence.layer_aware_fronts import D3Net, Ecapa2d, LayerFront, MapBatchNorm, cleared
 
@@ -136,7 +137,7 @@ class SpeakerStatisticsPool(Pool):
         return Pooled(self.out_norm(self.projection(self.norm(statistics))), weights)
 
 
-class LayerAwareTDNN(nn.Module):
+class LayerAwareTDNN(LayerPool):
     """One vector from all hidden states of a clip: mix layers and frames, choose layers per frame, pool over frames.
 
     A convolution network over the map of layers and frames, `LayerAttentionPool`, `SpeakerStatisticsPool`.
@@ -180,14 +181,12 @@ class LayerAwareTDNN(nn.Module):
         loss_heads: int = 1,
         dropout: float = 0.1,
     ) -> None:
-        super().__init__()
+        super().__init__(dim, layers, out_dim)
         if front not in ("ecapa", "d3net", None):
             raise InputError(f"front: expected 'ecapa', 'd3net' or None, got {front!r}")
         require_divides("loss_heads", loss_heads, out_dim)
-        self.dim = dim
-        self.layers = layers
-        self.out_dim = out_dim
         self.loss_heads = loss_heads
+        self.permutation_invariant = front is None
         self.front: LayerFront | None = None
         if front is not None:
             self.front = Ecapa2d(dim, channels) if front == "ecapa" else D3Net(dim, channels)
@@ -195,12 +194,14 @@ class LayerAwareTDNN(nn.Module):
         heads = largest_divisor(hidden, 8) if heads is None else heads
         self.layer_pool = LayerAttentionPool(width, hidden, layers, heads, dropout)
         self.time_pool = SpeakerStatisticsPool(hidden, out_dim, dropout)
+        self.inert_parameters = tuple(f"time_pool.{name}" for name in self.time_pool.inert_parameters)
 
-    def forward(
-        self, x: Float[Tensor, "batch layers tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
-    ) -> Float[Tensor, "batch out_dim"]:
-        """The embedding of each clip; zeros for a clip without frames. `mask` is True on real frames."""
-        return self.time_pool(self.frames(x, mask), mask)
+    def pool(
+        self, x: Float[Tensor, "batch layers tokens dim"], mask: Bool[Tensor, "batch tokens"] | None
+    ) -> LayersPooled:
+        if x.shape[2] == 0:
+            return LayersPooled(x.new_zeros((x.shape[0], self.out_dim)), None)
+        return LayersPooled(self.time_pool(self._frames(x, mask), mask), None)
 
     def embed(
         self, x: Float[Tensor, "batch layers tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
@@ -211,30 +212,23 @@ class LayerAwareTDNN(nn.Module):
     def frames(
         self, x: Float[Tensor, "batch layers tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens hidden"]:
-        """One vector per frame, before pooling over time."""
-        y = self._map(x, mask)
-        return self.layer_pool(y, mask).transpose(1, 2)
+        """One vector per frame, before pooling over time; zero in frames that are not real."""
+        return self._frames(self._checked(x, mask), mask)
 
     def layer_gates(
         self, x: Float[Tensor, "batch layers tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch heads layers tokens"]:
         """How far each layer of each frame is open, from 0 to 1; 0 in frames that are not real."""
-        return cleared(self.layer_pool.gates(self.layer_pool.projected(self._map(x, mask), mask)), mask)
+        y = self._map(self._checked(x, mask), mask)
+        return cleared(self.layer_pool.gates(self.layer_pool.projected(y, mask)), mask)
+
+    def _frames(
+        self, x: Float[Tensor, "batch layers tokens dim"], mask: Bool[Tensor, "batch tokens"] | None
+    ) -> Float[Tensor, "batch tokens hidden"]:
+        return self.layer_pool(self._map(x, mask), mask).transpose(1, 2)
 
     def _map(
         self, x: Float[Tensor, "batch layers tokens dim"], mask: Bool[Tensor, "batch tokens"] | None
     ) -> Float[Tensor, "batch channels layers tokens"]:
-        if x.dim() != 4 or x.shape[1] != self.layers or x.shape[3] != self.dim:
-            raise InputError(
-                f"x: expected [batch, {self.layers} layers, tokens, {self.dim}], got shape {tuple(x.shape)}; "
-                f"stack hidden states with torch.stack(hidden_states, 1)"
-            )
-        if not x.is_floating_point():
-            raise InputError(f"x: expected floating point features, got {x.dtype}; use x.float()")
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != (x.shape[0], x.shape[2])):
-            raise InputError(
-                f"mask: expected a bool mask of shape {(x.shape[0], x.shape[2])}, True on real frames, "
-                f"got {mask.dtype} of shape {tuple(mask.shape)}"
-            )
-        maps = cleared(x.permute(0, 3, 1, 2), mask)
+        maps = x.permute(0, 3, 1, 2)
         return maps if self.front is None else self.front(maps, mask)
