@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.testing import pools
-from cenote.testing.pools import ContractError, _difference, _title, _Trial
+from cenote.testing.contract import difference as _difference
+from cenote.testing.contract import run_rules
+from cenote.testing.pools import _Trial
 
 
 def check_layer_pool(pool: nn.Module, *, layers: int | None = None, tokens: int = 7, seed: int = 0) -> None:
@@ -36,20 +38,7 @@ def check_layer_pool(pool: nn.Module, *, layers: int | None = None, tokens: int 
     Example:
         >>> check_layer_pool(cenote.pool.WeightedLayerSum(8, layers=3))
     """
-    trial = _LayerTrial(pool, layers, tokens, seed)
-    broken = []
-    for rule in _RULES:
-        try:
-            message = rule(trial)
-        except Exception as error:  # a rule that crashes is a rule that is broken
-            message = f"{_title(rule)}: raised {type(error).__name__}: {str(error)[:500]}"
-        if message:
-            broken.append(message)
-    if broken:
-        name = type(pool).__name__
-        raise ContractError(
-            f"{name} breaks {len(broken)} rule(s) of its contract:\n" + "\n".join(f"- {b}" for b in broken)
-        )
+    run_rules(pool, _RULES, _LayerTrial(pool, layers, tokens, seed))
 
 
 class _LayerTrial(_Trial):

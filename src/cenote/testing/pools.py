@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from safetensors.torch import load, save
@@ -12,20 +12,28 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.sets import Bags
+from cenote.testing.contract import ContractError, run_rules
+from cenote.testing.contract import difference as _difference
+
+__all__ = ["PLAIN_MODULE", "ContractError", "check_pool"]
+
+PLAIN_MODULE = ("ragged equals padded", "attend agrees with calling", "wrong input is named")
+"""The rules that only a class written with cenote keeps; `check_pool(module, leave_out=PLAIN_MODULE)` checks any module."""
 
 
-class ContractError(AssertionError):
-    """A pool breaks its contract; the message has one line per broken rule."""
-
-
-def check_pool(pool: nn.Module, *, tokens: int = 9, seed: int = 0) -> None:
+def check_pool(pool: nn.Module, *, tokens: int = 9, seed: int = 0, leave_out: Collection[str] = ()) -> None:
     """Check everything that cenote promises of a pool.
 
-    Masks: what stands in padded slots, NaN included, and how many such slots there are, never changes a result. Ragged
-    equals padded. A set's result does not depend on its batch mates, nor, where declared, on the order of its tokens. One
-    token works; no token gives zeros. Gradients agree with finite differences in float64 and reach every parameter. Half
-    precision is finite and close. The module compiles in one graph, exports, deep-copies, survives safetensors, repeats
-    itself, and takes non-contiguous input.
+    Masks: what stands in padded slots, NaN included, and how many such slots there are, never changes a result or a gradient.
+    Ragged equals padded. A set's result does not depend on its batch mates, nor, where declared, on the order of its tokens.
+    One token works; no token gives zeros. Gradients agree with finite differences in float64 and reach every parameter. Half
+    precision is finite and close, also over thousands of tokens. The module compiles in one graph, exports, deep-copies,
+    survives safetensors after training, repeats itself, and takes non-contiguous input.
+
+    Any `torch.nn.Module` can be checked that has `dim` (width of a token) and `out_dim` (width of its output) and is called
+    as `module(x, mask)`, with `x` `[batch, tokens, dim]` and `mask` `[batch, tokens]`, True on real tokens, or `None`. Leave
+    the rules out that only classes of cenote keep: `check_pool(module, leave_out=PLAIN_MODULE)`. What else it declares is read
+    from class attributes named as those of `cenote.pool.Pool`.
 
     The pool given is not changed. Parameters are drawn anew in a copy, because zeros at initialisation hide mistakes.
 
@@ -33,27 +41,42 @@ def check_pool(pool: nn.Module, *, tokens: int = 9, seed: int = 0) -> None:
         pool: a pool with `dim`, `out_dim` and the class attributes of `cenote.pool.Pool`.
         tokens: number of tokens in the trial sets; of a pool with `fixed_tokens` the number that it was built for.
         seed: of the trial inputs.
+        leave_out: names of rules that are not checked; a broken rule's name stands at the end of its line.
 
     Raises:
-        ContractError: with one line per broken rule.
+        ContractError: with one line per broken rule; where the pool cannot be called or does not repeat itself, about that
+            alone.
+        InputError: where `leave_out` names a rule that there is not.
 
     Example:
         >>> check_pool(cenote.pool.MeanPool(8))
+        >>> class Largest(torch.nn.Module):
+        ...     dim = out_dim = 8
+        ...     def forward(self, x, mask=None):
+        ...         return x.amax(1)
+        >>> check_pool(Largest(), leave_out=PLAIN_MODULE)
+        Traceback (most recent call last):
+        ...
+        cenote.testing.contract.ContractError: Largest breaks 4 rules of its contract:
+        ...
     """
-    trial = _Trial(pool, tokens, seed)
-    broken = []
-    for rule in _RULES:
-        try:
-            message = rule(trial)
-        except Exception as error:  # a rule that crashes is a rule that is broken
-            message = f"{_title(rule)}: raised {type(error).__name__}: {str(error)[:500]}"
-        if message:
-            broken.append(message)
-    if broken:
-        name = type(pool).__name__
+    for name, what in (("dim", "the width of a token"), ("out_dim", "the width of its output")):
+        if not isinstance(getattr(pool, name, None), int):
+            raise ContractError(
+                f"{type(pool).__name__} breaks 1 rule of its contract:\n- attributes: {name}, {what}, is missing or is no int; "
+                f"set self.{name} in the constructor [rule: attributes]",
+                ("attributes",),
+            )
+    try:
+        trial = _Trial(pool, tokens, seed)
+    except Exception as error:
         raise ContractError(
-            f"{name} breaks {len(broken)} rule(s) of its contract:\n" + "\n".join(f"- {b}" for b in broken)
-        )
+            f"{type(pool).__name__} breaks 1 rule of its contract:\n- deepcopy: raised {type(error).__name__}: "
+            f"{str(error)[:500]} [rule: deepcopy]",
+            ("deepcopy",),
+        ) from error
+    trial.ragged &= "ragged equals padded" not in leave_out
+    run_rules(pool, _RULES, trial, leave_out=leave_out, first=(_rule_call, _rule_determinism))
 
 
 class _Trial:
@@ -65,6 +88,7 @@ class _Trial:
         self.out_dim: int = pool.out_dim  # type: ignore[assignment]
         self.permutation_invariant = bool(getattr(pool, "permutation_invariant", True))
         self.fixed_tokens = bool(getattr(pool, "fixed_tokens", False))
+        self.ragged = not self.fixed_tokens
         self.inert = tuple(getattr(pool, "inert_parameters", ()))
         self.generator = torch.Generator().manual_seed(seed)
         self.pool = copy.deepcopy(pool).double().eval()
@@ -77,18 +101,21 @@ class _Trial:
         self.mask[2, 1:] = False
 
     def randn(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
-    if a.shape != b.shape:
-        return float("inf")
-    difference = (a.detach().double() - b.detach().double()).abs()
-    return float("inf") if difference.isnan().any() else float(difference.max()) if difference.numel() else 0.0
-
-
-def _title(rule: Callable[[_Trial], str | None]) -> str:
-    return rule.__name__.removeprefix("_rule_").replace("_", " ")
+def _rule_call(t: _Trial) -> str | None:
+    for name, mask in (("pool(x)", None), ("pool(x, mask)", t.mask)):
+        try:
+            y = t.pool(t.x) if mask is None else t.pool(t.x, mask)
+        except Exception as error:
+            return (
+                f"call: {name} raised {type(error).__name__}: {str(error)[:500]}; "
+                f"a pool is called with x [batch, tokens, dim] and an optional mask [batch, tokens], True on real tokens"
+            )
+        if not isinstance(y, Tensor):
+            return f"call: {name} returned {type(y).__name__}, expected the output tensor alone"
+    return None
 
 
 def _rule_output_shape(t: _Trial) -> str | None:
@@ -109,7 +136,29 @@ def _rule_padded_slots_are_not_read(t: _Trial) -> str | None:
     for content, name in ((float("nan"), "NaN"), (1e3, "1000")):
         filled = t.x.masked_fill(~t.mask.unsqueeze(-1), content)
         if (difference := _difference(reference, t.pool(filled, t.mask))) > 1e-10:
-            return f"padding leaks: {name} in padded slots changes the output by {difference:.3g}; clean values by the mask"
+            return (
+                f"padding leaks: {name} in padded slots changes the output by {difference:.3g}; "
+                f"clean values with x.masked_fill(~mask.unsqueeze(-1), 0), since 0 * NaN is NaN"
+            )
+    return None
+
+
+def _rule_padded_slots_leave_gradients_alone(t: _Trial) -> str | None:
+    def gradients(content: float) -> list[Tensor]:
+        x = t.x.masked_fill(~t.mask.unsqueeze(-1), content).requires_grad_()
+        inputs = [x, *(p for p in t.pool.parameters() if p.requires_grad)]
+        y = t.pool(x, t.mask)
+        if not y.requires_grad:
+            return []
+        return list(torch.autograd.grad(y.square().sum(), inputs, allow_unused=True, materialize_grads=True))
+
+    reference, dirty = gradients(0.0), gradients(float("nan"))
+    if reference and bool((dirty[0][~t.mask] != 0).any()):
+        return "padding leaks: padded slots receive a gradient"
+    if any(_difference(a, b) > 1e-10 for a, b in zip(reference, dirty, strict=True)):
+        return (
+            "padding leaks: NaN in padded slots reaches a gradient; clean values by the mask before any other operation"
+        )
     return None
 
 
@@ -130,10 +179,14 @@ def _rule_full_mask_is_no_mask(t: _Trial) -> str | None:
 
 
 def _rule_ragged_equals_padded(t: _Trial) -> str | None:
-    if t.fixed_tokens:
+    if not t.ragged:
         return None
-    bags = Bags.from_padded(t.x, t.mask)
-    if (difference := _difference(t.pool(t.x, t.mask), t.pool(bags))) > 1e-10:
+    try:
+        y = t.pool(Bags.from_padded(t.x, t.mask))
+    except Exception as error:
+        t.ragged = False  # said once
+        return f"ragged: pool(bags) raised {type(error).__name__}: {str(error)[:500]}; a pool also takes cenote.Bags"
+    if (difference := _difference(t.pool(t.x, t.mask), y)) > 1e-10:
         return f"ragged: the same sets as Bags give an output that differs by {difference:.3g}"
     return None
 
@@ -151,9 +204,10 @@ def _rule_order_of_tokens(t: _Trial) -> str | None:
 
 
 def _rule_batch_mates(t: _Trial) -> str | None:
-    alone = torch.cat([t.pool(t.x[i : i + 1]) for i in range(3)])
-    if (difference := _difference(t.pool(t.x), alone)) > 1e-10:
-        return f"batch: a set's output changes by {difference:.3g} when its batch mates are taken away"
+    for masked, mask in (("", None), (" of a masked batch", t.mask)):
+        alone = torch.cat([t.pool(t.x[i : i + 1], None if mask is None else mask[i : i + 1]) for i in range(3)])
+        if (difference := _difference(t.pool(t.x, mask), alone)) > 1e-10:
+            return f"batch: a set's output changes by {difference:.3g} when its mates{masked} are taken away"
     return None
 
 
@@ -168,8 +222,9 @@ def _rule_no_token_gives_zeros(t: _Trial) -> str | None:
     mask = t.mask.clone()
     mask[1] = False
     inputs: list[tuple[str, Callable[[], Tensor]]] = [("a mask without True", lambda: t.pool(t.x, mask)[1])]
-    if not t.fixed_tokens:
+    if t.ragged:
         inputs.append(("an empty bag", lambda: t.pool(Bags.from_padded(t.x, mask))[1]))
+    if not t.fixed_tokens:
         inputs.append(("zero token slots", lambda: t.pool(t.x[:, :0])))
     for name, call in inputs:
         y = call()
@@ -205,20 +260,25 @@ def _rule_gradients_are_right(t: _Trial) -> str | None:
 
 
 def _rule_gradient_reaches_every_parameter(t: _Trial) -> str | None:
-    pool = copy.deepcopy(t.pool).train()
-    if not any(p.requires_grad for p in pool.parameters()):
-        return None
-    y = pool(t.x)
-    y.backward(t.randn(*y.shape))
-    hidden, alive = [], []
-    for name, p in pool.named_parameters():
-        if not p.requires_grad:
-            continue
-        size = 0.0 if p.grad is None else float(p.grad.abs().max())
-        if size < 1e-12 and name not in t.inert:
-            hidden.append(name)
-        if size > 1e-9 and name in t.inert:
-            alive.append(name)
+    sizes: dict[str, float] = {}
+    # a ReLU may be dead under one draw of the parameters, so that several count together
+    for draw in range(4):
+        pool = copy.deepcopy(t.pool).train()
+        trained = {name: p for name, p in pool.named_parameters() if p.requires_grad}
+        if draw:
+            with torch.no_grad():
+                for p in trained.values():
+                    p.add_(0.5 * t.randn(*p.shape))
+        y = pool(t.x if not draw else t.randn(*t.x.shape))
+        if y.requires_grad:
+            y.backward(t.randn(*y.shape))
+        for name, p in trained.items():
+            size = 0.0 if p.grad is None else float(p.grad.abs().max())
+            sizes[name] = max(sizes.get(name, 0.0), size)
+        if all(size >= 1e-12 for name, size in sizes.items() if name not in t.inert):
+            break
+    hidden = [name for name, size in sizes.items() if size < 1e-12 and name not in t.inert]
+    alive = [name for name, size in sizes.items() if size > 1e-9 and name in t.inert]
     if hidden:
         return f"gradient: does not reach {', '.join(hidden)}; if that is inherent, declare it in inert_parameters"
     if alive:
@@ -228,7 +288,7 @@ def _rule_gradient_reaches_every_parameter(t: _Trial) -> str | None:
 
 def _rule_half_precision(t: _Trial) -> str | None:
     reference = t.pool(t.x, t.mask)
-    size = float(reference.abs().max()) + 1e-6
+    size = float(reference.detach().abs().max()) + 1e-6
     for dtype, allowed in ((torch.bfloat16, 0.12), (torch.float16, 0.03)):
         y = copy.deepcopy(t.pool).to(dtype)(t.x.to(dtype), t.mask)
         if y.dtype != dtype:
@@ -237,6 +297,32 @@ def _rule_half_precision(t: _Trial) -> str | None:
             return f"half precision: the output in {dtype} is not finite"
         if (difference := _difference(reference, y) / size) > allowed:
             return f"half precision: the output in {dtype} is off by {difference:.1%} of its largest value"
+    return None
+
+
+def _rule_half_precision_over_many_tokens(t: _Trial) -> str | None:
+    if t.fixed_tokens:
+        return None
+    # the sums over these tokens are above the largest float16, the values far below it
+    x = t.randn(1, 2048, t.dim) + 40 * t.randn(t.dim).sign()
+    for dtype in (torch.float16, torch.bfloat16):
+        pool, narrow = copy.deepcopy(t.pool).to(dtype), x.to(dtype)
+        with torch.no_grad():
+            reference = copy.deepcopy(pool).double()(narrow.double())
+            size = float(reference.abs().max())
+            if not 1e-3 < size < torch.finfo(torch.float16).max / 2:
+                continue
+            y = pool(narrow)
+        if not bool(y.isfinite().all()):
+            return (
+                f"half precision: 2048 tokens of size 40 overflow {dtype}, though the result, at most {size:.3g}, does not; "
+                f"sum in float32"
+            )
+        if (difference := _difference(reference, y) / size) > 0.25:
+            return (
+                f"half precision: over 2048 tokens of size 40 the output in {dtype} is off by {difference:.0%} of its largest "
+                f"value; sum in float32"
+            )
     return None
 
 
@@ -276,6 +362,52 @@ def _rule_safetensors_round_trip(t: _Trial) -> str | None:
     return None
 
 
+def _rule_state_is_registered(t: _Trial) -> str | None:
+    known = {id(v) for v in (*t.pool.parameters(), *t.pool.buffers())}
+    for prefix, module in t.pool.named_modules():
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers", "_modules"):
+                continue
+            if any(id(v) not in known for v in _tensors_in(value)):
+                full = f"{prefix}.{name}" if prefix else name
+                return (
+                    f"state: {full} holds a tensor that is no parameter and no buffer, so that .to() and state_dict() miss it; "
+                    f"use self.register_buffer(..., persistent=False) for a constant, nn.ParameterList for several parameters"
+                )
+    return None
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for v in value.values():
+            yield from _tensors_in(v)
+    elif isinstance(value, (list, tuple, set)):
+        for v in value:
+            yield from _tensors_in(v)
+
+
+def _rule_training_is_stored(t: _Trial) -> str | None:
+    trained = copy.deepcopy(t.pool).train()
+    for _ in range(2):
+        y = trained(t.x)
+        if y.requires_grad:
+            trained.zero_grad()
+            y.square().mean().backward()
+            with torch.no_grad():
+                for p in trained.parameters():
+                    p.sub_(0.0 if p.grad is None else 0.01 * p.grad)
+    other = copy.deepcopy(t.pool)
+    other.load_state_dict(load(save({k: v.contiguous() for k, v in trained.state_dict().items()})))
+    if (difference := _difference(trained.eval()(t.x), other(t.x))) > 1e-10:
+        return (
+            f"state: after two steps of training, a fresh copy with the trained state_dict differs by {difference:.3g}; "
+            f"what training changes must be a parameter or a persistent buffer"
+        )
+    return None
+
+
 def _rule_non_contiguous_input(t: _Trial) -> str | None:
     x = t.x.transpose(1, 2).contiguous().transpose(1, 2)
     if (difference := _difference(t.pool(t.x), t.pool(x))) > 1e-10:
@@ -286,7 +418,7 @@ def _rule_non_contiguous_input(t: _Trial) -> str | None:
 def _rule_attend_agrees_with_calling(t: _Trial) -> str | None:
     attend = getattr(t.pool, "attend", None)
     if attend is None:
-        return "attend: the pool has no attend(x, mask) method"
+        return "attend: the pool has no attend(x, mask) that returns (output, weights or None)"
     output, weights = attend(t.x, t.mask)
     if (difference := _difference(output, t.pool(t.x, t.mask))) > 1e-10:
         return f"attend: its output differs from the call's by {difference:.3g}"
@@ -318,8 +450,8 @@ def _rule_wrong_input_is_named(t: _Trial) -> str | None:
 
 _RULES: tuple[Callable[[_Trial], str | None], ...] = (
     _rule_output_shape,
-    _rule_determinism,
     _rule_padded_slots_are_not_read,
+    _rule_padded_slots_leave_gradients_alone,
     _rule_padding_length_is_not_seen,
     _rule_full_mask_is_no_mask,
     _rule_ragged_equals_padded,
@@ -331,10 +463,13 @@ _RULES: tuple[Callable[[_Trial], str | None], ...] = (
     _rule_gradients_are_right,
     _rule_gradient_reaches_every_parameter,
     _rule_half_precision,
+    _rule_half_precision_over_many_tokens,
     _rule_torch_compile_in_one_graph,
     _rule_torch_export,
     _rule_deepcopy,
     _rule_safetensors_round_trip,
+    _rule_state_is_registered,
+    _rule_training_is_stored,
     _rule_non_contiguous_input,
     _rule_attend_agrees_with_calling,
     _rule_wrong_input_is_named,

@@ -14,7 +14,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
-from cenote.testing.pools import ContractError, _difference
+from cenote.testing.contract import difference as _difference
+from cenote.testing.contract import run_rules
 
 _AVERAGE: Any = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -48,21 +49,7 @@ def check_spatial_pool(
     Example:
         >>> check_spatial_pool(cenote.pool.SoftPool2d(2))
     """
-    trial = _Trial(pool, channels, size, seed)
-    broken = []
-    for rule in _RULES:
-        try:
-            message = rule(trial)
-        except Exception as error:  # a rule that crashes is a rule that is broken
-            title = rule.__name__.removeprefix("_rule_").replace("_", " ")
-            message = f"{title}: raised {type(error).__name__}: {str(error)[:500]}"
-        if message:
-            broken.append(message)
-    if broken:
-        name = type(pool).__name__
-        raise ContractError(
-            f"{name} breaks {len(broken)} rule(s) of its contract:\n" + "\n".join(f"- {b}" for b in broken)
-        )
+    run_rules(pool, _RULES, _Trial(pool, channels, size, seed))
 
 
 class _Trial:

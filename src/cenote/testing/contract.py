@@ -1,0 +1,85 @@
+"""What the contract checks share: rules that are functions, run one by one, and the error that lists the broken ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from cenote.core.errors import InputError
+
+Rule = Callable[[Any], str | None]
+
+
+class ContractError(AssertionError):
+    """A class breaks its contract; the message has one line per broken rule.
+
+    Attributes:
+        broken: the names of the broken rules.
+    """
+
+    def __init__(self, message: str, broken: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.broken = tuple(broken)
+
+
+def title(rule: Rule) -> str:
+    """The name of a rule, as people read and write it."""
+    return rule.__name__.removeprefix("_rule_").replace("_", " ")
+
+
+def run_rules(
+    subject: object,
+    rules: Sequence[Rule],
+    trial: object,
+    *,
+    leave_out: Collection[str] = (),
+    first: Sequence[Rule] = (),
+) -> None:
+    """Run every rule on the trial and raise `ContractError` with a line for each that is broken.
+
+    Args:
+        subject: what is checked; its class names it.
+        rules: each returns `None`, or what is wrong.
+        trial: what the rules are given.
+        leave_out: names of rules that are not run.
+        first: rules that the others rest on: where one of them is broken, it is reported alone.
+
+    Raises:
+        ContractError: with one line per broken rule.
+        InputError: where `leave_out` names a rule that there is not.
+    """
+    names = [title(rule) for rule in (*first, *rules)]
+    if unknown := sorted(set(leave_out) - set(names)):
+        raise InputError(f"leave_out: there is no rule {unknown[0]!r}; the rules are {', '.join(map(repr, names))}")
+    broken: dict[str, str] = {}
+    for i, rule in enumerate((*first, *rules)):
+        name = names[i]
+        if name in leave_out:
+            continue
+        try:
+            message = rule(trial)
+        except Exception as error:  # a rule that crashes is a rule that is broken
+            message = f"{name}: raised {type(error).__name__}: {str(error)[:500]}"
+        if message:
+            broken[name] = message
+            if i < len(first):
+                break
+    if broken:
+        count = "1 rule" if len(broken) == 1 else f"{len(broken)} rules"
+        lines = (f"- {message} [rule: {name}]" for name, message in broken.items())
+        raise ContractError(
+            f"{type(subject).__name__} breaks {count} of its contract:\n" + "\n".join(lines), tuple(broken)
+        )
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """The largest difference between two tensors; infinite where shapes differ, or where one is NaN and the other is not."""
+    if a.shape != b.shape:
+        return float("inf")
+    a, b = a.detach().double(), b.detach().double()
+    apart = (a - b).abs()[(a != b) & ~(a.isnan() & b.isnan())]
+    if not apart.numel():
+        return 0.0
+    return float("inf") if bool(apart.isnan().any()) else float(apart.max())
