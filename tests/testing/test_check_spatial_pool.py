@@ -54,6 +54,7 @@ class Throws(SoftPool2d):
 class CountsPadding(MixedPool2d):
     def __init__(self) -> None:
         super().__init__(2, padding=1, count_include_pad=True)
+        self.keeps_constants = True
 
 
 class Overflows(SoftPool2d):

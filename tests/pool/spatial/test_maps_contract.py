@@ -61,6 +61,7 @@ def test_one_and_three_dimensions_keep_it(cls: type[WindowPool]) -> None:
 OPTIONS: dict[str, tuple[WindowPool, tuple[int, int] | None]] = {
     "SoftPool shared": (SoftPool2d(3, 2, 1, weights="shared"), None),
     "SoftPool temperature": (SoftPool2d(2, temperature=0.5), None),
+    "mixed that counts padding": (MixedPool2d(2, padding=1, count_include_pad=True), None),
     "eDSCW vector": (EDSCWPool2d(3, 2, 1, similarity="vector"), None),
     "AdaPool map of beta": (AdaPool2d(2, beta=torch.full((2, 2), 0.5)), (4, 5)),
     "AdaPool sigmoid": (AdaPool2d(2, constraint="sigmoid"), None),

@@ -76,7 +76,7 @@ def test_peer_llama_mlp() -> None:
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     from transformers import LlamaConfig
 
-    peer = llama.LlamaMLP(LlamaConfig(hidden_size=8, intermediate_size=20)).double()
+    peer = llama.LlamaMLP(LlamaConfig(hidden_size=8, intermediate_size=20, num_attention_heads=2)).double()
     project, x = TokenFlex(8, 8, num_tokens=4, hidden_dim=20).double(), features(tokens=16, dim=8)
     project.load_state_dict(peer.state_dict())
     z = nn.AdaptiveAvgPool2d((2, 2))(as_map(x, 8)).flatten(2).transpose(1, 2)
@@ -186,7 +186,9 @@ def test_in_a_vision_language_model() -> None:
         vocab_size=32,
     )
     torch.manual_seed(0)
-    config = LlavaConfig(vision, text, image_token_index=31, vision_feature_select_strategy="default")
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=31, vision_feature_select_strategy="default"
+    )
     model = LlavaForConditionalGeneration(config).eval()
     model.model.multi_modal_projector = TokenFlex(16, 24)
     image = torch.randn(1, 3, 16, 16)

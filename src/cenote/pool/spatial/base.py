@@ -27,7 +27,7 @@ class WindowPool(nn.Module, ABC):
     """
 
     dims: ClassVar[int]
-    keeps_constants: ClassVar[bool] = True
+    keeps_constants: bool = True
 
     def __init__(
         self, kernel_size: Size, stride: Size | None = None, padding: Size = 0, ceil_mode: bool = False

@@ -43,6 +43,7 @@ class SharedWindowPool(WindowPool):
         self.channels = channels
         self.regions = places
         self.count_include_pad = count_include_pad
+        self.keeps_constants = type(self).keeps_constants and not (count_include_pad and any(self.padding))
 
     @property
     def owners(self) -> Shape:

@@ -61,6 +61,7 @@ class SoftPool(WeightedWindowPool):
         self.weights = weights
         self.temperature = temperature
         self.clamp_output = clamp_output
+        self.keeps_constants = not clamp_output
 
     def pool(self, x: Float[Tensor, "batch channels *map"]) -> Cell:
         return self.finished(super().pool(x))
