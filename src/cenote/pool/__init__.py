@@ -46,6 +46,13 @@ from cenote.pool.sequence.attention_conditioning import (
 )
 from cenote.pool.sequence.attentive_statistics import AttentiveStatisticsPool
 from cenote.pool.sequence.attentive_temporal_pooling import AttentiveTemporalPool, TemporalState
+from cenote.pool.sequence.biomedical_re_pooling import (
+    DependencyPool,
+    DynamicPool,
+    EntityPool,
+    IndexSetPool,
+    RelationPooled,
+)
 from cenote.pool.sequence.cuni_multimodal import (
     FlatMemories,
     HierarchicalMemories,
@@ -58,6 +65,7 @@ from cenote.pool.sequence.cuni_multimodal import (
     SerialMemories,
     imagination_loss,
 )
+from cenote.pool.sequence.dependency_trees import Trees, pad_heads, parse_conllu, read_conllu
 from cenote.pool.sequence.domain_adaptation import LinearCalibration, adapt_logits
 from cenote.pool.sequence.drasp import DraspPool
 from cenote.pool.sequence.layer_aware_fronts import D3Net, Ecapa2d
@@ -131,15 +139,18 @@ __all__ = [
     "D3Net",
     "DecorrelationLoss",
     "DeepSet",
+    "DependencyPool",
     "DinoViTPool",
     "DolgPool",
     "DraspPool",
+    "DynamicPool",
     "EDSCWPool1d",
     "EDSCWPool2d",
     "EDSCWPool3d",
     "ESimPool",
     "Ecapa2d",
     "EfficientProbing",
+    "EntityPool",
     "FASet",
     "FlatMemories",
     "GGeM",
@@ -158,6 +169,7 @@ __all__ = [
     "IMLPAttention",
     "ImageMemory",
     "Imagination",
+    "IndexSetPool",
     "InteractiveAttention",
     "JepaPool",
     "LastLayerTrainable",
@@ -189,6 +201,7 @@ __all__ = [
     "Pool",
     "Pooled",
     "PositionWeightedMean",
+    "RelationPooled",
     "SerialMemories",
     "SetTransformer",
     "SigLipPool",
@@ -205,6 +218,7 @@ __all__ = [
     "TreePool1d",
     "TreePool2d",
     "TreePool3d",
+    "Trees",
     "WeightedLayerSum",
     "WeightedWindowPool",
     "WindowPool",
@@ -216,6 +230,9 @@ __all__ = [
     "divergence_from_mean",
     "imagination_loss",
     "mass_by_type",
+    "pad_heads",
+    "parse_conllu",
+    "read_conllu",
     "sample_mixtures",
     "stack_layers",
 ]
