@@ -20,6 +20,7 @@ from cenote.catalog import method as catalog_method
 from cenote.catalog import methods as catalog_methods
 from cenote.core import InputError
 from cenote.core.memory import return_freed_blocks
+from cenote.features import facts
 from cenote.features.dataset import SPLITS, TokenDataset
 from cenote.probe import cost, statistics, training, verdict
 from cenote.probe.cells import Cell, cell_key, load_cell, save_cell
@@ -231,7 +232,7 @@ def _judged(
     winner = order[0]
     efficient = statistics.pareto([r.metric for r in results], [r.latency_ms for r in results])
     comparison = Comparison(
-        dataset=_described(data),
+        dataset={**facts(data), "classes": list(data.classes)},
         metric_name=metric,
         results=results,
         skipped=skipped,
@@ -259,23 +260,6 @@ def _group_numbers(data: TokenDataset, items: torch.Tensor) -> np.ndarray:
     if data.groups is None:
         return np.arange(len(items))
     return np.unique([data.groups[i] for i in items.tolist()], return_inverse=True)[1]
-
-
-def _described(data: TokenDataset) -> dict[str, Any]:
-    lengths = data.lengths()
-    return {
-        "name": data.name,
-        "source": data.source,
-        "task": data.task,
-        "classes": list(data.classes),
-        "items": {split: len(data.indices(split)) for split in SPLITS},
-        "groups": None if data.groups is None else len(set(data.groups)),
-        "dim": data.dim,
-        "tokens": [int(lengths.min()), int(lengths.median()), int(lengths.max())],
-        "prefix_tokens": data.prefix_tokens,
-        "grid": None if data.grid is None else list(data.grid),
-        "bytes": data.nbytes(),
-    }
 
 
 def _provenance(seeds: tuple[int, ...], recipe: Recipe, fingerprint: str, resamples: int) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class Comparison:
     """The whole verdict of `cenote probe`.
 
     Attributes:
-        dataset: name, items per split, classes, tokens (min, median, max), dim, prefix_tokens, grid, task, bytes, source.
+        dataset: what `cenote.features.facts` says of the data, and the names of the classes.
         metric_name: `accuracy`, `balanced accuracy`, `AUROC`, `mean average precision` or `R2`.
         results: best first.
         skipped: method name -> why it could not run on these data.
