@@ -16,7 +16,7 @@ from cenote.pool import (
     LayerAwareTDNN,
     SpeakerStatisticsPool,
 )
-from cenote.testing import check_pool
+from cenote.testing import check_layer_pool, check_pool
 
 FRONTS = ["ecapa", "d3net", None]
 
@@ -94,11 +94,12 @@ def test_batch_mates_do_not_matter_and_dtype_is_kept() -> None:
     assert half.isfinite().all()
 
 
-def test_it_compiles_in_one_graph() -> None:
-    net, x = model("ecapa"), stack()
-    mask = torch.arange(9).expand(2, 9) < 6
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, mask), net(x, mask))
+@pytest.mark.parametrize("front", ["d3net", None])
+def test_contract_of_the_other_fronts(front: str | None) -> None:
+    # narrow: the contract shakes the weights, and behind running statistics that never saw them a wide residual net of
+    # convolutions grows its values to thousands, where bfloat16 no longer settles which frame the attention takes
+    torch.manual_seed(0)
+    check_layer_pool(LayerAwareTDNN(6, layers=5, out_dim=8, channels=8, front=front, hidden=12, heads=3), layers=5)
 
 
 def test_open_gates_are_the_largest_layer_of_the_projection() -> None:
