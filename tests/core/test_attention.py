@@ -332,14 +332,14 @@ def peaks() -> dict[str, float]:
     return json.loads(done.stdout)
 
 
-def test_no_copy_of_the_tokens_is_made(peaks: dict[str, float]) -> None:
+def test_cost_no_copy_of_the_tokens_is_made(peaks: dict[str, float]) -> None:
     # 12 heads of 768 channels: one number per token and head is 1/64 of the tokens
     unmasked = {name: peak for name, peak in peaks.items() if not name.startswith("masked")}
     assert len(unmasked) == 18
     assert max(unmasked.values()) < 0.35, unmasked
 
 
-def test_a_mask_costs_one_copy_of_the_tokens(peaks: dict[str, float]) -> None:
+def test_cost_of_a_mask_is_one_copy_of_the_tokens(peaks: dict[str, float]) -> None:
     assert peaks["masked, forward"] < 1.35
     assert peaks["masked, forward and backward"] < 1.35
 

@@ -340,8 +340,8 @@ class Bags(Tokens):
     def __repr__(self) -> str:
         return f"Bags(batch={self.batch}, total={self.values.shape[0]}, dim={self.dim}, dtype={self.values.dtype})"
 
-    def select(self, sets: Int[Tensor, "chosen"]) -> Bags:
-        """The bags with these numbers (negative: counted from the last), in this order."""
+    def select(self, sets: Int[Tensor, "chosen"] | Bool[Tensor, "batch"]) -> Bags:
+        """The bags with these numbers (negative: counted from the last), in this order, or those marked True."""
         lengths = self.lengths()[sets]
         offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         total = int(offsets[-1])
