@@ -11,7 +11,7 @@
 VENV ?= .venv
 OUT ?= cenote-out
 TORCH ?= torch==2.13.0
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= --numprocesses auto
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -29,8 +29,9 @@ help:
 probe: $(PACKAGE)
 	$(BIN)/cenote probe --out $(OUT)
 
+# one thread a process: threads of several test processes would only wait for each other
 test: $(TEST)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .
