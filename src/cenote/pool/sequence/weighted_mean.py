@@ -43,7 +43,7 @@ def ranks_in_sets(tokens: Tokens) -> Float[Tensor, "*rows 1"]:
     device, wide = tokens.values.device, accumulation_dtype(tokens.values.dtype)
     if isinstance(tokens, Bags):
         rows = torch.arange(tokens.values.shape[0], device=device)
-        return (rows - tokens.spread(tokens.offsets[:-1]) + 1).unsqueeze(-1).to(wide)
+        return (rows - tokens.offsets[:-1].index_select(0, tokens.set_index()) + 1).unsqueeze(-1).to(wide)
     assert isinstance(tokens, PaddedTokens)
     if tokens.mask is not None:
         return (tokens.mask.cumsum(1) * tokens.mask).unsqueeze(-1).to(wide)

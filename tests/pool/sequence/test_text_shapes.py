@@ -1,0 +1,35 @@
+"""The jaxtyping shapes of the pools that take more than tokens are true; in a process of its own, as the checks stay on."""
+
+import subprocess
+import sys
+
+PROGRAM = """
+from jaxtyping import install_import_hook
+install_import_hook("cenote", "beartype.beartype")
+import torch
+from cenote import Bags
+from cenote.pool import *
+x, mask, c = torch.randn(3, 9, 16), torch.rand(3, 9) > 0.3, torch.randn(3, 9, 4)
+for pool in (AttentionalConcat(16, 4, tanh=True), AttentionalGate(16, 4), AttentionalAffine(16, 4)):
+    pool(x, c), pool.attend(x, c, mask), pool.attend(Bags.from_padded(x, mask), c[mask])
+Lexicon({"a": {"x": [1.0]}}).lookup_batch([["x"], ["y", "z"]])
+keys = torch.tensor([[0, 1]] * 3)
+MLPAttention(16).attend(x, keys, mask), IMLPAttention(16).attend(x, keys, mask), PiecewiseMaxPool(16)(x, keys, mask)
+InteractiveAttention(16, tokens=9).attend(x, x[:, :3], mask)
+mass_by_type(torch.rand(3, 2, 9), torch.zeros(3, 9, dtype=torch.long), 2, mask)
+for layer in (SerialMemories, ParallelMemories, FlatMemories, HierarchicalMemories):
+    layer(16, heads=4)(x[:, :4], [x, x[:, :5]]), layer(16, heads=4).attend(x[:, :4], [x, x[:, :5]], [mask, None])
+ImageMemory(6, 16)(torch.randn(2, 6, 3, 3)), Imagination(16, 8)(x, mask)
+imagination_loss(torch.randn(3, 8), torch.randn(3, 8))
+subject, object_ = torch.tensor([[0, 2]] * 3), torch.tensor([[4, 5]] * 3)
+chain = torch.arange(-1, 8).expand(3, 9)
+for pool in (EntityPool(16), DynamicPool(16, 5), DependencyPool(16, 1), DependencyPool(16, None, reduce="attention")):
+    pool(x, subject, object_, chain), pool.attend(x, subject, object_, chain, mask)
+pad_heads([[1, -1]])
+print("shapes hold")
+"""
+
+
+def test_shapes_hold() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
+    assert done.stdout == "shapes hold\n", done.stderr[-2000:]
