@@ -73,10 +73,12 @@ from cenote.pool.sequence.layer_aware_tdnn import LayerAttentionPool, LayerAware
 from cenote.pool.sequence.sentiment_attitudes import (
     IMLPAttention,
     InteractiveAttention,
+    LinAttention,
     MLPAttention,
     PiecewiseMaxPool,
     YangAttention,
     ZhouAttention,
+    attention_penalty,
     mass_by_type,
 )
 from cenote.pool.sequence.weighted_mean import PositionWeightedMean
@@ -179,6 +181,7 @@ __all__ = [
     "LayerPool",
     "LayersPooled",
     "Lexicon",
+    "LinAttention",
     "LinearCalibration",
     "MHCAPool",
     "MLPAttention",
@@ -225,6 +228,7 @@ __all__ = [
     "YangAttention",
     "ZhouAttention",
     "adapt_logits",
+    "attention_penalty",
     "check_placeholders",
     "class_maps",
     "divergence_from_mean",

@@ -10,12 +10,14 @@ from cenote.core.sets import PaddedTokens
 from cenote.pool import (
     IMLPAttention,
     InteractiveAttention,
+    LinAttention,
     MLPAttention,
     PaddedPool,
     PiecewiseMaxPool,
     Pooled,
     YangAttention,
     ZhouAttention,
+    attention_penalty,
     mass_by_type,
 )
 from cenote.testing import check_pool
@@ -55,6 +57,21 @@ def test_equations_of_self_attention() -> None:
     torch.testing.assert_close(zhou(x), torch.tanh((a.unsqueeze(-1) * x).sum(1)))
     a = (torch.tanh(x @ yang.map.weight.T + yang.map.bias) @ yang.u[0]).softmax(-1)
     torch.testing.assert_close(yang(x), (a.unsqueeze(-1) * x).sum(1))
+
+
+def test_several_rows_of_weights() -> None:
+    pool, x = shaken(LinAttention(16, rows=3, hidden=5)), features()
+    output, weights = pool.attend(x, MASK)
+    for b, n in enumerate((9, 6)):
+        a = (torch.tanh(x[b, :n] @ pool.map.weight.T) @ pool.score.weight.T).softmax(0)
+        torch.testing.assert_close(output[b], a.T @ x[b, :n])
+        torch.testing.assert_close(weights[b, :, :n], a.T)
+    expected = sum((w @ w.T - torch.eye(3)).square().sum() for w in weights) / 2
+    torch.testing.assert_close(attention_penalty(weights), expected)
+    assert attention_penalty(torch.full((1, 3, 4), 0.25)).item() == pytest.approx(3 * 0.75**2 + 6 * 0.25**2)
+    check_pool(LinAttention(16, rows=1, hidden=4))
+    with pytest.raises(InputError, match="rows"):
+        LinAttention(16, rows=0)
 
 
 def test_a_vector_of_zeros_gives_the_mean() -> None:

@@ -79,6 +79,61 @@ class YangAttention(Pool):
         return torch.tanh(self.map(h)) @ self.u.T
 
 
+class LinAttention(Pool):
+    """Self-based attention of an encoder's states, several rows of weights that a penalty keeps apart.
+
+    `A = softmax_n(W_2 tanh(W_1 h_n))`, `y_r = sum_n A_rn h_n`; in training `attention_penalty(A)` is added to the loss.
+
+    Args:
+        dim: width of a token.
+        rows: number of rows of weights, the vectors that come out.
+        hidden: width of `W_1`.
+
+    Example:
+        >>> LinAttention(8, rows=3)(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 3, 8])
+
+    Source: Lin et al., "A Structured Self-attentive Sentence Embedding", ICLR 2017; as in Rusnachenko, Loukachevitch,
+    "Studying Attention Models in Sentiment Attitude Extraction Task", NLDB 2020.
+    """
+
+    def __init__(self, dim: int, rows: int = 30, hidden: int = 350) -> None:
+        super().__init__(dim)
+        for name, size in (("rows", rows), ("hidden", hidden)):
+            if size < 1:
+                raise InputError(f"{name}: expected at least 1, got {size}")
+        self.vectors = rows
+        self.map = nn.Linear(dim, hidden, bias=False)
+        self.score = nn.Linear(hidden, rows, bias=False)
+
+    def pool(self, tokens: Tokens) -> Pooled:
+        weights = tokens.softmax(tokenwise(self.scores, tokens.values))
+        y = tokens.weighted_sum(weights)
+        return Pooled(y if self.vectors > 1 else y.squeeze(1), weights)
+
+    def scores(self, h: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows vectors"]:
+        """`W_2 tanh(W_1 h_n)`."""
+        return self.score(torch.tanh(self.map(h)))
+
+
+def attention_penalty(weights: Float[Tensor, "batch rows tokens"]) -> Float[Tensor, ""]:
+    """`mean_b ||A A^T - I||_F^2`: 0 where every row looks at one token of its own.
+
+    Args:
+        weights: `A`, as `LinAttention.attend` gives them.
+
+    Example:
+        >>> attention_penalty(torch.eye(3).unsqueeze(0)).item()
+        0.0
+
+    Source: Lin et al., "A Structured Self-attentive Sentence Embedding", ICLR 2017.
+    """
+    overlap = weights @ weights.transpose(1, 2)
+    return (
+        (overlap - torch.eye(weights.shape[1], dtype=overlap.dtype, device=overlap.device)).square().sum((1, 2)).mean()
+    )
+
+
 class KeyedPooled(NamedTuple):
     """What a pool with key terms returns.
 
