@@ -1,0 +1,90 @@
+"""A latent-query attention pool against torch.nn.MultiheadAttention with the same weights and the same output.
+
+Learned queries attend to 64 sets of 196 tokens of width 768 (a ViT-B's batch) with 12 heads, in float32. Keys and values are
+biased linear maps, and a linear map joins the heads. torch projects every token; cenote.core.cross_attention projects none.
+"Trained" is forward and backward with frozen tokens, as a probe on stored features is trained. Outputs and gradients are
+compared before anything is timed. The last line is how far the pool is from a plain mean.
+
+    python -m benchmarks.latent_attention [--json FILE] [--threads N] [--rounds N]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from benchmarks.timing import Pair, run
+from torch import Tensor, nn
+
+from cenote.core import PaddedTokens, cross_attention
+from cenote.core.attention import Projection
+
+BATCH, TOKENS, DIM, HEADS = 64, 196, 768, 12
+
+
+class LatentPool(nn.Module):
+    """Learned queries over the tokens: one set of weights, read by torch and by cenote."""
+
+    def __init__(self, queries: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(queries, DIM))
+        self.attention = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
+        nn.init.normal_(self.attention.in_proj_bias)
+        nn.init.normal_(self.attention.out_proj.bias)
+
+    def theirs(self, x: Tensor) -> Tensor:
+        query = self.query.expand(x.shape[0], -1, -1)
+        return self.attention(query, x, x, need_weights=False)[0]
+
+    def ours(self, x: Tensor) -> Tensor:
+        w_q, w_k, w_v = self.attention.in_proj_weight.chunk(3)
+        b_q, b_k, b_v = self.attention.in_proj_bias.chunk(3)
+        query = F.linear(self.query, w_q, b_q)
+        key, value = Projection(w_k, b_k), Projection(w_v, b_v)
+        output, _ = cross_attention(PaddedTokens(x), query, key=key, value=value, heads=HEADS)
+        return self.attention.out_proj(output)
+
+    def gradients(self, y: Tensor, upstream: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(y, list(self.parameters()), upstream))
+
+
+def require_same(pool: LatentPool, x: Tensor, upstream: Tensor) -> None:
+    """Stop unless both give the same output and gradients, to the rounding of float32."""
+    ours, theirs = pool.ours(x), pool.theirs(x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for a, b in zip(pool.gradients(ours, upstream), pool.gradients(theirs, upstream), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+def pairs() -> Iterator[Pair]:
+    torch.manual_seed(0)
+    x = torch.randn(BATCH, TOKENS, DIM)
+    for queries in (1, 8):
+        pool = LatentPool(queries)
+        upstream = torch.randn(BATCH, queries, DIM)
+        require_same(pool, x, upstream)
+        name = "1 query" if queries == 1 else f"{queries} queries"
+
+        def ours(pool: LatentPool = pool) -> Tensor:
+            with torch.no_grad():
+                return pool.ours(x)
+
+        def theirs(pool: LatentPool = pool) -> Tensor:
+            with torch.no_grad():
+                return pool.theirs(x)
+
+        yield Pair(f"{name}, forward", "cross_attention", ours, "MultiheadAttention", theirs)
+        yield Pair(
+            f"{name}, trained",
+            "cross_attention",
+            lambda pool=pool, g=upstream: pool.gradients(pool.ours(x), g),
+            "MultiheadAttention",
+            lambda pool=pool, g=upstream: pool.gradients(pool.theirs(x), g),
+        )
+        if queries == 1:
+            yield Pair("1 query, against a mean", "cross_attention", ours, "x.mean(1)", lambda: x.mean(1))
+
+
+if __name__ == "__main__":
+    run(pairs, __doc__, "python -m benchmarks.latent_attention")
