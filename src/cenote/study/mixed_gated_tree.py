@@ -170,6 +170,7 @@ def _draw(figure: Any, errors: Arms, arms: Arms, moved: dict[str, dict[str, tupl
     for name in arms:
         rotated = [sum(moved[name][f"rotated by {a} degrees"]) / len(arms[name]) for a in ANGLES[1:]]
         third.plot(ANGLES, [sum(arms[name]) / len(arms[name]), *rotated], marker="o", markersize=3, label=name)
-    third.set_xlabel("rotation of test digits, degrees")
+    third.set_xlabel("rotation, degrees")
+    third.set_ylabel("accuracy")
     third.legend(fontsize=7, frameon=False)
     third.spines[["top", "right"]].set_visible(False)

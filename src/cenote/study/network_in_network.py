@@ -141,7 +141,7 @@ def run(seed: int, size: Size) -> Findings:
         figure=partial(_draw, canvas=canvas, middle=middle, picture=picture),
         notes=(
             f"{TRAIN} training digits, each drawn at one place; all others for testing. Accuracy on canvases of "
-            f"{CANVAS} x {CANVAS}; the place of the largest value on {LARGE_CANVAS} x {LARGE_CANVAS}, of which a digit covers 11 %.",
+            f"{CANVAS} x {CANVAS}; the place of the largest value on {LARGE_CANVAS} x {LARGE_CANVAS}, a digit covers 11 %.",
             "No ReLU stands before the mean, and no dropout between the blocks, so that arms differ in their head alone.",
         ),
     )
@@ -199,4 +199,5 @@ def _draw(
     for axes, image, title in zip((third, fourth), picture, ("one canvas", "its class's map"), strict=True):
         axes.imshow(image.numpy(), cmap="gray_r" if title == "one canvas" else "viridis")
         axes.set_title(title, fontsize=9)
-        axes.set_axis_off()
+        axes.set_xticks([])
+        axes.set_yticks([])
