@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.probe.conftest import make_dataset
 
 import cenote
 from cenote.core import InputError
@@ -19,6 +18,7 @@ from cenote.features.dataset import TokenDataset
 from cenote.probe import Comparison, Recipe, compare, verdict
 from cenote.probe.cells import load_cell
 from cenote.probe.compare import chosen_methods
+from tests.probe.conftest import make_dataset
 
 QUICK = Recipe(learning_rates=(1e-2,), epochs=8)
 METHODS = ["mean", "max", "simpool"]

@@ -3,7 +3,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tests.probe.conftest import make_dataset
 from torch import nn
 
 import cenote
@@ -12,6 +11,7 @@ from cenote.probe import training
 from cenote.probe.metrics import accuracy, auroc, mean_average_precision, r2
 from cenote.probe.module import Probe, build_probe
 from cenote.probe.recipe import Recipe
+from tests.probe.conftest import make_dataset
 
 QUICK = Recipe(learning_rates=(3e-3, 3e-2), epochs=12, batch_size=32)
 METHODS = [m.name for m in cenote.methods(room="pool", kind="sets")]
