@@ -129,7 +129,7 @@ class DraspPool(Pool):
         variance = tokens.weighted_sum(w, (x - tokens.spread(mean)).square()).squeeze(1)
         return torch.cat([mean, variance.clamp(min=self.eps).sqrt()], -1).to(dtype)
 
-    def cut(self, tokens: Tokens) -> tuple[Tokens, tuple[Int[Tensor, "*rows"], Float[Tensor, "*rows 1"]]]:
+    def cut(self, tokens: Tokens) -> tuple[Tokens, tuple[Int[Tensor, "_frames"], Float[Tensor, "*rows 1"]]]:
         """The means of the segments as sets, and where each frame went: its segment, and its share of the mean."""
         if isinstance(tokens, Bags):
             return self._cut_bags(tokens)
