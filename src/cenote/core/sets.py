@@ -127,8 +127,8 @@ class Tokens(ABC):
 class PaddedTokens(Tokens):
     """Sets padded to a common length: `values [batch, tokens, dim]` with an optional mask, True on real tokens.
 
-    Whatever stands in a padded slot, NaN included, is replaced by zero, so that no later sum can see it.
-    Without a mask nothing is copied.
+    Whatever stands in a padded slot, NaN included, is replaced by zero, so that no later sum or gradient can see it. That costs
+    one copy of the tokens; without a mask nothing is copied, so leave it out where nothing is padded.
     """
 
     def __init__(
