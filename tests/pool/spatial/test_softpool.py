@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cenote import InputError
 from cenote.pool import SoftPool1d, SoftPool2d, SoftPool3d, WeightedWindowPool
+from cenote.testing import check_spatial_pool
 
 CLASSES = {1: SoftPool1d, 2: SoftPool2d, 3: SoftPool3d}
 
@@ -160,6 +161,25 @@ POOLS: dict[str, WeightedWindowPool] = {
 @pytest.mark.parametrize("name", POOLS)
 def test_made_again_gradients_are_those_of_autograd(name: str) -> None:
     same_gradient_both_ways(POOLS[name], maps())
+
+
+class DistancePool(WeightedWindowPool):
+    """Somebody's own pool: it says how cells score, and nothing of gradients."""
+
+    dims = 2
+
+    def score(self, a: Tensor, context: Tensor) -> Tensor:
+        return -(a - context).abs()
+
+
+def test_a_pool_of_ones_own_needs_a_score_only() -> None:
+    x = maps().requires_grad_()
+    a = cells(x, 3, 2)
+    w = (-(a - a.mean(-1, keepdim=True)).abs()).softmax(-1)
+    y = DistancePool(3, 2)(x)
+    torch.testing.assert_close(y, (w * a).sum(-1))
+    torch.testing.assert_close(*(torch.autograd.grad(v.sum(), x, retain_graph=True)[0] for v in (y, (w * a).sum(-1))))
+    check_spatial_pool(DistancePool(2))
 
 
 def test_second_derivatives() -> None:

@@ -63,9 +63,6 @@ class SoftPool(WeightedWindowPool):
         self.clamp_output = clamp_output
         self.keeps_constants = not clamp_output
 
-    def pool(self, x: Float[Tensor, "batch channels *map"]) -> Cell:
-        return self.finished(super().pool(x))
-
     def finished(self, y: Cell) -> Cell:
         return y.clamp(min=0) if self.clamp_output else y
 

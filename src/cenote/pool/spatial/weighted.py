@@ -62,8 +62,8 @@ class WeightedWindowPool(WindowPool):
         context = self.context(x)
         # a compiler decides by itself what to make again
         if torch.compiler.is_compiling() or type(self).score_gradient is WeightedWindowPool.score_gradient:
-            return _weighted_sum(self, x, context).y
-        return _Lean.apply(x, context, self)[0]  # type: ignore[no-untyped-call]
+            return self.finished(_weighted_sum(self, x, context).y)
+        return self.finished(_Lean.apply(x, context, self)[0])  # type: ignore[no-untyped-call]
 
     def attend(self, x: Float[Tensor, "*given"]) -> Pooled:
         """As calling the pool, and also the weights `[batch, channels, *windows, *kernel]` (without a batch as `x`).
