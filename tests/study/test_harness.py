@@ -66,7 +66,7 @@ def test_an_undecided_check_says_why() -> None:
     less = above("difference", [0.05, 0.051, 0.052], expected=0.1, refuted=0.02)
     assert outcome(less) == f"{UNDECIDED} (less than expected, but not refuted)"
     noisy = above("difference", [0.0, 0.5, -0.3], expected=0.1, refuted=0.02)
-    assert outcome(noisy) == f"{UNDECIDED} (the interval is too wide)"
+    assert outcome(noisy) == f"{UNDECIDED} (the interval crosses the bound)"
     assert outcome(above("difference", [0.3, 0.31], expected=0.0)) == HOLDS
 
 

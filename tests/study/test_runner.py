@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -89,14 +90,16 @@ def test_cli_writes_the_scoreboard(fakes: list[tuple[str, int, str]], tmp_path: 
     assert "Of 2 studies, 2 hold, 0 do not hold, 0 are not decidable" in board
     assert "[simpool](studies/simpool.md)" in board
     assert r"claim of simpool \| with a bar" in board
-    assert "Not run yet: adaptive-noise-pooling, efficient-probing, ggem, attsets" in board
+    waiting = next(line for line in board.splitlines() if line.startswith("Not run yet: "))
+    assert {"adaptive-noise-pooling", "efficient-probing", "ggem", "attsets"} <= set(re.findall(r"[\w-]+", waiting))
+    assert "simpool" not in waiting
     # rows of a second walk join those of the first
     CliRunner().invoke(app, ["study", "--all", "--rows", "16", "--out", str(out)])
     assert "Of 3 studies, 3 hold" in (tmp_path / "docs" / "scoreboard.md").read_text()
 
 
 def test_cli_reports_a_failed_study_and_goes_on(fakes: list[tuple[str, int, str]], tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["study", "--all", "--rows", "16-23", "--out", str(tmp_path / "studies")])
+    done = CliRunner().invoke(app, ["study", "--all", "--rows", "16-17,23", "--out", str(tmp_path / "studies")])
     assert done.exit_code == 1
     assert "2 run, 0 kept, 1 failed" in done.output
     assert "ggem: RuntimeError: out of memory" in done.output
@@ -115,13 +118,13 @@ def test_cli_runs_one_study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     [
         (["simpol"], "'simpol' is no system; did you mean simpool"),
         (["slotcon"], "'slotcon' has no study yet"),
-        (["zzzzzzzz"], "there are: simpool"),
+        (["zzzzzzzz"], "is no system; there are: "),
         ([], "give the name of one system, or --all"),
         (["simpool", "--all"], "give the name of one system, or --all"),
         (["simpool", "--size", "large"], "--size: expected one of smoke, small, full, got 'large'"),
         (["simpool", "--rows", "7"], "belong to --all"),
         (["--all", "--rows", "7;9"], "--rows: expected numbers and ranges"),
-        (["--all", "--rows", "500"], "no study belongs to [500]; rows with a study: 7"),
+        (["--all", "--rows", "500"], "no study belongs to [500]; rows with a study: "),
     ],
 )
 def test_cli_says_what_is_wrong(

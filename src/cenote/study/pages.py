@@ -126,7 +126,7 @@ def outcome(check: Check) -> str:
         return check.holds
     # refuted by its own expectation, were there no room left between the two
     less = decided(check.interval, check.expected, check.expected) == REFUTED
-    return f"{check.holds} ({'less than expected, but not refuted' if less else 'the interval is too wide'})"
+    return f"{check.holds} ({'less than expected, but not refuted' if less else 'the interval crosses the bound'})"
 
 
 def _line(system: System, v: Verdict, folder: str) -> tuple[str, ...]:

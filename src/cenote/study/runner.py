@@ -106,6 +106,8 @@ def run_all(
     for slug in chosen:
         done = finished.get(slug)
         if done is not None and done.size == size and done.seeds[0] == seed:
+            # pages and scoreboard follow from the JSON, whatever version wrote them
+            write(done, out)
             kept.append(slug)
             on_study(slug, "kept")
             continue

@@ -75,7 +75,7 @@ def _draw(figure: Any, arms: Arms, tiles: Tensor, weights: Tensor) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     draw_arms(left, arms, "accuracy, 597 test sets of 16 tiles")
     side = 8
-    right.imshow(tiles.view(4, 4, side, side).transpose(1, 2).reshape(4 * side, 4 * side), cmap="gray_r")
+    right.imshow(tiles.view(4, 4, side, side).transpose(1, 2).reshape(4 * side, 4 * side).numpy(), cmap="gray_r")
     for n, w in enumerate(weights.tolist()):
         corner = (n % 4 * side - 0.5, n // 4 * side - 0.5)
         right.add_patch(_rectangle(corner, side, alpha=w))
