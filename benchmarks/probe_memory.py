@@ -71,7 +71,9 @@ def main() -> None:
             print(f"{method:<24} skipped: {found['skipped'][method]}")
             continue
         ratio = found["peak"] / found["bytes"]
-        print(f"{method:<24} {found['peak'] / 2**20:7.0f} MiB = {ratio:.2f} times the data's {found['bytes'] / 2**20:.0f} MiB")
+        print(
+            f"{method:<24} {found['peak'] / 2**20:7.0f} MiB = {ratio:.2f} times the data's {found['bytes'] / 2**20:.0f} MiB"
+        )
 
 
 if __name__ == "__main__":
