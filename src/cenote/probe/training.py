@@ -24,6 +24,9 @@ from cenote.probe.recipe import Recipe
 
 Progress = Callable[[float], None]
 
+NUMBERS_WORTH_SHARING = 2**21
+"""Features in one step, above which several threads are faster than one."""
+
 WHOLE_BATCH = 16
 """How many times the usual bound a batch may take when its pool must see it whole."""
 
@@ -70,7 +73,26 @@ def train(
         seeds: of the initialisations.
         recipe: see `Recipe`.
         progress: called with the share of the work that is done.
+
+    Small steps run on one thread: several would spend their time waiting for each other.
     """
+    threads = torch.get_num_threads()
+    step = recipe.items_per_step(len(data.indices("train"))) * int(data.lengths().max()) * data.dim
+    torch.set_num_threads(1 if step < NUMBERS_WORTH_SHARING else threads)
+    try:
+        return _train(build, data, metric, seeds, recipe, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(
+    build: Callable[[], Probe],
+    data: TokenDataset,
+    metric: Metric,
+    seeds: tuple[int, ...],
+    recipe: Recipe,
+    progress: Progress = lambda _: None,
+) -> Trained:
     start = time.perf_counter()
     ensemble = _Ensemble([_seeded(build, s) for s in seeds], recipe.learning_rates)
     groups = [{"params": stack, "lr": lr} for stack, lr in zip(ensemble.leaves(), recipe.learning_rates, strict=True)]
