@@ -43,7 +43,7 @@ pages: $(PACKAGE)
 	$(BIN)/python scripts/build_method_pages.py
 
 docs: $(DOCS) pages
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(PACKAGE)
 	@set -e; for file in benchmarks/[a-z]*.py; do \
