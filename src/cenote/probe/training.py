@@ -21,6 +21,7 @@ from cenote.pool.base import similar_lengths
 from cenote.probe.metrics import Metric
 from cenote.probe.module import Probe
 from cenote.probe.recipe import Recipe
+from cenote.probe.together import joined_products
 
 Progress = Callable[[float], None]
 
@@ -277,7 +278,7 @@ class _Ensemble:
         if self.together and x.shape[:2].numel() <= ROWS_AT_ONCE:
             try:
                 # the fused attention kernels have no batching rule: vmap would run them one by one
-                with sdpa_kernel(SDPBackend.MATH):
+                with sdpa_kernel(SDPBackend.MATH), joined_products():
                     return torch.func.vmap(run, randomness="different")(parameters, buffers)
             except RuntimeError:
                 # a pool that vmap cannot batch is trained member by member
