@@ -1,7 +1,11 @@
 from collections.abc import MutableMapping
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
+
+# the kernels of an optional dependency
+collect_ignore = [] if find_spec("triton") else ["src/cenote/core/triton_kernels.py"]
 
 
 @pytest.fixture(autouse=True)
