@@ -1,0 +1,1 @@
+"""Tree Cross Attention: queries that read a logarithmic part of the tokens."""
