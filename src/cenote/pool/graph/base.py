@@ -1,0 +1,202 @@
+"""What every graph pool is: the manners of PyTorch Geometric, one vector per graph."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from cenote.core.errors import InputError
+from cenote.core.graphs import Graphs, check_edges
+from cenote.core.segments import accumulation_dtype
+
+
+class Level(NamedTuple):
+    """One step of a hierarchy: how the nodes of a level became those of the next.
+
+    Attributes:
+        assignment: for each node the node of the next level that it went into, -1 where it was dropped.
+        edge_index: edges of the next level.
+        batch: the graph of each node of the next level.
+        scores: of each node of the next level, as the method scores.
+        counts: how many scores each of them is the mean of; `None` where the method does not count.
+        edge_attr: of the edges of the next level, where the method carries them along.
+    """
+
+    assignment: Int[Tensor, "nodes"]
+    edge_index: Int[Tensor, "2 new_edges"]
+    batch: Int[Tensor, "clusters"]
+    scores: Float[Tensor, "clusters"]
+    counts: Int[Tensor, "clusters"] | None = None
+    edge_attr: Shaped[Tensor, "new_edges *channels"] | None = None
+
+
+class GraphPooled(NamedTuple):
+    """Pooled graphs and how they were pooled.
+
+    Attributes:
+        output: `[graphs, out_dim]`.
+        weights: what each output took from each node, `[heads, nodes]`; `None` where the method has no such numbers.
+        levels: of the hierarchy, from the nodes up; empty where there is none.
+    """
+
+    output: Float[Tensor, "graphs out_dim"]
+    weights: Float[Tensor, "heads nodes"] | None
+    levels: tuple[Level, ...]
+
+
+class Graph(NamedTuple):
+    """A checked batch of graphs."""
+
+    x: Float[Tensor, "nodes dim"]
+    edge_index: Int[Tensor, "2 edges"]
+    edge_attr: Shaped[Tensor, "edges *channels"] | None
+    batch: Int[Tensor, "nodes"]
+    size: int
+
+
+class GraphPool(nn.Module, ABC):
+    """Base of the pools that map `x, edge_index, edge_attr, batch` to `[graphs, out_dim]`, also of `cenote.core.Graphs`.
+
+    A graph pool defines `pool(graph)` on checked input. A graph without nodes gives zeros.
+
+    Args:
+        dim: width of a node.
+        out_dim: width of an output vector; default `dim`.
+
+    Attributes:
+        dim, out_dim: as given; known before the first call.
+        reads_edges: whether the output depends on the edges.
+        discrete: whether the pool makes choices (which nodes join, which stay), which rounding can turn over.
+        inert_parameters: parameters that cannot change the output.
+        vectors, prefix, reads_cls, pairwise, fixed_tokens: as of `cenote.pool.Pool`, for the probe.
+    """
+
+    reads_edges: ClassVar[bool] = True
+    discrete: ClassVar[bool] = False
+    inert_parameters: tuple[str, ...] = ()
+    vectors: int = 1
+    prefix: ClassVar[Literal["drop", "keep"]] = "keep"
+    reads_cls: ClassVar[bool] = False
+    pairwise: bool = False
+    fixed_tokens: ClassVar[bool] = False
+
+    def __init__(self, dim: int, out_dim: int | None = None) -> None:
+        super().__init__()
+        if dim < 1:
+            raise InputError(f"dim: expected a positive node width, got {dim}")
+        self.dim = dim
+        self.out_dim = dim if out_dim is None else out_dim
+
+    def forward(
+        self,
+        x: Float[Tensor, "nodes dim"] | Graphs,
+        edge_index: Int[Tensor, "2 edges"] | None = None,
+        edge_attr: Shaped[Tensor, "edges *channels"] | None = None,
+        batch: Int[Tensor, "nodes"] | None = None,
+        size: int | None = None,
+    ) -> Float[Tensor, "graphs out_dim"]:
+        """Pool each graph to one vector.
+
+        Args:
+            x: node features, or `Graphs`, which hold all the rest.
+            edge_index: an undirected edge stands in both directions.
+            edge_attr: what is known of each edge.
+            batch: the graph of each node, not falling; default: all nodes are of one graph.
+            size: number of graphs; default `batch.max() + 1`.
+        """
+        graph = as_graph(x, edge_index, edge_attr, batch, size, self.dim)
+        return _zero_where_empty(graph, self.pool(graph).output)
+
+    def attend(
+        self,
+        x: Float[Tensor, "nodes dim"] | Graphs,
+        edge_index: Int[Tensor, "2 edges"] | None = None,
+        edge_attr: Shaped[Tensor, "edges *channels"] | None = None,
+        batch: Int[Tensor, "nodes"] | None = None,
+        size: int | None = None,
+    ) -> GraphPooled:
+        """As calling the pool, and also how the nodes were pooled."""
+        graph = as_graph(x, edge_index, edge_attr, batch, size, self.dim)
+        pooled = self.pool(graph)
+        return pooled._replace(output=_zero_where_empty(graph, pooled.output))
+
+    @abstractmethod
+    def pool(self, graph: Graph) -> GraphPooled:
+        """Pool a checked batch of graphs."""
+
+
+def as_graph(
+    x: Float[Tensor, "nodes dim"] | Graphs,
+    edge_index: Int[Tensor, "2 edges"] | None,
+    edge_attr: Shaped[Tensor, "edges *channels"] | None = None,
+    batch: Int[Tensor, "nodes"] | None = None,
+    size: int | None = None,
+    dim: int | None = None,
+) -> Graph:
+    """Check a graph pool's input and give it the common form.
+
+    Raises:
+        InputError: naming the argument, what came and what was expected.
+    """
+    if isinstance(x, Graphs):
+        if any(given is not None for given in (edge_index, edge_attr, batch, size)):
+            raise InputError("edge_index, edge_attr, batch, size: Graphs hold them already; leave them out")
+        graph = Graph(x.values, x.edge_index, x.edge_attr, x.set_index(), x.batch)
+        _check_features(graph.x, dim)
+        return graph
+    _check_features(x, dim)
+    if edge_index is None:
+        raise InputError("edge_index: is missing; a graph without edges has torch.empty(2, 0, dtype=torch.int64)")
+    if batch is None:
+        batch = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+        size = 1 if size is None else size
+    _check_batch(batch, x.shape[0])
+    check_edges(edge_index, edge_attr, batch)
+    graphs = int(batch[-1]) + 1 if batch.numel() else 0
+    if size is not None and size < graphs:
+        raise InputError(f"size: {size} is fewer than the {graphs} graphs of batch")
+    return Graph(x, edge_index, edge_attr, batch, graphs if size is None else size)
+
+
+def sum_by(values: Float[Tensor, "rows *channels"], index: Int[Tensor, "rows"], count: int) -> Tensor:
+    """`y_c = sum of the rows with index c`; half precision is summed in float32."""
+    wide = accumulation_dtype(values.dtype)
+    return values.new_zeros(count, *values.shape[1:], dtype=wide).index_add(0, index, values.to(wide)).to(values.dtype)
+
+
+def mean_by(values: Float[Tensor, "rows *channels"], index: Int[Tensor, "rows"], count: int) -> Tensor:
+    """`y_c = mean of the rows with index c`, zeros where there are none."""
+    wide = values.to(accumulation_dtype(values.dtype))
+    rows = index.bincount(minlength=count).clamp(min=1).to(wide.dtype)
+    return (sum_by(wide, index, count) / rows.view(-1, *[1] * (values.dim() - 1))).to(values.dtype)
+
+
+def _check_features(x: Tensor, dim: int | None) -> None:
+    if not isinstance(x, Tensor) or x.dim() != 2:
+        came = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise InputError(f"x: expected a tensor [nodes, dim] or cenote.core.Graphs, got {came}")
+    if not x.is_floating_point():
+        raise InputError(f"x: expected floating point features, got {x.dtype}; use x.float()")
+    if dim is not None and x.shape[1] != dim:
+        raise InputError(f"x: expected nodes of width {dim}, got {x.shape[1]}; build the pool with dim={x.shape[1]}")
+
+
+def _check_batch(batch: Tensor, nodes: int) -> None:
+    if not isinstance(batch, Tensor) or batch.dtype != torch.int64:
+        came = batch.dtype if isinstance(batch, Tensor) else type(batch).__name__
+        raise InputError(f"batch: expected an int64 tensor [nodes], got {came}; use batch.long()")
+    if batch.shape != (nodes,):
+        raise InputError(f"batch: expected one number for each of {nodes} nodes, got shape {tuple(batch.shape)}")
+    if torch.compiler.is_compiling() or not nodes:
+        return
+    if int(batch[0]) < 0 or bool((batch.diff() < 0).any()):
+        raise InputError("batch: expected graph numbers from 0 that do not fall; sort the nodes by their graph")
+
+
+def _zero_where_empty(graph: Graph, output: Float[Tensor, "graphs out_dim"]) -> Float[Tensor, "graphs out_dim"]:
+    empty = graph.batch.bincount(minlength=graph.size) == 0
+    return output.masked_fill(empty.unsqueeze(1), 0)

@@ -1,0 +1,223 @@
+"""Sparse hierarchical graph classifiers: convolve, keep the best nodes, read out, three times.
+
+Source: Cangea, Velickovic, Jovanovic, Kipf, Lio, "Towards Sparse Hierarchical Graph Classifiers", NeurIPS workshop R2L 2018.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from cenote.core.errors import InputError
+from cenote.core.graphs import Graphs
+from cenote.pool.graph.base import Graph, GraphPool, GraphPooled, Level, mean_by
+from cenote.pool.graph.geometric import geometric
+
+Gate = Literal["tanh", "sigmoid"]
+GATES: dict[str, Any] = {"tanh": torch.tanh, "sigmoid": torch.sigmoid}
+
+
+class MeanConv(nn.Module):
+    """`ReLU(D^-1 A x Theta + x Theta')` with `A` the edges and a loop at each node, `D` its degrees.
+
+    Args:
+        dim: width of a node.
+        out_dim: width of the result.
+    """
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.conv = geometric().SAGEConv(dim, out_dim, aggr="mean")
+
+    def forward(self, x: Float[Tensor, "nodes dim"], edge_index: Int[Tensor, "2 edges"]) -> Float[Tensor, "nodes out"]:
+        looped, _ = geometric("utils").add_remaining_self_loops(edge_index, num_nodes=x.shape[0])
+        return torch.relu(self.conv(x, looped))
+
+
+class TopK(nn.Module):
+    """Keeps the nodes with the largest projections, gated by them, and the edges between kept nodes.
+
+    `y = x p / |p|`; the `ceil(ratio n)` nodes with the largest `y` of each graph stay, in falling order; `x' = x * gate(y)`.
+
+    Args:
+        dim: width of a node.
+        ratio: share of the nodes that stay, above 0 to 1; 1 keeps all of them.
+        k: number of the nodes that stay, instead of `ratio`; a smaller graph keeps all.
+        gate: `"tanh"` or `"sigmoid"`. Without one `p` would have no gradient.
+        min_score: instead, keep the nodes whose softmax over their graph, the gate here, is above
+            `min(min_score, max - 1e-7)`.
+
+    Raises:
+        InputError: where an argument is out of range, or PyTorch Geometric is missing.
+
+    Note:
+        Parameters and edges are those of PyTorch Geometric's `TopKPooling`, where a ratio of 1 means one node. Nodes are ranked
+        by the projection itself, in a stable order: large projections have the same tanh in float32, and equal nodes must not be
+        chosen by who else is in the batch.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        ratio: float = 0.8,
+        k: int | None = None,
+        gate: Gate = "tanh",
+        min_score: float | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 < ratio <= 1:
+            raise InputError(f"ratio: expected a share of the nodes, above 0 to 1, got {ratio}; for a number give k")
+        if k is not None and k < 1:
+            raise InputError(f"k: expected at least one node to keep, got {k}")
+        if gate not in GATES:
+            raise InputError(f"gate: expected 'tanh' or 'sigmoid', got {gate!r}")
+        self.ratio = ratio
+        self.k = k
+        self.gate = gate
+        self.min_score = min_score
+        self.pooling = geometric().TopKPooling(dim, ratio, min_score=min_score)
+
+    def forward(self, graph: Graph) -> tuple[Float[Tensor, "kept dim"], Level]:
+        """Features of the kept nodes, and the level; its scores are the gates."""
+        x, edge_index, edge_attr, batch, size = graph
+        if self.min_score is not None:
+            kept, gate = self._above_min_score(x, batch)
+        else:
+            p = nn.functional.normalize(self.pooling.select.weight, dim=-1)
+            y = (x * p).sum(-1)
+            kept = self._largest(y.detach(), batch, size)
+            gate = GATES[self.gate](y[kept])
+        order = batch[kept].argsort(stable=True)
+        kept, gate = kept[order], gate[order]
+        assignment = torch.full_like(batch, -1)
+        assignment[kept] = torch.arange(kept.shape[0], device=kept.device)
+        ends = assignment[edge_index]
+        stays = (ends >= 0).all(0)
+        attr = None if edge_attr is None else edge_attr[stays]
+        return x[kept] * gate.unsqueeze(1), Level(assignment, ends[:, stays], batch[kept], gate, edge_attr=attr)
+
+    def _largest(
+        self, y: Float[Tensor, "nodes"], batch: Int[Tensor, "nodes"], size: int
+    ) -> Int[Tensor, "kept"]:
+        order = y.argsort(descending=True, stable=True)
+        order = order[batch[order].argsort(stable=True)]
+        nodes = batch.bincount(minlength=size)
+        rank = torch.arange(order.shape[0], device=y.device) - (nodes.cumsum(0) - nodes)[batch]
+        # in double: a float32 product may land just above a whole number
+        keep = (self.ratio * nodes.double() - 1e-9).ceil().long() if self.k is None else torch.full_like(nodes, self.k)
+        return order[rank < keep[batch]]
+
+    def _above_min_score(
+        self, x: Float[Tensor, "nodes dim"], batch: Int[Tensor, "nodes"]
+    ) -> tuple[Int[Tensor, "kept"], Float[Tensor, "kept"]]:
+        selected = self.pooling.select(x, batch)
+        return selected.node_index, selected.weight
+
+
+class SparseHierarchicalPool(GraphPool):
+    """Convolution, top-k pooling and readout, repeated; the readouts of all blocks are summed.
+
+    `s = sum_l [mean_i x_i^l ; max_i x_i^l]` over the nodes that block `l` keeps of each graph (`MeanConv`, then `TopK`).
+
+    Args:
+        dim: width of a node.
+        hidden: width of a convolution; the output has twice as many.
+        blocks: how many times.
+        ratio, k, gate, min_score: of each `TopK`.
+
+    Raises:
+        InputError: where an argument is out of range, or PyTorch Geometric is missing.
+
+    Example:
+        >>> pool = SparseHierarchicalPool(4, hidden=8)
+        >>> y, _, levels = pool.attend(torch.randn(10, 4), torch.tensor([[0, 1], [1, 0]]))
+        >>> y.shape, [len(level.scores) for level in levels]
+        (torch.Size([1, 16]), [8, 7, 6])
+
+    Source: Cangea et al., "Towards Sparse Hierarchical Graph Classifiers", 2018: three blocks of 128 that keep 0.8.
+
+    Note:
+        `edge_attr` is carried along to the levels; the convolution does not read it.
+    """
+
+    discrete = True
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int = 128,
+        blocks: int = 3,
+        ratio: float = 0.8,
+        k: int | None = None,
+        gate: Gate = "tanh",
+        min_score: float | None = None,
+    ) -> None:
+        super().__init__(dim, 2 * hidden)
+        if blocks < 1:
+            raise InputError(f"blocks: expected at least one, got {blocks}")
+        self.convs = nn.ModuleList([MeanConv(hidden if i else dim, hidden) for i in range(blocks)])
+        self.pools = nn.ModuleList([TopK(hidden, ratio, k, gate, min_score) for _ in range(blocks)])
+
+    def pool(self, graph: Graph) -> GraphPooled:
+        total = graph.x.new_zeros(graph.size, self.out_dim)
+        levels: list[Level] = []
+        for conv, top in zip(self.convs, self.pools, strict=True):
+            x, level = top(graph._replace(x=conv(graph.x, graph.edge_index)))
+            graph = Graph(x, level.edge_index, level.edge_attr, level.batch, graph.size)
+            total = total + readout(x, level.batch, graph.size)
+            levels.append(level)
+        return GraphPooled(total, None, tuple(levels))
+
+
+class SparseHierarchicalClassifier(nn.Module):
+    """Classifies graphs: a `SparseHierarchicalPool` and a perceptron with one hidden layer.
+
+    Args:
+        pool: the hierarchy.
+        outputs: number of logits.
+        hidden: width of the perceptron; default half of what the pool gives.
+        dropout: before its last layer.
+
+    Example:
+        >>> model = SparseHierarchicalClassifier(SparseHierarchicalPool(4, hidden=8), outputs=3)
+        >>> model(torch.randn(5, 4), torch.tensor([[0, 1], [1, 0]])).shape
+        torch.Size([1, 3])
+
+    Source: Cangea et al., "Towards Sparse Hierarchical Graph Classifiers", 2018.
+
+    Note:
+        The paper says a perceptron; one hidden layer is our reading of it.
+    """
+
+    def __init__(
+        self, pool: SparseHierarchicalPool, outputs: int, hidden: int | None = None, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.pool = pool
+        hidden = pool.out_dim // 2 if hidden is None else hidden
+        self.mlp = nn.Sequential(
+            nn.Linear(pool.out_dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, outputs)
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "nodes dim"] | Graphs,
+        edge_index: Int[Tensor, "2 edges"] | None = None,
+        edge_attr: Shaped[Tensor, "edges *channels"] | None = None,
+        batch: Int[Tensor, "nodes"] | None = None,
+        size: int | None = None,
+    ) -> Float[Tensor, "graphs outputs"]:
+        """Logits of each graph."""
+        return self.mlp(self.pool(x, edge_index, edge_attr, batch, size))
+
+
+def readout(
+    x: Float[Tensor, "nodes dim"], batch: Int[Tensor, "nodes"], size: int
+) -> Float[Tensor, "graphs twice_dim"]:
+    """`[mean ; max]` over the nodes of each graph; zeros where there is none."""
+    index = batch.unsqueeze(1).expand_as(x)
+    top = x.new_zeros(size, x.shape[1]).scatter_reduce(0, index, x, "amax", include_self=False)
+    return torch.cat([mean_by(x, batch, size), top], 1)
