@@ -25,6 +25,10 @@ from cenote.pool.attention.set_transformer import SetTransformer
 from cenote.pool.attention.set_transformer_clustering import GaussianMixtures, sample_mixtures
 from cenote.pool.attention.siglip import SigLipPool
 from cenote.pool.attention.simpool import SimPool
+from cenote.pool.attention.tree_cross_attention.objective import TreeLosses, TreeObjective
+from cenote.pool.attention.tree_cross_attention.pool import TreeCrossAttentionPool
+from cenote.pool.attention.tree_cross_attention.retreever import ReTreever
+from cenote.pool.attention.tree_cross_attention.search import Retrieved, TreeCrossAttention
 from cenote.pool.base import PaddedPool, Pool, Pooled
 from cenote.pool.basic.cls import ClsMeanPool, ClsPool
 from cenote.pool.basic.last import LastPool
@@ -32,6 +36,10 @@ from cenote.pool.basic.max import MaxPool
 from cenote.pool.basic.mean import MeanPool
 from cenote.pool.basic.statistics import StatisticsPool
 from cenote.pool.basic.sum import SumPool
+from cenote.pool.graph.base import GraphPool, GraphPooled, Level
+from cenote.pool.graph.graph_parsing_networks import GraphParsingNetwork, GraphParsingNodes, GraphParsingPool
+from cenote.pool.graph.parsing import EdgeScores, parse
+from cenote.pool.graph.sparse_hierarchical_graph import SparseHierarchicalClassifier, SparseHierarchicalPool, TopK
 from cenote.pool.layers.base import LayerPool, LayersPooled, stack_layers
 from cenote.pool.layers.maxpoolbert import CLSAttention, MaxCLS, MaxPoolBERT
 from cenote.pool.layers.multi_layer_trainable import LastLayerTrainable, MultiLayerTrainable
@@ -83,9 +91,35 @@ from cenote.pool.sequence.sentiment_attitudes import (
 )
 from cenote.pool.sequence.weighted_mean import PositionWeightedMean
 from cenote.pool.spatial.adapool import AdaPool1d, AdaPool2d, AdaPool3d, AdaUnpool1d, AdaUnpool2d, AdaUnpool3d
+from cenote.pool.spatial.afa_dla import AFADLAUp, AFAIDAUp, AFASegmenter
+from cenote.pool.spatial.atrous_rates import (
+    effective_receptive_field,
+    receptive_extent,
+    recommend_rates,
+    sweep_rates,
+    valid_taps,
+)
+from cenote.pool.spatial.attentive_feature_aggregation import (
+    AFAChannelAttention,
+    AFASpatialAttention,
+    BinaryAFA,
+    MultiAFA,
+    scale_space_rendering,
+)
 from cenote.pool.spatial.base import WindowPool
+from cenote.pool.spatial.deeplab import DeepLab, DeepLabASPP, MultiScale, score_map_loss
+from cenote.pool.spatial.deeplabv3 import (
+    AtrousCascade,
+    DeepLabV3,
+    DeepLabV3ASPP,
+    DeepLabV3Head,
+    multi_grid,
+    pixel_loss,
+)
+from cenote.pool.spatial.dense_crf import DenseCRF, search_crf, unary_from_labels, unary_from_probabilities
 from cenote.pool.spatial.edscw import EDSCWPool1d, EDSCWPool2d, EDSCWPool3d, IDWPool1d, IDWPool2d, IDWPool3d
 from cenote.pool.spatial.ggem import GeM, GGeM
+from cenote.pool.spatial.ggem_windows import GGeMPool1d, GGeMPool2d, GGeMPool3d
 from cenote.pool.spatial.gramian_heads import GramianHeads, GramianPool
 from cenote.pool.spatial.gramian_loss import DecorrelationLoss, divergence_from_mean
 from cenote.pool.spatial.mixed_gated_tree import (
@@ -100,6 +134,8 @@ from cenote.pool.spatial.mixed_gated_tree import (
     TreePool3d,
 )
 from cenote.pool.spatial.network_in_network import GlobalAveragePool, MLPConv, NetworkInNetwork, class_maps
+from cenote.pool.spatial.output_stride import to_output_stride
+from cenote.pool.spatial.permutohedral import PermutohedralLattice
 from cenote.pool.spatial.softpool import SoftPool1d, SoftPool2d, SoftPool3d
 from cenote.pool.spatial.tokenflex import TokenCountSampler, TokenFlex, check_placeholders
 from cenote.pool.spatial.weighted import WeightedWindowPool
@@ -112,6 +148,11 @@ __all__ = [
     "PMA",
     "SAB",
     "ABMILPPositions",
+    "AFAChannelAttention",
+    "AFADLAUp",
+    "AFAIDAUp",
+    "AFASegmenter",
+    "AFASpatialAttention",
     "AamSoftmax",
     "AdaPool1d",
     "AdaPool2d",
@@ -121,6 +162,7 @@ __all__ = [
     "AdaUnpool3d",
     "AdaptiveNoisePool",
     "AimPool",
+    "AtrousCascade",
     "AttSets",
     "AttSetsConv",
     "AttentionalAffine",
@@ -129,6 +171,7 @@ __all__ = [
     "AttentiveStatisticsPool",
     "AttentiveTemporalPool",
     "Attenuator",
+    "BinaryAFA",
     "CLSAttention",
     "CaePool",
     "CaiTPool",
@@ -140,7 +183,13 @@ __all__ = [
     "ConditionedAttention",
     "D3Net",
     "DecorrelationLoss",
+    "DeepLab",
+    "DeepLabASPP",
+    "DeepLabV3",
+    "DeepLabV3ASPP",
+    "DeepLabV3Head",
     "DeepSet",
+    "DenseCRF",
     "DependencyPool",
     "DinoViTPool",
     "DolgPool",
@@ -151,11 +200,15 @@ __all__ = [
     "EDSCWPool3d",
     "ESimPool",
     "Ecapa2d",
+    "EdgeScores",
     "EfficientProbing",
     "EntityPool",
     "FASet",
     "FlatMemories",
     "GGeM",
+    "GGeMPool1d",
+    "GGeMPool2d",
+    "GGeMPool3d",
     "GatedPool1d",
     "GatedPool2d",
     "GatedPool3d",
@@ -164,6 +217,11 @@ __all__ = [
     "GlobalAveragePool",
     "GramianHeads",
     "GramianPool",
+    "GraphParsingNetwork",
+    "GraphParsingNodes",
+    "GraphParsingPool",
+    "GraphPool",
+    "GraphPooled",
     "HierarchicalMemories",
     "IDWPool1d",
     "IDWPool2d",
@@ -180,6 +238,7 @@ __all__ = [
     "LayerAwareTDNN",
     "LayerPool",
     "LayersPooled",
+    "Level",
     "Lexicon",
     "LinAttention",
     "LinearCalibration",
@@ -196,15 +255,20 @@ __all__ = [
     "MixedPool1d",
     "MixedPool2d",
     "MixedPool3d",
+    "MultiAFA",
     "MultiLayerTrainable",
+    "MultiScale",
     "NetworkInNetwork",
     "PaddedPool",
     "ParallelMemories",
+    "PermutohedralLattice",
     "PiecewiseMaxPool",
     "Pool",
     "Pooled",
     "PositionWeightedMean",
+    "ReTreever",
     "RelationPooled",
+    "Retrieved",
     "SerialMemories",
     "SetTransformer",
     "SigLipPool",
@@ -212,12 +276,19 @@ __all__ = [
     "SoftPool1d",
     "SoftPool2d",
     "SoftPool3d",
+    "SparseHierarchicalClassifier",
+    "SparseHierarchicalPool",
     "SpeakerStatisticsPool",
     "StatisticsPool",
     "SumPool",
     "TemporalState",
     "TokenCountSampler",
     "TokenFlex",
+    "TopK",
+    "TreeCrossAttention",
+    "TreeCrossAttentionPool",
+    "TreeLosses",
+    "TreeObjective",
     "TreePool1d",
     "TreePool2d",
     "TreePool3d",
@@ -232,11 +303,25 @@ __all__ = [
     "check_placeholders",
     "class_maps",
     "divergence_from_mean",
+    "effective_receptive_field",
     "imagination_loss",
     "mass_by_type",
+    "multi_grid",
     "pad_heads",
+    "parse",
     "parse_conllu",
+    "pixel_loss",
     "read_conllu",
+    "receptive_extent",
+    "recommend_rates",
     "sample_mixtures",
+    "scale_space_rendering",
+    "score_map_loss",
+    "search_crf",
     "stack_layers",
+    "sweep_rates",
+    "to_output_stride",
+    "unary_from_labels",
+    "unary_from_probabilities",
+    "valid_taps",
 ]

@@ -1,0 +1,316 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from cenote.core.errors import InputError
+from cenote.core.sets import as_tokens
+from cenote.pool.spatial.atrous_rates import recommend_rates
+from cenote.pool.spatial.deeplab import upsampled
+from cenote.pool.spatial.output_stride import dilate
+
+Rate = int | tuple[int, int]
+Norm = Callable[[int], nn.Module]
+
+RATES = (6, 12, 18)
+MULTI_GRID = (1, 2, 4)
+
+
+class Ranges(NamedTuple):
+    """What a pyramid gives, and which range of context it came from.
+
+    Attributes:
+        output: `[batch, out_channels, height, width]`.
+        energies: `[batch, ranges, height, width]`: length of each branch's vector; the 1 x 1 branch comes first, then the
+            rates, then the whole image.
+    """
+
+    output: Float[Tensor, "batch out_channels height width"]
+    energies: Float[Tensor, "batch ranges height width"]
+
+
+class DeepLabV3ASPP(nn.Module):
+    """Atrous spatial pyramid pooling, the concatenation, with the whole image as one more range.
+
+    `b_0 = ReLU(BN(1 x 1))`, `b_r = ReLU(BN(3 x 3 at rate r))` for each rate, `g = ReLU(BN(1 x 1 (mean of the map)))`, spread
+    over all positions; `y = ReLU(BN(1 x 1 [b_0, b_r, ..., g]))`.
+
+    A 3 x 3 filter at rate `r` has all of its taps inside a map of side `S` at the share `max(0, (S - 2r) / S)^2` of the
+    positions, and is a 1 x 1 filter from `r = S` on: choose rates by the size of the map, or let `rates="auto"` do it.
+
+    Args:
+        in_channels: of the map.
+        out_channels: of each branch and of the result.
+        rates: one per 3 x 3 branch, or `(down, across)`; (6, 12, 18) is for output stride 16, twice that for 8. `"auto"`:
+            three rates by `recommend_rates` from `input_size` and `output_stride`.
+        image_pool: whether there is the branch of the whole image.
+        dropout: after the projection.
+        input_size: with `rates="auto"`: side of the image, or `(height, width)`.
+        output_stride: with `rates="auto"`: pixels per cell of the map.
+        norm: normalisation of so many channels. Batch normalisation of the image branch cannot train on one image, group
+            normalisation can: `lambda channels: torch.nn.GroupNorm(32, channels)`.
+
+    Raises:
+        InputError: where an argument is out of range, or the image branch is to train on one image.
+
+    Example:
+        >>> aspp = DeepLabV3ASPP(32, 16, rates=(1, 2, 3)).eval()
+        >>> aspp(torch.randn(2, 32, 9, 9)).shape, aspp.attend(torch.randn(2, 32, 9, 9)).energies.shape
+        (torch.Size([2, 16, 9, 9]), torch.Size([2, 5, 9, 9]))
+        >>> DeepLabV3ASPP(32, rates="auto", input_size=513).rates
+        ((6, 6), (12, 12), (18, 18))
+
+    Source: Chen, Papandreou, Schroff, Adam, "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017; the mask
+        and the energies are ours.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int = 256,
+        rates: Sequence[Rate] | Literal["auto"] = RATES,
+        image_pool: bool = True,
+        dropout: float = 0.0,
+        input_size: int | tuple[int, int] | None = None,
+        output_stride: int = 16,
+        norm: Norm = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        if rates == "auto":
+            if input_size is None:
+                raise InputError("input_size: rates='auto' follow from the side of the image; give it")
+            rates = recommend_rates(input_size, output_stride)
+        self.rates = tuple(_per_axis(r) for r in rates)
+        self.branches = nn.ModuleList([_unit(in_channels, out_channels, norm)])
+        self.branches.extend(_unit(in_channels, out_channels, norm, r) for r in self.rates)
+        self.image = _unit(in_channels, out_channels, norm) if image_pool else None
+        ranges = len(self.branches) + (self.image is not None)
+        self.project = nn.Sequential(_unit(ranges * out_channels, out_channels, norm), nn.Dropout(dropout))
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch in_channels height width"],
+        mask: Bool[Tensor, "batch height width"] | None = None,
+    ) -> Float[Tensor, "batch out_channels height width"]:
+        """The map after the pyramid; with a mask, True on real positions, the image's mean is over those alone."""
+        return self.project(torch.cat(self._ranges(x, mask), 1))
+
+    def attend(
+        self,
+        x: Float[Tensor, "batch in_channels height width"],
+        mask: Bool[Tensor, "batch height width"] | None = None,
+    ) -> Ranges:
+        """As calling the pyramid, and also how strongly each range spoke at each position."""
+        parts = self._ranges(x, mask)
+        energies = torch.stack([p.norm(dim=1) for p in parts], 1)
+        return Ranges(self.project(torch.cat(parts, 1)), energies)
+
+    def _ranges(self, x: Tensor, mask: Tensor | None) -> list[Tensor]:
+        if x.dim() != 4:
+            raise InputError(f"x: expected [batch, channels, height, width], got {tuple(x.shape)}")
+        parts = [branch(x) for branch in self.branches]
+        if self.image is not None:
+            if self.training and x.shape[0] == 1 and isinstance(self.image[1], nn.modules.batchnorm._BatchNorm):
+                raise InputError(
+                    "x: batch normalisation of the image branch cannot train on one image; give at least two, call eval() "
+                    "first, or build with a norm such as lambda channels: torch.nn.GroupNorm(32, channels)"
+                )
+            mean = as_tokens(x, mask).mean()[:, :, None, None]
+            parts.append(self.image(mean).expand(-1, -1, *x.shape[2:]))
+        return parts
+
+
+class DeepLabV3Head(nn.Module):
+    """Atrous spatial pyramid pooling and a 1 x 1 convolution to the classes.
+
+    Args:
+        in_channels: of the map.
+        classes: number of classes.
+        channels: inside.
+        rates, image_pool, dropout, input_size, output_stride, norm: see `DeepLabV3ASPP`.
+
+    Example:
+        >>> DeepLabV3Head(32, classes=21, channels=16)(torch.randn(2, 32, 9, 9)).shape
+        torch.Size([2, 21, 9, 9])
+
+    Source: as `DeepLabV3ASPP`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        classes: int,
+        channels: int = 256,
+        rates: Sequence[Rate] | Literal["auto"] = RATES,
+        image_pool: bool = True,
+        dropout: float = 0.0,
+        input_size: int | tuple[int, int] | None = None,
+        output_stride: int = 16,
+        norm: Norm = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        self.aspp = DeepLabV3ASPP(in_channels, channels, rates, image_pool, dropout, input_size, output_stride, norm)
+        self.classifier = nn.Conv2d(channels, classes, 1)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch in_channels height width"],
+        mask: Bool[Tensor, "batch height width"] | None = None,
+    ) -> Float[Tensor, "batch classes height width"]:
+        """Logits at the size of the map."""
+        return self.classifier(self.aspp(x, mask))
+
+
+class DeepLabV3(nn.Module):
+    """A dense backbone, the pyramid, a classifier, and bilinear enlargement to the size of the image.
+
+    Args:
+        backbone: images to maps `[batch, channels, h, w]` at `output_stride`: see `to_output_stride`, `multi_grid`,
+            `AtrousCascade`.
+        channels: of the backbone's map.
+        classes: number of classes.
+        output_stride: pixels per cell of the map.
+        rates: of the pyramid; default (6, 12, 18) at output stride 16, twice that at 8.
+        width: channels inside of the head.
+        image_pool: whether the head has the branch of the whole image.
+
+    Example:
+        >>> net = DeepLabV3(torch.nn.Conv2d(3, 16, 3, 16, 1), 16, classes=4, width=8).eval()
+        >>> net(torch.randn(2, 3, 33, 40)).shape, net.segment(torch.randn(2, 3, 33, 40)).shape
+        (torch.Size([2, 4, 33, 40]), torch.Size([2, 4, 33, 40]))
+
+    Source: as `DeepLabV3ASPP`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        channels: int,
+        classes: int,
+        output_stride: int = 16,
+        rates: Sequence[Rate] | None = None,
+        width: int = 256,
+        image_pool: bool = True,
+    ) -> None:
+        super().__init__()
+        if rates is None:
+            rates = tuple(max(1, round(r * 16 / output_stride)) for r in RATES)
+        self.backbone = backbone
+        self.head = DeepLabV3Head(channels, classes, width, rates, image_pool)
+        self.output_stride = output_stride
+
+    def forward(
+        self, x: Float[Tensor, "batch in_channels height width"]
+    ) -> Float[Tensor, "batch classes height width"]:
+        """Logits of every pixel; the paper trains on these, see `pixel_loss`."""
+        return upsampled(self.head(self.backbone(x)), self.output_stride, (x.shape[2], x.shape[3]))
+
+    @torch.no_grad()
+    def segment(
+        self, x: Float[Tensor, "batch in_channels height width"], scales: Sequence[float] = (1.0,), flip: bool = False
+    ) -> Float[Tensor, "batch classes height width"]:
+        """Class probabilities, the mean over scales of the input (0.5 to 1.75 in the paper) and over mirror images."""
+        if not scales or min(scales) <= 0:
+            raise InputError(f"scales: expected at least one positive number, got {tuple(scales)}")
+        size, parts = x.shape[2:], []
+        for s in scales:
+            scaled = x if s == 1 else F.interpolate(x, scale_factor=s, mode="bilinear")
+            logits = [self(scaled)] + ([self(scaled.flip(-1)).flip(-1)] if flip else [])
+            parts += [F.interpolate(one, size, mode="bilinear").softmax(1) for one in logits]
+        return torch.stack(parts).mean(0)
+
+
+class AtrousCascade(nn.Sequential):
+    """More blocks after the last one, each at twice the rate of the one before: the way to long context without a pyramid.
+
+    Block `b` has one unit per entry `m` of the multi-grid, at rate `base_rate 2^b m`.
+
+    Args:
+        unit: a residual unit of the given rate that keeps channels and size.
+        blocks: how many; 3 in the paper (blocks 5 to 7).
+        base_rate: of the first of them; 4 after a block 4 at output stride 16.
+        multi_grid: rates of the units of a block.
+
+    Example:
+        >>> unit = lambda rate: torch.nn.Conv2d(4, 4, 3, padding=rate, dilation=rate)
+        >>> [conv.dilation[0] for block in AtrousCascade(unit, 2) for conv in block]
+        [4, 8, 4, 8, 16, 8]
+
+    Source: as `DeepLabV3ASPP`.
+    """
+
+    def __init__(
+        self,
+        unit: Callable[[int], nn.Module],
+        blocks: int = 3,
+        base_rate: int = 4,
+        multi_grid: Sequence[int] = (1, 2, 1),
+    ) -> None:
+        if blocks < 1 or base_rate < 1 or not multi_grid or min(multi_grid) < 1:
+            raise InputError(
+                f"blocks, base_rate, multi_grid: expected positive numbers, got {blocks}, {base_rate}, {tuple(multi_grid)}"
+            )
+        rates = [[base_rate * 2**b * m for m in multi_grid] for b in range(blocks)]
+        super().__init__(*(nn.Sequential(*map(unit, of_block)) for of_block in rates))
+
+
+def multi_grid(units: Iterable[nn.Module], rates: Sequence[int] = MULTI_GRID) -> None:
+    """Multiply the dilation of each unit's convolutions by its own rate, in place.
+
+    On top of what `to_output_stride` gave the block: at output stride 16 the last block of a ResNet has rate 2, and
+    (1, 2, 4) makes its three units 2, 4, 8.
+
+    Args:
+        units: of the last block, in order.
+        rates: one per unit.
+
+    Raises:
+        InputError: where the numbers of units and rates differ.
+
+    >>> block = [torch.nn.Conv2d(4, 4, 3, padding=2, dilation=2) for _ in range(3)]
+    >>> multi_grid(block); [conv.dilation[0] for conv in block]
+    [2, 4, 8]
+
+    Source: Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017.
+    """
+    units = list(units)
+    if len(units) != len(rates) or min(rates, default=0) < 1:
+        raise InputError(f"rates: expected one positive number for each of {len(units)} units, got {tuple(rates)}")
+    for unit, rate in zip(units, rates, strict=True):
+        for name, module in unit.named_modules():
+            # 1 x 1 convolutions have nothing to dilate, but their padding must not grow
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and max(module.kernel_size) > 1:
+                dilate(module, rate, name)
+
+
+def pixel_loss(
+    logits: Float[Tensor, "batch classes height width"],
+    labels: Int[Tensor, "batch height width"],
+    ignore: int = 255,
+) -> Float[Tensor, ""]:
+    """DeepLabV3's loss: cross-entropy on the enlarged logits, so that no label is thrown away.
+
+    >>> pixel_loss(torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long)).exp().round().item()
+    2.0
+    """
+    return F.cross_entropy(logits, labels.long(), ignore_index=ignore)
+
+
+def _unit(in_channels: int, out_channels: int, norm: Norm, rate: tuple[int, int] | None = None) -> nn.Sequential:
+    if rate is None:
+        conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+    else:
+        conv = nn.Conv2d(in_channels, out_channels, 3, padding=rate, dilation=rate, bias=False)
+    return nn.Sequential(conv, norm(out_channels), nn.ReLU())
+
+
+def _per_axis(rate: Rate) -> tuple[int, int]:
+    pair = (rate, rate) if isinstance(rate, int) else tuple(rate)
+    if len(pair) != 2 or min(pair) < 1:
+        raise InputError(f"rates: expected positive integers, or (down, across), got {rate!r}")
+    return pair
