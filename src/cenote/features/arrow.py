@@ -78,27 +78,27 @@ def open_arrow(shards: list[Shard], vector_column: str | None, id_column: str | 
     Raises:
         InputError: where a file is not Arrow or Parquet, or there is no such column.
     """
-    schema = _File(shards[0].path).schema
+    schema = File(shards[0].path).schema
     for shard in shards[1:]:
-        other = _File(shard.path).schema
+        other = File(shard.path).schema
         if other.names != schema.names:
             raise InputError(
                 f"{shard.path}: its columns {', '.join(other.names)} differ from those of {shards[0].path.name}, "
                 f"{', '.join(schema.names)}; put only files of one data set into a folder"
             )
     vectors = _vector_column(schema, vector_column, where)
-    names = [field.name for field in schema if field.name != vectors and _holds_cells(field.type)]
+    names = [field.name for field in schema if field.name != vectors and holds_cells(field.type)]
 
     def read(name: str) -> Column:
         if name == SPLIT_NAME and name not in names:
-            return [shard.split for shard in shards for _ in range(_File(shard.path).rows())]
-        return [cell for shard in shards for column in _File(shard.path).batches(name) for cell in column.to_pylist()]
+            return [shard.split for shard in shards for _ in range(File(shard.path).rows())]
+        return [cell for shard in shards for column in File(shard.path).batches(name) for cell in column.to_pylist()]
 
     known_split = all(shard.split is not None for shard in shards)
     columns = LazyColumns([*names, *([SPLIT_NAME] if known_split and SPLIT_NAME not in names else [])], read)
     id_name = find(dict.fromkeys(names, ()), id_column, ID_NAMES, "id_column")
     if id_name is None:
-        ids = [str(i) for i in range(sum(_File(shard.path).rows() for shard in shards))]
+        ids = [str(i) for i in range(sum(File(shard.path).rows() for shard in shards))]
     else:
         ids = ["" if cell is None else str(cell) for cell in columns[id_name]]
     kind = "Parquet" if shards[0].path.suffix.lower() in PARQUET else "Arrow"
@@ -107,19 +107,19 @@ def open_arrow(shards: list[Shard], vector_column: str | None, id_column: str | 
         ids,
         columns,
         lambda found: _load(shards, vectors, ids, found),
-        class_names=_class_names(schema),
+        class_names=class_names(schema),
         used=frozenset() if id_name is None else frozenset({id_name}),
     )
 
 
 def _load(shards: list[Shard], vectors: str, ids: list[str], problems: Problems) -> Filled | None:
     """Fill one flat tensor with the numbers of all files, batch by batch, then give it its width."""
-    bound = sum(_File(shard.path).numbers_at_most(vectors) for shard in shards)
+    bound = sum(File(shard.path).numbers_at_most(vectors) for shard in shards)
     flat: torch.Tensor | None = None
     lengths: list[int] = []
     dim = filled = 0
     for shard in shards:
-        for column in _File(shard.path).batches(vectors):
+        for column in File(shard.path).batches(vectors):
             batch = _Batch.of(column)
             first = len(lengths)
             lengths += batch.lengths.tolist()
@@ -185,19 +185,19 @@ def _unnested(column: Any) -> tuple[NDArray[np.int64], Any]:
     return lengths.astype(np.int64), column.flatten()
 
 
-class _File:
+class File:
     """One file: its schema, its rows, and each column batch by batch."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.is_parquet = path.suffix.lower() in PARQUET
-        with self._told():
+        with told(self.path):
             self.schema = self._parquet().schema_arrow if self.is_parquet else self._ipc().schema
 
     def rows(self) -> int:
         """Number of items."""
         if self.is_parquet:
-            with self._told():
+            with told(self.path):
                 return int(self._parquet().metadata.num_rows)
         return sum(len(batch) for batch in self.batches(self.schema.names[0]))
 
@@ -205,7 +205,7 @@ class _File:
         """No fewer than the numbers in the lists of a column: Parquet counts an empty or missing list as one."""
         if not self.is_parquet:
             return sum(len(_unnested(_unnested(batch)[1])[1]) for batch in self.batches(column))
-        with self._told():
+        with told(self.path):
             metadata = self._parquet().metadata
         chunks = (
             metadata.row_group(g).column(c)
@@ -216,7 +216,7 @@ class _File:
 
     def batches(self, column: str) -> Iterator[Any]:
         """The pieces of one column."""
-        with self._told():
+        with told(self.path):
             if not self.is_parquet:
                 reader = self._ipc()
                 stored = getattr(reader, "num_record_batches", None)
@@ -248,16 +248,18 @@ class _File:
             mapped.seek(0)
             return pa.ipc.open_stream(mapped)
 
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        import pyarrow as pa
 
-        try:
-            yield
-        except (pa.ArrowException, OSError) as error:
-            kind = "Parquet" if self.is_parquet else "Arrow"
-            why = str(error).strip().split("\n")[0]
-            raise InputError(f"{self.path}: is not a whole {kind} file ({why}); write it again") from error
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Failures of pyarrow inside, in words that name the file."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        kind = "Parquet" if path.suffix.lower() in PARQUET else "Arrow"
+        why = str(error).strip().split("\n")[0]
+        raise InputError(f"{path}: is not a whole {kind} file ({why}); write it again") from error
 
 
 def _vector_column(schema: Any, wanted: str | None, where: Path) -> str:
@@ -304,7 +306,7 @@ def _holds_vectors(kind: Any) -> bool:
     return _depth(kind) == 2 and pa.types.is_floating(_leaf(kind))
 
 
-def _holds_cells(kind: Any) -> bool:
+def holds_cells(kind: Any) -> bool:
     """Whether a column may hold labels, ids, groups: single numbers or texts, or lists of them."""
     import pyarrow as pa
 
@@ -315,14 +317,20 @@ def _holds_cells(kind: Any) -> bool:
     return _depth(kind) < 2 and (is_text or t.is_boolean(leaf) or t.is_integer(leaf) or t.is_floating(leaf))
 
 
-def _class_names(schema: Any) -> dict[str, list[str]]:
-    """Names of `ClassLabel` columns, which `datasets` keeps beside the schema."""
+def huggingface_features(schema: Any) -> dict[str, Any]:
+    """What `datasets` keeps beside the schema: the kind of each column; empty where it is not there."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        items = list(features.items())
+        return dict(features.items())
     except (KeyError, TypeError, ValueError, AttributeError):
         return {}
-    labels = {name: f.get("feature", f) if isinstance(f, dict) else f for name, f in items}
+
+
+def class_names(schema: Any) -> dict[str, list[str]]:
+    """Names of the classes of `ClassLabel` columns."""
+    labels = {
+        name: f.get("feature", f) if isinstance(f, dict) else f for name, f in huggingface_features(schema).items()
+    }
     return {
         name: [str(n) for n in f["names"]]
         for name, f in labels.items()

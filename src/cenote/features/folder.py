@@ -69,7 +69,7 @@ def open_folder(
         )
     ids = columns[id_name]
     check_ids(ids, problems)
-    of_item = _matched(ids, files, folder, csv.name, problems)
+    of_item = matched(ids, files, folder, csv.name, problems)
     return Source(
         f"folder of {kinds} files",
         ids,
@@ -89,7 +89,7 @@ def _token_files(folder: Path) -> list[Path]:
     ]
 
 
-def _matched(ids: list[str], files: list[Path], folder: Path, labels: str, problems: Problems) -> list[Path | None]:
+def matched(ids: list[str], files: list[Path], folder: Path, labels: str, problems: Problems) -> list[Path | None]:
     """The file of each id: by its path in the folder, its path without extension, its name, its name without extension."""
     ways: tuple[dict[str, list[Path]], ...] = ({}, {}, {}, {})
     for file in files:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from itertools import count, takewhile
 from pathlib import Path
@@ -14,10 +15,15 @@ Column = Sequence[Any]
 ID_NAMES = ("id", "item", "name", "file", "filename", "path")
 LABEL_NAMES = ("label", "labels", "y", "target", "class")
 SPLIT_NAME, GROUP_NAME = "split", "group"
+LONGEST_CELL = 2**31 - 1
 
 
-def read_csv(path: Path) -> dict[str, list[str]]:
+def read_csv(path: Path, names: Sequence[str] | None = None) -> dict[str, list[str]]:
     """Columns of a CSV file with a header line; separated by commas, or as the header shows by tabs or semicolons.
+
+    Args:
+        path: the file.
+        names: of the columns, for a file without a header line.
 
     Raises:
         InputError: where it is missing, not UTF-8 text, empty, or a line has too many or too few cells.
@@ -32,7 +38,9 @@ def read_csv(path: Path) -> dict[str, list[str]]:
         ) from error
     head = text.split("\n", 1)[0]
     separator = next((s for s in ("\t", ",", ";") if s in head), ",")
-    lines = [(i, row) for i, row in enumerate(csv.reader(text.splitlines(), delimiter=separator), 1) if any(row)]
+    lines = _lines(path, text, separator)
+    if names is not None:
+        lines = [(0, list(names)), *lines]
     if len(lines) < 2:
         raise InputError(f"labels: {path} holds no item; expected a header line such as id,label and a line per item")
     names = [name.strip() for name in lines[0][1]]
@@ -45,6 +53,18 @@ def read_csv(path: Path) -> dict[str, list[str]]:
                 f"put cells that hold {separator!r} in quotes"
             )
     return {name: [row[i].strip() for _, row in lines[1:]] for i, name in enumerate(names)}
+
+
+def _lines(path: Path, text: str, separator: str) -> list[tuple[int, list[str]]]:
+    """Lines with something in them, and their numbers; a quoted cell may hold line ends and be long."""
+    before = csv.field_size_limit(LONGEST_CELL)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    try:
+        return [(reader.line_num, row) for row in reader if any(row)]
+    except csv.Error as error:
+        raise InputError(f"labels: {path}, line {reader.line_num}: {error}; is a quote not closed?") from error
+    finally:
+        csv.field_size_limit(before)
 
 
 def find(columns: Mapping[str, Column], wanted: str | None, usual: Sequence[str], argument: str) -> str | None:

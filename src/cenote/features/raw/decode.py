@@ -1,0 +1,116 @@
+"""Bytes of an image or a sound file -> pixels or samples, or the reason why not."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+
+from cenote.core import InputError
+from cenote.features.raw.items import Audio, UnreadableError
+
+
+def decode_image(data: bytes) -> Any:
+    """A `PIL.Image` in RGB, turned as its EXIF tag says, transparent parts on white.
+
+    Raises:
+        UnreadableError: where the bytes are no whole image.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image: Any = Image.open(io.BytesIO(data))
+            image.load()
+        image = ImageOps.exif_transpose(image)
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, Warning, Image.DecompressionBombError) as error:
+        raise UnreadableError(f"is no whole image: {_first_line(error)}") from error
+    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+        # PIL would clip these at 255
+        values = np.asarray(image, dtype=np.float64)
+        low, high = (0.0, 65535.0) if image.mode.startswith("I") else (float(values.min()), float(values.max()))
+        image = Image.fromarray(np.uint8(255 * np.clip((values - low) / max(high - low, 1e-12), 0, 1)))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
+
+
+def decode_audio(data: bytes) -> Audio:
+    """One channel, the mean of all, at the file's own rate.
+
+    Raises:
+        UnreadableError: where the bytes are no whole sound, or it is empty.
+        InputError: where the format needs the extra `cenote[audio]`.
+    """
+    is_wav = data[:4] == b"RIFF" and data[8:12] == b"WAVE"
+    samples, rate = _wav(data) if is_wav else _other(data)
+    if samples.ndim == 2:
+        samples = samples.mean(1)
+    if not len(samples):
+        raise UnreadableError("holds no sound: its length is 0")
+    if not np.isfinite(samples).all():
+        raise UnreadableError("holds NaN or infinite samples")
+    return Audio(np.ascontiguousarray(samples, dtype=np.float32), rate)
+
+
+def resampled(sound: Audio, rate: int) -> Audio:
+    """The same sound at another rate, filtered so that nothing folds over.
+
+    >>> resampled(Audio(np.zeros(8000, np.float32), 8000), 16000).samples.shape
+    (16000,)
+    """
+    if sound.rate == rate:
+        return sound
+    from scipy.signal import resample_poly
+
+    common = math.gcd(sound.rate, rate)
+    samples = resample_poly(sound.samples.astype(np.float64), rate // common, sound.rate // common)
+    return Audio(samples.astype(np.float32), rate)
+
+
+def _wav(data: bytes) -> tuple[Any, int]:
+    from scipy.io import wavfile
+
+    # scipy reads on where a file was cut; here that is an error
+    declared = int.from_bytes(data[4:8], "little")
+    if declared not in (0xFFFFFFFF, 0) and declared + 8 > len(data) + 1:
+        raise UnreadableError(f"is cut short: {len(data):,} of {declared + 8:,} bytes are there")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", wavfile.WavFileWarning)
+            rate, samples = wavfile.read(io.BytesIO(data))
+    except (ValueError, TypeError, IndexError, EOFError, ZeroDivisionError, MemoryError, OSError) as error:
+        raise UnreadableError(f"is no whole wav file: {_first_line(error)}") from error
+    except Exception as error:  # struct.error, raised where the header ends early
+        raise UnreadableError(f"is no whole wav file: {_first_line(error)}") from error
+    if rate <= 0:
+        raise UnreadableError(f"claims a rate of {rate} samples a second")
+    if samples.dtype == np.uint8:
+        return (samples.astype(np.float32) - 128) / 128, int(rate)
+    if np.issubdtype(samples.dtype, np.integer):
+        # 24 bits come as the upper part of 32
+        return samples.astype(np.float64) / float(2 ** (8 * samples.dtype.itemsize - 1)), int(rate)
+    return samples, int(rate)
+
+
+def _other(data: bytes) -> tuple[Any, int]:
+    try:
+        import soundfile
+    except (ImportError, OSError) as error:
+        raise InputError(
+            "sound files other than wav need the package soundfile; pip install 'cenote[audio]', or save them as wav"
+        ) from error
+    try:
+        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UnreadableError(f"is no whole sound file: {_first_line(error)}") from error
+    return samples, int(rate)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

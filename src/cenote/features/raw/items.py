@@ -1,0 +1,93 @@
+"""Raw items on disk: their names, their labels, and how one of them is read."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cenote.features.table import Column
+
+Kind = Literal["image", "audio", "text"]
+
+
+class Audio(NamedTuple):
+    """One channel of sound, from -1 to 1, at so many samples a second."""
+
+    samples: NDArray[np.float32]
+    rate: int
+
+
+class Read(NamedTuple):
+    """An item as the model's preprocessing wants it (image: `PIL.Image` in RGB), and the digest of its raw bytes."""
+
+    content: Any
+    digest: bytes
+
+
+class UnreadableError(Exception):
+    """Why one item cannot be used; the reader knows which item it is."""
+
+
+class Item(ABC):
+    """One raw item; small, and can be sent to another machine that sees the same files."""
+
+    id: str
+
+    @abstractmethod
+    def read(self) -> Read:
+        """Read and decode it.
+
+        Raises:
+            UnreadableError: where it is missing, damaged or empty.
+        """
+
+    @abstractmethod
+    def stamp(self) -> str:
+        """What tells its content from another without reading a file: a file's size, a text's digest."""
+
+    def changed_since(self, time: float, digest: bytes) -> bool:
+        """Whether its content is no longer what had this digest; a file that was not written since `time` is not read."""
+        del time, digest  # a text is its own content: the stamp has told
+        return False
+
+
+@dataclass(frozen=True)
+class RawItems:
+    """Everything that a folder or a table holds.
+
+    Attributes:
+        kind: image, audio or text.
+        format: in words.
+        items: in a fixed order.
+        columns: labels, split, group and the like, a cell per item.
+        class_names: names of the classes of columns that store class numbers.
+        used: columns that are known not to be labels.
+    """
+
+    kind: Kind
+    format: str
+    items: Sequence[Item]
+    columns: Mapping[str, Column]
+    class_names: Mapping[str, list[str]] = field(default_factory=dict)
+    used: frozenset[str] = frozenset()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def sha256(self) -> str:
+        """Over names and stamps of the items, in their order."""
+        digest = hashlib.sha256(self.kind.encode())
+        for item in self.items:
+            digest.update(f"\n{item.id}\t{item.stamp()}".encode())
+        return digest.hexdigest()
+
+
+def digest_of(data: bytes | memoryview) -> bytes:
+    """16 bytes that tell one raw content from another."""
+    return hashlib.blake2b(data, digest_size=16).digest()

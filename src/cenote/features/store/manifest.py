@@ -1,0 +1,174 @@
+"""What decides the bytes of a feature store, and how two of them differ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import cenote.core.files as files
+from cenote.core import InputError
+
+FORMAT, VERSION = "cenote feature store", 1
+MANIFEST = "manifest.json"
+Dtype = Literal["float16", "bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One finished shard: its file, what the file's bytes hash to, and what it holds."""
+
+    file: str
+    sha256: str
+    rows: int
+    tokens: int
+    bytes: int
+    skipped: int = 0
+    shortened: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The head of a feature store.
+
+    Attributes:
+        kind: image, audio or text.
+        model: `name` (for people), `revision`, `library`, `model_class`, `weights_sha256`, `config_sha256`.
+        preprocessing: the settings of the preprocessing as the model's own files give them.
+        layers: which hidden states: 0 = the embeddings, then one per block; the last one is the model's output.
+        dim: width of a token.
+        dtype: how numbers are stored.
+        prefix_tokens: leading tokens that are [CLS], registers or the like.
+        grid: of the patch tokens, where they form one.
+        pooled: name of the pooling that was done while extracting; `None`: all tokens are kept.
+        items: how many the input holds, unreadable ones included.
+        items_sha256: over the names and sizes (of texts: the texts) of the items, in their order.
+        items_per_shard: shard `n` holds items `n * items_per_shard` and following.
+        batch: items in one call of the model; it can change the last bit of a number.
+        versions: of the libraries that computed the numbers.
+        shards: the finished shards, once all are.
+    """
+
+    kind: str
+    model: Mapping[str, Any]
+    preprocessing: Mapping[str, Any]
+    layers: tuple[int, ...]
+    dim: int
+    dtype: Dtype
+    prefix_tokens: int
+    grid: tuple[int, int] | None
+    pooled: str | None
+    items: int
+    items_sha256: str
+    items_per_shard: int
+    batch: int
+    versions: Mapping[str, str]
+    shards: tuple[ShardEntry, ...] | None = None
+
+    @property
+    def shard_count(self) -> int:
+        """Into how many shards the items are cut."""
+        return -(-self.items // self.items_per_shard)
+
+    def key(self) -> str:
+        """SHA-256 over everything that decides the numbers: shards of one key belong together."""
+        return hashlib.sha256(json.dumps(self._deciding(), sort_keys=True).encode()).hexdigest()
+
+    def _deciding(self) -> dict[str, Any]:
+        parts = asdict(self)
+        del parts["shards"]
+        # a model keeps its numbers when its folder is moved
+        parts["model"] = {k: v for k, v in self.model.items() if k != "name"}
+        return parts
+
+    def differences(self, other: Manifest) -> list[str]:
+        """In words, what another manifest has that this one has not."""
+        mine, its = _flat(self._deciding()), _flat(other._deciding())
+        return [
+            f"{_worded(name)}: {_short(mine.get(name))} in the store, {_short(its.get(name))} now"
+            for name in sorted(mine.keys() | its.keys())
+            if mine.get(name) != its.get(name)
+        ]
+
+    def finished(self, shards: tuple[ShardEntry, ...]) -> Manifest:
+        """The same, with all its shards."""
+        return replace(self, shards=shards)
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json` in one step."""
+        content = {"format": FORMAT, "version": VERSION, "key": self.key(), **asdict(self)}
+        files.write_whole(folder / MANIFEST, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a store.
+
+    Raises:
+        InputError: where there is none, it is damaged, or a later version of cenote wrote it.
+    """
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if content["format"] != FORMAT:
+            raise KeyError("format")
+        if content["version"] != VERSION:
+            raise InputError(
+                f"{path}: version {content['version']} of the format; this cenote reads version {VERSION}; update it"
+            )
+        key = content["key"]
+        fields = {k: v for k, v in content.items() if k not in ("format", "version", "key")}
+        shards = fields.pop("shards")
+        fields["layers"] = tuple(fields["layers"])
+        fields["grid"] = None if fields["grid"] is None else tuple(fields["grid"])
+        found = Manifest(**fields, shards=None if shards is None else tuple(ShardEntry(**s) for s in shards))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{folder}: is no feature store, it has no {MANIFEST}; make one with cenote extract"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path}: is damaged ({error}); delete it and run the same cenote extract again: finished shards are kept"
+        ) from error
+    if found.dtype not in get_args(Dtype) or found.key() != key:
+        raise InputError(
+            f"{path}: was changed after it was written; delete it and run the same cenote extract again: "
+            f"finished shards are kept"
+        )
+    return found
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder is a feature store."""
+    try:
+        return json.loads((folder / MANIFEST).read_text("utf-8")).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return {
+            k: v for part, inner in value.items() for k, v in _flat(inner, f"{name}.{part}" if name else part).items()
+        }
+    return {name: list(value) if isinstance(value, tuple) else value}
+
+
+def _worded(name: str) -> str:
+    return {
+        "model.weights_sha256": "the model's weights",
+        "model.config_sha256": "the model's configuration",
+        "model.revision": "the model's revision",
+        "items": "number of items",
+        "items_sha256": "the items",
+    }.get(name, name)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    is_hash = isinstance(value, str) and len(value) == 64
+    return f"{text[:12]}..." if is_hash else text

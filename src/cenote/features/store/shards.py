@@ -1,0 +1,249 @@
+"""Shards of a feature store: plain Arrow files, each written in one step, each carrying its checksum in its name.
+
+`part-000012-9f86d081884c7d65.arrow` is shard 12; the rest of the name starts the SHA-256 of its bytes. So which shards are
+finished, and whether they are whole, can be told from the folder alone, whoever wrote them and in whatever order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cenote.core import InputError
+from cenote.features.store.manifest import Dtype, ShardEntry
+
+SHARDS = "shards"
+NAME = re.compile(r"part-(\d{6,})-([0-9a-f]{16})\.arrow")
+UNFINISHED = ".unfinished-"
+HASHED = 16
+DTYPES: dict[Dtype, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What goes into one shard.
+
+    Attributes:
+        ids: names of the items.
+        inputs: per item the digest of the raw bytes that it was computed from.
+        lengths: tokens per item.
+        layers: per layer the tokens of all items, one after the other.
+        skipped: items left out, and why.
+        shortened: how many items were cut to the model's longest input.
+    """
+
+    ids: Sequence[str]
+    inputs: Sequence[bytes]
+    lengths: Sequence[int]
+    layers: Mapping[int, Float[Tensor, "total dim"]]
+    skipped: Sequence[tuple[str, str]] = ()
+    shortened: int = 0
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A finished shard in a folder."""
+
+    path: Path
+    number: int
+    digest: str
+
+    def whole(self) -> bool:
+        """Whether its bytes are those that were written; reads all of them."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest().startswith(self.digest)
+
+
+def layer_column(layer: int) -> str:
+    """Name of the column with the tokens of one layer."""
+    return f"layer_{layer:02d}"
+
+
+def finished_shards(store: Path) -> dict[int, ShardFile]:
+    """The finished shards by their numbers, from the names in the folder.
+
+    Raises:
+        InputError: where two different files claim to be the same shard.
+    """
+    found: dict[int, ShardFile] = {}
+    folder = store / SHARDS
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        match = NAME.fullmatch(path.name)
+        if match is None:
+            continue
+        shard = ShardFile(path, int(match[1]), match[2])
+        if shard.number in found:
+            raise InputError(
+                f"{folder}: {found[shard.number].path.name} and {path.name} are the same shard with different content; "
+                f"delete both and run the same cenote extract again"
+            )
+        found[shard.number] = shard
+    return found
+
+
+def write_shard(store: Path, number: int, key: str, rows: Rows, dtype: Dtype) -> ShardEntry:
+    """Write a shard so that it is either whole or not there.
+
+    Args:
+        store: the store's folder.
+        number: of the shard.
+        key: `Manifest.key()`, kept in the file.
+        rows: what goes in; the layers in the store's dtype already.
+        dtype: the store's.
+
+    Raises:
+        InputError: where the disk is full.
+    """
+    import pyarrow as pa
+
+    folder = store / SHARDS
+    folder.mkdir(parents=True, exist_ok=True)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(rows.lengths, dtype=np.int64)]).astype(np.int64))
+    columns = {
+        "id": pa.array(list(rows.ids), pa.string()),
+        "input": pa.array(list(rows.inputs), pa.binary()),
+    }
+    for layer, values in rows.layers.items():
+        columns[layer_column(layer)] = pa.LargeListArray.from_arrays(offsets, _vectors(values, dtype))
+    about = {
+        "cenote.key": key,
+        "cenote.shard": str(number),
+        "cenote.dtype": dtype,
+        "cenote.skipped": json.dumps([list(s) for s in rows.skipped]),
+        "cenote.shortened": str(rows.shortened),
+    }
+    batch = pa.record_batch(columns).replace_schema_metadata(about)
+    temporary = folder / f"{UNFINISHED}{number:06d}-{os.uname().nodename}-{os.getpid()}"
+    try:
+        with temporary.open("wb") as raw:
+            file = _Hashed(raw)
+            with pa.ipc.new_file(file, batch.schema) as writer:
+                writer.write_batch(batch)
+            raw.flush()
+            os.fsync(raw.fileno())
+        digest = file.digest.hexdigest()
+        path = folder / f"part-{number:06d}-{digest[:HASHED]}.arrow"
+        os.replace(temporary, path)
+        _sync_folder(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        free = os.statvfs(folder)
+        raise InputError(
+            f"{folder}: shard {number} of {batch.nbytes:,} bytes could not be written ({error.strerror or error}; "
+            f"{free.f_bavail * free.f_frsize:,} bytes are free); finished shards are kept: make room and run the same "
+            f"command again"
+        ) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return ShardEntry(
+        path.name, digest, len(rows.ids), int(sum(rows.lengths)), file.written, len(rows.skipped), rows.shortened
+    )
+
+
+def open_shard(path: Path) -> Any:
+    """The record batch of a shard, mapped, not read.
+
+    Raises:
+        InputError: where it is no whole Arrow file.
+    """
+    import pyarrow as pa
+
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        return reader.get_batch(0), reader.schema.metadata or {}
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: {damaged(str(error).splitlines()[0])}") from error
+
+
+def damaged(why: str) -> str:
+    """What to say of a broken shard."""
+    return f"is damaged ({why}); run the same cenote extract again: it makes this shard anew and keeps the others"
+
+
+def vectors_of(batch: Any, layer: int, dtype: Dtype) -> tuple[Any, Tensor]:
+    """Offsets `[rows + 1]` and tokens `[total, dim]` of one layer, in the mapped memory."""
+    column = batch.column(layer_column(layer))
+    offsets = column.offsets.to_numpy(zero_copy_only=True)
+    lists = column.values
+    flat = lists.values.to_numpy(zero_copy_only=True)
+    width = lists.type.list_size
+    import warnings
+
+    with warnings.catch_warnings():
+        # mapped for reading only; nothing here writes to it
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        values = torch.from_numpy(flat.view(np.int16) if dtype == "bfloat16" else flat)
+    return offsets, (values.view(torch.bfloat16) if dtype == "bfloat16" else values).view(-1, width)
+
+
+def remove_unfinished(store: Path) -> int:
+    """Delete what a killed run left half written; only for the one who holds the store's lock."""
+    left = list((store / SHARDS).glob(f"{UNFINISHED}*"))
+    for path in left:
+        path.unlink(missing_ok=True)
+    return len(left)
+
+
+class _Hashed:
+    """A file that hashes what goes through it, so that nothing is read again."""
+
+    closed = False
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.written = 0
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        self.file.write(data)
+        self.written += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.written
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
+
+
+def _vectors(values: Float[Tensor, "total dim"], dtype: Dtype) -> Any:
+    import pyarrow as pa
+
+    # Arrow has no bfloat16: its 16 bits are kept as an unsigned number
+    kind = {"float16": pa.float16(), "float32": pa.float32(), "bfloat16": pa.uint16()}[dtype]
+    raw = values.contiguous().cpu().view(torch.uint8).numpy()
+    flat = pa.Array.from_buffers(kind, values.numel(), [None, pa.py_buffer(raw)])
+    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

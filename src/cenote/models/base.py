@@ -1,0 +1,188 @@
+"""What every adapter gives: a model's tokens, its hidden states and its attentions, and how they lie."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from cenote.core import InputError
+
+Kind = Literal["image", "audio", "text"]
+
+
+class Prepared(NamedTuple):
+    """A batch as the model takes it.
+
+    `inputs` are the arguments of its forward, `cut` says how many items were cut to the model's longest input.
+    """
+
+    inputs: dict[str, Tensor]
+    cut: int = 0
+
+
+class States(NamedTuple):
+    """What one call of a model gives.
+
+    `layers`: chosen hidden states by their numbers, `[batch, tokens, dim]`; `mask`: True = a real token, `None` where all
+    are; `attentions`: per block `[batch, heads, tokens, tokens]`, where they were asked for.
+    """
+
+    layers: dict[int, Float[Tensor, "batch tokens dim"]]
+    mask: Bool[Tensor, "batch tokens"] | None
+    attentions: tuple[Float[Tensor, "batch heads tokens tokens"], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which weights these are; `name` is for people, the rest decides the numbers."""
+
+    name: str
+    revision: str | None
+    library: str
+    model_class: str
+    weights_sha256: str
+    config_sha256: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model's tokens lie, found by showing it one sample.
+
+    Attributes:
+        kind: what it takes.
+        blocks: number of layers; hidden state 0 is the embeddings, the last one the model's output.
+        dims: width of each hidden state, `blocks + 1` numbers.
+        tokens: of the sample, per hidden state.
+        prefix_tokens: leading tokens that are [CLS], registers, a distillation token, a beginning of text.
+        grid: `(height, width)` of the other tokens, where they form one.
+        heads: of a block, where the model says so.
+        parameters: how many.
+        sample: in words.
+        preprocessing: settings of the preprocessing.
+        notes: what had to be guessed, or looks odd.
+    """
+
+    kind: Kind
+    blocks: int
+    dims: tuple[int, ...]
+    tokens: tuple[int, ...]
+    prefix_tokens: int
+    grid: tuple[int, int] | None
+    heads: int | None
+    parameters: int
+    sample: str
+    preprocessing: Mapping[str, Any]
+    notes: tuple[str, ...] = field(default=())
+
+
+class Backbone(ABC):
+    """A frozen model.
+
+    Attributes:
+        identity: which one.
+        layout: how its tokens lie.
+        equal_sizes: True where a batch must hold inputs of one length, because the model has no mask for padding.
+    """
+
+    identity: Identity
+    layout: Layout
+    equal_sizes = False
+
+    @abstractmethod
+    def prepare(self, items: Sequence[Any]) -> Prepared:
+        """Preprocessed items: `PIL.Image`, `(samples, rate)` or text."""
+
+    @abstractmethod
+    def states(self, prepared: Prepared, layers: Sequence[int] | None = None, attentions: bool = False) -> States:
+        """Hidden states of a batch.
+
+        Args:
+            prepared: by `prepare`.
+            layers: numbers from 0 (the embeddings) to `layout.blocks` (the model's output); default: the output alone.
+            attentions: also give the attention weights of every block.
+
+        Raises:
+            InputError: where there is no such layer, or the model has no attention weights to give.
+        """
+
+    def forward(self, prepared: Prepared) -> Any:
+        """The model's own forward and nothing else: what extraction is measured against."""
+        return self.states(prepared)
+
+    @abstractmethod
+    def to(self, device: str) -> Backbone:
+        """The same on another device."""
+
+    def __call__(self, items: Sequence[Any], layers: Sequence[int] | None = None, attentions: bool = False) -> States:
+        """`states(prepare(items))`."""
+        return self.states(self.prepare(items), layers, attentions)
+
+
+def chosen_layers(wanted: str | int | Sequence[int] | None, layout: Layout) -> tuple[int, ...]:
+    """Numbers of hidden states.
+
+    Args:
+        wanted: `None` or `"last"`: the model's output; `"all"`; a number, several, or a text such as `"0,3,-1"` or `"4-8"`
+            (negative numbers count from the last).
+        layout: of the model.
+
+    Raises:
+        InputError: where there is no such layer, or the chosen ones differ in width or tokens.
+
+    Example:
+        >>> layout = Layout("text", 6, (8,) * 7, (5,) * 7, 1, None, 2, 100, "a text", {})
+        >>> chosen_layers("0,4-6", layout), chosen_layers(-1, layout)
+        ((0, 4, 5, 6), (6,))
+    """
+    last = layout.blocks
+    if wanted is None or wanted == "last":
+        return (last,)
+    numbers: list[int] = []
+    if wanted == "all":
+        numbers = list(range(last + 1))
+    elif isinstance(wanted, int):
+        numbers = [wanted]
+    elif isinstance(wanted, str):
+        numbers = _parsed(wanted)
+    else:
+        numbers = list(wanted)
+    positive = [n + last + 1 if n < 0 else n for n in numbers]
+    for given, number in zip(numbers, positive, strict=True):
+        if not 0 <= number <= last:
+            raise InputError(
+                f"layers: there is no layer {given}; the model has {last} blocks: 0 is its embeddings, {last} its output"
+            )
+    made = tuple(sorted(set(positive)))
+    if not made:
+        raise InputError("layers: none is named; give last, all, or numbers")
+    shapes = {(layout.tokens[n], layout.dims[n]) for n in made}
+    if len(shapes) > 1:
+        listed = ", ".join(f"layer {n}: {layout.tokens[n]} x {layout.dims[n]}" for n in made)
+        raise InputError(f"layers: they differ in tokens x width ({listed}); choose layers of one shape")
+    return made
+
+
+def _parsed(text: str) -> list[int]:
+    numbers: list[int] = []
+    for part in text.split(","):
+        part = part.strip()
+        first, dash, last = part.rpartition("-") if not part.startswith("-") else ("", "", part)
+        try:
+            if dash and first:
+                numbers += range(int(first), int(last) + 1)
+            else:
+                numbers.append(int(part))
+        except ValueError as error:
+            raise InputError(f"layers: expected last, all, or numbers such as 0,4-6,-1, got {text!r}") from error
+    return numbers
+
+
+def to_device(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Inputs on the model's device, real numbers in the model's type."""
+    return {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}

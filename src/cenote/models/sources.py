@@ -1,0 +1,95 @@
+"""Where a model's files lie, and what they hash to."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+from cenote.core import InputError
+
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def model_folder(name: str, revision: str | None, pickles: bool, remote_code: bool) -> tuple[Path, str | None]:
+    """The local folder of a model, and its revision on the hub.
+
+    A folder is taken as it is. Any other name is one on the Hugging Face hub: its safetensors, configuration and vocabulary
+    are fetched, or found in the cache (only there with HF_HUB_OFFLINE=1); Python code and pickles are not, unless allowed.
+
+    Raises:
+        InputError: where there is neither such a folder nor such a model.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
+            raise InputError(f"backbone: {folder} is a folder without config.json; expected one of a saved model")
+        return folder.resolve(), None
+    if name.startswith((".", "/", "~")):
+        raise InputError(f"backbone: there is no folder {name}")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise InputError("backbone: models of the hub need transformers; pip install 'cenote[models]'") from error
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    wanted += ["*.bin"] if pickles else []
+    wanted += ["*.py"] if remote_code else []
+    try:
+        found = Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=wanted,
+                ignore_patterns=["onnx/*", "openvino/*", "*/checkpoint-*"],
+            )
+        )
+    except Exception as error:  # the hub's client has a dozen exceptions, of three libraries
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"backbone: {name!r} is no local folder, and was not found on the hub or in its cache ({why})"
+        ) from error
+    return found, found.name
+
+
+def require_safetensors(folder: Path, pickles: bool) -> list[Path]:
+    """The weight files.
+
+    Raises:
+        InputError: where there are none, or only pickles and these are not allowed.
+    """
+    safe = sorted(folder.glob("*.safetensors"))
+    if safe:
+        return safe
+    pickled = sorted(file for pattern in PICKLED for file in folder.glob(pattern))
+    if pickled and pickles:
+        return pickled
+    if pickled:
+        raise InputError(
+            f"backbone: {folder} has its weights in {pickled[0].name} only, a pickle, which can run code when it is read; "
+            f"save them as safetensors, or allow it with --allow-pickle (read with weights_only)"
+        )
+    raise InputError(f"backbone: {folder} holds no .safetensors file")
+
+
+def weights_sha256(files: list[Path]) -> str:
+    """SHA-256 over the weight files, in the order of their names."""
+    return _hashed(tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files))
+
+
+@lru_cache(maxsize=8)
+def _hashed(files: tuple[tuple[str, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for name, _, _ in files:
+        with Path(name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def config_sha256(folder: Path) -> str:
+    """SHA-256 over the small files that decide how a model computes: configuration, preprocessing, vocabulary."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".txt", ".model") and file.is_file() and not file.name.endswith(".index.json"):
+            digest.update(f"{file.name}\n".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()

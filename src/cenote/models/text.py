@@ -1,0 +1,103 @@
+"""Text encoders and causal language models of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cenote.models.base import Identity, Kind, Prepared
+from cenote.models.hugging_face import BIGGER_THAN_ANY, HuggingFaceBackbone, plain, processor
+
+SAMPLE = "A cenote is a natural pool at the bottom of a sinkhole."
+LONGEST_UNKNOWN = 512
+
+
+class TextBackbone(HuggingFaceBackbone):
+    """Tokens of a text, special tokens included; padding is marked in the mask.
+
+    Args:
+        model: takes `input_ids`.
+        folder: with the tokenizer's files.
+        identity: which model.
+        notes: on loading.
+        trust_remote_code: allow a tokenizer's own code.
+        max_length: longer texts are cut; default: the longest that tokenizer and model allow.
+        lower_case: as a saved sentence-transformers model may ask for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: Path,
+        identity: Identity,
+        notes: Sequence[str],
+        trust_remote_code: bool,
+        max_length: int | None = None,
+        lower_case: bool = False,
+    ) -> None:
+        self.tokenizer = processor("AutoTokenizer", folder, trust_remote_code, "texts")
+        self.lower_case = lower_case
+        notes = list(notes)
+        if self.tokenizer.pad_token_id is None:
+            # masked, and to the right of every real token: what stands there is never seen
+            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
+        self.tokenizer.padding_side = "right"
+        config: Any = model.config
+        known = [
+            limit
+            for limit in (
+                getattr(config, "max_position_embeddings", None),
+                getattr(self.tokenizer, "model_max_length", 0),
+            )
+            if isinstance(limit, int) and 0 < limit < BIGGER_THAN_ANY
+        ]
+        if not known and max_length is None:
+            notes.append(f"neither model nor tokenizer says how long a text may be: cut at {LONGEST_UNKNOWN} tokens")
+        self.max_length = min([max_length or BIGGER_THAN_ANY, *known]) if known or max_length else LONGEST_UNKNOWN
+        super().__init__(model, identity, notes)
+
+    def kind(self) -> Kind:
+        return "text"
+
+    def sample(self) -> tuple[Any, str]:
+        return SAMPLE, f"the text {SAMPLE!r}"
+
+    def prepare(self, items: Sequence[Any]) -> Prepared:
+        """Token numbers, padded on the right."""
+        texts = [text.lower() if self.lower_case else text for text in items]
+        full = self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
+        cut = sum(len(ids) > self.max_length for ids in full)
+        made = self.tokenizer(
+            texts, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt",
+            return_attention_mask=True,
+        )  # fmt: skip
+        return Prepared(dict(made), cut)
+
+    def mask(self, prepared: Prepared, output: Any) -> Tensor | None:  # noqa: ARG002 - the padding tells all
+        mask = prepared.inputs["attention_mask"].bool()
+        return None if bool(mask.all()) else mask.to(self.device)
+
+    def lie(self, prepared: Prepared, tokens: int) -> tuple[int, tuple[int, int] | None]:  # noqa: ARG002
+        special = set(self.tokenizer.all_special_ids)
+        ids = prepared.inputs["input_ids"][0].tolist()
+        return next((i for i, number in enumerate(ids) if number not in special), 0), None
+
+    def settings(self) -> Mapping[str, Any]:
+        return plain(
+            {
+                "tokenizer": type(self.tokenizer).__name__,
+                "vocabulary": len(self.tokenizer),
+                "max_length": self.max_length,
+                "lower_case": self.lower_case,
+                "cut": self.tokenizer.truncation_side,
+            }
+        )
+
+    @torch.inference_mode()
+    def words(self, text: str) -> list[str]:
+        """The pieces that the tokens stand for."""
+        return list(self.tokenizer.convert_ids_to_tokens(self.prepare([text]).inputs["input_ids"][0].tolist()))

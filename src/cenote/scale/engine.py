@@ -1,0 +1,53 @@
+"""Who computes which shard. What a shard holds is decided elsewhere, so every engine fills the same store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from cenote.features.store import ShardEntry
+from cenote.models import Backbone
+from cenote.scale.job import Job, Shard
+from cenote.scale.work import OnItems, Worker
+
+OnShard = Callable[[ShardEntry], None]
+"""Called when a shard is written."""
+
+
+class Engine(Protocol):
+    """Computes shards, anywhere and in any order.
+
+    A shard may be computed twice, after a worker was lost: both times the same file comes out, under the same name. The store
+    is complete when all its shards lie in the folder, whatever an engine believes.
+    """
+
+    def run(self, job: Job, todo: Iterable[Shard], on_shard: OnShard, on_items: OnItems) -> None:
+        """Compute all of `todo`.
+
+        Args:
+            job: what to compute.
+            todo: the shards that are missing; read as they are needed, for there may be millions.
+            on_shard: called for each that is written.
+            on_items: called with the number of items just computed, as often as the engine knows.
+
+        Raises:
+            InputError: that a worker raised; what other workers finished stays.
+        """
+
+
+class LocalEngine:
+    """One worker in this process.
+
+    Args:
+        backbone: the model, if it is loaded already.
+    """
+
+    def __init__(self, backbone: Backbone | None = None) -> None:
+        self.backbone = backbone
+
+    def run(self, job: Job, todo: Iterable[Shard], on_shard: OnShard, on_items: OnItems) -> None:
+        """Compute the shards one after the other."""
+        worker: Worker | None = None
+        for shard in todo:
+            worker = worker or Worker(job, self.backbone)
+            on_shard(worker(shard, on_items))

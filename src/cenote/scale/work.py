@@ -1,0 +1,190 @@
+"""A worker: holds the model, turns a shard of raw items into a file of tokens."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cenote.catalog import create
+from cenote.core import InputError
+from cenote.features.raw import Item, Read, UnreadableError
+from cenote.features.store import Rows, ShardEntry, write_shard
+from cenote.features.store.shards import DTYPES
+from cenote.models import Backbone, Prepared
+from cenote.scale.job import Job, Shard
+
+OnItems = Callable[[int], None]
+"""Called with the number of items that were just computed."""
+
+
+class Worker:
+    """Computes shards of one job, one after the other.
+
+    Args:
+        job: what to compute.
+        backbone: the model, if it is loaded already.
+
+    Raises:
+        InputError: where the model is not the one that the job was made for.
+    """
+
+    def __init__(self, job: Job, backbone: Backbone | None = None) -> None:
+        self.job = job
+        self.backbone = backbone or job.model.load()
+        expected = job.manifest.model["weights_sha256"]
+        if self.backbone.identity.weights_sha256 != expected:
+            raise InputError(
+                f"backbone: {job.model.name} has other weights here than where the job was started; "
+                f"give every machine the same model"
+            )
+        self.key = job.manifest.key()
+        self.dtype = DTYPES[job.manifest.dtype]
+        self.pool = token_pool(job.manifest.pooled, job.manifest.dim, job.manifest.prefix_tokens)
+
+    def __call__(self, shard: Shard, on_items: OnItems = lambda _: None) -> ShardEntry:
+        """Compute one shard and write it; nothing is there until all of it is.
+
+        Raises:
+            InputError: where an item cannot be read (and is not to be skipped), a number does not fit the store's type, or
+                the disk is full.
+        """
+        return write_shard(
+            self.job.store, shard.number, self.key, self.rows(shard.items, on_items), self.job.manifest.dtype
+        )
+
+    def rows(self, items: Sequence[Item], on_items: OnItems = lambda _: None) -> Rows:
+        """The tokens of some items."""
+        read: dict[int, bytes] = {}
+        skipped: list[tuple[str, str]] = []
+        tokens: dict[int, dict[int, Tensor]] = {layer: {} for layer in self.job.manifest.layers}
+        cut = 0
+        for positions, prepared in _ahead(self._batches(items, read, skipped)):
+            cut += prepared.cut
+            found = self.backbone.states(prepared, self.job.manifest.layers)
+            for layer, states in found.layers.items():
+                for position, row in zip(positions, self._kept(states, found.mask), strict=True):
+                    tokens[layer][position] = row
+            on_items(len(positions))
+        for place, name in enumerate(item.id for item in items):
+            if place in read and not all(bool(torch.isfinite(of[place]).all()) for of in tokens.values()):
+                raise InputError(
+                    f"item {name!r}: its tokens hold NaN, or numbers beyond the range of {self.job.manifest.dtype}; "
+                    f"take bfloat16 or float32 with --dtype, or leave the item out"
+                )
+        order = sorted(read)
+        width = self.job.manifest.dim
+        return Rows(
+            ids=[items[i].id for i in order],
+            inputs=[read[i] for i in order],
+            lengths=[len(tokens[self.job.manifest.layers[0]][i]) for i in order],
+            layers={n: torch.cat([of[i] for i in order]) if order else torch.empty(0, width, dtype=self.dtype)
+                    for n, of in tokens.items()},
+            skipped=skipped,
+            shortened=cut,
+        )  # fmt: skip
+
+    def _batches(
+        self, items: Sequence[Item], read: dict[int, bytes], skipped: list[tuple[str, str]]
+    ) -> Iterator[tuple[list[int], Prepared]]:
+        size = self.job.manifest.batch
+        if self.job.manifest.kind == "image":
+            # images are large until they are prepared: a batch at a time
+            for start in range(0, len(items), size):
+                yield from self._prepared(range(start, min(start + size, len(items))), items, read, skipped)
+            return
+        contents = self._read(range(len(items)), items, read, skipped)
+        for group in _of_like_length(contents, size, self.backbone.equal_sizes):
+            yield group, self.backbone.prepare([contents[i] for i in group])
+
+    def _prepared(
+        self, places: Sequence[int], items: Sequence[Item], read: dict[int, bytes], skipped: list[tuple[str, str]]
+    ) -> Iterator[tuple[list[int], Prepared]]:
+        contents = self._read(places, items, read, skipped)
+        if contents:
+            yield list(contents), self.backbone.prepare(list(contents.values()))
+
+    def _read(
+        self, places: Sequence[int], items: Sequence[Item], read: dict[int, bytes], skipped: list[tuple[str, str]]
+    ) -> dict[int, Any]:
+        contents: dict[int, Any] = {}
+        for place in places:
+            try:
+                found: Read = items[place].read()
+            except UnreadableError as error:
+                if not self.job.skip_bad:
+                    raise InputError(
+                        f"item {items[place].id!r} {error}; repair it, take it out, or leave such items out with --skip-bad"
+                    ) from error
+                skipped.append((items[place].id, str(error)))
+                continue
+            contents[place], read[place] = found.content, found.digest
+        return contents
+
+    def _kept(self, states: Tensor, mask: Tensor | None) -> list[Tensor]:
+        """Per item what is stored: its real tokens, or their pool, in the store's type."""
+        if self.pool is not None:
+            pooled = self.pool(states.float(), mask)
+            return list(pooled.view(len(states), 1, -1).to(self.dtype).cpu())
+        stored = states.to(self.dtype).cpu()
+        if mask is None:
+            return list(stored)
+        return [tokens[real] for tokens, real in zip(stored, mask.cpu(), strict=True)]
+
+
+def token_pool(name: str | None, dim: int, prefix_tokens: int) -> nn.Module | None:
+    """The pool of that name, for tokens as they come from a model.
+
+    Raises:
+        InputError: where it has something to learn, or is none of sets of tokens.
+    """
+    if name is None:
+        return None
+    pool: Any = create(name, dim=dim)
+    if any(True for _ in pool.parameters()):
+        raise InputError(f"pool-at-extract: {name} has weights that must be trained first; take mean, max, cls, ...")
+    if pool.out_dim * pool.vectors != dim:
+        raise InputError(f"pool-at-extract: {name} gives {pool.out_dim * pool.vectors} numbers for tokens of {dim}")
+    if pool.reads_cls and not prefix_tokens:
+        raise InputError(f"pool-at-extract: {name} reads [CLS], and this model has no prefix tokens")
+    return _Pooled(pool.eval(), prefix_tokens)
+
+
+class _Pooled(nn.Module):
+    def __init__(self, pool: nn.Module, prefix_tokens: int) -> None:
+        super().__init__()
+        self.pool = pool
+        self.drop = prefix_tokens if getattr(pool, "prefix", "keep") == "drop" else 0
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return self.pool(x[:, self.drop :], None if mask is None else mask[:, self.drop :])
+
+
+def _of_like_length(contents: dict[int, Any], size: int, equal: bool) -> list[list[int]]:
+    """Batches of items of similar length, or of exactly one length; the same for the same items."""
+    lengths = {place: _length(content) for place, content in contents.items()}
+    order = sorted(contents, key=lambda place: (lengths[place], place))
+    if not equal:
+        return [order[i : i + size] for i in range(0, len(order), size)]
+    of_length: dict[Any, list[int]] = defaultdict(list)
+    for place in order:
+        of_length[lengths[place]].append(place)
+    return [group[i : i + size] for group in of_length.values() for i in range(0, len(group), size)]
+
+
+def _length(content: Any) -> tuple[int, int]:
+    return (len(content), 0) if isinstance(content, str) else (len(content[0]), content[1])
+
+
+def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same, with the next one being made while this one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(next, batches, None)
+            yield batch
