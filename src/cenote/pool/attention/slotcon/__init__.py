@@ -1,0 +1,1 @@
+"""SlotCon: semantic grouping, and learning it from images without labels."""

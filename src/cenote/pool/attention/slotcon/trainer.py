@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from cenote.core.errors import InputError
+from cenote.pool.attention.slotcon.lars import LARS
+from cenote.pool.attention.slotcon.model import SlotCon, SlotConLosses
+from cenote.pool.attention.slotcon.views import TwoCrops
+
+
+class SlotConTrainer:
+    """Train a `SlotCon` on images without labels.
+
+    Each step draws two crops per image, moves the teacher, and steps the student; the learning rate rises linearly during the
+    warm-up and falls along a cosine.
+
+    Args:
+        model: what is trained.
+        views: draws the two crops.
+        steps: length of the training.
+        warm_up: share of the steps during which the learning rate rises.
+        optimizer: makes the optimiser of a list of parameters; default LARS at 1.0 per 256 images, as the authors, of
+            which `batch` says how many a step shows.
+        batch: images in a step; only the default optimiser asks.
+
+    Raises:
+        InputError: where steps or warm-up make no schedule, or more steps are taken than were planned.
+
+    Example:
+        >>> encoder = torch.nn.Conv2d(1, 8, 3, stride=2, padding=1)
+        >>> model = SlotCon(encoder, features=8, slots=4, dim=6, hidden=8)
+        >>> trainer = SlotConTrainer(model, TwoCrops(8), steps=4, optimizer=lambda p: torch.optim.Adam(p, lr=1e-3))
+        >>> history = trainer.fit([torch.rand(4, 1, 12, 12)], epochs=4)
+        >>> len(history)
+        4
+
+    Source: Wen et al., "Self-Supervised Visual Representation Learning with Semantic Grouping", NeurIPS 2022.
+    """
+
+    def __init__(
+        self,
+        model: SlotCon,
+        views: TwoCrops,
+        steps: int,
+        warm_up: float = 5 / 800,
+        optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
+        batch: int = 512,
+    ) -> None:
+        if steps < 1:
+            raise InputError(f"steps: expected at least 1, got {steps}")
+        if not 0 <= warm_up < 1:
+            raise InputError(f"warm_up: expected a share of the steps below 1, got {warm_up}")
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.model = model
+        self.views = views
+        self.steps = steps
+        self.done = 0
+        self.optimizer = LARS(parameters, lr=batch / 256) if optimizer is None else optimizer(parameters)
+        self.schedule = LambdaLR(self.optimizer, lambda step: _rate((step + 1) / steps, warm_up))
+
+    def step(self, images: Float[Tensor, "batch channels height width"]) -> SlotConLosses:
+        """One step on a batch of images; the losses before it."""
+        if self.done >= self.steps:
+            raise InputError(f"steps: all {self.steps} steps of this training are done; plan more of them")
+        self.model.train()
+        self.model.update_teacher(self.done / self.steps)
+        losses = self.model(*self.views(images))
+        self.optimizer.zero_grad()
+        losses.total.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.done += 1
+        return losses
+
+    def fit(
+        self, batches: Iterable[Float[Tensor, "batch channels height width"]], epochs: int | None = None
+    ) -> list[float]:
+        """Pass over the batches until all steps are done, or `epochs` times; the mean loss of each pass."""
+        history: list[float] = []
+        while self.done < self.steps and (epochs is None or len(history) < epochs):
+            total, count = 0.0, 0
+            for images in batches:
+                if self.done >= self.steps:
+                    break
+                total += float(self.step(images).total.detach())
+                count += 1
+            if not count:
+                raise InputError("batches: gave nothing in an epoch; an iterator is spent after one, give a list")
+            history.append(total / count)
+        return history
+
+
+def _rate(share: float, warm_up: float) -> float:
+    if share < warm_up:
+        return share / warm_up
+    return (1 + math.cos(math.pi * min((share - warm_up) / (1 - warm_up), 1.0))) / 2
