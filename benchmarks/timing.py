@@ -6,7 +6,8 @@ neighbouring calls gives one ratio. Reported: the median ratio, and the range th
     pairs = [Pair("sum", "ours", lambda: a.sum(), "theirs", lambda: sum(a.tolist()))]
     run(pairs, __doc__, "python -m benchmarks.sums")
 
-`run` reads the command line (`--json FILE`, `--threads N`, `--rounds N`), prints one table and writes the JSON file.
+`run` reads the command line (`--json FILE`, `--threads N`, `--rounds N`), prints one table and writes the JSON file. Where a
+pair asks for it, a process of its own then measures how much memory each of the two takes while it runs (`extra_memory`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 SHORTEST_SAMPLE = 2e-3
@@ -28,13 +31,24 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class Pair:
-    """Two ways of doing the same thing; the ratio reported is the time of `theirs` over that of `ours`."""
+    """Two ways of doing the same thing; the ratio reported is the time of `theirs` over that of `ours`.
+
+    Attributes:
+        target: how many times faster `ours` is meant to be.
+        memory: whether to measure what both take while they run.
+        memory_target: how many times less `ours` is meant to take; implies `memory`.
+        note: what a reader of the row must know.
+    """
 
     name: str
     ours: str
     run_ours: Callable[[], object]
     theirs: str
     run_theirs: Callable[[], object]
+    target: float | None = None
+    memory: bool = False
+    memory_target: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Result:
-    """How long the two of a pair took, in milliseconds, and how many times faster `ours` is."""
+    """How long the two of a pair took, in milliseconds, and how many times faster `ours` is; what they took of memory."""
 
     name: str
     ours: str
@@ -62,6 +76,11 @@ class Result:
     ours_ms: Spread
     theirs_ms: Spread
     ratio: Spread
+    target: float | None = None
+    note: str = ""
+    ours_bytes: int | None = None
+    theirs_bytes: int | None = None
+    memory_target: float | None = None
 
 
 def time_pair(pair: Pair, rounds: int = 30, synchronise: Callable[[], object] | None = None) -> Result:
@@ -96,6 +115,9 @@ def time_pair(pair: Pair, rounds: int = 30, synchronise: Callable[[], object] | 
         Spread.of([1e3 * t for t in ours]),
         Spread.of([1e3 * t for t in theirs]),
         Spread.of([b / a for a, b in zip(ours, theirs, strict=True)]),
+        target=pair.target,
+        note=pair.note,
+        memory_target=pair.memory_target,
     )
 
 
@@ -136,12 +158,61 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def extra_memory(call: Callable[[], object]) -> int:
+    """Bytes of resident memory that a call takes at its peak, above what is there before and its first call left behind.
+
+    Linux only. Blocks that are freed must go back to the system: see `cenote.core.memory.return_freed_blocks`.
+    """
+    call()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    call()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def _measure_memory(pairs: Iterable[Pair]) -> dict[str, tuple[int, int]]:
+    """Name of a pair -> extra memory of `ours` and of `theirs`."""
+    return {
+        pair.name: (extra_memory(pair.run_ours), extra_memory(pair.run_theirs))
+        for pair in pairs
+        if pair.memory or pair.memory_target is not None
+    }
+
+
+def _with_memory(results: list[Result], command: str, threads: int) -> list[Result]:
+    """Ask a process of its own, as this one keeps freed memory for later."""
+    words = [sys.executable, *command.split()[1:], "--memory", "--threads", str(threads)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{command} --memory failed:\n{done.stderr[-2000:]}")
+    found: dict[str, tuple[int, int]] = json.loads(done.stdout.splitlines()[-1])
+    return [
+        replace(r, ours_bytes=found[r.name][0], theirs_bytes=found[r.name][1]) if r.name in found else r
+        for r in results
+    ]
+
+
 def table(results: Iterable[Result]) -> str:
     """One line per pair."""
-    rows = [("", "ours", "ms", "theirs", "ms", "times faster")]
+    results = list(results)
+    targets, memory = any(r.target for r in results), any(r.ours_bytes is not None for r in results)
+    header = ("", "ours", "ms", "theirs", "ms", "times faster")
+    rows = [(*header, *(["wanted"] if targets else []), *(["ours, extra MB", "theirs", "wanted"] if memory else []))]
     for r in results:
         ratio = f"{r.ratio.median:.3g} ({r.ratio.low:.3g} to {r.ratio.high:.3g})"
-        rows.append((r.name, r.ours, f"{r.ours_ms.median:.3g}", r.theirs, f"{r.theirs_ms.median:.3g}", ratio))
+        row = (r.name, r.ours, f"{r.ours_ms.median:.3g}", r.theirs, f"{r.theirs_ms.median:.3g}", ratio)
+        if targets:
+            row = (*row, f"{r.target:g}" if r.target else "")
+        if memory:
+            sizes = ["" if b is None else f"{b / 1e6:.3g}" for b in (r.ours_bytes, r.theirs_bytes)]
+            row = (*row, *sizes, f"1/{r.memory_target:g}" if r.memory_target else "")
+        rows.append(row)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     right = {2, 4}
 
@@ -177,13 +248,28 @@ def run(
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything measured to this file")
     parser.add_argument("--threads", type=int, default=threads, help="threads that torch may use (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=rounds, help="times that each is called (default %(default)s)")
+    parser.add_argument("--memory", action="store_true", help="measure extra memory alone and print it as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.memory:
+        from cenote.core.memory import return_freed_blocks
+
+        return_freed_blocks()
+        print(json.dumps(_measure_memory(pairs())))
+        return []
     before = machine()
-    results = [time_pair(pair, arguments.rounds) for pair in pairs()]
+    asks_memory = False
+    results = []
+    for pair in pairs():
+        results.append(time_pair(pair, arguments.rounds))
+        asks_memory |= pair.memory or pair.memory_target is not None
+    if asks_memory and Path("/proc/self/clear_refs").exists():
+        results = _with_memory(results, command, arguments.threads)
     print(f"{before['processor']}, {arguments.threads} threads, torch {before['torch']}, load {before['load']}")
     print(f"median of {arguments.rounds} rounds in turn; in brackets what the middle 80 % of the rounds gave\n")
     print(table(results))
+    for note in dict.fromkeys(r.note for r in results if r.note):
+        print(f"\n{note}")
     if arguments.json:
         write_json(arguments.json, command, results, load_before=before["load"])
     return results
