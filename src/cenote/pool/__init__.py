@@ -25,6 +25,10 @@ from cenote.pool.attention.set_transformer import SetTransformer
 from cenote.pool.attention.set_transformer_clustering import GaussianMixtures, sample_mixtures
 from cenote.pool.attention.siglip import SigLipPool
 from cenote.pool.attention.simpool import SimPool
+from cenote.pool.attention.slotcon.grouping import SemanticGrouping
+from cenote.pool.attention.slotcon.model import SlotCon
+from cenote.pool.attention.slotcon.trainer import SlotConTrainer
+from cenote.pool.attention.slotcon.views import TwoCrops
 from cenote.pool.attention.tree_cross_attention.objective import TreeLosses, TreeObjective
 from cenote.pool.attention.tree_cross_attention.pool import TreeCrossAttentionPool
 from cenote.pool.attention.tree_cross_attention.retreever import ReTreever
@@ -36,10 +40,10 @@ from cenote.pool.basic.max import MaxPool
 from cenote.pool.basic.mean import MeanPool
 from cenote.pool.basic.statistics import StatisticsPool
 from cenote.pool.basic.sum import SumPool
-from cenote.pool.graph.base import GraphPool, GraphPooled, Level
+from cenote.pool.graph.base import GraphLevel, GraphPool, GraphPooled
 from cenote.pool.graph.graph_parsing_networks import GraphParsingNetwork, GraphParsingNodes, GraphParsingPool
-from cenote.pool.graph.parsing import EdgeScores, parse
-from cenote.pool.graph.sparse_hierarchical_graph import SparseHierarchicalClassifier, SparseHierarchicalPool, TopK
+from cenote.pool.graph.parsing import EdgeScores
+from cenote.pool.graph.sparse_hierarchical_graph import SparseHierarchicalClassifier, SparseHierarchicalPool
 from cenote.pool.layers.base import LayerPool, LayersPooled, stack_layers
 from cenote.pool.layers.maxpoolbert import CLSAttention, MaxCLS, MaxPoolBERT
 from cenote.pool.layers.multi_layer_trainable import LastLayerTrainable, MultiLayerTrainable
@@ -52,6 +56,7 @@ from cenote.pool.sequence.attention_conditioning import (
     ConditionedAttention,
     Lexicon,
 )
+from cenote.pool.sequence.attentive_mimicking import AgreementPool, AttentiveMimicking, Mimicked
 from cenote.pool.sequence.attentive_statistics import AttentiveStatisticsPool
 from cenote.pool.sequence.attentive_temporal_pooling import AttentiveTemporalPool, TemporalState
 from cenote.pool.sequence.biomedical_re_pooling import (
@@ -89,6 +94,10 @@ from cenote.pool.sequence.sentiment_attitudes import (
     attention_penalty,
     mass_by_type,
 )
+from cenote.pool.sequence.sta_v2a.alignment import aa_align, onset_times
+from cenote.pool.sequence.sta_v2a.generator import StaV2a, append_prompt
+from cenote.pool.sequence.sta_v2a.onsets import StaV2aOnsets, onset_loss, onset_targets, window_mean
+from cenote.pool.sequence.sta_v2a.prompt import FactorGraphAttention, StaV2aPrompt
 from cenote.pool.sequence.weighted_mean import PositionWeightedMean
 from cenote.pool.spatial.adapool import AdaPool1d, AdaPool2d, AdaPool3d, AdaUnpool1d, AdaUnpool2d, AdaUnpool3d
 from cenote.pool.spatial.afa_dla import AFADLAUp, AFAIDAUp, AFASegmenter
@@ -161,6 +170,7 @@ __all__ = [
     "AdaUnpool2d",
     "AdaUnpool3d",
     "AdaptiveNoisePool",
+    "AgreementPool",
     "AimPool",
     "AtrousCascade",
     "AttSets",
@@ -168,6 +178,7 @@ __all__ = [
     "AttentionalAffine",
     "AttentionalConcat",
     "AttentionalGate",
+    "AttentiveMimicking",
     "AttentiveStatisticsPool",
     "AttentiveTemporalPool",
     "Attenuator",
@@ -204,6 +215,7 @@ __all__ = [
     "EfficientProbing",
     "EntityPool",
     "FASet",
+    "FactorGraphAttention",
     "FlatMemories",
     "GGeM",
     "GGeMPool1d",
@@ -217,6 +229,7 @@ __all__ = [
     "GlobalAveragePool",
     "GramianHeads",
     "GramianPool",
+    "GraphLevel",
     "GraphParsingNetwork",
     "GraphParsingNodes",
     "GraphParsingPool",
@@ -238,7 +251,6 @@ __all__ = [
     "LayerAwareTDNN",
     "LayerPool",
     "LayersPooled",
-    "Level",
     "Lexicon",
     "LinAttention",
     "LinearCalibration",
@@ -252,6 +264,7 @@ __all__ = [
     "Memories",
     "MemoriesAttended",
     "MemoryAttention",
+    "Mimicked",
     "MixedPool1d",
     "MixedPool2d",
     "MixedPool3d",
@@ -269,22 +282,27 @@ __all__ = [
     "ReTreever",
     "RelationPooled",
     "Retrieved",
+    "SemanticGrouping",
     "SerialMemories",
     "SetTransformer",
     "SigLipPool",
     "SimPool",
+    "SlotCon",
+    "SlotConTrainer",
     "SoftPool1d",
     "SoftPool2d",
     "SoftPool3d",
     "SparseHierarchicalClassifier",
     "SparseHierarchicalPool",
     "SpeakerStatisticsPool",
+    "StaV2a",
+    "StaV2aOnsets",
+    "StaV2aPrompt",
     "StatisticsPool",
     "SumPool",
     "TemporalState",
     "TokenCountSampler",
     "TokenFlex",
-    "TopK",
     "TreeCrossAttention",
     "TreeCrossAttentionPool",
     "TreeLosses",
@@ -293,12 +311,15 @@ __all__ = [
     "TreePool2d",
     "TreePool3d",
     "Trees",
+    "TwoCrops",
     "WeightedLayerSum",
     "WeightedWindowPool",
     "WindowPool",
     "YangAttention",
     "ZhouAttention",
+    "aa_align",
     "adapt_logits",
+    "append_prompt",
     "attention_penalty",
     "check_placeholders",
     "class_maps",
@@ -307,8 +328,10 @@ __all__ = [
     "imagination_loss",
     "mass_by_type",
     "multi_grid",
+    "onset_loss",
+    "onset_targets",
+    "onset_times",
     "pad_heads",
-    "parse",
     "parse_conllu",
     "pixel_loss",
     "read_conllu",
@@ -324,4 +347,5 @@ __all__ = [
     "unary_from_labels",
     "unary_from_probabilities",
     "valid_taps",
+    "window_mean",
 ]
