@@ -26,6 +26,9 @@ chain = torch.arange(-1, 8).expand(3, 9)
 for pool in (EntityPool(16), DynamicPool(16, 5), DependencyPool(16, 1), DependencyPool(16, None, reduce="attention")):
     pool(x, subject, object_, chain), pool.attend(x, subject, object_, chain, mask)
 pad_heads([[1, -1]])
+model = AttentiveMimicking(16, ngrams=9, distances=True)
+model.attend(torch.tensor([[1, 2]] * 3), torch.randn(3, 2, 5, 16), None, torch.ones(3, 2, 5).bool(), torch.ones(3, 2, 5).long())
+AgreementPool(16)(x, mask), AgreementPool(16).attend(Bags.from_padded(x, mask))
 print("shapes hold")
 """
 

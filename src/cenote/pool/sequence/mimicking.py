@@ -1,0 +1,237 @@
+"""Vectors for rare words from a text file: train Attentive Mimicking on frequent words, infer rare ones, keep the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from cenote.core import files
+from cenote.core.errors import InputError
+from cenote.pool.sequence.attentive_mimicking import AttentiveMimicking, Combinator
+from cenote.pool.sequence.letter_ngrams import LetterNgrams
+from cenote.pool.sequence.word_contexts import AROUND, Context, contexts_of, count_words
+from cenote.pool.sequence.word_vectors import WordVectors
+
+FORMAT = 1
+MOST_VISITS = 5
+
+
+class Batch(NamedTuple):
+    """Words as numbers, padded: n-grams `[batch, ngrams]`, words of contexts `[batch, contexts, words]`."""
+
+    ngrams: Int[Tensor, "batch ngrams"]
+    ngram_mask: Bool[Tensor, "batch ngrams"]
+    words: Int[Tensor, "batch contexts words"]
+    word_mask: Bool[Tensor, "batch contexts words"]
+    distances: Int[Tensor, "batch contexts words"]
+
+
+class Mimic:
+    """A trained model with what it needs to give vectors to new words.
+
+    Args:
+        model: takes n-grams and contexts.
+        ngrams: numbers of n-grams.
+        known: the vectors that contexts are made of.
+
+    Attributes:
+        losses: mean loss of each epoch of training.
+    """
+
+    def __init__(self, model: AttentiveMimicking, ngrams: LetterNgrams, known: WordVectors) -> None:
+        self.model = model
+        self.ngrams = ngrams
+        self.known = known
+        self.losses: tuple[float, ...] = ()
+
+    @torch.no_grad()
+    def infer(self, contexts: Mapping[str, Sequence[Context]], batch_size: int = 64) -> WordVectors:
+        """Vectors of words from their letters and the contexts that `contexts_of` found, which may be none."""
+        self.model.eval()
+        words = list(contexts)
+        parts = [
+            self._run(self.batch([(w, contexts[w]) for w in words[i : i + batch_size]]))
+            for i in range(0, len(words), batch_size)
+        ]
+        return WordVectors(words, torch.cat(parts) if parts else torch.zeros(0, self.model.dim))
+
+    def infer_from_text(
+        self, words: Sequence[str], text: str | Path | Iterable[str], contexts: int = 100, seed: int = 0
+    ) -> WordVectors:
+        """Vectors of words from their letters and their contexts in a text.
+
+        Args:
+            words: a word that the text does not hold is made of its letters alone.
+            text: a file, or sentences; one sentence per line.
+            contexts: read at most so many of each word.
+            seed: of the sample where a word has more.
+        """
+        wanted = list(dict.fromkeys(w.lower() for w in words))
+        return self.infer(contexts_of(wanted, text, self.known.number, contexts, seed=seed))
+
+    def batch(self, items: Sequence[tuple[str, Sequence[Context]]]) -> Batch:
+        """Words with their contexts as padded numbers."""
+        numbers = [self.ngrams.numbers(word) for word, _ in items]
+        width = max(len(n) for n in numbers)
+        ngrams = torch.tensor([n + [0] * (width - len(n)) for n in numbers])
+        ngram_mask = torch.arange(width) < torch.tensor([len(n) for n in numbers]).unsqueeze(1)
+        most = max(1, *(len(found) for _, found in items))
+        longest = max([1, *(len(c.words) for _, found in items for c in found)])
+        words = torch.zeros(len(items), most, longest, dtype=torch.int64)
+        distances, word_mask = torch.zeros_like(words), torch.zeros_like(words, dtype=torch.bool)
+        for i, (_, found) in enumerate(items):
+            for j, context in enumerate(found):
+                length = len(context.words)
+                words[i, j, :length] = torch.tensor(context.words)
+                distances[i, j, :length] = torch.tensor(context.distances)
+                word_mask[i, j, :length] = True
+        return Batch(ngrams, ngram_mask, words, word_mask, distances)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model, its n-grams and its words into a folder; no pickle."""
+        folder = Path(folder)
+        card = {
+            "format": FORMAT,
+            "combinator": self.model.combinator,
+            "attentive": self.model.agreement is not None,
+            "distances": self.model.distances is not None,
+            "safe": self.model.agreement is None or self.model.agreement.safe,
+            "ngrams": self.ngrams.ngrams,
+            "shortest": self.ngrams.shortest,
+            "longest": self.ngrams.longest,
+            "words": self.known.words,
+            "losses": list(self.losses),
+        }
+        state = {f"model.{k}": v.contiguous() for k, v in self.model.state_dict().items()}
+        files.write_whole(folder / "mimic.safetensors", save({**state, "vectors": self.known.vectors.contiguous()}))
+        files.write_whole(folder / "mimic.json", json.dumps(card))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Mimic:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: naming the folder and what is wrong with it.
+        """
+        folder = Path(folder)
+        try:
+            card: dict[str, Any] = json.loads((folder / "mimic.json").read_text("utf-8"))
+            state = load_file(folder / "mimic.safetensors")
+            if card.get("format") != FORMAT:
+                raise InputError(f"{folder}: was saved in format {card.get('format')}; this cenote reads {FORMAT}")
+            known = WordVectors(card["words"], state.pop("vectors"))
+            ngrams = LetterNgrams(card["ngrams"], card["shortest"], card["longest"])
+            model = AttentiveMimicking(
+                known.dim, len(ngrams), card["combinator"], card["attentive"], card["distances"], card["safe"]
+            )
+            model.load_state_dict({k.removeprefix("model."): v for k, v in state.items()})
+        except InputError:
+            raise
+        except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+            raise InputError(
+                f"{folder}: holds no whole model of train_mimic ({error}); name the folder of save"
+            ) from error
+        mimic = cls(model.eval(), ngrams, known)
+        mimic.losses = tuple(card.get("losses", ()))
+        return mimic
+
+    def _run(self, batch: Batch) -> Tensor:
+        around = self.known.vectors[batch.words]
+        return self.model(batch.ngrams, around, batch.ngram_mask, batch.word_mask, batch.distances)
+
+
+def train_mimic(
+    known: WordVectors,
+    text: str | Path | Sequence[str],
+    *,
+    combinator: Combinator = "gated",
+    attentive: bool = True,
+    distances: bool = False,
+    leave_out: Iterable[str] = (),
+    least_count: int = 100,
+    contexts: int = 20,
+    kept_contexts: int = 100,
+    around: int = AROUND,
+    least_ngram: int = 4,
+    epochs: int = 10,
+    batch_size: int = 64,
+    learning_rate: float = 0.01,
+    seed: int = 0,
+) -> Mimic:
+    """Train Attentive Mimicking: from letters and contexts, give frequent words the vectors that they have.
+
+    A word that stands `c` times in the text is seen `min(c / least_count, 5)` times per epoch, each time with other contexts.
+
+    Args:
+        known: word vectors, `WordVectors.read` of a word2vec text file for example; words are lower-case.
+        text: a file, or sentences; one sentence per line.
+        combinator, attentive, distances: as in `AttentiveMimicking`.
+        leave_out: words that are not trained on, those to test with for example; they stay in other words' contexts.
+        least_count: how often a word must stand in the text to be trained on.
+        contexts: read per word and step.
+        kept_contexts: kept per word, from which those are drawn.
+        around: words on each side that make a context.
+        least_ngram: how often an n-gram must stand in the words of `known` to get a vector of its own.
+        epochs, batch_size, learning_rate: of Adam.
+        seed: of initialisation and order.
+
+    Raises:
+        InputError: where no word with a vector is frequent enough.
+
+    Example:
+        >>> text = ["red apple pie", "sweet apple pie", "red berry pie", "sweet berry pie"] * 5
+        >>> known = WordVectors(["red", "sweet", "apple", "berry", "pie"], torch.eye(5))
+        >>> mimic = train_mimic(known, text, least_count=10, epochs=2)
+        >>> mimic.infer_from_text(["cherry"], ["sweet cherry pie"]).vectors.shape
+        torch.Size([1, 5])
+
+    Source: Schick, Schütze, "Attentive Mimicking: Better Word Embeddings by Attending to Informative Contexts", NAACL 2019.
+    """
+    counts = count_words(text)
+    left_out = set(leave_out)
+    targets = [w for w in known.words if counts[w] >= least_count and w not in left_out]
+    if not targets:
+        raise InputError(
+            f"text: none of the {len(known)} words with a vector stands {least_count} times in it; "
+            f"give more text or a smaller least_count"
+        )
+    found = contexts_of(targets, text, known.number, kept_contexts, around, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        ngrams = LetterNgrams.count((w for w in known.words if w not in left_out), least_ngram)
+        mimic = Mimic(AttentiveMimicking(known.dim, len(ngrams), combinator, attentive, distances), ngrams, known)
+    optimiser = torch.optim.Adam(mimic.model.parameters(), lr=learning_rate)
+    visits = [w for w in targets for _ in range(int(min(counts[w] / least_count, MOST_VISITS)))]
+    mimic.model.train()
+    losses = []
+    for _ in range(epochs):
+        total = 0.0
+        order = torch.randperm(len(visits), generator=generator).tolist()
+        for start in range(0, len(order), batch_size):
+            words = [visits[i] for i in order[start : start + batch_size]]
+            batch = mimic.batch([(w, _drawn(found[w], contexts, generator)) for w in words])
+            target = known.vectors[[known.number[w] for w in words]]
+            loss = torch.nn.functional.mse_loss(mimic._run(batch), target)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            total += float(loss.detach()) * len(words)
+        losses.append(total / len(order))
+    mimic.losses = tuple(losses)
+    mimic.model.eval()
+    return mimic
+
+
+def _drawn(found: Sequence[Context], count: int, generator: torch.Generator) -> list[Context]:
+    if len(found) <= count:
+        return list(found)
+    return [found[i] for i in torch.randperm(len(found), generator=generator)[:count].tolist()]
