@@ -42,7 +42,7 @@ class Graphs(Bags):
         check_edges(edge_index, edge_attr, self.set_index())
         owner = self.set_index()[edge_index[0]]
         if bool((owner.diff() < 0).any()):
-            owner, order = owner.sort(stable=True)
+            owner, order = torch.sort(owner, stable=True)
             edge_index = edge_index[:, order]
             edge_attr = None if edge_attr is None else edge_attr[order]
         self.edge_index = edge_index

@@ -1,7 +1,8 @@
 """Public contract checks: what every class of a room promises, runnable on your own classes."""
 
+from cenote.testing.graphs import check_graph_pool
 from cenote.testing.layers import check_layer_pool
 from cenote.testing.pools import PLAIN_MODULE, ContractError, check_pool
 from cenote.testing.spatial import check_spatial_pool
 
-__all__ = ["PLAIN_MODULE", "ContractError", "check_layer_pool", "check_pool", "check_spatial_pool"]
+__all__ = ["PLAIN_MODULE", "ContractError", "check_graph_pool", "check_layer_pool", "check_pool", "check_spatial_pool"]

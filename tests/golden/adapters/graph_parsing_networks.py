@@ -101,10 +101,16 @@ def gpnn(case: Case) -> dict[str, Tensor]:
         model = GraphParsingNetwork(pool, config["out_channel"], config["layer_trans"], dropout)
     named = {ours(name): value for name, value in case.params.items()}
     wanted = model.state_dict()
-    load_parameters(model, {k: v for k, v in named.items() if k in wanted} | {
-        # a shared GNN may be stored under either name; GIN keeps its constant in a buffer
-        k: v for k, v in wanted.items() if k.endswith(".eps") and k not in named
-    })
+    load_parameters(
+        model,
+        {k: v for k, v in named.items() if k in wanted}
+        | {
+            # a shared GNN may be stored under either name; GIN keeps its constant in a buffer
+            k: v
+            for k, v in wanted.items()
+            if k.endswith(".eps") and k not in named
+        },
+    )
     x, edge_index = case.inputs["x"].double(), case.inputs["edge_index"]
     batch = None if of_nodes else case.inputs["batch"]
     logits = model(x, edge_index, None, batch)

@@ -14,7 +14,7 @@ from cenote.core.graphs import Graphs, check_edges
 from cenote.core.segments import accumulation_dtype
 
 
-class Level(NamedTuple):
+class GraphLevel(NamedTuple):
     """One step of a hierarchy: how the nodes of a level became those of the next.
 
     Attributes:
@@ -45,7 +45,7 @@ class GraphPooled(NamedTuple):
 
     output: Float[Tensor, "graphs out_dim"]
     weights: Float[Tensor, "heads nodes"] | None
-    levels: tuple[Level, ...]
+    levels: tuple[GraphLevel, ...]
 
 
 class Graph(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.graphs import Graphs
-from cenote.pool.graph.base import Graph, GraphPool, GraphPooled, Level, as_graph, mean_by, sum_by
+from cenote.pool.graph.base import Graph, GraphLevel, GraphPool, GraphPooled, as_graph, mean_by, sum_by
 from cenote.pool.graph.layers import Conv, GraphBlock, ResidualMLP, mlp
 from cenote.pool.graph.parsing import EdgeScores, has_edges, parse, undirected
 
@@ -23,7 +23,7 @@ Readout = Literal["last", "levels"]
 class Step(NamedTuple):
     """A level and what unpooling needs of it: the features and edges that it started from, and who took part."""
 
-    level: Level
+    level: GraphLevel
     h: Float[Tensor, "nodes hidden"]
     edge_index: Int[Tensor, "2 edges"]
     moving: Bool[Tensor, "nodes"]
@@ -50,8 +50,8 @@ class GraphParsingPool(GraphPool):
         self_loops: whether a node may choose itself.
         activate_last: whether the last layer of each network is activated too.
         conv: `"gcn"`, `"gat"`, `"gin"`, or a function from a width to a layer `(x, edge_index)`.
-        encoder: instead of the input perceptron, a module `(x, edge_index, edge_attr) -> [nodes, hidden]`; with it `dim` is what
-            `x` has, and `edge_index` reaches it as given. For molecules: bond-aware convolutions.
+        encoder: instead of the input perceptron, a module `(x, edge_index, edge_attr) -> [nodes, hidden]`; with it `dim` is
+            what `x` has, and `edge_index` reaches it as given. For molecules: bond-aware convolutions.
         readout: `"last"`: the sum over the nodes that are left; `"levels"`: the sum over the levels of the means over a graph's
             nodes, as the authors do for molecules.
 
@@ -138,7 +138,8 @@ class GraphParsingPool(GraphPool):
     ) -> tuple[Step, Float[Tensor, "communities hidden"]]:
         """One level: what joined, and the features of the communities."""
         g = self.gnn(h, edge_index)
-        level = parse(*self.parser(g, edge_index), batch)
+        scores, scored = self.parser(g, edge_index)
+        level = parse(scores, scored, batch)
         communities = level.batch.shape[0]
         pooled = g if self.gnn2 is None else self.gnn2(h, edge_index)
         merged = self.post(sum_by(self.pre(pooled), level.assignment, communities))

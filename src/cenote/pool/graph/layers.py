@@ -53,9 +53,7 @@ class GraphBlock(nn.Module):
         self.activation = nn.Sequential(nn.ReLU(), nn.Dropout(dropout))
         self.norm = nn.LayerNorm(dim) if layers else nn.Identity()
 
-    def forward(
-        self, x: Float[Tensor, "nodes dim"], edge_index: Int[Tensor, "2 edges"]
-    ) -> Float[Tensor, "nodes dim"]:
+    def forward(self, x: Float[Tensor, "nodes dim"], edge_index: Int[Tensor, "2 edges"]) -> Float[Tensor, "nodes dim"]:
         h = x
         for i, conv in enumerate(self.convs):
             h = conv(h, edge_index)

@@ -7,13 +7,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
-from cenote.pool.graph.base import Level, sum_by
+from cenote.pool.graph.base import GraphLevel, sum_by
 from cenote.pool.graph.layers import mlp
 
 
 def parse(
     scores: Float[Tensor, "edges"], edge_index: Int[Tensor, "2 edges"], batch: Int[Tensor, "nodes"]
-) -> Level:
+) -> GraphLevel:
     """One parsing step: one Boruvka step of the maximum spanning forest.
 
     Each node `u` with edges points to `argmax_v s_uv`; communities are the connected components of these pointers, so that
@@ -56,7 +56,7 @@ def parse(
     total = sum_by(scores[inside], assignment[row[inside]], communities)
     mean = torch.where(counts > 0, total / counts.clamp(min=1), total.new_ones(()))
     new_edges = undirected(assignment[edge_index[:, ~inside]], communities)
-    return Level(assignment, new_edges, batch[leaders], mean.to(scores.dtype), counts.clamp(min=1))
+    return GraphLevel(assignment, new_edges, batch[leaders], mean.to(scores.dtype), counts.clamp(min=1))
 
 
 def undirected(edge_index: Int[Tensor, "2 edges"], nodes: int) -> Int[Tensor, "2 both_ways"]:

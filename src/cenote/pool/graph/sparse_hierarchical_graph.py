@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.graphs import Graphs
-from cenote.pool.graph.base import Graph, GraphPool, GraphPooled, Level, mean_by
+from cenote.pool.graph.base import Graph, GraphLevel, GraphPool, GraphPooled, mean_by
 from cenote.pool.graph.geometric import geometric
 
 Gate = Literal["tanh", "sigmoid"]
@@ -55,8 +55,8 @@ class TopK(nn.Module):
 
     Note:
         Parameters and edges are those of PyTorch Geometric's `TopKPooling`, where a ratio of 1 means one node. Nodes are ranked
-        by the projection itself, in a stable order: large projections have the same tanh in float32, and equal nodes must not be
-        chosen by who else is in the batch.
+        by the projection itself, in a stable order: large projections have the same tanh in float32, and equal nodes must not
+        be chosen by who else is in the batch.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class TopK(nn.Module):
         self.min_score = min_score
         self.pooling = geometric().TopKPooling(dim, ratio, min_score=min_score)
 
-    def forward(self, graph: Graph) -> tuple[Float[Tensor, "kept dim"], Level]:
+    def forward(self, graph: Graph) -> tuple[Float[Tensor, "kept dim"], GraphLevel]:
         """Features of the kept nodes, and the level; its scores are the gates."""
         x, edge_index, edge_attr, batch, size = graph
         if self.min_score is not None:
@@ -97,11 +97,9 @@ class TopK(nn.Module):
         ends = assignment[edge_index]
         stays = (ends >= 0).all(0)
         attr = None if edge_attr is None else edge_attr[stays]
-        return x[kept] * gate.unsqueeze(1), Level(assignment, ends[:, stays], batch[kept], gate, edge_attr=attr)
+        return x[kept] * gate.unsqueeze(1), GraphLevel(assignment, ends[:, stays], batch[kept], gate, edge_attr=attr)
 
-    def _largest(
-        self, y: Float[Tensor, "nodes"], batch: Int[Tensor, "nodes"], size: int
-    ) -> Int[Tensor, "kept"]:
+    def _largest(self, y: Float[Tensor, "nodes"], batch: Int[Tensor, "nodes"], size: int) -> Int[Tensor, "kept"]:
         order = y.argsort(descending=True, stable=True)
         order = order[batch[order].argsort(stable=True)]
         nodes = batch.bincount(minlength=size)
@@ -163,7 +161,7 @@ class SparseHierarchicalPool(GraphPool):
 
     def pool(self, graph: Graph) -> GraphPooled:
         total = graph.x.new_zeros(graph.size, self.out_dim)
-        levels: list[Level] = []
+        levels: list[GraphLevel] = []
         for conv, top in zip(self.convs, self.pools, strict=True):
             x, level = top(graph._replace(x=conv(graph.x, graph.edge_index)))
             graph = Graph(x, level.edge_index, level.edge_attr, level.batch, graph.size)
@@ -214,9 +212,7 @@ class SparseHierarchicalClassifier(nn.Module):
         return self.mlp(self.pool(x, edge_index, edge_attr, batch, size))
 
 
-def readout(
-    x: Float[Tensor, "nodes dim"], batch: Int[Tensor, "nodes"], size: int
-) -> Float[Tensor, "graphs twice_dim"]:
+def readout(x: Float[Tensor, "nodes dim"], batch: Int[Tensor, "nodes"], size: int) -> Float[Tensor, "graphs twice_dim"]:
     """`[mean ; max]` over the nodes of each graph; zeros where there is none."""
     index = batch.unsqueeze(1).expand_as(x)
     top = x.new_zeros(size, x.shape[1]).scatter_reduce(0, index, x, "amax", include_self=False)

@@ -1,0 +1,73 @@
+"""Every graph pool of the catalog keeps the contract, and so do its options."""
+
+import subprocess
+import sys
+
+import pytest
+
+import cenote
+from cenote.pool import GraphParsingPool, GraphPool, SparseHierarchicalPool
+from cenote.testing import check_graph_pool
+
+pytest.importorskip("torch_geometric")
+
+METHODS = [m.name for m in cenote.methods(room="pool", kind="graphs")]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_pool_keeps_its_contract(name: str) -> None:
+    check_graph_pool(cenote.create(name, dim=4, hidden=8))
+
+
+OPTIONS: dict[str, GraphPool] = {
+    "parsing, all options": GraphParsingPool(
+        4, hidden=6, gnn_layers=1, second_gnn=2, deepset_layers=2, self_loops=True, activate_last=False, conv="gin"
+    ),
+    "parsing, levels, attention": GraphParsingPool(4, hidden=6, gnn_layers=1, conv="gat", readout="levels"),
+    "top-k, a number": SparseHierarchicalPool(4, hidden=8, k=3, gate="sigmoid"),
+    "top-k, least score": SparseHierarchicalPool(4, hidden=8, blocks=2, min_score=0.1),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_keep_it(name: str) -> None:
+    check_graph_pool(OPTIONS[name])
+
+
+PROGRAM = """
+import sys
+from jaxtyping import install_import_hook
+install_import_hook("cenote", "beartype.beartype")
+import torch, cenote
+from cenote.core.graphs import Graphs
+from cenote.pool import GraphParsingNetwork, GraphParsingNodes, SparseHierarchicalClassifier
+x, edges, batch = torch.randn(6, 4), torch.tensor([[0, 1, 2, 4], [1, 0, 0, 5]]), torch.tensor([0, 0, 0, 0, 1, 1])
+attr = torch.randn(4, 2)
+for name in sys.argv[1:]:
+    pool = cenote.create(name, dim=4, hidden=6)
+    pool(x, edges, attr, batch, 3), pool(x, edges, batch=torch.zeros_like(batch)), pool(x[:0], edges[:, :0])
+    pool.attend(Graphs(x, torch.tensor([0, 4, 6]), edges, attr))
+parsing = cenote.create("graph-parsing", dim=4, hidden=6)
+GraphParsingNetwork(parsing, 2)(x, edges, attr, batch), GraphParsingNodes(parsing, 3)(x, edges, attr, batch)
+SparseHierarchicalClassifier(cenote.create("sparse-hierarchical", dim=4, hidden=6), 2)(x, edges, attr, batch)
+graphs = Graphs(x, torch.tensor([0, 4, 6]), edges, attr)
+graphs.select(torch.tensor([1, 0])).to(torch.float64), graphs.replace(x), graphs.edges()
+print("shapes hold")
+"""
+
+
+def test_shapes_hold() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *METHODS], capture_output=True, text=True, check=False)
+    assert done.stdout == "shapes hold\n", done.stderr[-2000:]
+
+
+def test_torch_geometric_is_imported_where_it_is_used_and_missed_by_name() -> None:
+    program = (
+        "import sys, cenote.pool\n"
+        "assert 'torch_geometric' not in sys.modules\n"
+        "sys.modules['torch_geometric'] = None\n"
+        "try: cenote.create('graph-parsing', dim=4)\n"
+        "except cenote.InputError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "cenote[graph]" in done.stdout
