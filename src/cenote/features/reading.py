@@ -18,6 +18,7 @@ from cenote.features.embedded import digit_bags, digits
 from cenote.features.folder import open_folder
 from cenote.features.npz import open_npz
 from cenote.features.source import Filled, Source
+from cenote.features.store import StoredDataset, StoredTokens, is_store, read_listing
 from cenote.features.table import (
     GROUP_NAME,
     ID_NAMES,
@@ -29,7 +30,8 @@ from cenote.features.table import (
     read_csv,
 )
 from cenote.features.targets import Target
-from cenote.features.validate import Problems, check_grid, check_groups, check_ids, check_lengths
+from cenote.features.validate import Problems, check_grid, check_groups, check_ids, check_lengths, some
+from cenote.models.base import layer_numbers
 
 EMBEDDED = {"digits": digits, "digit-bags": digit_bags}
 
@@ -49,6 +51,7 @@ def read(
     fractions: Sequence[float] = splits.FRACTIONS,
     seed: int = 0,
     labelled: bool = True,
+    layers: str | int | Sequence[int] | None = None,
 ) -> TokenDataset:
     """Read labelled token features, and check all of it before anything is trained.
 
@@ -61,7 +64,8 @@ def read(
             - an Arrow, Feather or Parquet file with a column of lists of vectors, a folder of such files, or one saved by
               `datasets.save_to_disk`;
             - an `.npz` with `x [items, tokens, dim]`, `y`, and, if there are, `mask` (True = real), `ids`, `groups`, `split`;
-              or with `x [total, dim]` and `offsets [items + 1]`.
+              or with `x [total, dim]` and `offsets [items + 1]`;
+            - a feature store, as `cenote extract` writes it: its tokens stay on disk.
         labels: CSV file with the labels, instead of those that lie with the data; matched by id.
         task: `"binary"`, `"multiclass"`, `"multilabel"` or `"regression"`; default by the rules of `cenote.features.targets`.
         label_column: the column with the label, or several columns, as a sequence or separated by commas; default `label`,
@@ -77,6 +81,8 @@ def read(
         seed: of the split that is made.
         labelled: False for data to predict: labels, groups and splits are not looked for, every item is in test, `y` is zeros
             and `classes` empty.
+        layers: of a feature store: which of the stored layers, `"last"`, `"all"`, a number, several, or a text
+            such as `"0,3"`, `"4-6"`, `"-4:"`; default: the last.
 
     Returns:
         The data, float32 or as stored in half precision: `[items, tokens, dim]` where all items have equally many tokens, else
@@ -97,6 +103,14 @@ def read(
             id_column=id_column, group_column=group_column, split_column=split_column, grid=grid,
         )  # fmt: skip
     path = Path(path)
+    if is_store(path):
+        return _from_store(
+            path, layers, prefix_tokens, grid, labels=None if labels is None else Path(labels), task=task,
+            label_column=label_column, id_column=id_column, group_column=group_column, split_column=split_column,
+            fractions=fractions, seed=seed, labelled=labelled,
+        )  # fmt: skip
+    if layers is not None:
+        raise InputError(f"layers: {path} is no feature store, and holds one layer; leave layers out")
     problems = Problems(str(path))
     source = _open(path, None if labels is None else Path(labels), vector_column, id_column, labelled, problems)
     check_ids(source.ids, problems)
@@ -113,7 +127,7 @@ def read(
     problems.raise_any()
     assert filled is not None
     assert made is not None or not labelled
-    made = made or Target(torch.zeros(len(source.ids), dtype=torch.int64), "multiclass", ())
+    made = made or _unlabelled(len(source.ids))
     return TokenDataset(
         name=path.stem,
         x=_shaped(filled),
@@ -127,6 +141,75 @@ def read(
         grid=grid,
         source=f"{path} ({source.format})",
     )
+
+
+def _from_store(
+    path: Path,
+    layers: str | int | Sequence[int] | None,
+    prefix_tokens: int,
+    grid: tuple[int, int] | None,
+    *,
+    labels: Path | None,
+    task: str | None,
+    label_column: str | Sequence[str] | None,
+    id_column: str | None,
+    group_column: str | None,
+    split_column: str | None,
+    fractions: Sequence[float],
+    seed: int,
+    labelled: bool,
+) -> StoredDataset:
+    """A feature store, with the labels that lie in it or those of a CSV file."""
+    stored = StoredTokens(path)
+    manifest = stored.manifest
+    for name, given, held in (
+        ("prefix_tokens", prefix_tokens or None, manifest.prefix_tokens),
+        ("grid", grid, manifest.grid),
+    ):
+        if given not in (None, held):
+            raise InputError(f"{name}: {given}, but the store was made with {held}; leave it out")
+    problems = Problems(str(path))
+    listing = read_listing(path)
+    row_of = {name: row for row, name in enumerate(listing.ids)}
+    lost = [name for name in stored.ids if name not in row_of]
+    if lost:
+        raise InputError(
+            f"{path}: items {some(lost)} are in the shards but not in the listing; run cenote extract again"
+        )
+    rows = [row_of[name] for name in stored.ids]
+    columns: dict[str, Column] = {name: [cells[row] for row in rows] for name, cells in listing.columns.items()}
+    source = Source(
+        f"feature store, {manifest.kind} through {manifest.model['name']}, {manifest.dtype}",
+        stored.ids, columns, lambda _: None, listing.class_names, listing.used,
+    )  # fmt: skip
+    if labels is not None and labelled:
+        source = _joined(source, labels, id_column, problems)
+    made, split, groups = _unlabelled(len(stored)), torch.full((len(stored),), SPLITS.index("test")), None
+    if labelled:
+        target, split, groups = _judged(
+            source, task, label_column, group_column, split_column, fractions, seed, problems
+        )
+        made = target or made
+    check_lengths(source.ids, stored.lengths.tolist(), manifest.prefix_tokens, problems)
+    problems.raise_any()
+    return StoredDataset(
+        name=path.stem,
+        x=stored,  # type: ignore[arg-type]
+        y=made.y,
+        task=made.task,
+        classes=made.classes,
+        ids=tuple(stored.ids),
+        split=split,
+        groups=None if groups is None else tuple(groups),
+        prefix_tokens=manifest.prefix_tokens,
+        grid=manifest.grid,
+        source=f"{path} ({source.format})",
+        layers=layer_numbers(layers, manifest.layers),
+    )
+
+
+def _unlabelled(items: int) -> Target:
+    return Target(torch.zeros(items, dtype=torch.int64), "multiclass", ())
 
 
 def _open(

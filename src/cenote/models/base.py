@@ -128,8 +128,7 @@ def chosen_layers(wanted: str | int | Sequence[int] | None, layout: Layout) -> t
     """Numbers of hidden states.
 
     Args:
-        wanted: `None` or `"last"`: the model's output; `"all"`; a number, several, or a text such as `"0,3,-1"` or `"4-8"`
-            (negative numbers count from the last).
+        wanted: `None` or `"last"`: the model's output; else see `layer_numbers`.
         layout: of the model.
 
     Raises:
@@ -140,27 +139,7 @@ def chosen_layers(wanted: str | int | Sequence[int] | None, layout: Layout) -> t
         >>> chosen_layers("0,4-6", layout), chosen_layers(-1, layout)
         ((0, 4, 5, 6), (6,))
     """
-    last = layout.blocks
-    if wanted is None or wanted == "last":
-        return (last,)
-    numbers: list[int] = []
-    if wanted == "all":
-        numbers = list(range(last + 1))
-    elif isinstance(wanted, int):
-        numbers = [wanted]
-    elif isinstance(wanted, str):
-        numbers = _parsed(wanted)
-    else:
-        numbers = list(wanted)
-    positive = [n + last + 1 if n < 0 else n for n in numbers]
-    for given, number in zip(numbers, positive, strict=True):
-        if not 0 <= number <= last:
-            raise InputError(
-                f"layers: there is no layer {given}; the model has {last} blocks: 0 is its embeddings, {last} its output"
-            )
-    made = tuple(sorted(set(positive)))
-    if not made:
-        raise InputError("layers: none is named; give last, all, or numbers")
+    made = layer_numbers(wanted, range(layout.blocks + 1))
     shapes = {(layout.tokens[n], layout.dims[n]) for n in made}
     if len(shapes) > 1:
         listed = ", ".join(f"layer {n}: {layout.tokens[n]} x {layout.dims[n]}" for n in made)
@@ -168,18 +147,54 @@ def chosen_layers(wanted: str | int | Sequence[int] | None, layout: Layout) -> t
     return made
 
 
-def _parsed(text: str) -> list[int]:
+def layer_numbers(wanted: str | int | Sequence[int] | None, held: Sequence[int]) -> tuple[int, ...]:
+    """Which of the layers that are there.
+
+    Args:
+        wanted: `None` or `"last"`; `"all"`; a number, several, or a text such as `"0,3,-1"`, `"4-8"`, `"-4:"`. Negative
+            numbers count from the last one.
+        held: the layers that are there, rising.
+
+    Raises:
+        InputError: where one is not there, or the text says nothing.
+
+    Example:
+        >>> layer_numbers("-2:", range(7)), layer_numbers("0,2-3", [0, 2, 3])
+        ((5, 6), (0, 2, 3))
+    """
+    if wanted is None or wanted == "last":
+        return (held[-1],)
+    if wanted == "all":
+        return tuple(held)
+    numbers = (
+        [wanted] if isinstance(wanted, int) else _parsed(wanted, held) if isinstance(wanted, str) else list(wanted)
+    )
+    made = []
+    for number in numbers:
+        found = held[number] if -len(held) <= number < 0 else number
+        if found not in held:
+            listed = f"0 to {held[-1]}" if list(held) == list(range(len(held))) else ", ".join(map(str, held))
+            raise InputError(f"layers: there is no layer {number}; there are {listed} (0: the embeddings)")
+        made.append(found)
+    if not made:
+        raise InputError(f"layers: {wanted!r} names none; give last, all, or numbers such as 0,4-6,-1")
+    return tuple(sorted(set(made)))
+
+
+def _parsed(text: str, held: Sequence[int]) -> list[int]:
     numbers: list[int] = []
-    for part in text.split(","):
-        part = part.strip()
+    for part in text.replace(" ", "").split(","):
         first, dash, last = part.rpartition("-") if not part.startswith("-") else ("", "", part)
         try:
-            if dash and first:
+            if ":" in part:
+                begin, end = (int(edge) if edge else None for edge in part.split(":"))
+                numbers += held[slice(begin, end)]
+            elif dash and first:
                 numbers += range(int(first), int(last) + 1)
             else:
                 numbers.append(int(part))
         except ValueError as error:
-            raise InputError(f"layers: expected last, all, or numbers such as 0,4-6,-1, got {text!r}") from error
+            raise InputError(f"layers: expected last, all, or numbers such as 0,4-6,-4:, got {text!r}") from error
     return numbers
 
 

@@ -14,7 +14,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cenote.core import Bags
 from cenote.core.tokenwise import ROWS_AT_ONCE
 from cenote.features.dataset import Task, TokenDataset
 from cenote.pool.base import similar_lengths
@@ -191,11 +190,11 @@ def pieces(
     """
     if keep_together and len(items) * int(data.lengths()[items].max()) <= tokens_at_once:
         groups = [list(range(len(items)))]
-    elif not isinstance(data.x, Bags):
-        step = max(1, tokens_at_once // max(data.x.shape[1], 1))
+    elif data.tokens is not None:
+        step = max(1, tokens_at_once // max(data.tokens, 1))
         groups = [list(range(i, min(i + step, len(items)))) for i in range(0, len(items), step)]
     else:
-        lengths = data.x.lengths()[items].tolist()
+        lengths = data.lengths()[items].tolist()
         groups = []
         for group in similar_lengths(lengths):
             step = max(1, tokens_at_once // max(lengths[group[-1]], 1))

@@ -1,8 +1,10 @@
 """The feature store: token features on disk, in plain Arrow files with a manifest."""
 
+from cenote.features.store.dataset import StoredDataset
 from cenote.features.store.listing import Listing, changes, read_listing, write_listing
 from cenote.features.store.manifest import Dtype, Manifest, ShardEntry, is_store, read_manifest
 from cenote.features.store.shards import Rows, ShardFile, finished_shards, write_shard
+from cenote.features.store.tokens import StoredTokens
 
 __all__ = [
     "Dtype",
@@ -11,6 +13,8 @@ __all__ = [
     "Rows",
     "ShardEntry",
     "ShardFile",
+    "StoredDataset",
+    "StoredTokens",
     "changes",
     "finished_shards",
     "is_store",
