@@ -1,4 +1,7 @@
-"""Vectors for rare words from a text file: train Attentive Mimicking on frequent words, infer rare ones, keep the model."""
+"""Vectors for rare words from a text file: train Attentive Mimicking on frequent words, infer rare ones, keep the model.
+
+Source: Schick, Schütze, "Attentive Mimicking: Better Word Embeddings by Attending to Informative Contexts", NAACL 2019.
+"""
 
 from __future__ import annotations
 
@@ -192,8 +195,6 @@ def train_mimic(
         >>> mimic = train_mimic(known, text, least_count=10, epochs=2)
         >>> mimic.infer_from_text(["cherry"], ["sweet cherry pie"]).vectors.shape
         torch.Size([1, 5])
-
-    Source: Schick, Schütze, "Attentive Mimicking: Better Word Embeddings by Attending to Informative Contexts", NAACL 2019.
     """
     counts = count_words(text)
     left_out = set(leave_out)
