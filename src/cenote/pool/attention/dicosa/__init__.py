@@ -1,0 +1,1 @@
+"""DiCoSA: texts and videos compared concept by concept."""
