@@ -16,6 +16,8 @@ Net = TypeVar("Net", bound=nn.Module)
 Steps = tuple[int, int]
 
 _DILATED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+_MAXIMA = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+_PADS: Any = {nn.MaxPool1d: nn.ConstantPad1d, nn.MaxPool2d: nn.ConstantPad2d, nn.MaxPool3d: nn.ConstantPad3d}
 _UNDILATED = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
 
@@ -48,17 +50,17 @@ def to_output_stride(net: Net, output_stride: int, example: Float[Tensor, "batch
     Source: Chen et al., "DeepLab", TPAMI 2018.
 
     Note:
-        Strides are followed through the net's own modules; a strided pooling that is called as a function is not seen, and
+        A maximum pooling may become a padding and a pooling. Strides are followed through the net's own modules; a strided pooling that is called as a function is not seen, and
         an average pooling that would have to be dilated has no module in PyTorch.
     """
     if output_stride < 1:
         raise InputError(f"output_stride: expected a positive number, got {output_stride}")
     net = copy.deepcopy(net).eval()
     factors = _factors(net, output_stride, example)
-    for name, module in net.named_modules():
-        if name in factors:
-            _convert(name, module, *factors[name])
-    return net
+    modules = dict(net.named_modules())
+    for name, factor in factors.items():
+        _convert(name, modules[name], *factor)
+    return _padded_outside(net)
 
 
 class _Followed(Tensor):
@@ -134,6 +136,25 @@ def _convert(name: str, module: nn.Module, stride: int, dilation: int) -> None:
         raise InputError(f"net: {name}, an average pooling, would have to be dilated by {dilation}, which it cannot be")
 
 
+def _padded_outside(net: Net) -> Net:
+    """Give maximum poolings that pad more than half of their kernel, which PyTorch refuses, a layer that pads for them."""
+    for name, module in list(net.named_modules(remove_duplicate=False)):
+        if isinstance(module, _MAXIMA) and max(_all(module.padding)) * 2 > min(_all(module.kernel_size)):
+            pads = _all(module.padding) * (1 if isinstance(module.padding, tuple) else _axes(module))
+            inner = copy.copy(module)
+            inner.padding = _like(module.padding, (0,) * len(_all(module.padding)))  # type: ignore[assignment]
+            outside = _PADS[type(module)]([p for p in reversed(pads) for _ in range(2)], float("-inf"))
+            if not name:
+                raise InputError("net: is one pooling; give the trunk that it belongs to")
+            parent, _, last = name.rpartition(".")
+            setattr(net.get_submodule(parent), last, nn.Sequential(outside, inner))
+    return net
+
+
+def _axes(module: nn.Module) -> int:
+    return next(i for i, kind in enumerate(_MAXIMA, start=1) if isinstance(module, kind))
+
+
 def dilate(module: Any, rate: int, name: str = "module") -> None:
     """Multiply the dilation of a convolution or maximum pooling, and its padding as much.
 
@@ -146,7 +167,8 @@ def dilate(module: Any, rate: int, name: str = "module") -> None:
             raise InputError(f"net: {name} pads an even kernel to the same size, which has no dilated form")
     else:
         module.padding = _like(module.padding, tuple(rate * p for p in _all(module.padding)))
-    module.dilation = _like(module.dilation, tuple(rate * d for d in _all(module.dilation)))
+    if max(_all(module.kernel_size)) > 1:
+        module.dilation = _like(module.dilation, tuple(rate * d for d in _all(module.dilation)))
     if hasattr(module, "_reversed_padding_repeated_twice") and not isinstance(module.padding, str):
         module._reversed_padding_repeated_twice = [p for p in reversed(module.padding) for _ in range(2)]
 
