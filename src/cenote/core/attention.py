@@ -22,7 +22,7 @@ Further vectors `e` that the queries see besides the tokens (a class token among
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cenote.core import blocked
 from cenote.core.errors import InputError
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import PaddedTokens, Tokens
@@ -136,23 +137,28 @@ def cross_attention(
 
     by_head = (query * scale).unflatten(-1, (heads, width // heads)).transpose(-2, -3)
 
+    def absorbed_query() -> Float[Tensor, "*sets heads_queries dim"]:
+        u = by_head if key is None else _map_by_head(by_head, key.weight.unflatten(0, (heads, -1)))
+        return u.flatten(-3, -2)
+
     def scored(side: _TokenNorms) -> Float[Tensor, "*rows heads_queries"]:
         if absorb_keys:
-            u = by_head if key is None else _map_by_head(by_head, key.weight.unflatten(0, (heads, -1)))
-            return side.scores(u.flatten(-3, -2), key_norm)
+            return side.scores(absorbed_query(), key_norm)
         assert key is not None
         k = F.linear(side.applied(key_norm), key.weight, None if head_norm is None else key.bias)
         if head_norm is not None:
             k = head_norm(k.unflatten(-1, (heads, -1))).flatten(-2)
         return _scores_by_head(side.tokens, k, by_head)
 
+    def mapped_values(pooled: Float[Tensor, "batch heads_queries dim"]) -> Float[Tensor, "batch heads queries width"]:
+        pooled = pooled.unflatten(1, (heads, queries))
+        if value is None:
+            return _own_slices(pooled, heads)
+        return _map_by_head(pooled, value.weight.unflatten(0, (heads, -1)).transpose(-1, -2))
+
     def summed(side: _TokenNorms, weights: Float[Tensor, "*rows heads_queries"]) -> Tensor:
         if absorb_values:
-            pooled = side.weighted_sum(weights, value_norm).unflatten(1, (heads, queries))
-            if value is None:
-                pooled = _own_slices(pooled, heads)
-            else:
-                pooled = _map_by_head(pooled, value.weight.unflatten(0, (heads, -1)).transpose(-1, -2))
+            pooled = mapped_values(side.weighted_sum(weights, value_norm))
         else:
             v = side.applied(value_norm)
             v = v if value is None else F.linear(v, value.weight)
@@ -164,6 +170,14 @@ def cross_attention(
         return output
 
     side = _TokenNorms(tokens)
+    if absorb_keys and absorb_values and beside is None and map_weights is None and blocked.takes(tokens):
+        pieces = side.pool_frozen(absorbed_query(), key_norm, value_norm)
+        mapped, seen = zip(*((mapped_values(pooled), weights) for pooled, weights in pieces), strict=True)
+        output = _joined(mapped).transpose(1, 2).flatten(2)
+        if value is not None and value.bias is not None:
+            output = output + (tokens.lengths() > 0).view(-1, 1, 1) * value.bias
+        return Latents(output, _joined(seen).transpose(1, 2))
+
     scores = scored(side)
     weights = tokens.softmax(scores)
     if beside is None:
@@ -190,8 +204,10 @@ def _map_by_head(
     by_head: Float[Tensor, "*sets heads queries in"], weight: Float[Tensor, "heads in out"]
 ) -> Float[Tensor, "*sets heads queries out"]:
     # one product per head for all sets: a plain matmul would copy the weight once per set
-    rows = by_head.movedim(-3, 0)
-    return (rows.flatten(1, -2) @ weight).unflatten(1, rows.shape[1:-1]).movedim(0, -3)
+    if by_head.dim() == 3:
+        return by_head @ weight
+    rows = by_head.movedim((-3, -2), (0, 1))
+    return (rows.flatten(1, -2) @ weight).unflatten(1, rows.shape[1:-1]).movedim((0, 1), (-3, -2))
 
 
 def _scores_by_head(
@@ -246,9 +262,7 @@ class _TokenNorms:
         if norm is None:
             return self.tokens.scores(u)
         mean, inverse_std = self.statistics(norm.eps)
-        # u . b is the same for every token and drops out of the softmax
-        u = u.to(mean.dtype) if norm.weight is None else u * norm.weight.to(mean.dtype)
-        u = u - u.mean(-1, keepdim=True)
+        u = _centred(u.to(mean.dtype), norm)
         narrow = u.to(self.tokens.values.dtype)
         scores = self.tokens.scores(narrow).to(mean.dtype)
         if narrow.dtype != mean.dtype:
@@ -265,9 +279,49 @@ class _TokenNorms:
         wide, x = accumulation_dtype(weights.dtype), self.tokens.values
         scaled = weights.to(wide) * self.statistics(norm.eps)[1]
         pooled = self.tokens.weighted_sum(scaled.to(x.dtype)).to(wide)
-        pooled = pooled - pooled.mean(-1, keepdim=True)
-        if norm.weight is not None:
-            pooled = pooled * norm.weight
-        if norm.bias is not None:
-            pooled = pooled + self.tokens.sum(weights.to(wide)).unsqueeze(-1) * norm.bias
-        return pooled.to(x.dtype)
+        mass = None if norm.bias is None else self.tokens.sum(weights.to(wide))
+        return _normalised_sums(pooled, mass, norm).to(x.dtype)
+
+    def pool_frozen(
+        self,
+        u: Float[Tensor, "*sets heads_queries dim"],
+        key_norm: nn.LayerNorm | None,
+        value_norm: nn.LayerNorm | None,
+    ) -> Iterator[blocked.PooledSets]:
+        """Scores, softmax and sums in one go, for a few sets after the other; ask `blocked.takes` first."""
+        assert isinstance(self.tokens, PaddedTokens)
+        u = u if key_norm is None else _centred(u, key_norm)
+        factors = [
+            None if norm is None else self.statistics(norm.eps)[1].squeeze(-1) for norm in (key_norm, value_norm)
+        ]
+        nonempty = (self.tokens.lengths() > 0).to(u.dtype).unsqueeze(-1)
+        for sets in blocked.pieces(self.tokens, u.shape[-2]):
+            pooled, weights = blocked.pool_frozen(
+                self.tokens.part(sets),
+                u if u.dim() == 2 else u[sets],
+                *(None if f is None else f[sets] for f in factors),
+            )
+            if value_norm is not None:
+                pooled = _normalised_sums(pooled, nonempty[sets].expand(-1, u.shape[-2]), value_norm)
+            yield blocked.PooledSets(pooled, weights)
+
+
+def _joined(pieces: Sequence[Float[Tensor, "_sets *rest"]]) -> Float[Tensor, "batch *rest"]:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+
+
+def _centred(u: Float[Tensor, "*sets dim"], norm: nn.LayerNorm) -> Float[Tensor, "*sets dim"]:
+    """Queries of tokens that are divided by their deviation only; what the bias adds is the same for every token."""
+    u = u if norm.weight is None else u * norm.weight.to(u.dtype)
+    return u - u.mean(-1, keepdim=True)
+
+
+def _normalised_sums(
+    pooled: Float[Tensor, "batch heads_queries dim"],
+    mass: Float[Tensor, "batch heads_queries"] | None,
+    norm: nn.LayerNorm,
+) -> Float[Tensor, "batch heads_queries dim"]:
+    """Sums of normalised tokens from sums of tokens that were divided by their deviation only."""
+    pooled = pooled - pooled.mean(-1, keepdim=True)
+    pooled = pooled if norm.weight is None else pooled * norm.weight
+    return pooled if norm.bias is None or mass is None else pooled + mass.unsqueeze(-1) * norm.bias

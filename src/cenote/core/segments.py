@@ -28,7 +28,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def flush_tiny(weights: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
     """Zero the weights below 1e-30: as denormal numbers they would slow a matrix product down some twenty times."""
-    return torch.nn.functional.threshold(weights, 1e-30, 0.0)
+    # in place where no backward pass needs what stood there before: a fresh block costs more than the step
+    return torch.nn.functional.threshold(weights, 1e-30, 0.0, inplace=not torch.is_grad_enabled())
 
 
 def segment_sum(

@@ -28,10 +28,10 @@ class joined_products(TorchFunctionMode):
         if not kwargs and len(args) > 1 and all(isinstance(a, Tensor) and a.dim() > 1 for a in args[:2]):
             if func is F.linear:
                 x, weight, *bias = args
-                y = _Product.apply(x, weight.T)
+                y = _Product.apply(x, weight.T)  # type: ignore[no-untyped-call]
                 return y if not bias or bias[0] is None else y + bias[0]
             if func in _MATMULS:
-                return _Product.apply(*args)
+                return _Product.apply(*args)  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 

@@ -75,11 +75,17 @@ def run_rules(
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """The largest difference between two tensors; infinite where shapes differ, or where one is NaN and the other is not."""
+    """The largest difference between two tensors, relative to their largest number where that is above 1.
+
+    Infinite where shapes differ, or where one is NaN and the other is not.
+    """
     if a.shape != b.shape:
         return float("inf")
     a, b = a.detach().double(), b.detach().double()
     apart = (a - b).abs()[(a != b) & ~(a.isnan() & b.isnan())]
     if not apart.numel():
         return 0.0
-    return float("inf") if bool(apart.isnan().any()) else float(apart.max())
+    if bool(apart.isnan().any()):
+        return float("inf")
+    finite = a[a.isfinite()].abs()
+    return float(apart.max()) / max(1.0, float(finite.max()) if finite.numel() else 0.0)
