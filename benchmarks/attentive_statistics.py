@@ -1,10 +1,10 @@
 """Attentive statistics pooling that sees the statistics of its set, against the form that concatenates them to every token.
 
-32 sets of 300 frames of width 1536 in float32, hidden width 128, one weight per channel. The concatenating form is that of
-speechbrain, written out in plain torch (`[mean; std]` repeated for every frame, 1x1 convolutions), as speechbrain needs a
-torchaudio that its torch may not have. Tokens stand as each of the two wants them: `[batch, tokens, dim]` here, `[batch, dim,
-tokens]` there. Parameters and results are the same; the ReLU and BatchNorm that speechbrain puts behind the first layer are
-left out of both.
+32 sets of 300 frames of width 1536 in float32, hidden width 128, one weight per channel. The concatenating form is
+that of speechbrain, written out in plain torch (`[mean; std]` repeated for every frame, 1x1 convolutions), as
+speechbrain needs a torchaudio that its torch may not have. Tokens stand as each of the two wants them: `[batch,
+tokens, dim]` here, `[batch, dim, tokens]` there. Parameters and results are the same; the ReLU and BatchNorm that
+speechbrain puts behind the first layer are left out of both.
 
     python -m benchmarks.attentive_statistics [--json FILE] [--threads N] [--rounds N]
 """

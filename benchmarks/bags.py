@@ -1,8 +1,9 @@
 """Gated attention pooling of bags of very uneven length, against torchmil's, which pads. Needs the extra `bench`.
 
-Lengths are log-uniform between 1 and 20,000, dim 384, hidden width 128, float32; parameters and results are the same. 512 bags
-padded to the longest would take 15.7 GB before the first product, so both get 64 bags at a time; how much is padding does not
-depend on the number of bags, but for the longest of them. The padding itself is made beforehand and not timed.
+Lengths are log-uniform between 1 and 20,000, dim 384, hidden width 128, float32; parameters and results are the same.
+512 bags padded to the longest would take 15.7 GB before the first product, so both get 64 bags at a time; how much is
+padding does not depend on the number of bags, but for the longest of them. The padding itself is made beforehand and
+not timed.
 
     python -m benchmarks.bags [--json FILE] [--threads N] [--rounds N]
 """
