@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from cenote.cli import catalog, predict, probe, report, study
+from cenote.cli import catalog, extract, models, predict, probe, report, study
 from cenote.core.errors import InputError
 
 app = typer.Typer(
@@ -17,11 +17,13 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("probe")(probe.probe)
+app.command("extract")(extract.extract)
 app.command("predict")(predict.predict)
 app.command("report")(report.report)
 app.command("study")(study.study)
 app.command("list")(catalog.list_methods)
 app.command("show")(catalog.show)
+app.add_typer(models.app, name="models")
 
 
 def main() -> None:

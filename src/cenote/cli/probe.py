@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+import cenote.cli.extract as raw
 from cenote.core import InputError
 
 if TYPE_CHECKING:
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
 def probe(
     data: Annotated[
         str,
-        typer.Argument(help="Folder of bags with labels.csv, Arrow/Parquet file, .npz, or one of: digits, digit-bags."),
+        typer.Argument(
+            help="Folder of bags with labels.csv, feature store, Arrow/Parquet file, .npz, or one of: digits, digit-bags; "
+            "with --backbone, raw images, sounds or texts."
+        ),
     ] = "digits",
     methods: Annotated[str, typer.Option(help="fast, all, or names separated by commas (see cenote list).")] = "fast",
     seeds: Annotated[int, typer.Option(min=1, help="How many initialisations of each probe.")] = 3,
@@ -48,6 +53,25 @@ def probe(
     patience: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many epochs without a better validation.")
     ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            help="Model that turns raw data into tokens first, kept in OUT/features: a folder, or a name on the hub."
+        ),
+    ] = None,
+    kind: raw.Kind = None,
+    column: raw.Column = None,
+    names: raw.Names = None,
+    limit: raw.Limit = None,
+    dtype: raw.Dtype = "float16",
+    batch: raw.Batch = 32,
+    skip_bad: raw.SkipBad = False,
+    device: raw.Device = "cpu",
+    precision: raw.Precision = "float32",
+    max_length: raw.MaxLength = None,
+    revision: raw.Revision = None,
+    trust_remote_code: raw.Trust = False,
+    allow_pickle: raw.Pickle = False,
 ) -> None:
     """Train probes with every pooling on labelled token features; say which wins, by how much, at what cost."""
     console = Console()
@@ -55,9 +79,18 @@ def probe(
     from cenote.probe import Recipe, compare
     from cenote.probe.compare import chosen_methods
 
-    names = chosen_methods(methods)
+    wanted = chosen_methods(methods)
     recipe = Recipe()
     recipe = Recipe(epochs=epochs or recipe.epochs, patience=patience or recipe.patience)
+    title = None
+    if backbone is not None:
+        from cenote.scale import ModelSpec, Options
+
+        spec = ModelSpec(backbone, kind, revision, device, precision, max_length, trust_remote_code, allow_pickle)
+        options = Options(None, dtype, None, batch, None, skip_bad)  # type: ignore[arg-type]
+        title = Path(data).stem
+        data = raw.from_raw(data, spec, out / "features", options, console, labels, id_column, column, names, limit)
+        labels = id_column = None
     with console.status(f"reading {data}"):
         items = features.read(
             data,
@@ -72,6 +105,8 @@ def probe(
             grid=parsed_grid(grid),
             seed=split_seed,
         )
+    if title is not None:
+        items = replace(items, name=title)
     console.print(features.describe(items), highlight=False)
 
     start = time.perf_counter()
@@ -83,7 +118,7 @@ def probe(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("starting", total=len(names))
+        bar = progress.add_task("starting", total=len(wanted))
         done: set[str] = set()
 
         def on_method(name: str, share: float) -> None:
@@ -91,7 +126,7 @@ def probe(
                 done.add(name)
             progress.update(bar, description=name, completed=len(done) + (share if share < 1 else 0))
 
-        comparison = compare(items, names, seeds=seeds, out=out, metric=metric, recipe=recipe, on_method=on_method)
+        comparison = compare(items, wanted, seeds=seeds, out=out, metric=metric, recipe=recipe, on_method=on_method)
 
     from cenote.report import write
 
@@ -103,7 +138,7 @@ def probe(
     console.print(f"{time.perf_counter() - start:.0f} s; report: {page}", highlight=False)
     if not comparison.complete:
         sys.stderr.write(
-            f"interrupted: kept {len(comparison.results)} of {len(names)} methods in {out}; "
+            f"interrupted: kept {len(comparison.results)} of {len(wanted)} methods in {out}; "
             f"run the same command again to go on\n"
         )
         raise typer.Exit(130)

@@ -39,7 +39,8 @@ def open_folder(
     files = _token_files(folder)
     if not files:
         raise InputError(
-            f"{folder}: holds no {', '.join(arrays.SUFFIXES)} file; give a folder with one such file per item"
+            f"{folder}: holds no {', '.join(arrays.SUFFIXES)} file; give a folder with one such file per item, "
+            f"or, to begin with raw images, sounds or texts, a model with --backbone"
         )
     kinds = ", ".join(sorted({f.suffix for f in files}))
     if not labelled:

@@ -144,7 +144,7 @@ class HuggingFaceBackbone(Backbone):
     @torch.inference_mode()
     def forward(self, prepared: Prepared) -> Any:
         """The model's own forward."""
-        return self.model(**self._arguments(prepared))
+        return self.model(**self.arguments(prepared))
 
     @torch.inference_mode()
     def states(self, prepared: Prepared, layers: Sequence[int] | None = None, attentions: bool = False) -> States:
@@ -163,7 +163,8 @@ class HuggingFaceBackbone(Backbone):
             raise InputError(f"attentions: {self.identity.model_class} gives no attention weights")
         return States(found, mask, None if weights is None else tuple(weights))
 
-    def _arguments(self, prepared: Prepared) -> dict[str, Tensor]:
+    def arguments(self, prepared: Prepared) -> dict[str, Tensor]:
+        """What the model's forward is called with."""
         known = {k: v for k, v in prepared.inputs.items() if k in self.takes or "kwargs" in self.takes}
         return to_device(known, self.device, self.precision)
 
@@ -173,7 +174,7 @@ class HuggingFaceBackbone(Backbone):
             options["output_attentions"] = True
         if "use_cache" in self.takes:
             options["use_cache"] = False
-        return self.model(**self._arguments(prepared), **options)
+        return self.model(**self.arguments(prepared), **options)
 
     @contextmanager
     def _giving_attentions(self) -> Iterator[None]:

@@ -46,6 +46,8 @@ class TextBackbone(HuggingFaceBackbone):
             # masked, and to the right of every real token: what stands there is never seen
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
         self.tokenizer.padding_side = "right"
+        # trained without a mask, as SigLIP: it must see the padding that it saw in training
+        self.masks_padding = "attention_mask" in self.tokenizer.model_input_names
         config: Any = model.config
         known = [
             limit
@@ -72,17 +74,29 @@ class TextBackbone(HuggingFaceBackbone):
         full = self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
         cut = sum(len(ids) > self.max_length for ids in full)
         made = self.tokenizer(
-            texts, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt",
+            texts,
+            truncation=True,
+            max_length=self.max_length,
+            padding="longest" if self.masks_padding else "max_length",
+            return_tensors="pt",
             return_attention_mask=True,
-        )  # fmt: skip
+        )
         return Prepared(dict(made), cut)
+
+    def arguments(self, prepared: Prepared) -> dict[str, Tensor]:
+        """Without the mask, where the model was trained without one."""
+        found = super().arguments(prepared)
+        if not self.masks_padding:
+            found.pop("attention_mask", None)
+        return found
 
     def mask(self, prepared: Prepared, output: Any) -> Tensor | None:  # noqa: ARG002 - the padding tells all
         mask = prepared.inputs["attention_mask"].bool()
         return None if bool(mask.all()) else mask.to(self.device)
 
     def lie(self, prepared: Prepared, tokens: int) -> tuple[int, tuple[int, int] | None]:  # noqa: ARG002
-        special = set(self.tokenizer.all_special_ids)
+        # a word that the vocabulary lacks is a word all the same
+        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
         ids = prepared.inputs["input_ids"][0].tolist()
         return next((i for i, number in enumerate(ids) if number not in special), 0), None
 
@@ -93,6 +107,7 @@ class TextBackbone(HuggingFaceBackbone):
                 "vocabulary": len(self.tokenizer),
                 "max_length": self.max_length,
                 "lower_case": self.lower_case,
+                "padding": "longest" if self.masks_padding else "max_length",
                 "cut": self.tokenizer.truncation_side,
             }
         )
