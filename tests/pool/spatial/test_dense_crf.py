@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from cenote.core import InputError
-from cenote.pool import DenseCRF, PermutohedralLattice, search_crf, unary_from_labels, unary_from_probabilities
+from cenote.pool import DenseCRF, search_crf, unary_from_labels, unary_from_probabilities
 from cenote.pool.spatial.dense_crf import DenseKernel, SeparableKernel, mean_field, pixel_features
 
 H, W, L = 9, 11, 3
@@ -193,15 +193,3 @@ def test_wrong_inputs_are_named() -> None:
         unary_from_labels(torch.zeros(1, 2, 2).long(), 3, 1.0)
     with pytest.raises(InputError, match="labels"):
         search_crf(energies(), photograph(), torch.full((2, H, W), 255))
-
-
-def test_agrees_with_pydensecrf() -> None:
-    crf = pytest.importorskip("pydensecrf.densecrf")
-    unary, image = energies(1)[0].float(), photograph(1)[0]
-    theirs = crf.DenseCRF2D(W, H, L)
-    theirs.setUnaryEnergy(unary.flatten(1).numpy().copy())
-    theirs.addPairwiseBilateral(sxy=6, srgb=40, rgbim=image.movedim(0, -1).byte().contiguous().numpy(), compat=4)
-    expected = torch.tensor(theirs.inference(5)).view(L, H, W)
-    kernel = PermutohedralLattice(pixel_features(H, W, (6.0, 6.0), image.float(), 40.0))
-    got = mean_field(unary.flatten(1).T, [(4.0, kernel)], 5).T.reshape(L, H, W)
-    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)

@@ -50,8 +50,9 @@ def to_output_stride(net: Net, output_stride: int, example: Float[Tensor, "batch
     Source: Chen et al., "DeepLab", TPAMI 2018.
 
     Note:
-        A maximum pooling may become a padding and a pooling. Strides are followed through the net's own modules; a strided pooling that is called as a function is not seen, and
-        an average pooling that would have to be dilated has no module in PyTorch.
+        A maximum pooling may become a padding and a pooling. Strides are followed through the net's own modules; a strided
+        pooling that is called as a function is not seen, and an average pooling that would have to be dilated has no module
+        in PyTorch.
     """
     if output_stride < 1:
         raise InputError(f"output_stride: expected a positive number, got {output_stride}")
