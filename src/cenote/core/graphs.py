@@ -100,8 +100,8 @@ def check_edges(edge_index: Tensor, edge_attr: Tensor | None, batch: Int[Tensor,
         raise InputError(f"edge_index: expected [2, edges], got shape {tuple(edge_index.shape)}")
     nodes = batch.shape[0]
     if edge_attr is not None and (not isinstance(edge_attr, Tensor) or edge_attr.shape[:1] != edge_index.shape[1:]):
-        came = tuple(edge_attr.shape) if isinstance(edge_attr, Tensor) else type(edge_attr).__name__
-        raise InputError(f"edge_attr: expected one row for each of {edge_index.shape[1]} edges, got {came}")
+        what = tuple(edge_attr.shape) if isinstance(edge_attr, Tensor) else type(edge_attr).__name__
+        raise InputError(f"edge_attr: expected one row for each of {edge_index.shape[1]} edges, got {what}")
     if torch.compiler.is_compiling() or not edge_index.numel():
         return
     low, high = int(edge_index.min()), int(edge_index.max())

@@ -13,11 +13,19 @@ from cenote.pool.attention.cbam import CbamPool
 from cenote.pool.attention.clip import ClipPool
 from cenote.pool.attention.coca import CoCaPool
 from cenote.pool.attention.deep_set import DeepSet
+from cenote.pool.attention.dicosa.query_bank import query_bank_normalise
+from cenote.pool.attention.dicosa.similarity import DiCoSA
+from cenote.pool.attention.dicosa.temporal import TemporalTransformer
 from cenote.pool.attention.dinovit import DinoViTPool
 from cenote.pool.attention.dolg import DolgPool
 from cenote.pool.attention.efficient_probing import EfficientProbing
 from cenote.pool.attention.esimpool import ESimPool
 from cenote.pool.attention.jepa import JepaPool
+from cenote.pool.attention.joint_attention.field import FieldHead
+from cenote.pool.attention.joint_attention.fusion import JointAttentionFusion
+from cenote.pool.attention.joint_attention.model import JointAttention
+from cenote.pool.attention.joint_attention.pool import JointAttentionPool
+from cenote.pool.attention.joint_attention.targets import best_point, gaussian_target
 from cenote.pool.attention.mhca import MHCAPool
 from cenote.pool.attention.pma import PMA
 from cenote.pool.attention.set_attention import ISAB, MAB, SAB
@@ -33,6 +41,10 @@ from cenote.pool.attention.tree_cross_attention.objective import TreeLosses, Tre
 from cenote.pool.attention.tree_cross_attention.pool import TreeCrossAttentionPool
 from cenote.pool.attention.tree_cross_attention.retreever import ReTreever
 from cenote.pool.attention.tree_cross_attention.search import Retrieved, TreeCrossAttention
+from cenote.pool.bags.midam import AttentionStatistic, BagScorer, MIDAMAttention, MIDAMSmoothedMax, SmoothedMaxPool
+from cenote.pool.bags.midam_loss import MIDAMAttentionLoss, MIDAMLoss, MIDAMSmoothedMaxLoss
+from cenote.pool.bags.midam_optimizer import MIDAM
+from cenote.pool.bags.midam_trainer import MIDAMTrainer, TwoClassBatches, sample_instances
 from cenote.pool.base import PaddedPool, Pool, Pooled
 from cenote.pool.basic.cls import ClsMeanPool, ClsPool
 from cenote.pool.basic.last import LastPool
@@ -154,6 +166,7 @@ __all__ = [
     "ABMILP",
     "ISAB",
     "MAB",
+    "MIDAM",
     "PMA",
     "SAB",
     "ABMILPPositions",
@@ -175,6 +188,7 @@ __all__ = [
     "AtrousCascade",
     "AttSets",
     "AttSetsConv",
+    "AttentionStatistic",
     "AttentionalAffine",
     "AttentionalConcat",
     "AttentionalGate",
@@ -182,6 +196,7 @@ __all__ = [
     "AttentiveStatisticsPool",
     "AttentiveTemporalPool",
     "Attenuator",
+    "BagScorer",
     "BinaryAFA",
     "CLSAttention",
     "CaePool",
@@ -202,6 +217,7 @@ __all__ = [
     "DeepSet",
     "DenseCRF",
     "DependencyPool",
+    "DiCoSA",
     "DinoViTPool",
     "DolgPool",
     "DraspPool",
@@ -216,6 +232,7 @@ __all__ = [
     "EntityPool",
     "FASet",
     "FactorGraphAttention",
+    "FieldHead",
     "FlatMemories",
     "GGeM",
     "GGeMPool1d",
@@ -245,6 +262,9 @@ __all__ = [
     "IndexSetPool",
     "InteractiveAttention",
     "JepaPool",
+    "JointAttention",
+    "JointAttentionFusion",
+    "JointAttentionPool",
     "LastLayerTrainable",
     "LastPool",
     "LayerAttentionPool",
@@ -255,6 +275,12 @@ __all__ = [
     "LinAttention",
     "LinearCalibration",
     "MHCAPool",
+    "MIDAMAttention",
+    "MIDAMAttentionLoss",
+    "MIDAMLoss",
+    "MIDAMSmoothedMax",
+    "MIDAMSmoothedMaxLoss",
+    "MIDAMTrainer",
     "MLPAttention",
     "MLPConv",
     "MaxCLS",
@@ -289,6 +315,7 @@ __all__ = [
     "SimPool",
     "SlotCon",
     "SlotConTrainer",
+    "SmoothedMaxPool",
     "SoftPool1d",
     "SoftPool2d",
     "SoftPool3d",
@@ -301,6 +328,7 @@ __all__ = [
     "StatisticsPool",
     "SumPool",
     "TemporalState",
+    "TemporalTransformer",
     "TokenCountSampler",
     "TokenFlex",
     "TreeCrossAttention",
@@ -311,6 +339,7 @@ __all__ = [
     "TreePool2d",
     "TreePool3d",
     "Trees",
+    "TwoClassBatches",
     "TwoCrops",
     "WeightedLayerSum",
     "WeightedWindowPool",
@@ -321,10 +350,12 @@ __all__ = [
     "adapt_logits",
     "append_prompt",
     "attention_penalty",
+    "best_point",
     "check_placeholders",
     "class_maps",
     "divergence_from_mean",
     "effective_receptive_field",
+    "gaussian_target",
     "imagination_loss",
     "mass_by_type",
     "multi_grid",
@@ -334,9 +365,11 @@ __all__ = [
     "pad_heads",
     "parse_conllu",
     "pixel_loss",
+    "query_bank_normalise",
     "read_conllu",
     "receptive_extent",
     "recommend_rates",
+    "sample_instances",
     "sample_mixtures",
     "scale_space_rendering",
     "score_map_loss",
