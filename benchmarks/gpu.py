@@ -1,9 +1,10 @@
-"""Absorbed pooling on a GPU: bytes of tokens per second against a measured copy, and against attention that projects every token.
+"""Absorbed pooling on a GPU: bytes of tokens per second against a copy, and against attention that projects every token.
 
-256 sets of 1,024 tokens of width 1,024 in bfloat16, 16 heads, one query. "Trained" is forward and backward with frozen tokens.
-`MultiheadAttention` and "SDPA with projections" hold the same parameters as the pool; results are compared in float32 first.
-Bytes are those of the tokens, once: what must be read. The copy reads and writes, so its rate is twice its bytes over its time.
-Ends with exit code 2, and measures nothing, where there is no CUDA GPU or no triton.
+256 sets of 1,024 tokens of width 1,024 in bfloat16, 16 heads, one query. "Trained" is forward and backward with
+frozen tokens. `MultiheadAttention` and "SDPA with projections" hold the same parameters as the pool; results are
+compared in float32 first. Bytes are those of the tokens, once: what must be read. The copy reads and writes, so its
+rate is twice its bytes over its time. Ends with exit code 2, and measures nothing, where there is no CUDA GPU or no
+triton.
 
     python -m benchmarks.gpu [--json FILE] [--rounds N]
 """
