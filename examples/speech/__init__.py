@@ -1,0 +1,1 @@
+"""Speech with cenote: from wav files to tables and plots."""
