@@ -1,0 +1,108 @@
+"""The best atrous rates follow the size of the map: in a net without an image-level branch the best multiplier `g` of rates
+(g, 2g, 3g) is at least 1.5 times as large on maps of twice the side, and the rule of `recommend_rates` comes within 5 points
+of the best.
+
+Refuted if the same multiplier is best at both sizes, or if the rule's rates are 5 points or more below the best.
+
+Every pixel has to answer the colour of one patch, a quarter as wide as the image. Also shown, not part of the rule: the
+effective receptive field of a trained net.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cenote.pool import DeepLabV3Head, effective_receptive_field, recommend_rates
+from cenote.study.global_cue import COLOURS, WIDTH, one_patch, trained
+from cenote.study.harness import Arms, Findings, Size, above, below, draw_arms, seeds_of, study
+
+SIDES = (12, 24)
+MULTIPLIERS: dict[Size, tuple[int, ...]] = {
+    "smoke": (2, 4),
+    "small": (1, 2, 3, 4, 6, 8),
+    "full": (1, 2, 3, 4, 6, 8, 12),
+}
+STEPS: dict[Size, int] = {"smoke": 2, "small": 150, "full": 260}
+TESTS: dict[Size, int] = {"smoke": 10, "small": 200, "full": 200}
+RULE = "the rule"
+
+
+@study
+def run(seed: int, size: Size) -> Findings:
+    """Train a pyramid at each multiplier and at the rule's rates, on two sizes of image."""
+    seeds = seeds_of(seed, size, small=4)
+    arms = {side: Arms() for side in SIDES}
+    field = None
+    for side, of_side in arms.items():
+        for g in MULTIPLIERS[size]:
+            of_side[f"g = {g}"] = _trained((g, 2 * g, 3 * g), side, seeds, size)[1]
+        model, of_side[RULE] = _trained(recommend_rates(side, 1), side, seeds, size)
+        if side == SIDES[-1]:
+            images = one_patch(32 if size != "smoke" else 2, side, torch.Generator().manual_seed(seed)).x
+            field = effective_receptive_field(model.module(0), images)
+    assert field is not None
+    best = {
+        side: tuple(_best(of_side, i, MULTIPLIERS[size]) for i in range(len(seeds))) for side, of_side in arms.items()
+    }
+    small, large = SIDES
+    growth = tuple(b / a for a, b in zip(best[small], best[large], strict=True))
+    return Findings(
+        seeds=seeds,
+        checks=(
+            above("best multiplier at twice the side over the best at one", growth, expected=1.5, refuted=1.0),
+            *(
+                below(
+                    f"{side} x {side}: accuracy, best of the multipliers minus the rule",
+                    _lost(of_side, MULTIPLIERS[size]),
+                    expected=0.05,
+                )
+                for side, of_side in arms.items()
+            ),
+        ),
+        table=[
+            *(row for side, of_side in arms.items() for row in of_side.table(f"pixel accuracy, {side} x {side}")),
+            *Arms({f"{side} x {side}": tuple(map(float, b)) for side, b in best.items()}).table("best multiplier"),
+        ],
+        figure=partial(_draw, arms=arms, multipliers=MULTIPLIERS[size], field=field),
+        notes=(
+            f"The rule's rates: {', '.join(f'{recommend_rates(s, 1)} at {s} x {s}' for s in SIDES)}. The best multiplier is "
+            "that of each seed; where neighbours are equally good it is partly chance.",
+            "Images are noise of deviation 0.5 without striding, so that the side of the image is the side of the map. The "
+            "paper's data sets and networks are not used here.",
+        ),
+    )
+
+
+def _trained(rates: tuple[int, ...], side: int, seeds: tuple[int, ...], size: Size) -> tuple[Any, tuple[float, ...]]:
+    head = partial(DeepLabV3Head, WIDTH, COLOURS, WIDTH, rates, image_pool=False)
+    return trained(head, one_patch, side, seeds, STEPS[size], TESTS[size])
+
+
+def _best(arms: Arms, seed: int, multipliers: tuple[int, ...]) -> int:
+    return max(multipliers, key=lambda g: arms[f"g = {g}"][seed])
+
+
+def _lost(arms: Arms, multipliers: tuple[int, ...]) -> tuple[float, ...]:
+    best = [max(arms[f"g = {g}"][i] for g in multipliers) for i in range(len(arms[RULE]))]
+    return tuple(b - r for b, r in zip(best, arms[RULE], strict=True))
+
+
+def _draw(figure: Any, arms: dict[int, Arms], multipliers: tuple[int, ...], field: Float[Tensor, "h w"]) -> None:
+    first, second, third = figure.subplots(1, 3, width_ratios=(3, 3, 2))
+    for side, of_side in arms.items():
+        means = [sum(of_side[f"g = {g}"]) / len(of_side[RULE]) for g in multipliers]
+        first.plot([3 * g / side for g in multipliers], means, "o-", label=f"{side} x {side}")
+    first.set_xlabel("largest rate / side of the map")
+    first.set_ylabel("pixel accuracy")
+    first.legend(frameon=False)
+    first.spines[["top", "right"]].set_visible(False)
+    draw_arms(second, arms[SIDES[-1]], f"pixel accuracy, {SIDES[-1]} x {SIDES[-1]}")
+    third.imshow(field.sqrt().numpy(), cmap="viridis")
+    third.set_title("where the middle looks", fontsize=9)
+    third.set_xticks([])
+    third.set_yticks([])
