@@ -115,3 +115,14 @@ def check_edges(edge_index: Tensor, edge_attr: Tensor | None, batch: Int[Tensor,
             f"edge_index: edge {e} joins node {u} of graph {int(batch[u])} with node {v} of graph {int(batch[v])}; "
             f"an edge stays inside its graph"
         )
+
+
+def undirected(edge_index: Int[Tensor, "2 edges"], nodes: int) -> Int[Tensor, "2 both_ways"]:
+    """Every edge once in each direction, without loops and repeats, sorted.
+
+    >>> undirected(torch.tensor([[2, 0, 1], [1, 0, 2]]), 3).tolist()
+    [[1, 2], [2, 1]]
+    """
+    row, col = edge_index[:, edge_index[0] != edge_index[1]]
+    keys = torch.cat([row * nodes + col, col * nodes + row]).unique()
+    return torch.stack([keys // max(nodes, 1), keys % max(nodes, 1)])

@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cenote.core import Bags
+from cenote.core import Bags, InputError
+from cenote.core.graphs import Graphs
 
 Task = Literal["binary", "multiclass", "multilabel", "regression"]
 Split = Literal["train", "val", "test"]
@@ -27,7 +28,7 @@ class TokenDataset:
     Attributes:
         name: for people.
         x: `[items, tokens, dim]`, or `Bags` where the items have different numbers of tokens. Never both padded and ragged:
-            readers turn padding into `Bags`. float32, float16 or bfloat16.
+            readers turn padding into `Bags`. `Graphs` where edges join the tokens. float32, float16 or bfloat16.
         y: binary and multiclass: int64 `[items]`, numbers of `classes`; multilabel: float32 `[items, labels]` of 0 and 1;
             regression: float32 `[items, targets]`.
         task: what kind of target `y` is.
@@ -75,6 +76,11 @@ class TokenDataset:
         return None if isinstance(self.x, Bags) else self.x.shape[1]
 
     @property
+    def has_edges(self) -> bool:
+        """Whether items are graphs."""
+        return isinstance(self.x, Graphs)
+
+    @property
     def outputs(self) -> int:
         """Width of a classifier for this task: 1 logit for binary, one number per class, label or target otherwise."""
         return 1 if self.task == "binary" else len(self.classes)
@@ -101,8 +107,19 @@ class TokenDataset:
             return self.x[items], None
         if len(items) == 1:
             return self.x[int(items[0])].unsqueeze(0), None
-        x, mask = self.x.select(items).to_padded()
+        # the edges of graphs stay behind: what takes padded sets ignores them
+        x, mask = Bags.select(self.x, items).to_padded()
         return x, None if bool(mask.all()) else mask
+
+    def graphs(self, items: Int[Tensor, "chosen"]) -> Graphs:
+        """Some items with the edges between their tokens.
+
+        Raises:
+            InputError: where there are no edges.
+        """
+        if not isinstance(self.x, Graphs):
+            raise InputError(f"{self.name}: has no edges between tokens")
+        return self.x.select(items)
 
     def nbytes(self) -> int:
         """Bytes of the token features."""
@@ -112,9 +129,11 @@ class TokenDataset:
     def fingerprint(self) -> str:
         """SHA-256 over features, targets, ids, groups and split: the same data give the same text."""
         digest = hashlib.sha256()
+        edges = (self.x.edge_index, self.x.edge_attr) if isinstance(self.x, Graphs) else ()
         values, lengths = (self.x.values, self.x.offsets) if isinstance(self.x, Bags) else (self.x, self.lengths())
-        for tensor in (values, lengths, self.y, self.split):
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        for tensor in (values, lengths, self.y, self.split, *edges):
+            if tensor is not None:
+                digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         text = "\n".join((*self.ids, *self.classes, *(self.groups or ()), self.task, str(self.prefix_tokens)))
         digest.update(text.encode())
         return digest.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cenote.core.graphs import Graphs
 from cenote.features.dataset import SPLITS, TokenDataset
 
 CLASSES_SHOWN = 12
@@ -20,6 +21,7 @@ def facts(data: TokenDataset) -> dict[str, Any]:
         "class_counts": {name: _counts(data, split) for split, name in enumerate(SPLITS)},
         "groups": None if data.groups is None else len(set(data.groups)),
         "tokens": [int(lengths[0]), int(lengths[(len(lengths) - 1) // 2]), int(lengths[-1])],
+        **_edges(data),
         "dim": data.dim,
         "dtype": str(data.dtype).removeprefix("torch."),
         "prefix_tokens": data.prefix_tokens,
@@ -59,8 +61,20 @@ def describe(data: TokenDataset) -> str:
     if data.grid is not None:
         layout.append(f"{data.grid[0]} x {data.grid[1]} grid")
     within = f" ({' + '.join(layout)})" if layout else ""
+    if "edges" in f:
+        low, median, high = f["edges"]
+        lines.append(
+            f"  graphs, their nodes the tokens; edges, counted in both directions: {low} to {high}, median {median}"
+        )
     lines.append(f"  tokens per item: {spread}{within}; width {data.dim}, {f['dtype']}, {_size(f['bytes'])}")
     return "\n".join(lines)
+
+
+def _edges(data: TokenDataset) -> dict[str, list[int]]:
+    if not isinstance(data.x, Graphs):
+        return {}
+    counts = data.x.edges().sort().values
+    return {"edges": [int(counts[0]), int(counts[(len(counts) - 1) // 2]), int(counts[-1])]}
 
 
 def _counts(data: TokenDataset, split: int) -> dict[str, int]:

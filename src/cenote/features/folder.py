@@ -36,7 +36,7 @@ def open_folder(
         labelled: False: every file is an item, and labels are not looked for.
         problems: takes ids without file and files without row.
     """
-    files = _token_files(folder)
+    files = token_files(folder)
     if not files:
         raise InputError(
             f"{folder}: holds no {', '.join(arrays.SUFFIXES)} file; give a folder with one such file per item, "
@@ -80,7 +80,8 @@ def open_folder(
     )
 
 
-def _token_files(folder: Path) -> list[Path]:
+def token_files(folder: Path) -> list[Path]:
+    """The files that may hold tokens, in subfolders or not."""
     return [
         file
         for file in sorted(folder.rglob("*"))

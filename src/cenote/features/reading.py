@@ -11,11 +11,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from cenote.core import Bags, InputError
+from cenote.core.graphs import Graphs
 from cenote.features import splits, targets
 from cenote.features.arrow import open_arrow, shards_of
 from cenote.features.dataset import SPLITS, TokenDataset
+from cenote.features.dgcnn import dgcnn_file, open_dgcnn
 from cenote.features.embedded import digit_bags, digits
-from cenote.features.folder import open_folder
+from cenote.features.folder import LABELS, open_folder, token_files
+from cenote.features.geometric import geometric_file, open_geometric
 from cenote.features.npz import open_npz
 from cenote.features.source import Filled, Source
 from cenote.features.store import StoredDataset, StoredTokens, is_store, read_listing
@@ -65,7 +68,9 @@ def read(
               `datasets.save_to_disk`;
             - an `.npz` with `x [items, tokens, dim]`, `y`, and, if there are, `mask` (True = real), `ids`, `groups`, `split`;
               or with `x [total, dim]` and `offsets [items + 1]`;
-            - a feature store, as `cenote extract` writes it: its tokens stay on disk.
+            - a feature store, as `cenote extract` writes it: its tokens stay on disk;
+            - graphs, whose nodes are the tokens: a `.txt` file in DGCNN's format or a folder with one, see
+              `cenote.features.dgcnn`; or the root folder or `.pt` file of a dataset of PyTorch Geometric.
         labels: CSV file with the labels, instead of those that lie with the data; matched by id.
         task: `"binary"`, `"multiclass"`, `"multilabel"` or `"regression"`; default by the rules of `cenote.features.targets`.
         label_column: the column with the label, or several columns, as a sequence or separated by commas; default `label`,
@@ -109,7 +114,7 @@ def read(
             label_column=label_column, id_column=id_column, group_column=group_column, split_column=split_column,
             fractions=fractions, seed=seed, labelled=labelled,
         )  # fmt: skip
-    if layers is not None:
+    if layers not in (None, "all", "last"):
         raise InputError(f"layers: {path} is no feature store, and holds one layer; leave layers out")
     problems = Problems(str(path))
     source = _open(path, None if labels is None else Path(labels), vector_column, id_column, labelled, problems)
@@ -218,18 +223,30 @@ def _open(
     if not path.exists():
         raise InputError(f"data: there is no file or folder {path}; give one, or one of {', '.join(EMBEDDED)}")
     shards = shards_of(path)
-    if path.is_dir() and not shards:
+    graphs = None if shards else _open_graphs(path)
+    if path.is_dir() and not shards and graphs is None:
         return open_folder(path, labels, vectors, id_column, labelled, problems)
-    if shards:
+    if graphs is not None:
+        source = graphs
+    elif shards:
         source = open_arrow(shards, vectors, None if labels else id_column, path)
     elif path.suffix.lower() == ".npz":
         source = open_npz(path, vectors, None if labels else id_column, problems)
     else:
         raise InputError(
-            f"data: {path} is none of .npz, .arrow, .feather, .parquet or a folder; "
+            f"data: {path} is none of .npz, .arrow, .feather, .parquet, graphs (.txt, .pt) or a folder; "
             f"put .npy, .safetensors, .h5 and .pt files, one per item, into a folder with labels.csv"
         )
     return source if labels is None or not labelled else _joined(source, labels, id_column, problems)
+
+
+def _open_graphs(path: Path) -> Source | None:
+    """Graphs, if these are graphs: a file of either kind, a dataset's root, or a folder that holds nothing but a text."""
+    if (file := geometric_file(path)) is not None:
+        return open_geometric(file)
+    if path.is_dir() and ((path / LABELS).is_file() or token_files(path)):
+        return None
+    return None if (file := dgcnn_file(path)) is None else open_dgcnn(file)
 
 
 def _embedded(name: str, prefix_tokens: int, **given: object) -> TokenDataset:
@@ -313,7 +330,9 @@ def _judged(
 
 def _shaped(filled: Filled) -> Tensor | Bags:
     """The same memory as `[items, tokens, dim]` where that fits, else as `Bags`."""
-    values, lengths = filled
+    values, lengths, edges = filled
+    if edges is not None:
+        return Graphs(values, torch.tensor([0, *lengths]).cumsum(0), edges.index, edges.attr)
     if len(set(lengths)) == 1:
         return values.view(len(lengths), lengths[0], values.shape[1])
     return Bags(values, torch.tensor([0, *lengths]).cumsum(0))

@@ -6,18 +6,26 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from cenote.features.table import Column
 from cenote.features.validate import Problems
 
 
+class Edges(NamedTuple):
+    """Edges between the tokens of all items, rows of `Filled.values`, and what is known of each."""
+
+    index: Int[Tensor, "2 edges"]
+    attr: Shaped[Tensor, "edges *channels"] | None = None
+
+
 class Filled(NamedTuple):
-    """The tokens of all items one after the other, and how many each has."""
+    """The tokens of all items one after the other, how many each has, and the edges between them where items are graphs."""
 
     values: Float[Tensor, "total dim"]
     lengths: list[int]
+    edges: Edges | None = None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 import torch
 from torch import Tensor
 
+from cenote.core.graphs import undirected
 from cenote.pool.graph.graph_parsing_networks import GraphParsingNetwork, GraphParsingNodes, GraphParsingPool
-from cenote.pool.graph.parsing import EdgeScores, parse, undirected
+from cenote.pool.graph.parsing import EdgeScores, parse
 from tests.golden.cases import Case, adapter, load_parameters
 
 

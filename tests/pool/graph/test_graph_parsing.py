@@ -9,9 +9,10 @@ from tests.pools import shaken
 from torch import Tensor
 
 from cenote.core import InputError
+from cenote.core.graphs import undirected
 from cenote.pool import EdgeScores, GraphParsingNetwork, GraphParsingNodes, GraphParsingPool
 from cenote.pool.graph.base import as_graph
-from cenote.pool.graph.parsing import parse, undirected
+from cenote.pool.graph.parsing import parse
 
 pytest.importorskip("torch_geometric")
 

@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
-from cenote.core.graphs import Graphs
+from cenote.core.graphs import Graphs, undirected
 from cenote.pool.graph.base import Graph, GraphLevel, GraphPool, GraphPooled, as_graph, mean_by, sum_by
 from cenote.pool.graph.layers import Conv, GraphBlock, ResidualMLP, mlp
-from cenote.pool.graph.parsing import EdgeScores, has_edges, parse, undirected
+from cenote.pool.graph.parsing import EdgeScores, has_edges, parse
 
 Readout = Literal["last", "levels"]
 

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.graphs import undirected
 from cenote.pool.graph.base import GraphLevel, sum_by
 from cenote.pool.graph.layers import mlp
 
@@ -57,17 +58,6 @@ def parse(
     mean = torch.where(counts > 0, total / counts.clamp(min=1), total.new_ones(()))
     new_edges = undirected(assignment[edge_index[:, ~inside]], communities)
     return GraphLevel(assignment, new_edges, batch[leaders], mean.to(scores.dtype), counts.clamp(min=1))
-
-
-def undirected(edge_index: Int[Tensor, "2 edges"], nodes: int) -> Int[Tensor, "2 both_ways"]:
-    """Every edge once in each direction, without loops and repeats, sorted.
-
-    >>> undirected(torch.tensor([[2, 0, 1], [1, 0, 2]]), 3).tolist()
-    [[1, 2], [2, 1]]
-    """
-    row, col = edge_index[:, edge_index[0] != edge_index[1]]
-    keys = torch.cat([row * nodes + col, col * nodes + row]).unique()
-    return torch.stack([keys // max(nodes, 1), keys % max(nodes, 1)])
 
 
 class EdgeScores(nn.Module):
