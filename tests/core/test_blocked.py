@@ -13,7 +13,7 @@ assert TOKENS * DIM >= blocked.LARGE_SET
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     # two sets of float64 a block, and one in the last
-    monkeypatch.setattr(blocked, "BLOCK_BYTES", 2 * TOKENS * DIM * 8)
+    monkeypatch.setattr(blocked, "CACHED_BYTES", 2 * TOKENS * DIM * 8)
 
 
 def case(per_set, masked, norms):

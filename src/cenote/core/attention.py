@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from cenote.core import blocked
 from cenote.core.errors import InputError
+from cenote.core.moments import token_moments
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import PaddedTokens, Tokens
 
@@ -240,12 +241,7 @@ class _TokenNorms:
     def statistics(self, eps: float) -> tuple[Float[Tensor, "*rows 1"], Float[Tensor, "*rows 1"]]:
         """`(mu_n, 1/sigma_n)` of each token."""
         if eps not in self._statistics:
-            x = self.tokens.values
-            wide = x.to(accumulation_dtype(x.dtype))
-            if x.numel():
-                variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
-            else:  # where torch would warn
-                variance = mean = wide.new_zeros((*x.shape[:-1], 1))
+            mean, variance = token_moments(self.tokens.values)
             self._statistics[eps] = mean, (variance + eps).rsqrt()
         return self._statistics[eps]
 

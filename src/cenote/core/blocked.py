@@ -14,11 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from cenote.core.memory import CACHED_BYTES
 from cenote.core.segments import accumulation_dtype, flush_tiny
 from cenote.core.sets import LARGE_SET, PaddedTokens, Tokens
-
-BLOCK_BYTES = 5 * 2**19
-"""Tokens of one block: what a core's own cache holds, times two cores; larger blocks were slower with cold caches."""
 
 PIECE_BYTES = 2**22
 """Pooled vectors that wait for their map; more would take memory that has to come from the system first."""
@@ -168,7 +166,7 @@ def _every_member(t: Tensor, dim: int | None, members: int) -> Tensor:
 
 def _blocks(x: Float[Tensor, "batch tokens dim"]) -> list[slice]:
     one_set = x.shape[1:].numel() * x.element_size()
-    step = max(1, BLOCK_BYTES // max(one_set, 1))
+    step = max(1, CACHED_BYTES // max(one_set, 1))
     return [slice(i, i + step) for i in range(0, x.shape[0], step)]
 
 

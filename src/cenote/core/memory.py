@@ -1,10 +1,13 @@
-"""Give memory back to the system."""
+"""What a piece of work may take, and when memory goes back to the system."""
 
 from __future__ import annotations
 
 import ctypes
 
 M_MMAP_THRESHOLD = -3
+
+CACHED_BYTES = 5 * 2**19
+"""What is read twice fits in the caches of two cores; larger pieces were slower, smaller ones wait for each other."""
 
 
 def return_freed_blocks(above: int = 2**20) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cenote.core import segments
 from cenote.core.errors import InputError
+from cenote.core.moments import set_variance
 from cenote.core.segments import accumulation_dtype, flush_tiny
 
 
@@ -192,8 +193,7 @@ class PaddedTokens(Tokens):
         v = self.values if v is None else v
         if self.mask is not None or v.numel() == 0:
             return super().std(v, eps)
-        # fused: no centred copy of the tokens
-        return (v.to(accumulation_dtype(v.dtype)).var(1, correction=0) + eps).sqrt().to(v.dtype)
+        return (set_variance(v) + eps).sqrt().to(v.dtype)
 
     def softmax(self, scores: Float[Tensor, "batch tokens heads"]) -> Float[Tensor, "batch tokens heads"]:
         # tokens last: several times faster than along the middle, and the order in which `scores` leaves them

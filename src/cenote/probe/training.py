@@ -293,7 +293,9 @@ class _Ensemble:
         norm: nn.BatchNorm1d = self.base.norm
         running_mean, running_var = self.buffers["norm.running_mean"], self.buffers["norm.running_var"]
         if self.training:
-            variance, mean = torch.var_mean(z, 1, correction=0)
+            # var_mean is many times slower along a middle dimension
+            mean = z.mean(1)
+            variance = (z - mean.unsqueeze(1)).square().mean(1)
             momentum = norm.momentum or 0.0
             with torch.no_grad():
                 unbiased = variance * (z.shape[1] / max(z.shape[1] - 1, 1))
