@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 MOST_PREFIX_TOKENS = 16
+UNEVEN = 0.1
+"""How far a grid's proportions may be from the input's: patches are whole, the input need not be."""
 
 
 class Lie(NamedTuple):
@@ -35,7 +37,7 @@ def lie(tokens: int, height: int, width: int, patch: Any = None) -> Lie:
     for prefix in range(min(MOST_PREFIX_TOKENS, tokens - 1) + 1):
         patches = tokens - prefix
         rows = round((patches * height / width) ** 0.5)
-        if rows and patches % rows == 0 and abs(patches // rows * height - rows * width) < max(height, width) / 2:
+        if rows and patches % rows == 0 and abs(patches // rows / rows * height / width - 1) < UNEVEN:
             # a single patch has every proportion
             if patches == 1 and tokens > 1:
                 break

@@ -14,9 +14,11 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cenote.core import InputError
@@ -69,7 +71,9 @@ def load(
                 dtype=precision,
                 output_loading_info=True,
             )
-        except (ValueError, OSError, RuntimeError, KeyError, ImportError, TypeError) as error:
+        except (
+            ValueError, OSError, RuntimeError, KeyError, ImportError, TypeError, SafetensorError, UnpicklingError,
+        ) as error:  # fmt: skip
             raise InputError(f"backbone: {name}: {_why(error, trust_remote_code)}") from error
     chosen = _kind(model, kind, name)
     part, attribute = _tower(model, chosen)

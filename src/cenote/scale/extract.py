@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -240,7 +241,7 @@ def extract(
         options = Options(**{**vars(options), "items_per_shard": before.items_per_shard})
     manifest = planned(items, backbone, options)
     _make(store)
-    with _alone(store):
+    with _told_of_full_disks(store), _alone(store):
         if before is not None and before.key() != manifest.key():
             raise InputError(_changed(store, before, manifest, items))
         remove_unfinished(store)
@@ -430,9 +431,23 @@ def _make(store: Path) -> None:
         raise InputError(f"out: cannot make {store}: {error.strerror}; name another folder") from error
 
 
+@contextmanager
+def _told_of_full_disks(store: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        raise InputError(
+            f"out: cannot write to {store} ({error.strerror}); finished shards are kept: make room and run the same command "
+            f"again"
+        ) from error
+
+
 def _foreign(store: Path) -> bool:
     """Whether a folder without a manifest holds anything that is not a store's."""
-    return any(path.name not in (LOCK, TIMES, "shards", "items.parquet") for path in store.iterdir())
+    own = (LOCK, TIMES, "shards", "items.parquet")
+    return any(path.name not in own and not path.name.startswith(".") for path in store.iterdir())
 
 
 def _write_times(store: Path, computed: int, seconds: float) -> None:

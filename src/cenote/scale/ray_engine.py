@@ -85,78 +85,84 @@ def spread(
 
     Args:
         ray: the module.
-        make: a new actor, with a method `compute(shard)`.
+        make: a new actor, with methods `ready()` and `compute(shard)`.
         todo: the shards.
         on_done: called with what `compute` gave.
         workers: how many actors.
-        attempts: how often a shard may bring down its actor.
+        attempts: how often a shard may be lost, and how often in a row a new actor may die before it is ready.
 
     Raises:
-        InputError: as a worker raised it, or where a shard was tried too often.
+        InputError: as a worker raised it, or where a shard, or a new actor, was lost too often.
     """
-    from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError, RayActorError, RayTaskError
+    from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
-    lost = (ActorDiedError, ActorUnavailableError, NodeDiedError, RayActorError)
     again: list[Shard] = []
-    tries: dict[int, int] = {}
-    running: dict[Any, tuple[Any, Shard]] = {}
-    actors: list[Any] = []
+    lost: dict[int, int] = {}
+    stillborn = 0
+    # an actor gets shards when it stands: one that waits for room on a smaller cluster must not hold any
+    coming: dict[Any, Any] = {}
     load: dict[Any, int] = {}
-
-    def following() -> Shard | None:
-        return again.pop() if again else next(todo, None)
-
-    def give(actor: Any) -> bool:
-        shard = following()
-        if shard is None:
-            return False
-        running[actor.compute.remote(shard)] = actor, shard
-        load[actor] += 1
-        return True
+    running: dict[Any, tuple[Any, Shard]] = {}
 
     def hire() -> None:
         actor = make()
-        actors.append(actor)
-        load[actor] = 0
+        coming[actor.ready.remote()] = actor
+
+    def give(actor: Any) -> bool:
+        shard = again.pop() if again else next(todo, None)
+        if shard is not None:
+            running[actor.compute.remote(shard)] = actor, shard
+            load[actor] += 1
+        return shard is not None
 
     for _ in range(workers):
         hire()
+    first = next(todo, None)
+    again += [] if first is None else [first]
     try:
-        busy = True
-        while busy or running:
-            for actor in actors:
+        while again or running:
+            (reference, *_), _ = ray.wait([*running, *coming], num_returns=1)
+            if reference in coming:
+                actor = coming.pop(reference)
+                try:
+                    ray.get(reference)
+                    load[actor], stillborn = 0, 0
+                except (RayActorError, ActorUnavailableError) as error:
+                    stillborn += 1
+                    if stillborn >= attempts:
+                        raise InputError(f"engine: no worker can be started ({_line(error)})") from error
+                    hire()
+            else:
+                actor, shard = running.pop(reference)
+                if actor in load:
+                    load[actor] -= 1
+                try:
+                    on_done(ray.get(reference))
+                except RayTaskError as error:
+                    if isinstance(error.cause, InputError):
+                        raise InputError(str(error.cause)) from error
+                    raise
+                except (RayActorError, ActorUnavailableError) as error:
+                    lost[shard.number] = lost.get(shard.number, 0) + 1
+                    if lost[shard.number] >= attempts:
+                        raise InputError(
+                            f"shard {shard.number} was lost with its worker {attempts} times ({_line(error)}); finished "
+                            f"shards are kept: look at the workers' logs, and run the same command again"
+                        ) from error
+                    again.append(shard)
+                    # all that it held fails, one by one; it is replaced once
+                    if load.pop(actor, None) is not None:
+                        hire()
+            for actor in load:
                 while load[actor] < AHEAD and give(actor):
                     pass
-            busy = False
-            if not running:
-                break
-            (reference,), _ = ray.wait(list(running), num_returns=1)
-            actor, shard = running.pop(reference)
-            if actor in load:
-                load[actor] -= 1
-            try:
-                on_done(ray.get(reference))
-            except RayTaskError as error:
-                cause = getattr(error, "cause", None)
-                if isinstance(cause, InputError):
-                    raise InputError(str(cause)) from error
-                raise
-            except lost as error:
-                tries[shard.number] = tries.get(shard.number, 0) + 1
-                if tries[shard.number] >= attempts:
-                    raise InputError(
-                        f"shard {shard.number} was lost with its worker {attempts} times ({str(error).splitlines()[0]}); "
-                        f"finished shards are kept: look at the workers' logs, and run the same command again"
-                    ) from error
-                again.append(shard)
-                if actor in load:
-                    actors.remove(actor)
-                    del load[actor]
-                    hire()
-            busy = True
     finally:
-        for actor in actors:
+        for actor in [*load, *coming.values()]:
             ray.kill(actor)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class _Actor:
@@ -168,6 +174,10 @@ class _Actor:
         torch.set_num_threads(threads)
         self.job = job
         self.worker: Worker | None = None
+
+    def ready(self) -> bool:
+        """That it stands."""
+        return True
 
     def compute(self, shard: Shard) -> ShardEntry:
         """One shard; the model is loaded with the first, so that what is wrong with it is told as an answer."""

@@ -44,7 +44,8 @@ class Worker:
             )
         self.key = job.manifest.key()
         self.dtype = DTYPES[job.manifest.dtype]
-        self.pool = token_pool(job.manifest.pooled, job.manifest.dim, job.manifest.prefix_tokens)
+        # a pooled store has no prefix tokens any more; the model has
+        self.pool = token_pool(job.manifest.pooled, job.manifest.dim, self.backbone.layout.prefix_tokens)
 
     def __call__(self, shard: Shard, on_items: OnItems = lambda _: None) -> ShardEntry:
         """Compute one shard and write it; nothing is there until all of it is.

@@ -126,7 +126,8 @@ def read_manifest(folder: Path) -> Manifest:
         found = Manifest(**fields, shards=None if shards is None else tuple(ShardEntry(**s) for s in shards))
     except FileNotFoundError as error:
         raise InputError(
-            f"{folder}: is no feature store, it has no {MANIFEST}; make one with cenote extract"
+            f"{folder}: is no feature store, for it has no {MANIFEST}; run cenote extract, again if it was one: "
+            f"finished shards are kept"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
@@ -143,7 +144,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def is_store(folder: Path) -> bool:
-    """Whether a folder is a feature store."""
+    """Whether a folder is a feature store, be its manifest whole or not."""
+    if next((folder / "shards").glob("part-*.arrow"), None) is not None:
+        return True
     try:
         return json.loads((folder / MANIFEST).read_text("utf-8")).get("format") == FORMAT
     except (OSError, ValueError, AttributeError):

@@ -1,0 +1,223 @@
+"""Extraction into a store: what is kept, in which form, and what is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from cenote.core import InputError
+from cenote.features import read
+from cenote.features.raw import RawItems, open_raw
+from cenote.features.store import StoredDataset, read_manifest
+from cenote.scale import ModelSpec, Options, Progress, estimate, extract
+
+from .conftest import Photos, content
+
+
+def stored(path: Path, **options: object) -> StoredDataset:
+    data = read(path, **options)  # type: ignore[arg-type]
+    assert isinstance(data, StoredDataset)
+    return data
+
+
+def texts(folder: Path, lines: list[str], labels: list[str]) -> RawItems:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [f"{text}\t{label}" for text, label in zip(lines, labels, strict=True)]
+    (folder / "texts.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+    return open_raw(folder / "texts.tsv")
+
+
+def test_images(tmp_path: Path, items: RawItems, vit: ModelSpec) -> None:
+    backbone = vit.load()
+    out = tmp_path / "store"
+    told: list[Progress] = []
+    options = Options(dtype="float32", batch=3, items_per_shard=8)
+    done = extract(items, vit, out, options, backbone=backbone, on_progress=told.append)
+    assert (done.computed, done.kept, done.manifest.shard_count) == (3, 0, 3)
+    assert [told[0].done, told[-1].done, told[-1].items] == [3, 20, 20]
+    assert told[-1].left == 0
+    data = stored(out)
+    assert (data.prefix_tokens, data.grid, data.tokens, data.dim) == (1, (4, 4), 17, 32)
+    assert data.classes == ("cat", "dog")
+    assert data.ids == tuple(item.id for item in items.items)
+    everything = backbone([item.read().content for item in items.items]).layers[3]
+    assert torch.allclose(data.batch(torch.arange(20))[0], everything, atol=1e-5)
+    some = torch.tensor([19, 0, 7, 8, 0])
+    x, mask = data.batch(some)
+    assert mask is None
+    assert torch.equal(x, data.batch(torch.arange(20))[0][some])
+    assert torch.equal(data.item(8), x[3])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_ragged_texts_in_every_type(tmp_path: Path, bert: ModelSpec, dtype: str) -> None:
+    lines = ["a b c", "d", "e f g h i j k", "l m", "n o p q", "r s t u v w x y z"] * 2
+    items = texts(tmp_path, lines, ["yes", "no"] * 6)
+    options = Options(layers="all", dtype=dtype, batch=4, items_per_shard=5)  # type: ignore[arg-type]
+    backbone = bert.load()
+    extract(items, bert, tmp_path / "store", options, backbone=backbone)
+    data = stored(tmp_path / "store", layers="1,3")
+    assert data.lengths().tolist() == [len(line.split()) + 2 for line in lines]
+    assert (data.tokens, data.layers, data.dtype) == (None, (1, 3), getattr(torch, dtype))
+    for i, line in enumerate(lines):
+        expected = backbone([line], layers=[1, 3]).layers
+        for at, layer in enumerate((1, 3)):
+            close = {"float16": 1e-3, "bfloat16": 1e-2, "float32": 1e-5}[dtype]
+            assert torch.allclose(data.item(i)[at].float(), expected[layer][0], atol=close, rtol=close)
+    x, mask = data.batch(torch.tensor([2, 1]))
+    assert x.shape == (2, 2, 9, 32)
+    assert mask is not None
+    assert mask.sum(1).tolist() == [9, 3]
+    assert not x[1, :, 3:].any()
+    memory = data.at(3).in_memory()
+    chosen = torch.tensor([5, 0, 11])
+    for ours, theirs in zip(data.at(3).batch(chosen), memory.batch(chosen), strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert torch.equal(ours, theirs)
+
+
+def test_other_tools_can_read_it(tmp_path: Path, items: RawItems, vit: ModelSpec) -> None:
+    """As the documentation shows: plain Arrow, a column per layer."""
+    extract(items, vit, tmp_path / "store", Options(layers="2,3", items_per_shard=16))
+    file = sorted((tmp_path / "store" / "shards").glob("*.arrow"))[0]
+    table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+    assert table.column_names == ["id", "input", "layer_02", "layer_03"]
+    assert table.schema.field("layer_03").type == pa.large_list(pa.list_(pa.float16(), 32))
+    first = np.array(table["layer_03"][0].as_py(), dtype=np.float16)
+    assert np.array_equal(first, stored(tmp_path / "store").item(0).numpy())
+    assert read(file, vector_column="layer_03", labelled=False).x.shape == (16, 17, 32)
+
+
+def test_the_same_call_again_computes_nothing(tmp_path: Path, items: RawItems, vit: ModelSpec) -> None:
+    out = tmp_path / "store"
+    extract(items, vit, out, Options(items_per_shard=8))
+    before = content(out)
+    again = extract(items, vit, out)
+    assert (again.computed, again.kept) == (0, 3)
+    assert content(out) == before
+
+
+def test_two_stores_of_the_same_are_the_same(tmp_path: Path, items: RawItems, vit: ModelSpec) -> None:
+    for name in "ab":
+        extract(items, vit, tmp_path / name, Options(items_per_shard=8))
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+@pytest.mark.parametrize("pool", ["mean", "max", "cls"])
+def test_pooled_while_extracting(tmp_path: Path, items: RawItems, vit: ModelSpec, pool: str) -> None:
+    extract(items, vit, tmp_path / "all", Options(dtype="float32"))
+    extract(items, vit, tmp_path / "pooled", Options(dtype="float32", pool=pool))
+    x = stored(tmp_path / "all").batch(torch.arange(20))[0]
+    expected = {"mean": x[:, 1:].mean(1), "max": x[:, 1:].amax(1), "cls": x[:, 0]}[pool]
+    data = stored(tmp_path / "pooled")
+    assert (data.tokens, data.prefix_tokens, data.grid) == (1, 0, None)
+    assert torch.allclose(data.batch(torch.arange(20))[0][:, 0], expected, atol=1e-6)
+
+
+def test_pools_that_must_be_trained_cannot_pool_while_extracting(
+    tmp_path: Path, items: RawItems, vit: ModelSpec
+) -> None:
+    with pytest.raises(InputError, match="abmil has weights that must be trained first"):
+        extract(items, vit, tmp_path / "store", Options(pool="abmil"))
+
+
+def test_numbers_beyond_the_type_are_told(tmp_path: Path, bert: ModelSpec) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    import shutil
+
+    shutil.copytree(bert.name, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["encoder.layer.2.output.LayerNorm.weight"] *= 1e6
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    items = texts(tmp_path, ["a b"], ["x"])
+    with pytest.raises(InputError, match=r"item '0': its tokens hold NaN, or numbers beyond the range of float16"):
+        extract(items, ModelSpec(str(folder)), tmp_path / "store")
+
+
+def test_sounds_beside_others_keep_their_tokens(tmp_path: Path) -> None:
+    """A model without a mask never sees padding: every sound as if it were alone."""
+    from scipy.io import wavfile
+    from tests import tiny
+
+    spec = ModelSpec(str(tiny.wav2vec2(tmp_path / "model")))
+    (tmp_path / "sounds").mkdir()
+    rng = np.random.RandomState(0)
+    for i, count in enumerate((2000, 3000, 2000, 2500)):
+        wavfile.write(tmp_path / "sounds" / f"{i}.wav", 8000, (rng.randn(count) * 3000).astype(np.int16))
+    items = open_raw(tmp_path / "sounds")
+    backbone = spec.load()
+    extract(items, spec, tmp_path / "store", Options(dtype="float32"), backbone=backbone)
+    data = stored(tmp_path / "store", labelled=False)
+    for i, item in enumerate(items.items):
+        assert torch.allclose(data.item(i), backbone([item.read().content]).layers[2][0], atol=1e-5)
+
+
+def test_estimate(tmp_path: Path, photos: Photos, vit: ModelSpec) -> None:
+    items = open_raw(photos(70))
+    found = estimate(items, vit, tmp_path / "store", Options(layers="all"))
+    assert (found.items, found.tokens, found.bytes) == (70, 70 * 17, 70 * 17 * 4 * 32 * 2)
+    assert found.sampled == 64
+    assert found.seconds > 0
+    assert not (tmp_path / "store").exists()
+
+
+def test_labels_can_change_without_extracting_again(tmp_path: Path, items: RawItems, vit: ModelSpec) -> None:
+    extract(items, vit, tmp_path / "store")
+    relabelled = replace(items, columns={"label": ["even" if i % 4 < 2 else "odd" for i in range(20)]})
+    assert extract(relabelled, vit, tmp_path / "store").computed == 0
+    assert read(tmp_path / "store").classes == ("even", "odd")
+    csv = tmp_path / "labels.csv"
+    csv.write_text("\n".join(["id,label", *(f"{item.id},{i % 2}" for i, item in enumerate(items.items))]))
+    assert read(tmp_path / "store", labels=csv).classes == ("0", "1")
+
+
+def test_texts_that_were_cut_are_counted(tmp_path: Path, bert: ModelSpec) -> None:
+    items = texts(tmp_path, ["a b c d e f", "a"], ["x", "y"])
+    done = extract(items, replace(bert, max_length=4), tmp_path / "store")
+    assert [s.shortened for s in done.manifest.shards or ()] == [1]
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path, items: RawItems, vit: ModelSpec, bert: ModelSpec) -> None:
+    out = tmp_path / "store"
+    with pytest.raises(InputError, match="takes text, but the data are image"):
+        extract(items, bert, out)
+    with pytest.raises(InputError, match="layers: there is no layer 7"):
+        extract(items, vit, out, Options(layers=7))
+    with pytest.raises(InputError, match="dtype: expected one of"):
+        extract(items, vit, out, Options(dtype="int8"))  # type: ignore[arg-type]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    with pytest.raises(InputError, match="is no feature store and not empty"):
+        extract(items, vit, tmp_path / "mine")
+    assert not out.exists()
+
+
+def test_layers_of_a_store(tmp_path: Path, items: RawItems, vit: ModelSpec) -> None:
+    extract(items, vit, tmp_path / "store", Options(layers="1-3"))
+    assert stored(tmp_path / "store").layers == (3,)
+    assert stored(tmp_path / "store", layers="-2:").layers == (2, 3)
+    data = stored(tmp_path / "store", layers="all")
+    assert data.batch(torch.tensor([0, 1]))[0].shape == (2, 3, 17, 32)
+    assert torch.equal(data.at(-1).item(4), data.item(4)[2])
+    with pytest.raises(InputError, match="there is no layer 0; there are 1, 2, 3"):
+        stored(tmp_path / "store", layers=0)
+
+
+def test_manifest_tells_what_it_is(tmp_path: Path, items: RawItems, vit: ModelSpec) -> None:
+    extract(items, vit, tmp_path / "store", Options(items_per_shard=8))
+    manifest = read_manifest(tmp_path / "store")
+    assert manifest.preprocessing["size"] == {"height": 32, "width": 32}
+    assert manifest.model["model_class"] == "ViTModel"
+    assert [s.rows for s in manifest.shards or ()] == [8, 8, 4]
+    file = tmp_path / "store" / "manifest.json"
+    changed = {**json.loads(file.read_text()), "dim": 64}
+    file.write_text(json.dumps(changed))
+    with pytest.raises(InputError, match="was changed after it was written"):
+        read_manifest(tmp_path / "store")
