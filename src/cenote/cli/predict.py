@@ -26,7 +26,14 @@ def predict(
     from cenote.probe import load
 
     saved = load(best)
-    items = features.read(data, vector_column=vectors, prefix_tokens=saved.prefix_tokens, labelled=False)
+    items = features.read(
+        data,
+        vector_column=vectors,
+        prefix_tokens=saved.prefix_tokens,
+        labelled=False,
+        layers="all" if saved.layers else None,
+    )
+    items = saved.view(items)
     if items.dim != saved.dim:
         raise InputError(f"data: its tokens have width {items.dim}, but the probe in {best} takes {saved.dim}")
     text = io.StringIO()

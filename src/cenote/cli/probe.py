@@ -49,6 +49,13 @@ def probe(
     split_seed: Annotated[int, typer.Option(help="Seed of the split, where none is given.")] = 0,
     grid: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of the patch tokens, for pictures: 14x14.")] = None,
     prefix_tokens: Annotated[int, typer.Option(min=0, help="Leading tokens that are [CLS] or registers.")] = 0,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Of features with several layers: where token pools are tried, last, all, or numbers such as 0,4-6 or -4:; "
+            "pools of layers join the table."
+        ),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="At most so many passes over the training items.")] = None,
     patience: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many epochs without a better validation.")
@@ -77,9 +84,9 @@ def probe(
     console = Console()
     import cenote.features as features
     from cenote.probe import Recipe, compare
-    from cenote.probe.compare import chosen_methods
+    from cenote.probe.columns import chosen_methods, columns_of
 
-    wanted = chosen_methods(methods)
+    chosen_methods(methods)
     recipe = Recipe()
     recipe = Recipe(epochs=epochs or recipe.epochs, patience=patience or recipe.patience)
     title = None
@@ -87,7 +94,7 @@ def probe(
         from cenote.scale import ModelSpec, Options
 
         spec = ModelSpec(backbone, kind, revision, device, precision, max_length, trust_remote_code, allow_pickle)
-        options = Options(None, dtype, None, batch, None, skip_bad)  # type: ignore[arg-type]
+        options = Options(None if layers is None else "all", dtype, None, batch, None, skip_bad)  # type: ignore[arg-type]
         title = Path(data).stem
         data = raw.from_raw(data, spec, out / "features", options, console, labels, id_column, column, names, limit)
         labels = id_column = None
@@ -104,11 +111,13 @@ def probe(
             prefix_tokens=prefix_tokens,
             grid=parsed_grid(grid),
             seed=split_seed,
+            layers=None if layers is None else "all",
         )
     if title is not None:
         items = replace(items, name=title)
     console.print(features.describe(items), highlight=False)
 
+    count = len(columns_of(items, methods, layers)[0])
     start = time.perf_counter()
     columns = (
         TextColumn("{task.description:<24}"),
@@ -118,7 +127,7 @@ def probe(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("starting", total=len(wanted))
+        bar = progress.add_task("starting", total=count)
         done: set[str] = set()
 
         def on_method(name: str, share: float) -> None:
@@ -126,7 +135,9 @@ def probe(
                 done.add(name)
             progress.update(bar, description=name, completed=len(done) + (share if share < 1 else 0))
 
-        comparison = compare(items, wanted, seeds=seeds, out=out, metric=metric, recipe=recipe, on_method=on_method)
+        comparison = compare(
+            items, methods, seeds=seeds, out=out, metric=metric, recipe=recipe, layers=layers, on_method=on_method
+        )
 
     from cenote.report import write
 
@@ -138,7 +149,7 @@ def probe(
     console.print(f"{time.perf_counter() - start:.0f} s; report: {page}", highlight=False)
     if not comparison.complete:
         sys.stderr.write(
-            f"interrupted: kept {len(comparison.results)} of {len(wanted)} methods in {out}; "
+            f"interrupted: kept {len(comparison.results)} of {count} methods in {out}; "
             f"run the same command again to go on\n"
         )
         raise typer.Exit(130)

@@ -3,6 +3,7 @@
 from cenote.features.dataset import TokenDataset
 from cenote.features.description import describe, facts
 from cenote.features.embedded import digit_bags, digits
+from cenote.features.layered import LayeredDataset
 from cenote.features.reading import read
 
-__all__ = ["TokenDataset", "describe", "digit_bags", "digits", "facts", "read"]
+__all__ = ["LayeredDataset", "TokenDataset", "describe", "digit_bags", "digits", "facts", "read"]

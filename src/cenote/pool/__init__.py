@@ -49,7 +49,7 @@ from cenote.pool.base import PaddedPool, Pool, Pooled
 from cenote.pool.basic.cls import ClsMeanPool, ClsPool
 from cenote.pool.basic.last import LastPool
 from cenote.pool.basic.max import MaxPool
-from cenote.pool.basic.mean import MeanPool
+from cenote.pool.basic.mean import MeanAllPool, MeanPool
 from cenote.pool.basic.statistics import StatisticsPool
 from cenote.pool.basic.sum import SumPool
 from cenote.pool.graph.base import GraphLevel, GraphPool, GraphPooled
@@ -286,6 +286,7 @@ __all__ = [
     "MaxCLS",
     "MaxPool",
     "MaxPoolBERT",
+    "MeanAllPool",
     "MeanPool",
     "Memories",
     "MemoriesAttended",

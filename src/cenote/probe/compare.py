@@ -16,14 +16,13 @@ import numpy as np
 import torch
 
 import cenote.core.files as files
-from cenote.catalog import method as catalog_method
-from cenote.catalog import methods as catalog_methods
 from cenote.core import InputError
 from cenote.core.memory import return_freed_blocks
 from cenote.features import facts
 from cenote.features.dataset import SPLITS, TokenDataset
 from cenote.probe import cost, statistics, training, verdict
 from cenote.probe.cells import Cell, cell_key, load_cell, save_cell
+from cenote.probe.columns import BASELINE, Column, Layers, chosen_methods, columns_of
 from cenote.probe.looks import save_looks
 from cenote.probe.metrics import METRICS, metric_name
 from cenote.probe.module import build_probe
@@ -31,33 +30,11 @@ from cenote.probe.recipe import Recipe
 from cenote.probe.results import Comparison, MethodResult, PairTest
 from cenote.probe.saved import save_best
 
-BASELINE = "mean"
 MAX_PAIRWISE_TOKENS = 8192
 HUGE_ITEM_BYTES = 2**24
 
 OnMethod = Callable[[str, float], None]
 """Called with a method's name and the share of its work that is done; 1.0 also where a finished cell was found."""
-
-
-def chosen_methods(wanted: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of pools: `"fast"`, `"all"`, or a list (commas in a text separate). `mean` is always among them.
-
-    Raises:
-        InputError: naming what is no pool of token sets.
-    """
-    if wanted == "all":
-        names = [m.name for m in catalog_methods(room="pool", kind="sets")]
-    elif wanted == "fast":
-        names = [m.name for m in catalog_methods(room="pool", kind="sets", fast=True)]
-    else:
-        names = [n.strip() for n in wanted.split(",")] if isinstance(wanted, str) else list(wanted)
-        if not names or "" in names:
-            raise InputError("methods: the list has no name in it; try --methods fast")
-    for name in names:
-        entry = catalog_method(name)
-        if entry.room != "pool" or entry.kind != "sets":
-            raise InputError(f"methods: {name} is not a pool of token sets but lives in {entry.room} ({entry.kind})")
-    return tuple(dict.fromkeys([BASELINE, *names]))
 
 
 def compare(
@@ -68,6 +45,7 @@ def compare(
     out: str | Path | None = None,
     metric: str | None = None,
     recipe: Recipe | None = None,
+    layers: Layers = None,
     on_method: OnMethod = lambda _name, _share: None,
 ) -> Comparison:
     """Find out which pooling wins on labelled token features.
@@ -80,6 +58,9 @@ def compare(
             again, finished cells are not recomputed. `None`: nothing is written.
         metric: default by task, see `cenote.probe.metrics`.
         recipe: how probes are trained.
+        layers: of data that hold several: at which of them token pools are tried, `"last"` (the default), `"all"`, a number,
+            several, or a text such as `"-4:"`. Pools of layers are compared in the same table; they read all layers but the
+            embeddings.
         on_method: progress.
 
     Returns:
@@ -95,7 +76,7 @@ def compare(
         'mean'
     """
     recipe = recipe or Recipe()
-    names = chosen_methods(methods)
+    columns, baseline, skipped = columns_of(data, methods, layers)
     seed_numbers = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     if not seed_numbers:
         raise InputError(f"seeds: expected at least one, got {seeds}")
@@ -107,49 +88,67 @@ def compare(
 
     if int(data.lengths().max()) * data.dim * 4 >= HUGE_ITEM_BYTES:
         return_freed_blocks()
-    fingerprint = data.fingerprint()
+    fingerprint_of = _remembered(data)
     cells: dict[str, Cell] = {}
-    skipped: dict[str, str] = {}
+    done: dict[str, Column] = {}
     complete = True
     try:
-        for name in names:
+        for column in columns:
+            name = column.name
             try:
-                build = _builder(name, data)
-                settings = dict(catalog_method(name).settings or {})
+                build = _builder(column)
             except InputError as error:
-                if name == BASELINE:
+                if name == baseline:
                     raise
-                skipped[name] = str(error).removeprefix(f"{name}: ")
+                skipped[name] = str(error).removeprefix(f"{column.method.name}: ")
                 on_method(name, 1.0)
                 continue
+            settings = dict(column.method.settings or {})
+            fingerprint = fingerprint_of(column.data)
             key = cell_key(fingerprint, name, settings, recipe, seed_numbers, name_of_metric, _version())
             path = None if folder is None else folder / "cells" / f"{name}.safetensors"
             cell = None if path is None else load_cell(path, key)
             if cell is None:
-                cell = _run(name, build, settings, data, name_of_metric, seed_numbers, recipe, on_method)
+                cell = _run(name, build, settings, column.data, name_of_metric, seed_numbers, recipe, on_method)
                 if path is not None:
                     save_cell(path, key, cell)
-            cells[name] = cell
+            cells[name], done[name] = cell, column
             on_method(name, 1.0)
     except KeyboardInterrupt:
-        if BASELINE not in cells:
+        if baseline not in cells:
             raise
         complete = False
 
-    comparison = _judged(data, cells, skipped, name_of_metric, seed_numbers, recipe, fingerprint, complete)
+    provenance = _provenance(seed_numbers, recipe, fingerprint_of(data))
+    comparison = _judged(data, done, baseline, cells, skipped, name_of_metric, provenance, complete)
     if folder is not None:
-        probes = {name: cells[name].probe(_builder(name, data), 0) for name in cells}
-        comparison = save_looks(folder, comparison, data, probes)
-        winner = cells[comparison.winner]
+        probes = {name: cells[name].probe(_builder(done[name]), 0) for name in cells}
+        views = {name: column.data for name, column in done.items()}
+        comparison = save_looks(folder, comparison, data, probes, views)
+        winner = done[comparison.winner]
         best_seed = int(np.argmax(comparison[comparison.winner].validation_per_seed))
-        save_best(folder / "best", comparison, data, winner.probe(_builder(comparison.winner, data), best_seed))
+        save_best(folder / "best", comparison, winner, cells[winner.name].probe(_builder(winner), best_seed))
         files.write_whole(folder / "comparison.json", comparison.to_json())
     return comparison
 
 
-def _builder(name: str, data: TokenDataset) -> Callable[[], Any]:
+def _remembered(data: TokenDataset) -> Callable[[TokenDataset], str]:
+    """Fingerprints; the data are read once for each view of them."""
+    known: dict[tuple[int, ...], str] = {}
+
+    def fingerprint(view: TokenDataset) -> str:
+        key = (id(view),) if view is not data else ()
+        if key not in known:
+            known[key] = view.fingerprint()
+        return known[key]
+
+    return fingerprint
+
+
+def _builder(column: Column) -> Callable[[], Any]:
+    name, data = column.method.name, column.data
     longest = int(data.lengths().max())
-    if build_probe(name, data).pool.pairwise and longest > MAX_PAIRWISE_TOKENS:
+    if getattr(build_probe(name, data).pool, "pairwise", False) and longest > MAX_PAIRWISE_TOKENS:
         item = data.ids[int(data.lengths().argmax())]
         raise InputError(
             f"{name}: its tokens attend to each other, which at the {longest:,} tokens of item {item!r} would take too "
@@ -189,12 +188,12 @@ def _run(
 
 def _judged(
     data: TokenDataset,
+    columns: dict[str, Column],
+    baseline: str,
     cells: dict[str, Cell],
     skipped: dict[str, str],
     metric: str,
-    seeds: tuple[int, ...],
-    recipe: Recipe,
-    fingerprint: str,
+    provenance: dict[str, Any],
     complete: bool,
 ) -> Comparison:
     test = data.indices("test")
@@ -221,7 +220,8 @@ def _judged(
     results = tuple(
         MethodResult(
             method=n,
-            summary=catalog_method(n).summary,
+            summary=columns[n].method.summary,
+            layers=columns[n].layers,
             metric=means[row[n]],
             interval=statistics.interval(samples[row[n]]),
             metric_per_seed=per_seed[row[n]],
@@ -236,14 +236,14 @@ def _judged(
         metric_name=metric,
         results=results,
         skipped=skipped,
-        baseline=BASELINE,
+        baseline=baseline,
         winner=winner,
-        against_baseline=paired([(n, BASELINE) for n in order if n != BASELINE]),
+        against_baseline=paired([(n, baseline) for n in order if n != baseline]),
         against_winner=paired([(n, winner) for n in order if n != winner]),
         pairs=paired([(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]),
         pareto=tuple(order[i] for i in efficient),
         sentence="",
-        provenance=_provenance(seeds, recipe, fingerprint, resamples),
+        provenance={**provenance, "bootstrap_resamples": resamples},
         complete=complete,
     )
     return verdict.with_sentence(comparison)
@@ -262,7 +262,7 @@ def _group_numbers(data: TokenDataset, items: torch.Tensor) -> np.ndarray:
     return np.unique([data.groups[i] for i in items.tolist()], return_inverse=True)[1]
 
 
-def _provenance(seeds: tuple[int, ...], recipe: Recipe, fingerprint: str, resamples: int) -> dict[str, Any]:
+def _provenance(seeds: tuple[int, ...], recipe: Recipe, fingerprint: str) -> dict[str, Any]:
     return {
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["cenote", *sys.argv[1:]])
@@ -278,7 +278,6 @@ def _provenance(seeds: tuple[int, ...], recipe: Recipe, fingerprint: str, resamp
         "seeds": list(seeds),
         "recipe": json.loads(json.dumps(dataclasses.asdict(recipe))),
         "data_sha256": fingerprint,
-        "bootstrap_resamples": resamples,
     }
 
 

@@ -48,4 +48,5 @@ def latency_ms(probe: Probe, data: TokenDataset) -> float:
 def _typical(data: TokenDataset, items: int) -> torch.Tensor:
     lengths = data.lengths()
     middle = int(lengths.argsort()[len(lengths) // 2])
-    return data.item(middle).float().unsqueeze(0).expand(items, -1, -1).contiguous()
+    item = data.item(middle).float()
+    return item.expand(items, *item.shape).contiguous()

@@ -24,17 +24,25 @@ SAMPLES = 12
 TOKENS_SHOWN = 1024
 
 
-def save_looks(folder: Path, comparison: Comparison, data: TokenDataset, probes: dict[str, Probe]) -> Comparison:
+def save_looks(
+    folder: Path,
+    comparison: Comparison,
+    data: TokenDataset,
+    probes: dict[str, Probe],
+    views: dict[str, TokenDataset] | None = None,
+) -> Comparison:
     """Write `attention.json` and `attention.safetensors`; add the localisation scores to the comparison.
 
-    Samples are test items, spread over the classes in the order of the data: nothing is picked by its result.
+    Samples are test items, spread over the classes in the order of the data: nothing is picked by its result. `views` are the
+    data as each probe reads them, where probes read different layers.
     """
     items = _sampled(data)
+    views = dict.fromkeys(probes, data) if views is None else views
     tensors: dict[str, Tensor] = {}
     predictions: list[dict[str, str]] = [{} for _ in items]
     for name, probe in probes.items():
         for i, item in enumerate(items):
-            weights, logits = _look(probe, data, item)
+            weights, logits = _look(probe, views[name], item)
             predictions[i][name] = _worded(logits, data)
             if weights is not None:
                 shown = weights if data.grid is not None else weights[:, :TOKENS_SHOWN]
@@ -59,21 +67,22 @@ def save_looks(folder: Path, comparison: Comparison, data: TokenDataset, probes:
     files.write_whole(folder / "attention.json", json.dumps(card))
     if data.token_labels is None:
         return comparison
-    return dataclasses.replace(comparison, localisation=localisation(data, probes))
+    return dataclasses.replace(comparison, localisation=localisation(data, probes, views))
 
 
-def localisation(data: TokenDataset, probes: dict[str, Probe]) -> dict[str, float]:
+def localisation(
+    data: TokenDataset, probes: dict[str, Probe], views: dict[str, TokenDataset] | None = None
+) -> dict[str, float]:
     """Per method the mean, over test items that hold labelled and unlabelled tokens, of the AUROC of its weights."""
     from sklearn.metrics import roc_auc_score
 
     found: dict[str, float] = {}
-    mixed = [
-        i for i in data.indices("test").tolist() if 0 < int(_token_labels(data, i).bool().sum()) < len(data.item(i))
-    ]
+    lengths = data.lengths()
+    mixed = [i for i in data.indices("test").tolist() if 0 < int(_token_labels(data, i).bool().sum()) < int(lengths[i])]
     for name, probe in probes.items():
         scores = []
         for item in mixed:
-            weights, _ = _look(probe, data, item)
+            weights, _ = _look(probe, data if views is None else views[name], item)
             if weights is not None:
                 scores.append(roc_auc_score(_token_labels(data, item).bool().numpy(), weights.mean(0).numpy()))
         if scores:
@@ -85,7 +94,7 @@ def localisation(data: TokenDataset, probes: dict[str, Probe]) -> dict[str, floa
 def _look(probe: Probe, data: TokenDataset, item: int) -> tuple[Float[Tensor, "heads patches"] | None, Tensor]:
     x = data.item(item).float().unsqueeze(0)
     logits = probe(x).squeeze(0)
-    weights = probe.pool.attend(probe.seen(x)).weights
+    weights = probe.attend(x).weights
     if weights is None:
         return None, logits
     return weights.squeeze(0)[:, data.prefix_tokens - probe.drop :].float(), logits
@@ -107,7 +116,7 @@ def _token_labels(data: TokenDataset, item: int) -> Tensor:
     if data.tokens is not None:
         return data.token_labels[item]
     start = int(data.lengths()[:item].sum())
-    return data.token_labels[start : start + len(data.item(item))]
+    return data.token_labels[start : start + int(data.lengths()[item])]
 
 
 def _label(data: TokenDataset, item: int) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.catalog import create, method
 from cenote.core import InputError, Tokens, as_tokens
 from cenote.features.dataset import TokenDataset
-from cenote.pool.base import Pool
+from cenote.features.layered import layers_of
+from cenote.pool.base import Pool, Pooled
+from cenote.pool.layers.base import LayerPool
 
 
 class Probe(nn.Module):
@@ -48,6 +51,55 @@ class Probe(nn.Module):
         """The tokens that the pool is shown."""
         return as_tokens(x, mask).drop_first(self.drop)
 
+    def attend(
+        self, x: Float[Tensor, "batch tokens dim"] | Tokens, mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Pooled:
+        """The pooled vectors and what they took from each token that the pool is shown."""
+        return self.pool.attend(self.seen(x, mask))
+
+
+class Stack(NamedTuple):
+    """A batch of layer stacks `[batch, layers, tokens, dim]` and which tokens are shown."""
+
+    values: Tensor
+    mask: Tensor | None
+
+
+class LayerProbe(Probe):
+    """A probe whose pool reads all layers of each token.
+
+    Args:
+        pool: from layer stacks to one vector.
+        outputs: width of the logits.
+        prefix_tokens: leading tokens of the data; a pool that does not read [CLS] never sees them.
+    """
+
+    pool: LayerPool  # type: ignore[assignment]
+
+    def __init__(self, pool: LayerPool, outputs: int, prefix_tokens: int = 0) -> None:
+        nn.Module.__init__(self)
+        self.pool = pool
+        self.drop = 0
+        self.hidden = 0 if pool.reads_cls else prefix_tokens
+        self.norm = nn.BatchNorm1d(pool.out_dim, affine=False)
+        self.classifier = nn.Linear(pool.out_dim, outputs)
+
+    def pooled(self, x: Any, mask: Bool[Tensor, "batch tokens"] | None = None) -> Float[Tensor, "batch width"]:
+        """What the classifier reads, before normalisation."""
+        return self.pool(*self.seen(x, mask))
+
+    def seen(self, x: Any, mask: Bool[Tensor, "batch tokens"] | None = None) -> Any:
+        """The stack, with tokens that the pool is not to see masked."""
+        if self.hidden:
+            real = torch.ones(x.shape[0], x.shape[2], dtype=torch.bool, device=x.device) if mask is None else mask
+            mask = real & (real.cumsum(1) > self.hidden)
+        return Stack(x, mask)
+
+    def attend(self, x: Any, mask: Bool[Tensor, "batch tokens"] | None = None) -> Pooled:
+        """As of a pool of tokens; the weights of a token are summed over its layers."""
+        output, weights = self.pool.attend(*self.seen(x, mask))
+        return Pooled(output, None if weights is None else weights.sum(2))
+
 
 def sized_arguments(name: str, data: TokenDataset) -> dict[str, Any]:
     """The constructor arguments, besides `dim`, that the data decide.
@@ -55,10 +107,14 @@ def sized_arguments(name: str, data: TokenDataset) -> dict[str, Any]:
     Raises:
         InputError: where the method cannot run on such data, saying why.
     """
-    cls = method(name).load()
+    entry = method(name)
+    cls = entry.load()
     wanted = inspect.signature(cls).parameters
     sized: dict[str, Any] = {}
-    if "tokens" in wanted:
+    if entry.kind == "layers":
+        if "layers" in wanted:
+            sized["layers"] = len(layers_of(data))
+    elif "tokens" in wanted:
         if data.tokens is None:
             raise InputError(f"{name}: needs the same number of tokens in every item, and these data are ragged")
         sized["tokens"] = data.tokens - data.prefix_tokens
@@ -76,4 +132,11 @@ def build_probe(name: str, data: TokenDataset, settings: dict[str, Any] | None =
         InputError: where the method cannot run on such data, saying why.
     """
     pool = create(name, dim=data.dim, **{**sized_arguments(name, data), **(settings or {})})
-    return Probe(pool, data.outputs, data.prefix_tokens)
+    return probe_of(pool, data.outputs, data.prefix_tokens)
+
+
+def probe_of(pool: Pool | LayerPool, outputs: int, prefix_tokens: int) -> Probe:
+    """A fresh probe on a pool of tokens or of layers."""
+    return (
+        LayerProbe(pool, outputs, prefix_tokens) if isinstance(pool, LayerPool) else Probe(pool, outputs, prefix_tokens)
+    )

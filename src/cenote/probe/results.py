@@ -14,7 +14,7 @@ class MethodResult:
     """One method on one data set, over all its seeds.
 
     Attributes:
-        method: name in the catalog.
+        method: name in the catalog; where it was tried at several layers, followed by `@` and the layer.
         summary: one line for people.
         settings: the constructor arguments that were used.
         metric: mean over the seeds of the test metric.
@@ -27,6 +27,7 @@ class MethodResult:
         latency_ms: median milliseconds for one item on this machine, pool and classifier.
         seconds: time to train and evaluate all seeds and learning rates.
         train_loss, validation_curve: one list per seed, one number per epoch, at the chosen learning rate.
+        layers: numbers of the layers that were read, of data that number them.
     """
 
     method: str
@@ -44,6 +45,7 @@ class MethodResult:
     seconds: float
     train_loss: tuple[tuple[float, ...], ...] = ()
     validation_curve: tuple[tuple[float, ...], ...] = ()
+    layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Comparison:
         metric_name: `accuracy`, `balanced accuracy`, `AUROC`, `mean average precision` or `R2`.
         results: best first.
         skipped: method name -> why it could not run on these data.
-        baseline: the method that the others are compared with, `mean`.
+        baseline: the method that the others are compared with, `mean` (of the last of several layers).
         winner: the method with the best test metric.
         against_baseline, against_winner: paired tests, Holm-corrected as a family each.
         pairs: all pairs, for the significance matrix; Holm-corrected over all of them.

@@ -17,8 +17,10 @@ import cenote.core.files as files
 from cenote.catalog import create
 from cenote.core import Bags, InputError
 from cenote.features.dataset import Task, TokenDataset
+from cenote.features.layered import at_layer, layers_of, with_layers
 from cenote.pool.base import Pooled
-from cenote.probe.module import Probe
+from cenote.probe.columns import Column
+from cenote.probe.module import Probe, probe_of, sized_arguments
 from cenote.probe.results import Comparison
 
 FORMAT = 1
@@ -35,6 +37,7 @@ class SavedProbe:
         classes: names of its classes, labels or targets.
         dim: width of the tokens that it takes.
         prefix_tokens: leading tokens of its data that are not patches.
+        layers: numbers of the layers that it reads, of data that number them: one for a pool of tokens.
     """
 
     probe: Probe
@@ -43,6 +46,23 @@ class SavedProbe:
     classes: tuple[str, ...]
     dim: int
     prefix_tokens: int
+    layers: tuple[int, ...] = ()
+
+    def view(self, data: TokenDataset) -> TokenDataset:
+        """New data as the probe reads them: its layer, or its stack of layers.
+
+        Raises:
+            InputError: where the data do not hold them.
+        """
+        held = layers_of(data)
+        if not self.layers or (held == () and len(self.layers) == 1):
+            return data
+        missing = [n for n in self.layers if n not in held]
+        if missing:
+            raise InputError(
+                f"data: the probe reads layers {', '.join(map(str, self.layers))}, and {missing} are not there"
+            )
+        return at_layer(data, self.layers[0]) if len(self.layers) == 1 else with_layers(data, self.layers)
 
     @torch.no_grad()
     def scores(
@@ -70,17 +90,18 @@ class SavedProbe:
         self, x: Float[Tensor, "batch tokens dim"] | Bags, mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Pooled:
         """The pooled vectors and what they took from each token that the pool is shown (prefix dropped where it drops it)."""
-        return self.probe.pool.attend(self.probe.seen(x, mask))
+        return self.probe.attend(x, mask)
 
 
-def save_best(folder: Path, comparison: Comparison, data: TokenDataset, probe: Probe) -> None:
+def save_best(folder: Path, comparison: Comparison, column: Column, probe: Probe) -> None:
     """Write the winning probe as `probe.safetensors` beside `probe.json`."""
-    pool = probe.pool
+    pool, data = probe.pool, column.data
     result = comparison[comparison.winner]
     card = {
         "format": FORMAT,
-        "method": comparison.winner,
-        "arguments": _arguments(comparison.winner, data),
+        "method": column.method.name,
+        "arguments": sized_arguments(column.method.name, data),
+        "layers": list(column.layers),
         "dim": data.dim,
         "outputs": data.outputs,
         "prefix_tokens": data.prefix_tokens,
@@ -118,7 +139,7 @@ def load(folder: str | Path) -> SavedProbe:
     if card.get("format") != FORMAT:
         raise InputError(f"{folder}: was saved in format {card.get('format')}; this cenote reads {FORMAT}")
     pool = create(card["method"], dim=card["dim"], **card["arguments"])
-    probe = Probe(pool, card["outputs"], card["prefix_tokens"])
+    probe = probe_of(pool, card["outputs"], card["prefix_tokens"])
     try:
         probe.load_state_dict(state)
     except RuntimeError as error:
@@ -126,11 +147,11 @@ def load(folder: str | Path) -> SavedProbe:
             f"{folder}: probe.safetensors does not fit probe.json ({error}); run cenote probe again"
         ) from None
     return SavedProbe(
-        probe.eval(), card["method"], card["task"], tuple(card["classes"]), card["dim"], card["prefix_tokens"]
+        probe.eval(),
+        card["method"],
+        card["task"],
+        tuple(card["classes"]),
+        card["dim"],
+        card["prefix_tokens"],
+        tuple(card.get("layers", ())),
     )
-
-
-def _arguments(name: str, data: TokenDataset) -> dict[str, Any]:
-    from cenote.probe.module import sized_arguments
-
-    return sized_arguments(name, data)

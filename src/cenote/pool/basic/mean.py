@@ -26,3 +26,19 @@ class MeanPool(Pool):
 
     def pool_only(self, tokens: Tokens) -> Float[Tensor, "batch dim"]:
         return tokens.mean()
+
+
+class MeanAllPool(MeanPool):
+    """Mean of all tokens, [CLS], [SEP] and registers included: the mean of sentence-transformers.
+
+    `y = (1/N) sum_n x_n`; on its own as `MeanPool`, but a probe does not take the prefix tokens away from it.
+
+    Args:
+        dim: width of a token.
+
+    Example:
+        >>> MeanAllPool(1)(torch.tensor([[[1.0], [3.0]]])).tolist()
+        [[2.0]]
+    """
+
+    prefix = "keep"
