@@ -21,12 +21,16 @@ Cell = Float[Tensor, "batch channels *windows"]
 Owned = Float[Tensor, "batch owners *windows"]
 
 
+NUMBERS_AT_ONCE = 2**19
+"""Numbers of the map in one step: its cells, scores and weights then stay in the cache."""
+
+
 class WeightedWindowPool(WindowPool):
     """Base of the pools `y = sum_i w_i a_i` with `w = softmax_i(s_i)` over the cells `i` of each window.
 
     A pool defines `score(a, context)`, what a cell scores in view of what `context` says of its window. With
-    `score_gradient` as well, training keeps the map and a few numbers per window, and makes scores and weights again in the
-    backward pass. Cells outside of the map have weight 0.
+    `score_gradient` as well, maps are read a few at a time, training keeps no number per cell, and scores and weights are made
+    again in the backward pass. Cells outside of the map have weight 0.
 
     Args:
         kernel_size, stride, padding, ceil_mode: as in `WindowPool`.
@@ -59,11 +63,12 @@ class WeightedWindowPool(WindowPool):
         return self.windows.mean(x)
 
     def pool(self, x: Float[Tensor, "batch channels *map"]) -> Cell:
-        context = self.context(x)
         # a compiler decides by itself what to make again
         if torch.compiler.is_compiling() or type(self).score_gradient is WeightedWindowPool.score_gradient:
-            return self.finished(_weighted_sum(self, x, context).y)
-        return self.finished(_Lean.apply(x, context, self)[0])  # type: ignore[no-untyped-call]
+            return self.finished(_weighted_sum(self, x, self.context(x)).y)
+        if torch.is_grad_enabled():
+            return self.finished(_Lean.apply(x, self.context(x), self))  # type: ignore[no-untyped-call]
+        return self.finished(torch.cat([_weighted_sum(self, part, self.context(part)).y for part in _parts(x)]))
 
     def attend(self, x: Float[Tensor, "*given"]) -> Pooled:
         """As calling the pool, and also the weights `[batch, channels, *windows, *kernel]` (without a batch as `x`).
@@ -71,7 +76,7 @@ class WeightedWindowPool(WindowPool):
         They sum to 1 over each window; `AdaUnpool2d` spreads pooled values back with them.
         """
         batch = self.as_batch(x)
-        y, _, total, shares = _weighted_sum(self, batch, self.context(batch))
+        _, y, total, shares = _weighted_sum(self, batch, self.context(batch))
         weights = torch.stack([e / total for e in shares], -1).unflatten(-1, self.kernel_size)
         weights = weights.expand(-1, batch.shape[1], *[-1] * (2 * self.dims))
         y, weights = self.finished(y).to(x.dtype), weights.to(x.dtype)
@@ -83,14 +88,16 @@ class WeightedWindowPool(WindowPool):
 
 
 class _Sums(NamedTuple):
+    cells: Sequence[Cell]
     y: Cell
-    top: Owned
     total: Owned
     shares: Sequence[Owned]
 
 
 def _weighted_sum(pool: WeightedWindowPool, x: Float[Tensor, "batch channels *map"], context: Cell) -> _Sums:
     cells = pool.windows.views(x)
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        cells = [a.contiguous() for a in cells]
     scores = [pool.score(a, context) for a in cells]
     scores = [_hidden(s, there) for s, there in zip(scores, _inside(pool, x), strict=True)]
     top = functools.reduce(torch.maximum, (s.detach() for s in scores))
@@ -101,58 +108,62 @@ def _weighted_sum(pool: WeightedWindowPool, x: Float[Tensor, "batch channels *ma
     # seen from a number near the result, large values neither overflow nor cancel, and their gradients stay exact
     centre = context.detach()
     y = centre + sum_of_products(shares, [a - centre for a in cells]) / total
-    return _Sums(y, top, total, shares)
+    return _Sums(cells, y, total, shares)
+
+
+def _gradients(
+    pool: WeightedWindowPool, x: Float[Tensor, "batch channels *map"], context: Cell, g: Cell
+) -> tuple[Float[Tensor, "batch channels *map"], Cell | None]:
+    """`g dy/dx` and `g dy/dcontext` of some maps, from the maps alone."""
+    cells, y, total, shares = _weighted_sum(pool, x, context)
+    at_context: Tensor | None = None
+
+    def by_cell() -> Iterator[Tensor]:
+        nonlocal at_context
+        for a, share in zip(cells, shares, strict=True):
+            grad = g * (share / total)
+            if pool.grad == "full":
+                at_score = grad * (a - y)
+                if share.shape[1] < at_score.shape[1]:
+                    at_score = at_score.sum(1, keepdim=True)
+                at_cell, more = pool.score_gradient(at_score, a, context)
+                grad = grad + at_cell
+                if more is not None:
+                    at_context = more if at_context is None else at_context + more
+            yield grad
+
+    return pool.windows.spread(by_cell(), x.shape[2:]), at_context
 
 
 class _Lean(torch.autograd.Function):
-    """`_weighted_sum` that keeps no number per cell for the backward pass."""
+    """`_weighted_sum` that keeps no number per cell for the backward pass, a few maps at a time."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, context: Tensor, pool: WeightedWindowPool) -> tuple[Tensor, Tensor, Tensor]:
-        y, top, total, _ = _weighted_sum(pool, x, context)
-        return y, top, total
+    def forward(x: Tensor, context: Tensor, pool: WeightedWindowPool) -> Tensor:
+        parts = _parts(x)
+        pairs = zip(parts, context.split(max(1, len(parts[0]))), strict=True)
+        return torch.cat([_weighted_sum(pool, part, its).y for part, its in pairs])
 
     @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Tensor, Tensor, WeightedWindowPool], output: tuple[Tensor, Tensor, Tensor]
-    ) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, WeightedWindowPool], output: Tensor) -> None:  # noqa: ARG004
         x, context, ctx.pool = inputs
-        ctx.save_for_backward(x, context, *output)
-        # y does not change with the level that the scores are seen from
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, context)
 
     @staticmethod
-    def backward(
-        ctx: Any, g: Tensor | None, _: None, g_total: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None]:
-        pool: WeightedWindowPool = ctx.pool
-        x, context, y, top, total = ctx.saved_tensors
-        if g is None:
-            return None, None, None
-        at_context: Tensor | None = None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, context = ctx.saved_tensors
+        parts = _parts(x)
+        step = max(1, len(parts[0]))
+        found = [_gradients(ctx.pool, *part) for part in zip(parts, context.split(step), g.split(step), strict=True)]
+        at_context = [c for _, c in found if c is not None]
+        return torch.cat([at_x for at_x, _ in found]), torch.cat(at_context) if at_context else None, None
 
-        def by_cell() -> Iterator[Tensor]:
-            nonlocal at_context
-            for a, there in zip(pool.windows.views(x), _inside(pool, x), strict=True):
-                share = (_hidden(pool.score(a, context), there) - top).exp()
-                grad = g * (share / total)
-                if pool.grad == "full":
-                    at_score = grad * (a - y)
-                    if share.shape[1] < at_score.shape[1]:
-                        at_score = at_score.sum(1, keepdim=True)
-                    if g_total is not None:  # in second derivatives
-                        at_score = at_score + g_total * share
-                    at_cell, more = pool.score_gradient(at_score, a, context)
-                    grad = grad + at_cell
-                    if more is not None:
-                        at_context = more if at_context is None else at_context + more
-                yield grad
 
-        at_x = pool.windows.spread(by_cell(), x.shape[2:])
-        return at_x, at_context, None
+def _parts(x: Float[Tensor, "batch channels *map"]) -> Sequence[Tensor]:
+    """A few maps at a time."""
+    return x.split(max(1, NUMBERS_AT_ONCE // max(1, x[0].numel()))) if len(x) else [x]
 
 
 def _inside(pool: WeightedWindowPool, x: Tensor) -> Sequence[Bool[Tensor, "*windows"] | None]:
