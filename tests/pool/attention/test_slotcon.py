@@ -150,7 +150,7 @@ def test_student_and_teacher_start_alike() -> None:
     x = torch.rand(3, 1, 12, 12, dtype=torch.float64)
     whole = View(x, torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 3, dtype=torch.float64), torch.zeros(3, dtype=torch.bool))
     student = model.grouping.group(model.projector(model.encoder(x)))
-    torch.testing.assert_close(model._teach(x).dots, student.dots)
+    torch.testing.assert_close(model.teach(x).dots, student.dots)
     # with equal temperatures and no center, the group loss is the entropy of the assignment
     model.student_temp = model.teacher_temp
     p = (student.dots / model.teacher_temp).softmax(1)
@@ -237,7 +237,7 @@ def test_center_moves_in_training_only() -> None:
     views = crops(model)
     model.train()(*views)
     with torch.no_grad():
-        dots = torch.cat([model._teach(v.x).dots for v in views])
+        dots = torch.cat([model.teach(v.x).dots for v in views])
     torch.testing.assert_close(model.center, 0.1 * dots.mean((0, 2, 3)).unsqueeze(0))
     kept = model.center.clone()
     model.eval()(*views)

@@ -51,18 +51,23 @@ class FieldHead(nn.Module):
         height, width = size
         if height < 1 or width < 1:
             raise InputError(f"size: expected (height, width) of at least one pixel, got {size}")
-        for_vector, for_pixel = self.first.weight.split([self.first.in_features - 2, 2], 1)
-        from_vector = F.linear(z.flatten(0, 1), for_vector, self.first.bias)
-        from_pixel = F.linear(coordinates(size).to(z), for_pixel)
+        return self.at(z, coordinates(size).to(z)).unflatten(2, size)
 
-        def values(pixels: Float[Tensor, "_ hidden"]) -> Float[Tensor, "_ vectors"]:
-            h = torch.relu(from_vector + pixels.unsqueeze(1))
+    def at(
+        self, z: Float[Tensor, "batch vectors dim"], points: Float[Tensor, "points 2"]
+    ) -> Float[Tensor, "batch vectors points"]:
+        """The values at `(x, y)` in `[0, 1)`, any places: training can do with a few of them."""
+        for_vector, for_point = self.first.weight.split([self.first.in_features - 2, 2], 1)
+        from_vector = F.linear(z.flatten(0, 1), for_vector, self.first.bias)
+
+        def values(from_point: Float[Tensor, "_ hidden"]) -> Float[Tensor, "_ vectors"]:
+            h = torch.relu(from_vector + from_point.unsqueeze(1))
             for layer in self.middle:
                 h = torch.relu(layer(h))
             return self.last(h).squeeze(-1)
 
-        maps = tokenwise(values, from_pixel, max(1, 16 * ROWS_AT_ONCE // max(1, len(from_vector))))
-        return maps.T.unflatten(1, size).unflatten(0, z.shape[:2])
+        rows = max(1, 16 * ROWS_AT_ONCE // max(1, len(from_vector)))
+        return tokenwise(values, F.linear(points, for_point), rows).T.unflatten(0, z.shape[:2])
 
 
 def coordinates(size: tuple[int, int]) -> Float[Tensor, "pixels 2"]:

@@ -121,19 +121,25 @@ class JointAttention(nn.Module):
 
     def paint(self, encoded: Encoded, mask: Bool[Tensor, "batch people"] | None, size: tuple[int, int]) -> JointMaps:
         """The maps of groups that are encoded already, at any resolution."""
-        joint, people, attention = encoded
-        maps = self._painted(self.field, people, size)
+        maps = self._painted(self.field, encoded.people, size)
         if mask is not None:
             maps = maps.masked_fill(~mask[..., None, None], 0)
+        own = self.aggregation == "ind_only"
+        joint = mean_map(maps, mask) if own else self.paint_joint(encoded, mask, size)
+        return JointMaps(joint, maps, encoded.attention.mean(2))
+
+    def paint_joint(
+        self, encoded: Encoded, mask: Bool[Tensor, "batch people"] | None, size: tuple[int, int]
+    ) -> Float[Tensor, "batch 1 height width"]:
+        """The joint map alone: with `"token_only"`, one vector is painted instead of one per person."""
+        joint, people, _ = encoded
         if self.aggregation == "token_only":
-            together = self._painted(self.field, joint.unsqueeze(1), size)
-        elif self.aggregation == "ind_only":
-            together = mean_map(maps, mask)
-        elif self.aggregation == "ind_and_token_ind_based":
-            together = mean_map(self._painted(self.field, people + joint.unsqueeze(1), size), mask)
-        else:
-            together = self._painted_together(encoded, size)
-        return JointMaps(together, maps, attention.mean(2))
+            return self._painted(self.field, joint.unsqueeze(1), size)
+        if self.aggregation == "ind_only":
+            return mean_map(self._painted(self.field, people, size), mask)
+        if self.aggregation == "ind_and_token_ind_based":
+            return mean_map(self._painted(self.field, people + joint.unsqueeze(1), size), mask)
+        return self._painted_together(encoded, size)
 
     def _painted_together(self, encoded: Encoded, size: tuple[int, int]) -> Float[Tensor, "batch 1 height width"]:
         assert self.joined_field is not None

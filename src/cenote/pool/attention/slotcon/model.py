@@ -110,7 +110,7 @@ class SlotCon(nn.Module):
         views = (first, second)
         students = [self.grouping.group(self.projector(self.encoder(v.x))) for v in views]
         with torch.no_grad():
-            teachers = [self._teach(v.x) for v in views]
+            teachers = [self.teach(v.x) for v in views]
         aligned = [inverse_augment(s.dots, v.box, v.flip) for s, v in zip(students, views, strict=True)]
         taught = [inverse_augment(t.dots, v.box, v.flip) for t, v in zip(teachers, views, strict=True)]
         group = self.group_loss(aligned[0], taught[1]) + self.group_loss(aligned[1], taught[0])
@@ -161,9 +161,10 @@ class SlotCon(nn.Module):
     @torch.no_grad()
     def segment(self, images: Float[Tensor, "batch channels height width"]) -> Int[Tensor, "batch rows columns"]:
         """The teacher's group of each place of the feature maps."""
-        return self._teach(images).dots.argmax(1)
+        return self.teach(images).dots.argmax(1)
 
-    def _teach(self, x: Float[Tensor, "batch channels height width"]) -> Grouped:
+    def teach(self, x: Float[Tensor, "batch channels height width"]) -> Grouped:
+        """The teacher's slots and cosines, what one uses after training."""
         encoder, projector, grouping = self.teacher
         assert isinstance(grouping, SemanticGrouping)
         return grouping.group(projector(encoder(x)))
