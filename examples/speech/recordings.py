@@ -316,7 +316,8 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"- *Unseen speakers*: {FOLDS} folds, each without {result['speakers'] // FOLDS} of the {result['speakers']} "
         "speakers; who is left out together changes with the seed. The bootstrap draws clips and not speakers: it says how "
-        "sure the numbers are for these six people, not for people in general.",
+        "sure the numbers are for these six people and these trainings, not for people in general.",
+        "- Where a column has nothing bold, its differences are too small to be told from chance with so few test clips.",
         "- The verification network knows four speakers only. Its error says how the poolings compare, not how good speaker "
         "verification can be.",
         "",
