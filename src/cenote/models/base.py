@@ -87,11 +87,13 @@ class Backbone(ABC):
     Attributes:
         identity: which one.
         layout: how its tokens lie.
+        precision: what it computes in.
         equal_sizes: True where a batch must hold inputs of one length, because the model has no mask for padding.
     """
 
     identity: Identity
     layout: Layout
+    precision: torch.dtype
     equal_sizes = False
 
     @abstractmethod

@@ -71,8 +71,6 @@ class TextBackbone(HuggingFaceBackbone):
     def prepare(self, items: Sequence[Any]) -> Prepared:
         """Token numbers, padded on the right."""
         texts = [text.lower() if self.lower_case else text for text in items]
-        full = self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
-        cut = sum(len(ids) > self.max_length for ids in full)
         made = self.tokenizer(
             texts,
             truncation=True,
@@ -81,7 +79,12 @@ class TextBackbone(HuggingFaceBackbone):
             return_tensors="pt",
             return_attention_mask=True,
         )
-        return Prepared(dict(made), cut)
+        # only what fills the whole length can have been cut
+        full = [
+            text for text, mask in zip(texts, made["attention_mask"], strict=True) if int(mask.sum()) >= self.max_length
+        ]
+        whole = self.tokenizer(full, truncation=False, verbose=False)["input_ids"] if full else []
+        return Prepared(dict(made), sum(len(ids) > self.max_length for ids in whole))
 
     def arguments(self, prepared: Prepared) -> dict[str, Tensor]:
         """Without the mask, where the model was trained without one."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -44,7 +44,7 @@ BATCH = 32
 SHARD_BYTES = 2**26
 FEWEST_ITEMS, MOST_ITEMS = 32, 65_536
 SAMPLED_FOR_SIZE, SAMPLED_FOR_TIME = 8, 64
-READERS = 4
+READERS, READ_AT_ONCE = 4, 256
 LOCK, TIMES = ".lock", "times.json"
 
 
@@ -151,7 +151,7 @@ def planned(items: RawItems, backbone: Backbone, options: Options) -> Manifest:
     pooled = options.pool is not None
     return Manifest(
         kind=items.kind,
-        model=asdict(backbone.identity),
+        model={**asdict(backbone.identity), "precision": str(backbone.precision).removeprefix("torch.")},
         preprocessing=dict(layout.preprocessing),
         layers=layers,
         dim=dim,
@@ -232,13 +232,15 @@ def extract(
     store = Path(out)
     if store.exists() and (not store.is_dir() or (not is_store(store) and _foreign(store))):
         raise InputError(f"out: {store} is no feature store and not empty; name another folder")
-    backbone = backbone or spec.load()
+    # with an engine elsewhere, this machine needs the model for its layout alone, and may have no GPU
+    is_here = engine is None or isinstance(engine, LocalEngine)
+    backbone = backbone or (spec if is_here else replace(spec, device="cpu")).load()
     for note in backbone.layout.notes:
         on_message(f"{backbone.identity.name}: {note}")
     before = read_manifest(store) if (store / MANIFEST).exists() else None
     if before is not None and options.items_per_shard is None:
         # the size of a shard was chosen when the store was begun
-        options = Options(**{**vars(options), "items_per_shard": before.items_per_shard})
+        options = replace(options, items_per_shard=before.items_per_shard)
     manifest = planned(items, backbone, options)
     _make(store)
     with _told_of_full_disks(store), _alone(store):
@@ -252,7 +254,7 @@ def extract(
         _unchanged(items, manifest, kept)
         old_bad = [bad for shard in kept.values() for bad in _skipped(shard)]
         if not options.skip_bad:
-            _all_readable(items, manifest, set(kept), old_bad, engine)
+            _all_readable(items, manifest, set(kept), old_bad)
         job = Job(store.absolute(), spec, manifest, options.skip_bad)
         done = sum(len(shard.items) for shard in shards(items, manifest, set(range(manifest.shard_count)) - set(kept)))
         computed, began = 0, time.perf_counter()
@@ -344,19 +346,19 @@ def _unchanged(items: RawItems, manifest: Manifest, kept: dict[int, ShardFile]) 
     problems.raise_any()
 
 
-def _all_readable(
-    items: RawItems, manifest: Manifest, kept: set[int], old_bad: list[tuple[str, str]], _engine: Engine | None
-) -> None:
+def _all_readable(items: RawItems, manifest: Manifest, kept: set[int], old_bad: list[tuple[str, str]]) -> None:
     """Every item that is still to do can be read and decoded; all that cannot are named at once."""
     problems = Problems("data")
     hint = "repair it, take it out, or leave such items out with --skip-bad"
     for name, reason in old_bad:
         problems.add("unreadable", f"item {name!r} was left out by an earlier run: it {reason}; {hint}")
-    todo = [item for shard in shards(items, manifest, kept) for item in shard.items]
     with ThreadPoolExecutor(READERS) as readers:
-        for item, why in zip(todo, readers.map(_unreadable, todo, chunksize=16), strict=True):
-            if why is not None:
-                problems.add("unreadable", f"item {item.id!r} {why}; {hint}")
+        for shard in shards(items, manifest, kept):
+            for start in range(0, len(shard.items), READ_AT_ONCE):
+                part = shard.items[start : start + READ_AT_ONCE]
+                for item, why in zip(part, readers.map(_unreadable, part), strict=True):
+                    if why is not None:
+                        problems.add("unreadable", f"item {item.id!r} {why}; {hint}")
     problems.raise_any()
 
 

@@ -99,7 +99,7 @@ class Worker:
                 yield from self._prepared(range(start, min(start + size, len(items))), items, read, skipped)
             return
         contents = self._read(range(len(items)), items, read, skipped)
-        for group in _of_like_length(contents, size, self.backbone.equal_sizes):
+        for group in of_like_length(contents, size, self.backbone.equal_sizes):
             yield group, self.backbone.prepare([contents[i] for i in group])
 
     def _prepared(
@@ -166,7 +166,7 @@ class _Pooled(nn.Module):
         return self.pool(x[:, self.drop :], None if mask is None else mask[:, self.drop :])
 
 
-def _of_like_length(contents: dict[int, Any], size: int, equal: bool) -> list[list[int]]:
+def of_like_length(contents: dict[int, Any], size: int, equal: bool) -> list[list[int]]:
     """Batches of items of similar length, or of exactly one length; the same for the same items."""
     lengths = {place: _length(content) for place, content in contents.items()}
     order = sorted(contents, key=lambda place: (lengths[place], place))

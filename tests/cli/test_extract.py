@@ -1,0 +1,125 @@
+"""`cenote extract`, `cenote models show`, `cenote probe --backbone`."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cenote.cli import main
+from tests import tiny
+
+Run = Callable[..., tuple[int, str, str]]
+QUICK = ["--methods", "mean,max", "--seeds", "1", "--epochs", "2"]
+
+
+@pytest.fixture
+def cenote(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the program in this process: `(exit code, stdout, stderr)`."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cenote", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    rng = np.random.RandomState(0)
+    for i in range(30):
+        place = tmp_path / "photos" / ("bright" if i % 2 else "dark")
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = rng.randint(0, 128, (20, 20, 3)) + (127 if i % 2 else 0)
+        Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def vit(tmp_path: Path) -> Path:
+    return tiny.vit(tmp_path / "vit")
+
+
+def test_models_show(cenote: Run, vit: Path) -> None:
+    code, out, _ = cenote("models", "show", vit)
+    assert code == 0
+    for words in ("ViTModel of transformers", "17 x 32 in every layer", "4 x 4", "0 to 3", "preprocessing: image_mean"):
+        assert words in out
+    found = json.loads(cenote("models", "show", vit, "--json")[1])
+    assert found["layout"]["prefix_tokens"] == 1
+    code, _, err = cenote("models", "show", vit / "nothing")
+    assert code == 2
+    assert "there is no folder" in err
+
+
+def test_extract_then_probe(cenote: Run, photos: Path, vit: Path, tmp_path: Path) -> None:
+    command = ("extract", photos, "--backbone", vit, "--out", tmp_path / "tokens", "--layers", "all")
+    code, out, _ = cenote(*command, "--dry-run")
+    assert code == 0
+    assert "30 items, 510 tokens, 130.6 kB in 1 shards" in out
+    assert not (tmp_path / "tokens").exists()
+    code, out, err = cenote(*command)
+    assert (code, err) == (0, "")
+    assert "30 items, 510 tokens" in out
+    assert "0 shards made, 1 kept" in cenote(*command)[1]
+    code, out, _ = cenote("probe", tmp_path / "tokens", "--out", tmp_path / "report", *QUICK)
+    assert code == 0
+    assert "feature store, image through" in out
+    assert (tmp_path / "report" / "report.html").is_file()
+    code, out, _ = cenote("predict", tmp_path / "report" / "best", tmp_path / "tokens", "--out", tmp_path / "p.csv")
+    assert "30 predictions" in out
+
+
+def test_probe_of_raw_files_in_one_go(cenote: Run, photos: Path, vit: Path, tmp_path: Path) -> None:
+    command = ("probe", photos, "--backbone", vit, "--out", tmp_path / "report", *QUICK)
+    code, out, err = cenote(*command)
+    assert (code, err) == (0, "")
+    assert "photos: 30 items" in out
+    assert (tmp_path / "report" / "report.html").is_file()
+    assert "0 shards made, 1 kept" in cenote(*command)[1]
+
+
+def test_probe_of_raw_files_at_several_layers(cenote: Run, photos: Path, vit: Path, tmp_path: Path) -> None:
+    code, out, err = cenote(
+        "probe", photos, "--backbone", vit, "--layers", "1,3", "--out", tmp_path / "report", *QUICK
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "max@1" in out
+    assert "max@3" in out
+
+
+def test_bad_files_are_listed(cenote: Run, photos: Path, vit: Path, tmp_path: Path) -> None:
+    (photos / "dark" / "2.png").write_bytes(b"no image")
+    command = ("extract", photos, "--backbone", vit, "--out", tmp_path / "tokens")
+    code, _, err = cenote(*command)
+    assert code == 2
+    assert "item 'dark/2.png' is no whole image" in err
+    code, out, _ = cenote(*command, "--skip-bad")
+    assert code == 0
+    assert "1 unreadable items were left out:\n  dark/2.png: is no whole image" in out
+
+
+def test_wrong_input(cenote: Run, photos: Path, vit: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        (["--backbone", vit, "--engine", "abacus"], "engine: expected local or ray"),
+        (["--backbone", vit, "--layers", "9"], "layers: there is no layer 9"),
+        (["--backbone", vit, "--dtype", "int8"], "dtype: expected one of"),
+        (["--backbone", vit, "--pool-at-extract", "abmil"], "has weights that must be trained first"),
+        (["--backbone", tmp_path / "nowhere"], "there is no folder"),
+    ):
+        code, _, err = cenote("extract", photos, "--out", tmp_path / "tokens", *arguments)
+        assert (code, err.startswith("error: ")) == (2, True)
+        assert message in err
+    code, _, err = cenote("probe", photos)
+    assert code == 2
+    assert "--backbone" in err
