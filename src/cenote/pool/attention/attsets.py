@@ -4,7 +4,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from cenote.core.by_sets import by_sets
 from cenote.core.errors import InputError
+from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import PaddedTokens, Tokens, as_tokens
 from cenote.core.tokenwise import tokenwise
 from cenote.pool.base import Pool, Pooled
@@ -49,6 +51,18 @@ class AttSets(Pool):
         taken = weights.unflatten(-1, (self.outputs, self.dim)) * tokens.values.unsqueeze(-2)
         return Pooled(tokens.sum(taken.flatten(-2)), weights.unflatten(-1, (self.outputs, self.dim)).mean(-1))
 
+    def pool_only(self, tokens: Tokens) -> Float[Tensor, "batch outputs_dim"]:
+        return by_sets(self._sums, tokens)
+
+    def _sums(self, tokens: Tokens) -> Float[Tensor, "batch outputs_dim"]:
+        """`sum_n e_n x_n / sum_n e_n` with `e_n = exp(c_n - max_m c_m)`: no normalised weight is made."""
+        scores = self._scores(tokens)
+        wide = accumulation_dtype(scores.dtype)
+        shares = (scores - tokens.spread(tokens.max(scores.detach()))).to(wide).exp()
+        taken = shares.unflatten(-1, (self.outputs, self.dim)) * tokens.values.unsqueeze(-2).to(wide)
+        total = tokens.sum(shares).clamp(min=torch.finfo(wide).tiny)
+        return (tokens.sum(taken.flatten(-2)) / total).to(tokens.values.dtype)
+
     def channel_weights(
         self,
         x: Float[Tensor, "batch tokens dim"] | Float[Tensor, "batch dim height width"] | Tokens,
@@ -58,8 +72,11 @@ class AttSets(Pool):
         return self._weights(as_tokens(x, mask, self.dim)).unflatten(-1, (self.outputs, self.dim))
 
     def _weights(self, tokens: Tokens) -> Float[Tensor, "*rows outputs_dim"]:
+        return tokens.softmax(self._scores(tokens))
+
+    def _scores(self, tokens: Tokens) -> Float[Tensor, "*rows outputs_dim"]:
         scores = tokenwise(self.score, tokens.values)
-        return tokens.softmax(torch.tanh(scores) if self.tanh else scores)
+        return torch.tanh(scores) if self.tanh else scores
 
 
 class AttSetsConv(nn.Module):

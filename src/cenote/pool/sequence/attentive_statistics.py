@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cenote.core.by_sets import by_sets
 from cenote.core.errors import InputError
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import Tokens
@@ -92,6 +93,12 @@ class AttentiveStatisticsPool(Pool):
         mean, variance = self.weighted_moments(tokens, weights)
         std = variance.clamp(min=self.eps).sqrt()
         return Pooled(torch.cat([mean, std], -1).to(tokens.values.dtype), weights)
+
+    def pool_only(self, tokens: Tokens) -> Float[Tensor, "batch moments"]:
+        # a BatchNorm sees all sets together
+        return (
+            self.pool(tokens).output if self.norm is not None else by_sets(lambda some: self.pool(some).output, tokens)
+        )
 
     def scores(self, tokens: Tokens) -> Float[Tensor, "*rows queries_heads"]:
         """Unnormalised score of each token for each query and head."""
