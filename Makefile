@@ -5,7 +5,7 @@
 #   make lint    style, types, import floors
 #   make pages   the generated pages of docs/methods
 #   make docs    the documentation, into site/
-#   make bench   every benchmark, one after the other
+#   make bench   every benchmark, one after the other; writes docs/benchmarks.md
 #
 
 VENV ?= .venv
@@ -19,6 +19,7 @@ PACKAGE := $(VENV)/package.stamp
 TEST := $(VENV)/test.stamp
 DEV := $(VENV)/dev.stamp
 DOCS := $(VENV)/docs.stamp
+BENCH := $(VENV)/bench.stamp
 
 .DEFAULT_GOAL := help
 .PHONY: help probe test lint pages docs bench clean
@@ -45,10 +46,9 @@ pages: $(PACKAGE)
 docs: $(DOCS) pages
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: $(PACKAGE)
-	@set -e; for file in benchmarks/[a-z]*.py; do \
-	  name=$$(basename $$file .py); echo "benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name; \
-	done
+bench: $(BENCH)
+	$(BIN)/python -m benchmarks.all
+	$(BIN)/python scripts/build_benchmark_page.py
 
 clean:
 	rm -rf $(VENV) $(OUT) site build dist
@@ -75,4 +75,8 @@ $(DEV): $(PACKAGE)
 
 $(DOCS): $(PACKAGE)
 	@$(PIP) --editable '.[docs]'
+	@touch $@
+
+$(BENCH): $(PACKAGE)
+	@$(PIP) --editable '.[bench]'
 	@touch $@

@@ -115,7 +115,8 @@ def main() -> None:
     memory: list[dict[str, int]] = [{} for _ in times]
     if Path("/proc/self/clear_refs").exists():
         words = [sys.executable, "-m", "benchmarks.scaling", "--memory", "--threads", str(arguments.threads)]
-        memory = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        memory = json.loads(done.stdout.splitlines()[-1])
     rows = [
         {**point._asdict(), "seconds": t, "extra_bytes": m} for point, t, m in zip(points(), times, memory, strict=True)
     ]
@@ -131,13 +132,17 @@ def main() -> None:
         name: slope([row["at"] for row in sweep], [row["seconds"][name] for row in sweep])
         for name in ("cross_attention", "mean")
     }
+    large = [row for row in sweep if row["at"] >= 1000]
+    from_1000 = {name: slope([row["at"] for row in large], [row["seconds"][name] for row in large]) for name in slopes}
     print(f"\nslope of time against tokens, 10^2..10^6: {', '.join(f'{n} {s:.2f}' for n, s in slopes.items())}")
+    print(f"from 10^3 on: {', '.join(f'{n} {s:.2f}' for n, s in from_1000.items())}")
     if arguments.json:
         content = {
             "command": "python -m benchmarks.scaling",
             "machine": machine(),
             "load_before": before["load"],
             "slopes": slopes,
+            "slopes_from_1000": from_1000,
             "wanted": [0.9, 1.1],
             "points": rows,
         }

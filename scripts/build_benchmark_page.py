@@ -1,0 +1,189 @@
+"""Write docs/benchmarks.md and its plots from benchmarks/results/*.json.
+
+python scripts/build_benchmark_page.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+PLOTS = ROOT / "docs" / "benchmarks"
+MARK = "<!-- written by scripts/build_benchmark_page.py; do not edit -->"
+TITLES = {
+    "latent_attention": "Latent queries against `nn.MultiheadAttention`",
+    "efficient_probing": "Efficient probing against its formula",
+    "pma": "Pooling by multihead attention against PyTorch Geometric",
+    "bags": "Ragged bags against padding",
+    "attentive_statistics": "Attentive statistics against concatenation",
+    "windows": "Window pools against unfold",
+    "power_means": "Power means of a huge set",
+    "attsets": "AttSets against its formula",
+    "aggregations": "Other libraries' aggregations",
+    "ragged": "Sums over ragged sets",
+    "startup": "Start-up",
+}
+COLOURS = {"cross_attention": "#00796b", "MultiheadAttention": "#b23c17", "mean": "#777777"}
+AXES = {"tokens": "tokens", "dim": "width of a token", "queries": "queries", "sets": "sets of 196 tokens"}
+
+
+def main() -> None:
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    PLOTS.mkdir(exist_ok=True)
+    lines = [MARK, "", "# Benchmarks", "", *introduction(found)]
+    for name, title in TITLES.items():
+        if "pairs" in found.get(name, {}):
+            lines += section(title, found[name])
+    if "scaling" in found:
+        lines += scaling(found["scaling"])
+    if "probe_default" in found:
+        lines += probe(found["probe_default"])
+    lines += gpu(found.get("gpu"))
+    PAGE.write_text("\n".join(lines).rstrip() + "\n")
+
+
+def introduction(found: dict[str, Any]) -> list[str]:
+    machines = {describe(content["machine"]) for content in found.values() if "machine" in content}
+    missing = [title for name, title in TITLES.items() if name not in found]
+    lines = [
+        "Two ways of computing the same numbers are called in turn (A B A B ...) after a warm-up, and each pair of "
+        "neighbouring calls gives one ratio. Shown is the median ratio and, in brackets, what the middle 80 % of the rounds "
+        "gave. Results are compared before anything is timed: float32 to 1e-5 and float64 to 1e-10 of their largest number. "
+        "Extra memory is what a call takes at its peak above what is there before it.",
+        "",
+        f"Measured on {'; '.join(sorted(machines))}. `make bench` measures again.",
+        "",
+    ]
+    if missing:
+        lines += [f"Not measured yet: {'; '.join(missing)}.", ""]
+    return lines
+
+
+def describe(machine: dict[str, Any]) -> str:
+    return f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}"
+
+
+def section(title: str, content: dict[str, Any]) -> list[str]:
+    pairs = content["pairs"]
+    memory = any(p.get("ours_bytes") is not None for p in pairs)
+    header = ["", "ours", "ms", "theirs", "ms", "times faster", "wanted"]
+    header += ["our extra MB", "theirs", "wanted"] if memory else []
+    rows = []
+    for p in pairs:
+        ratio = p["ratio"]
+        wanted = p.get("target")
+        row = [
+            p["name"],
+            f"`{p['ours']}`",
+            f"{p['ours_ms']['median']:.3g}",
+            p["theirs"],
+            f"{p['theirs_ms']['median']:.3g}",
+            f"**{ratio['median']:.3g}** ({ratio['low']:.3g} to {ratio['high']:.3g})",
+            "" if wanted is None else f"{wanted:g}{'' if ratio['median'] >= wanted else ', missed'}",
+        ]
+        if memory:
+            ours, theirs, target = p.get("ours_bytes"), p.get("theirs_bytes"), p.get("memory_target")
+            row += ["" if b is None else f"{b / 1e6:.3g}" for b in (ours, theirs)]
+            met = target is None or ours is None or ours * target <= theirs
+            row.append("" if target is None else f"1/{target:g}{'' if met else ', missed'}")
+        rows.append(row)
+    notes = [note for note in dict.fromkeys(p.get("note", "") for p in pairs) if note]
+    load = content.get("load_before")
+    lines = [f"## {title}", "", *table(header, rows), ""]
+    for note in notes:
+        lines += [note, ""]
+    busy = "" if not load else f", 1-minute load before the start {load[0]:.2f}"
+    return [*lines, f"`{content['command']}`{busy}, {pairs[0]['rounds']} rounds.", ""]
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def scaling(content: dict[str, Any]) -> list[str]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "cenote"
+    import matplotlib.pyplot as plt
+
+    for kind, unit, factor in (("seconds", "milliseconds", 1e3), ("extra_bytes", "extra memory, MB", 1e-6)):
+        figure, axes = plt.subplots(1, 4, figsize=(13, 3.2), constrained_layout=True)
+        for axis, (sweep, label) in zip(axes, AXES.items(), strict=True):
+            points = [p for p in content["points"] if p["sweep"] == sweep]
+            for way, colour in COLOURS.items():
+                # less than a page of memory is not told from none
+                drawn = [(p["at"], p[kind][way] * factor) for p in points if p[kind].get(way, 0) * factor > 1e-2]
+                if drawn:
+                    axis.loglog(*zip(*drawn, strict=True), "o-", color=colour, markersize=3, label=way)
+            axis.set_xlabel(label)
+            axis.grid(alpha=0.3)
+        axes[0].set_ylabel(unit)
+        handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        axes[0].legend(handles.values(), handles.keys(), fontsize=8, frameon=False)
+        figure.savefig(PLOTS / f"scaling_{kind}.svg", metadata={"Date": None})
+        plt.close(figure)
+    low, high = content["wanted"]
+    slopes = "; ".join(f"{way} {slope:.2f}" for way, slope in content["slopes"].items())
+    ours = content["slopes"]["cross_attention"]
+    verdict = "met" if low <= ours <= high else "missed"
+    tail = content.get("slopes_from_1000", {}).get("cross_attention")
+    return [
+        "## Scaling",
+        "",
+        "One query, 12 heads, forward, one set of 4,096 tokens of width 384 unless varied.",
+        "",
+        "![Time against tokens, width, queries and sets](benchmarks/scaling_seconds.svg)",
+        "",
+        "![Extra memory against tokens, width, queries and sets](benchmarks/scaling_extra_bytes.svg)",
+        "",
+        f"Slope of time against tokens in log-log, 10^2 to 10^6: {slopes}; wanted {low} to {high}: {verdict}."
+        + (
+            ""
+            if tail is None
+            else f" From 10^3 on it is {tail:.2f}: below, mapping the queries, which does not depend on the tokens, bounds the "
+            "time."
+        ),
+        "",
+        f"`{content['command']}`.",
+        "",
+    ]
+
+
+def probe(content: dict[str, Any]) -> list[str]:
+    total = sum(content["methods"].values())
+    slowest = sorted(content["methods"].items(), key=lambda item: -item[1])
+    rows = [[f"`{name}`", f"{seconds:.2f}", f"{seconds / total:.0%}"] for name, seconds in slowest]
+    return [
+        "## Where the seconds of `make probe` go",
+        "",
+        f"{len(rows)} methods, 3 seeds, on the embedded digits: {content['total_s']} s in all, of which training "
+        f"{total:.1f} s; {content['threads']} threads, 1-minute load before the start {content['load_before']}.",
+        "",
+        *table(["method", "seconds", "of the training"], rows),
+        "",
+        "`python -m benchmarks.probe_default`.",
+        "",
+    ]
+
+
+def gpu(content: dict[str, Any] | None) -> list[str]:
+    lines = ["## GPU", ""]
+    if content is None:
+        return [
+            *lines,
+            "Not measured: no machine with a GPU was at hand. The kernels are tested under Triton's interpreter against "
+            "float64 and compiled for Hopper; `python -m benchmarks.gpu` measures them on a CUDA GPU, and ends with exit "
+            "code 2 elsewhere.",
+        ]
+    rates = [[r["name"], f"{r['bytes_per_second'] / 1e9:.0f}", f"{r['of_copy']:.0%}"] for r in content["rates"]]
+    header = ["", "GB/s of tokens", "of a measured copy"]
+    return [*lines, f"{content['device']}, torch {content['torch']}.", "", *table(header, rates), ""]
+
+
+if __name__ == "__main__":
+    main()
