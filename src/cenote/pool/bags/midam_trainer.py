@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cenote.core.errors import InputError
+from cenote.core.sets import Bags
 from cenote.core.tokenwise import ROWS_AT_ONCE
 from cenote.pool.bags.midam import BagScorer
 from cenote.pool.bags.midam_optimizer import MIDAM
 
 
+@runtime_checkable
 class Bag(Protocol):
     """Instances that can be counted and chosen by their numbers: a tensor, a numpy array on disk, ..."""
 
@@ -95,7 +97,7 @@ def sample_rows(rows: int, count: int, generator: torch.Generator | None = None)
 
 
 def sample_instances(
-    bags: Sequence[Bag], index: Int[Tensor, "batch"], count: int, generator: torch.Generator | None = None
+    bags: Sequence[Bag] | Bags, index: Int[Tensor, "batch"], count: int, generator: torch.Generator | None = None
 ) -> Sample:
     """`min(|X|, count)` instances of each bag, uniformly without replacement; only these are read.
 
@@ -146,7 +148,7 @@ class MIDAMTrainer:
         self,
         model: BagScorer,
         optimizer: MIDAM,
-        bags: Sequence[Bag],
+        bags: Sequence[Bag] | Bags,
         y: Tensor,
         instances: int = 4,
         positives: int = 8,
@@ -182,7 +184,7 @@ class MIDAMTrainer:
         return [self.step() for _ in range(steps)]
 
     @torch.no_grad()
-    def scores(self, bags: Sequence[Bag], rows_at_once: int = ROWS_AT_ONCE) -> Float[Tensor, "bags"]:
+    def scores(self, bags: Sequence[Bag] | Bags, rows_at_once: int = ROWS_AT_ONCE) -> Float[Tensor, "bags"]:
         """Exact scores of whole bags; of each, at most so many rows are in memory."""
         self.model.eval()
         out = []
