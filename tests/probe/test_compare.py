@@ -106,7 +106,7 @@ import sys
 from tests.probe.conftest import make_dataset
 from cenote.probe import Recipe, compare
 compare(make_dataset(), ["mean", "max", "gem", "simpool"], seeds=1, out=sys.argv[1],
-        recipe=Recipe(learning_rates=(1e-2,), epochs=200, patience=200))
+        recipe=Recipe(learning_rates=(1e-2,), epochs=60, patience=60))
 """
 
 
@@ -125,7 +125,7 @@ def test_a_killed_run_leaves_only_whole_cells(tmp_path: Path) -> None:
     assert left
     assert all(load_file(p) for p in left)
     assert not (tmp_path / "comparison.json").exists()
-    recipe = Recipe(learning_rates=(1e-2,), epochs=200, patience=200)
+    recipe = Recipe(learning_rates=(1e-2,), epochs=60, patience=60)
     done = {p.name: p.stat().st_mtime_ns for p in left}
     compare(make_dataset(), ["mean", "max", "gem", "simpool"], seeds=1, out=tmp_path, recipe=recipe)
     assert {name: (cells / name).stat().st_mtime_ns for name in done} == done

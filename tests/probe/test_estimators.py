@@ -55,7 +55,7 @@ def test_the_same_seed_gives_the_same_probe() -> None:
 
 def test_regression_in_the_units_of_the_targets() -> None:
     y = 1000 + 50 * X[:, :, 0].mean(1)
-    model = ProbeRegressor("mean", epochs=200, patience=200).fit(X, y)
+    model = ProbeRegressor("mean", epochs=60, patience=60).fit(X, y)
     assert model.score(X, y) > 0.9
     assert model.predict(X).shape == (90,)
     assert ProbeRegressor("mean", **QUICK).fit(X, np.stack([y, -y], 1)).predict(X).shape == (90, 2)
