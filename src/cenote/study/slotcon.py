@@ -113,8 +113,8 @@ def run(seed: int, size: Size) -> Findings:
         figure=partial(_draw, ari=arms["ari"], active=arms["active"]),
         notes=(
             f"Encoder of 4 convolutions with {CHANNELS[size]} channels, maps of 12 x 12; {SLOTS} prototypes of width "
-            f"{DIM}; crops of {CROP} x {CROP} pixels, flips, brightness; {STEPS[size]:,} steps of {BATCH[size]} images, Adam at "
-            f"{LEARNING_RATE:g}. Groups are the best prototype of each place, enlarged to the pixels.",
+            f"{DIM}; crops of {CROP} x {CROP} pixels, flips, brightness; {STEPS[size]:,} steps of {BATCH[size]} images, Adam "
+            f"at {LEARNING_RATE:g}. Groups are the best prototype of each place, enlarged to the pixels.",
             "A prototype is in use where it is the best of at least 1 % of all places of the test images.",
             "The image-level arm trains encoder and projector by contrast of the mean features of two crops (InfoNCE at 0.2). "
             "It has no prototypes: they are found by k-means among its normalised features of the training images, and so "

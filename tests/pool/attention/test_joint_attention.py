@@ -82,6 +82,12 @@ def test_field_in_pieces_is_the_field() -> None:
     assert grad.any()
 
 
+def test_any_points_of_the_field() -> None:
+    head, z = shaken(FieldHead(5)), features(2, 3, 5)
+    chosen = torch.tensor([7, 0, 23])
+    torch.testing.assert_close(head.at(z, coordinates(SIZE).double()[chosen]), head(z, SIZE).flatten(2)[..., chosen])
+
+
 def test_resolution_only_resamples_the_field() -> None:
     head, z = shaken(FieldHead(5)), features(1, 2, 5)
     torch.testing.assert_close(head(z, (8, 12))[..., ::2, ::2], head(z, SIZE))
@@ -124,6 +130,9 @@ def test_aggregations() -> None:
     encoded = joined.group.encode(torch.cat(given, -1))
     side_by_side = torch.cat([encoded.people.flatten(1), encoded.joint], -1).unsqueeze(1)
     torch.testing.assert_close(joined(*given, size=SIZE).joint, joined.joined_field(side_by_side, SIZE))
+    for model in (token, each, both, joined):
+        encoded = model.group.encode(torch.cat(given, -1))
+        torch.testing.assert_close(model.paint_joint(encoded, None, SIZE), model(*given, size=SIZE).joint)
     bounded = small(sigmoid=True)(*given, size=SIZE)
     torch.testing.assert_close(bounded.joint, maps.joint.sigmoid())
 
