@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 P = TypeVar("P", bound=nn.Module)
 
+QUICK_SETTINGS = {"last-layer-trainable": {"latents": 8, "heads": 4}}
+"""Of pools whose defaults are wide enough to take a test of seconds to minutes."""
+
 
 def shaken(pool: P, seed: int = 0) -> P:
     """The pool in float64 and eval mode, every parameter and running statistic drawn anew: zeros and ones hide mistakes."""

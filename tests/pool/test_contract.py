@@ -1,6 +1,7 @@
 import inspect
 
 import pytest
+from tests.pools import QUICK_SETTINGS
 
 import cenote
 import cenote.pool
@@ -15,4 +16,4 @@ METHODS = [m.name for m in cenote.methods(room="pool", kind="sets")]
 def test_pool_keeps_its_contract(name: str) -> None:
     signature = inspect.signature(cenote.method(name).load())
     sized = {"tokens": TOKENS} if "tokens" in signature.parameters else {}
-    check_pool(cenote.create(name, dim=16, **sized), tokens=TOKENS)
+    check_pool(cenote.create(name, dim=16, **sized, **QUICK_SETTINGS.get(name, {})), tokens=TOKENS)

@@ -11,6 +11,7 @@ from cenote.probe import training
 from cenote.probe.metrics import accuracy, auroc, mean_average_precision, r2
 from cenote.probe.module import Probe, build_probe
 from cenote.probe.recipe import Recipe
+from tests.pools import QUICK_SETTINGS
 from tests.probe.conftest import make_dataset
 
 QUICK = Recipe(learning_rates=(3e-3, 3e-2), epochs=12, batch_size=32)
@@ -60,16 +61,17 @@ def test_training_together_equals_training_one_by_one(name: str) -> None:
 def test_every_method_trains_on_images_and_where_it_can_on_bags(name: str, ragged: TokenDataset) -> None:
     images = dataclasses.replace(make_dataset(tokens=17, dim=16), prefix_tokens=1, grid=(4, 4))
     short = Recipe(learning_rates=(1e-2,), epochs=2, batch_size=32)
-    trained = training.train(lambda: build_probe(name, images), images, accuracy, (0, 1), short)
+    settings = QUICK_SETTINGS.get(name)
+    trained = training.train(lambda: build_probe(name, images, settings), images, accuracy, (0, 1), short)
     assert len(trained.probes) == 2
     test = images.indices("test")
     scores = training.predict(trained.probes[0], images, test, 4096)
     assert scores.isfinite().all()
     try:
-        build_probe(name, ragged)
+        build_probe(name, ragged, settings)
     except cenote.InputError:
         return
-    trained = training.train(lambda: build_probe(name, ragged), ragged, auroc, (0,), short)
+    trained = training.train(lambda: build_probe(name, ragged, settings), ragged, auroc, (0,), short)
     assert training.predict(trained.probes[0], ragged, ragged.indices("test"), 50).isfinite().all()
 
 
