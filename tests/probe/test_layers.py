@@ -14,7 +14,7 @@ from cenote.probe import Comparison, Recipe, compare, load
 from cenote.probe.columns import columns_of
 from cenote.probe.module import LayerProbe, build_probe
 
-QUICK = Recipe(learning_rates=(0.02,), epochs=15, least_steps=4, patience=15)
+QUICK = Recipe(learning_rates=(0.1,), epochs=15, least_steps=4, patience=15)
 ITEMS, DIM = 240, 8
 
 
