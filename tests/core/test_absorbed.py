@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
 
 from cenote.core import Bags, InputError, PaddedTokens
-from cenote.core.absorbed import absorbed_pool, available, fused, plain
+from cenote.core.absorbed import absorbed_pool, available, fused, layer_normed_pool, plain
 from tests.core.batches import Batch, batches
 
 HERE = Path(__file__).parent
@@ -46,6 +48,26 @@ def test_normalised_tokens_are_those_of_a_layer_norm(normalise: str) -> None:
     right = (keys @ queries.T).softmax(1).transpose(1, 2) @ values
     ours = absorbed_pool(PaddedTokens(x), queries, normalise=normalise, eps=1e-3)  # type: ignore[arg-type]
     torch.testing.assert_close(ours.output, right)
+
+
+@given(batches(max_dim=5), st.sampled_from(["key", "value", "both", "neither"]))
+def test_layer_norms_fold_into_queries_and_sums(batch: Batch, which: str) -> None:
+    torch.manual_seed(0)
+    norms = [nn.LayerNorm(batch.dim, dtype=torch.float64) for _ in range(2)]
+    for norm in norms:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    key_norm, value_norm = (
+        norms[0] if which in ("key", "both") else None,
+        norms[1] if which in ("value", "both") else None,
+    )
+    queries = torch.randn(3, batch.dim, dtype=torch.float64)
+    for tokens in (batch.bags(), batch.padded()):
+        ours = layer_normed_pool(tokens, queries, key_norm, value_norm, scale=0.5)
+        for b, x in enumerate(batch.sets):
+            keys, values = (x if norm is None else norm(x) for norm in (key_norm, value_norm))
+            right = (0.5 * queries @ keys.T).softmax(1) @ values if len(x) else torch.zeros_like(queries)
+            torch.testing.assert_close(ours[b], right)
 
 
 def test_a_bias_moves_and_hides_tokens() -> None:

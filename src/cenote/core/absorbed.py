@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.segments import accumulation_dtype
@@ -70,6 +70,45 @@ def absorbed_pool(
     _require(tokens, queries, bias, normalise)
     run = fused if available(tokens.values) else plain
     return run(tokens, queries, scale=scale, bias=bias, normalise=normalise, eps=eps)
+
+
+def layer_normed_pool(
+    tokens: Tokens,
+    queries: Float[Tensor, "queries dim"] | Float[Tensor, "batch queries dim"],
+    key_norm: nn.LayerNorm | None = None,
+    value_norm: nn.LayerNorm | None = None,
+    *,
+    scale: float = 1.0,
+) -> Float[Tensor, "batch queries dim"]:
+    """`absorbed_pool` with LayerNorms on the tokens before keys and values, their affine parts folded out of the kernel.
+
+    Args:
+        tokens, queries, scale: as in `absorbed_pool`.
+        key_norm, value_norm: over the width of a token; with the same epsilon.
+
+    Raises:
+        InputError: where the epsilons differ.
+
+    Example:
+        >>> from cenote.core import PaddedTokens
+        >>> norm = torch.nn.LayerNorm(8)
+        >>> layer_normed_pool(PaddedTokens(torch.randn(2, 5, 8)), torch.ones(3, 8), norm, norm).shape
+        torch.Size([2, 3, 8])
+    """
+    norms = [norm for norm in (key_norm, value_norm) if norm is not None]
+    if len({norm.eps for norm in norms}) > 1:
+        raise InputError(f"key_norm, value_norm: expected one eps, got {norms[0].eps} and {norms[1].eps}")
+    normalise: Normalise = "none" if not norms else "both" if len(norms) == 2 else "keys" if key_norm else "values"
+    if key_norm is not None and key_norm.weight is not None:
+        # the bias adds the same number to the scores of all tokens
+        queries = queries * key_norm.weight
+    eps = norms[0].eps if norms else 0.0
+    output, _ = absorbed_pool(tokens, queries, scale=scale, normalise=normalise, eps=eps)
+    if value_norm is not None and value_norm.weight is not None:
+        output = output * value_norm.weight
+        if value_norm.bias is not None:
+            output = output + (tokens.lengths() > 0).view(-1, 1, 1) * value_norm.bias
+    return output.to(tokens.values.dtype)
 
 
 def available(x: Float[Tensor, "*rows dim"]) -> bool:

@@ -40,6 +40,8 @@ def _parts(tokens: Tokens, numbers: int) -> Iterator[Tokens]:
         return
     assert isinstance(tokens, PaddedTokens)
     step = max(1, numbers // max(1, x[0].numel()))
-    masks = [None] * -(-len(x) // step) if tokens.mask is None else tokens.mask.split(step)
-    for values, mask in zip(x.split(step), masks, strict=True):
-        yield PaddedTokens(values, mask)
+    # split and not slices: the gradient of each slice would be as large as all sets together
+    for i, values in enumerate(x.split(step)):
+        part = tokens.part(slice(i * step, (i + 1) * step))
+        part.values = values
+        yield part

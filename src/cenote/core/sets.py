@@ -100,10 +100,12 @@ class Tokens(ABC):
 
     def mean(self, v: Float[Tensor, "*rows channels"] | None = None) -> Float[Tensor, "batch channels"]:
         """Mean of `v` (default: the tokens) over each set."""
-        v = self.values if v is None else v
-        wide = accumulation_dtype(v.dtype)
+        dtype = (self.values if v is None else v).dtype
+        wide = accumulation_dtype(dtype)
         counts = self.lengths().clamp(min=1).to(wide).unsqueeze(-1)
-        return (self.sum(v.to(wide)) / counts).to(v.dtype)
+        if v is None and dtype == wide:  # the tokens are clean already
+            return self.sum() / counts
+        return (self.sum((self.values if v is None else v).to(wide)) / counts).to(dtype)
 
     def min(self, v: Float[Tensor, "*rows channels"] | None = None) -> Float[Tensor, "batch channels"]:
         """Minimum of `v` (default: the tokens) over each set."""

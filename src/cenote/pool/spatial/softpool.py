@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -67,7 +69,13 @@ class SoftPool(WeightedWindowPool):
         return y.clamp(min=0) if self.clamp_output else y
 
     def context(self, x: Float[Tensor, "batch channels *map"]) -> Cell:
-        return self.windows.max(x.detach()) if self.weights == "channel" else self.windows.mean(x.detach())
+        x = x.detach()
+        if self.weights == "shared":
+            return self.windows.mean(x)
+        if self.windows.inside(x.shape[2:], x.device) is None:
+            # on a CPU several times faster than max_pool2d, which also looks for the place of the maximum
+            return functools.reduce(torch.maximum, self.windows.views(x))
+        return self.windows.max(x)
 
     def score(self, a: Cell, context: Cell) -> Owned:  # noqa: ARG002
         scaled = a if self.temperature == 1 else a / self.temperature
