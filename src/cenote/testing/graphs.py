@@ -7,14 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from cenote.core.errors import InputError
 from cenote.core.graphs import Graphs
+from cenote.testing import rules
 from cenote.testing.contract import ContractError, run_rules
 from cenote.testing.contract import difference as _difference
-from cenote.testing.pools import _tensors_in
 
 CLOSE = 1e-9
 
@@ -53,21 +51,16 @@ def check_graph_pool(pool: nn.Module, *, seed: int = 0) -> None:
     run_rules(pool, _RULES, _Trial(pool, seed), first=(_rule_call, _rule_determinism))
 
 
-class _Trial:
+class _Trial(rules.Trial):
     """Graphs and copies that the rules share."""
 
     def __init__(self, pool: nn.Module, seed: int) -> None:
+        super().__init__(pool, seed)
         given: Any = pool
         self.dim: int = given.dim
         self.out_dim: int = given.out_dim
         self.reads_edges = bool(getattr(pool, "reads_edges", True))
         self.discrete = bool(getattr(pool, "discrete", False))
-        self.inert = tuple(getattr(pool, "inert_parameters", ()))
-        self.generator = torch.Generator().manual_seed(seed)
-        self.pool = copy.deepcopy(pool).double().eval()
-        with torch.no_grad():
-            for p in self.pool.parameters():
-                p.add_(0.2 * torch.randn(p.shape, generator=self.generator, dtype=torch.float64))
         # a long path and a dense graph, so that hierarchies differ in depth; two pieces and a lone node; one node; no edge
         path = [(i, i + 1) for i in range(11)]
         dense = [(i, j) for i in range(6) for j in range(i) if (i * j) % 4 != 3]
@@ -81,11 +74,11 @@ class _Trial:
         self.edge_index = torch.tensor(sorted(edges)).T.contiguous()
         self.x = self.randn(offsets, self.dim)
 
-    def randn(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+    def output(self, pool: nn.Module, x: Tensor) -> Tensor:
+        return pool(x, self.edge_index, batch=self.batch)
 
     def whole(self) -> Tensor:
-        return self.pool(self.x, self.edge_index, batch=self.batch)
+        return self.output(self.pool, self.x)
 
     def alone(self, graph: int) -> tuple[Tensor, Tensor]:
         nodes = (self.batch == graph).nonzero().squeeze(1)
@@ -212,38 +205,7 @@ def _rule_gradients_are_right(t: _Trial) -> str | None:
     def run(x: Tensor, *_: Tensor) -> Tensor:
         return pool(x, t.edge_index, batch=t.batch)
 
-    try:
-        torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
-    except RuntimeError as error:
-        return f"gradient: disagrees with finite differences in float64: {str(error)[:300]}"
-    return None
-
-
-def _rule_gradient_reaches_every_parameter(t: _Trial) -> str | None:
-    sizes: dict[str, float] = {}
-    # a ReLU may be dead under one draw of the parameters, so that several count together
-    for draw in range(4):
-        pool = copy.deepcopy(t.pool).train()
-        trained = {name: p for name, p in pool.named_parameters() if p.requires_grad}
-        if draw:
-            with torch.no_grad():
-                for p in trained.values():
-                    p.add_(0.5 * t.randn(*p.shape))
-        y = pool(t.x if not draw else t.randn(*t.x.shape), t.edge_index, batch=t.batch)
-        if y.requires_grad:
-            y.backward(t.randn(*y.shape))
-        for name, p in trained.items():
-            size = 0.0 if p.grad is None else float(p.grad.abs().max())
-            sizes[name] = max(sizes.get(name, 0.0), size)
-        if all(size >= 1e-12 for name, size in sizes.items() if name not in t.inert):
-            break
-    hidden = [name for name, size in sizes.items() if size < 1e-12 and name not in t.inert]
-    alive = [name for name, size in sizes.items() if size > 1e-9 and name in t.inert]
-    if hidden:
-        return f"gradient: does not reach {', '.join(hidden)}; if that is inherent, declare it in inert_parameters"
-    if alive:
-        return f"gradient: {', '.join(alive)} is declared inert but receives a gradient"
-    return None
+    return rules.gradient_error(run, (x, *parameters))
 
 
 def _rule_half_precision(t: _Trial) -> str | None:
@@ -260,39 +222,6 @@ def _rule_half_precision(t: _Trial) -> str | None:
                 f"half precision: the output in {dtype} is off by {difference:.1%} of its largest value; sum in float32, or "
                 f"declare discrete = True where rounding can turn a choice over"
             )
-    return None
-
-
-def _rule_deepcopy(t: _Trial) -> str | None:
-    if not torch.equal(t.whole(), copy.deepcopy(t.pool)(t.x, t.edge_index, batch=t.batch)):
-        return "deepcopy: the copy gives another output"
-    return None
-
-
-def _rule_safetensors_round_trip(t: _Trial) -> str | None:
-    stored = load(save({k: v.contiguous() for k, v in t.pool.state_dict().items()}))
-    other = copy.deepcopy(t.pool)
-    with torch.no_grad():
-        for p in other.parameters():
-            p.zero_()
-    other.load_state_dict(stored)
-    if not torch.equal(t.whole(), other(t.x, t.edge_index, batch=t.batch)):
-        return "safetensors: the state_dict does not hold all that the output depends on"
-    return None
-
-
-def _rule_state_is_registered(t: _Trial) -> str | None:
-    known = {id(v) for v in (*t.pool.parameters(), *t.pool.buffers())}
-    for prefix, module in t.pool.named_modules():
-        for name, value in vars(module).items():
-            if name in ("_parameters", "_buffers", "_modules"):
-                continue
-            if any(id(v) not in known for v in _tensors_in(value)):
-                full = f"{prefix}.{name}" if prefix else name
-                return (
-                    f"state: {full} holds a tensor that is no parameter and no buffer, so that .to() and state_dict() miss it; "
-                    f"use self.register_buffer(..., persistent=False) for a constant"
-                )
     return None
 
 
@@ -360,15 +289,7 @@ def _rule_wrong_input_is_named(t: _Trial) -> str | None:
         "a negative batch": lambda: t.pool(x, edges, batch=batch - 1),
         "a size below the graphs of batch": lambda: t.pool(x, edges, batch=batch, size=1),
     }
-    for name, call in trials.items():
-        try:
-            call()
-        except InputError:
-            continue
-        except Exception as error:
-            return f"errors: {name} raises {type(error).__name__}, expected cenote.InputError"
-        return f"errors: {name} is accepted without a word"
-    return None
+    return rules.unnamed_input(trials)
 
 
 _RULES: tuple[Callable[[_Trial], str | None], ...] = (
@@ -380,11 +301,11 @@ _RULES: tuple[Callable[[_Trial], str | None], ...] = (
     _rule_graphs_equal_tensors,
     _rule_no_node_gives_zeros,
     _rule_gradients_are_right,
-    _rule_gradient_reaches_every_parameter,
+    rules._rule_gradient_reaches_every_parameter,
     _rule_half_precision,
-    _rule_deepcopy,
-    _rule_safetensors_round_trip,
-    _rule_state_is_registered,
+    rules._rule_deepcopy,
+    rules._rule_safetensors_round_trip,
+    rules._rule_state_is_registered,
     _rule_memory_layout,
     _rule_input_is_left_alone,
     _rule_attend,

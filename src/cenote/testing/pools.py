@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from cenote.core.errors import InputError
 from cenote.core.sets import Bags
+from cenote.testing import rules
 from cenote.testing.contract import ContractError, run_rules
 from cenote.testing.contract import difference as _difference
 
@@ -79,29 +79,21 @@ def check_pool(pool: nn.Module, *, tokens: int = 9, seed: int = 0, leave_out: Co
     run_rules(pool, _RULES, trial, leave_out=leave_out, first=(_rule_call, _rule_determinism))
 
 
-class _Trial:
+class _Trial(rules.Trial):
     """Inputs and copies that the rules share."""
 
     def __init__(self, pool: nn.Module, tokens: int, seed: int) -> None:
+        super().__init__(pool, seed)
         self.tokens = tokens
         self.dim: int = pool.dim  # type: ignore[assignment]
         self.out_dim: int = pool.out_dim  # type: ignore[assignment]
         self.permutation_invariant = bool(getattr(pool, "permutation_invariant", True))
         self.fixed_tokens = bool(getattr(pool, "fixed_tokens", False))
         self.ragged = not self.fixed_tokens
-        self.inert = tuple(getattr(pool, "inert_parameters", ()))
-        self.generator = torch.Generator().manual_seed(seed)
-        self.pool = copy.deepcopy(pool).double().eval()
-        with torch.no_grad():
-            for p in self.pool.parameters():
-                p.add_(0.2 * torch.randn(p.shape, generator=self.generator, dtype=torch.float64))
         self.x = self.randn(3, tokens, self.dim)
         self.mask = torch.ones(3, tokens, dtype=torch.bool)
         self.mask[0, tokens - tokens // 3 :] = False
         self.mask[2, 1:] = False
-
-    def randn(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
 
 def _rule_call(t: _Trial) -> str | None:
@@ -252,38 +244,7 @@ def _rule_gradients_are_right(t: _Trial) -> str | None:
     def run(x: Tensor, *_: Tensor) -> Tensor:
         return pool(x, t.mask[:2])
 
-    try:
-        torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
-    except RuntimeError as error:
-        return f"gradient: disagrees with finite differences in float64: {str(error)[:300]}"
-    return None
-
-
-def _rule_gradient_reaches_every_parameter(t: _Trial) -> str | None:
-    sizes: dict[str, float] = {}
-    # a ReLU may be dead under one draw of the parameters, so that several count together
-    for draw in range(4):
-        pool = copy.deepcopy(t.pool).train()
-        trained = {name: p for name, p in pool.named_parameters() if p.requires_grad}
-        if draw:
-            with torch.no_grad():
-                for p in trained.values():
-                    p.add_(0.5 * t.randn(*p.shape))
-        y = pool(t.x if not draw else t.randn(*t.x.shape))
-        if y.requires_grad:
-            y.backward(t.randn(*y.shape))
-        for name, p in trained.items():
-            size = 0.0 if p.grad is None else float(p.grad.abs().max())
-            sizes[name] = max(sizes.get(name, 0.0), size)
-        if all(size >= 1e-12 for name, size in sizes.items() if name not in t.inert):
-            break
-    hidden = [name for name, size in sizes.items() if size < 1e-12 and name not in t.inert]
-    alive = [name for name, size in sizes.items() if size > 1e-9 and name in t.inert]
-    if hidden:
-        return f"gradient: does not reach {', '.join(hidden)}; if that is inherent, declare it in inert_parameters"
-    if alive:
-        return f"gradient: {', '.join(alive)} is declared inert but receives a gradient"
-    return None
+    return rules.gradient_error(run, (x, *parameters))
 
 
 def _rule_half_precision(t: _Trial) -> str | None:
@@ -344,50 +305,6 @@ def _rule_torch_export(t: _Trial) -> str | None:
     return None
 
 
-def _rule_deepcopy(t: _Trial) -> str | None:
-    if not torch.equal(t.pool(t.x), copy.deepcopy(t.pool)(t.x)):
-        return "deepcopy: the copy gives another output"
-    return None
-
-
-def _rule_safetensors_round_trip(t: _Trial) -> str | None:
-    stored = load(save({k: v.contiguous() for k, v in t.pool.state_dict().items()}))
-    other = copy.deepcopy(t.pool)
-    with torch.no_grad():
-        for p in other.parameters():
-            p.zero_()
-    other.load_state_dict(stored)
-    if not torch.equal(t.pool(t.x), other(t.x)):
-        return "safetensors: the state_dict does not hold all that the output depends on"
-    return None
-
-
-def _rule_state_is_registered(t: _Trial) -> str | None:
-    known = {id(v) for v in (*t.pool.parameters(), *t.pool.buffers())}
-    for prefix, module in t.pool.named_modules():
-        for name, value in vars(module).items():
-            if name in ("_parameters", "_buffers", "_modules"):
-                continue
-            if any(id(v) not in known for v in _tensors_in(value)):
-                full = f"{prefix}.{name}" if prefix else name
-                return (
-                    f"state: {full} holds a tensor that is no parameter and no buffer, so that .to() and state_dict() miss it; "
-                    f"use self.register_buffer(..., persistent=False) for a constant, nn.ParameterList for several parameters"
-                )
-    return None
-
-
-def _tensors_in(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for v in value.values():
-            yield from _tensors_in(v)
-    elif isinstance(value, (list, tuple, set)):
-        for v in value:
-            yield from _tensors_in(v)
-
-
 def _rule_training_is_stored(t: _Trial) -> str | None:
     trained = copy.deepcopy(t.pool).train()
     for _ in range(2):
@@ -437,15 +354,7 @@ def _rule_wrong_input_is_named(t: _Trial) -> str | None:
         ("a mask of another shape", lambda: t.pool(t.x, t.mask[:, 1:])),
         ("an integer mask", lambda: t.pool(t.x, t.mask.long())),
     ]
-    for name, call in wrong:
-        try:
-            call()
-        except InputError:
-            continue
-        except Exception as error:
-            return f"errors: {name} raises {type(error).__name__}, expected cenote.InputError"
-        return f"errors: {name} is accepted without a word"
-    return None
+    return rules.unnamed_input(dict(wrong))
 
 
 _RULES: tuple[Callable[[_Trial], str | None], ...] = (
@@ -461,14 +370,14 @@ _RULES: tuple[Callable[[_Trial], str | None], ...] = (
     _rule_no_token_gives_zeros,
     _rule_empty_set_has_finite_gradients,
     _rule_gradients_are_right,
-    _rule_gradient_reaches_every_parameter,
+    rules._rule_gradient_reaches_every_parameter,
     _rule_half_precision,
     _rule_half_precision_over_many_tokens,
     _rule_torch_compile_in_one_graph,
     _rule_torch_export,
-    _rule_deepcopy,
-    _rule_safetensors_round_trip,
-    _rule_state_is_registered,
+    rules._rule_deepcopy,
+    rules._rule_safetensors_round_trip,
+    rules._rule_state_is_registered,
     _rule_training_is_stored,
     _rule_non_contiguous_input,
     _rule_attend_agrees_with_calling,

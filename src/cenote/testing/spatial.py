@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,10 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from cenote.core.errors import InputError
+from cenote.testing import rules
 from cenote.testing.contract import difference as _difference
 from cenote.testing.contract import run_rules
 
@@ -52,10 +52,11 @@ def check_spatial_pool(
     run_rules(pool, _RULES, _Trial(pool, channels, size, seed))
 
 
-class _Trial:
+class _Trial(rules.Trial):
     """Inputs and copies that the rules share."""
 
     def __init__(self, pool: nn.Module, channels: int | None, size: Sequence[int] | None, seed: int) -> None:
+        super().__init__(pool, seed)
         given: Any = pool
         self.dims: int = given.dims
         self.kernel = self.per_dimension(given.kernel_size)
@@ -67,18 +68,10 @@ class _Trial:
         self.channels: int = channels or own or 3
         windows = zip(self.kernel, self.stride, strict=True)
         self.size = tuple(size) if size is not None else tuple(k + (3 - i) * s + 1 for i, (k, s) in enumerate(windows))
-        self.generator = torch.Generator().manual_seed(seed)
-        self.pool = copy.deepcopy(pool).double().eval()
-        with torch.no_grad():
-            for p in self.pool.parameters():
-                p.add_(0.2 * torch.randn(p.shape, generator=self.generator, dtype=torch.float64))
         self.x = self.randn(_BATCH, self.channels, *self.size)
 
     def per_dimension(self, given: Any) -> tuple[int, ...]:
         return (given,) * self.dims if isinstance(given, int) else tuple(given)
-
-    def randn(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
 
     def average(self, x: Tensor) -> Tensor:
         return _AVERAGE[self.dims](x, self.kernel, self.stride, self.padding, self.ceil_mode)
@@ -163,23 +156,7 @@ def _rule_gradients_are_right(t: _Trial) -> str | None:
     def run(x: Tensor, *_: Tensor) -> Tensor:
         return pool(x)
 
-    try:
-        torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
-    except RuntimeError as error:
-        return f"gradient: disagrees with finite differences in float64: {str(error)[:300]}"
-    return None
-
-
-def _rule_gradient_reaches_every_parameter(t: _Trial) -> str | None:
-    pool = copy.deepcopy(t.pool).train()
-    trained = [(name, p) for name, p in pool.named_parameters() if p.requires_grad]
-    if not trained:
-        return None
-    y = pool(t.x)
-    if y.requires_grad:
-        y.backward(t.randn(*y.shape))
-    hidden = [name for name, p in trained if p.grad is None or float(p.grad.abs().max()) < 1e-12]
-    return f"gradient: does not reach {', '.join(hidden)}" if hidden else None
+    return rules.gradient_error(run, (x, *parameters))
 
 
 def _rule_half_precision(t: _Trial) -> str | None:
@@ -216,24 +193,6 @@ def _rule_torch_export(t: _Trial) -> str | None:
         exported = torch.export.export(copy.deepcopy(t.pool), (t.x,))
     if (difference := _difference(t.pool(t.x), exported.module()(t.x))) > 1e-10:
         return f"export: torch.export changes the output by {difference:.3g}"
-    return None
-
-
-def _rule_deepcopy(t: _Trial) -> str | None:
-    if not torch.equal(t.pool(t.x), copy.deepcopy(t.pool)(t.x)):
-        return "deepcopy: the copy gives another output"
-    return None
-
-
-def _rule_safetensors_round_trip(t: _Trial) -> str | None:
-    stored = load(save({k: v.contiguous() for k, v in t.pool.state_dict().items()}))
-    other = copy.deepcopy(t.pool)
-    with torch.no_grad():
-        for p in other.parameters():
-            p.zero_()
-    other.load_state_dict(stored)
-    if not torch.equal(t.pool(t.x), other(t.x)):
-        return "safetensors: the state_dict does not hold all that the output depends on"
     return None
 
 
@@ -287,15 +246,7 @@ def _rule_wrong_input_is_named(t: _Trial) -> str | None:
     ]
     if any(k - 2 * p > 1 for k, p in zip(t.kernel, t.padding, strict=True)):
         wrong.append(("a map smaller than a window", t.randn(1, t.channels, *tiny)))
-    for name, x in wrong:
-        try:
-            t.pool(x)
-        except InputError:
-            continue
-        except Exception as error:
-            return f"errors: {name} raises {type(error).__name__}, expected cenote.InputError"
-        return f"errors: {name} is accepted without a word"
-    return None
+    return rules.unnamed_input({name: functools.partial(t.pool, x) for name, x in wrong})
 
 
 _RULES: tuple[Callable[[_Trial], str | None], ...] = (
@@ -307,12 +258,12 @@ _RULES: tuple[Callable[[_Trial], str | None], ...] = (
     _rule_constant_map,
     _rule_any_magnitude,
     _rule_gradients_are_right,
-    _rule_gradient_reaches_every_parameter,
+    rules._rule_gradient_reaches_every_parameter,
     _rule_half_precision,
     _rule_torch_compile_in_one_graph,
     _rule_torch_export,
-    _rule_deepcopy,
-    _rule_safetensors_round_trip,
+    rules._rule_deepcopy,
+    rules._rule_safetensors_round_trip,
     _rule_memory_layout,
     _rule_attend,
     _rule_wrong_input_is_named,

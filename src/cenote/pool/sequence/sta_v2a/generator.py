@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +131,7 @@ class StaV2a(nn.Module):
             self.controlnet = _controlnet(self.unet, onsets.onset.in_features)
         self.train(self.training)
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> StaV2a:
         """As usual, but what is frozen stays in eval mode."""
         super().train(mode)
         if not self.train_unet:
