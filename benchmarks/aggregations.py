@@ -1,6 +1,6 @@
 """Ragged aggregations against PyTorch Geometric's and sentence-transformers', which give the same numbers.
 
-Needs the extra `bench`. 2,000 bags of 1 to 200 tokens of width 256 in float32. `AttentionalAggregation` gets the
+Needs the extra `bench`. 500 bags of 1 to 200 tokens of width 256 in float32. `AttentionalAggregation` gets the
 score network of plain attention pooling, a linear layer, a tanh and a linear layer; `SoftmaxAggregation` is the
 softmax of every channel on its own; `Pooling` is the mean of sentence-transformers, which takes padded sentences: 256
 of 1 to 256 tokens of width 768.
@@ -55,7 +55,7 @@ def attentional(bags: Bags) -> Iterator[Pair]:
     with torch.no_grad():
         require_same(ours(bags), run_theirs())
         yield Pair(
-            "plain attention, 2,000 bags, forward",
+            "plain attention, 500 bags, forward",
             "ABMIL(gated=False)",
             lambda: ours(bags),
             "PyG AttentionalAggregation",
@@ -63,7 +63,7 @@ def attentional(bags: Bags) -> Iterator[Pair]:
             memory=True,
         )
     yield Pair(
-        "plain attention, 2,000 bags, trained",
+        "plain attention, 500 bags, trained",
         "ABMIL(gated=False)",
         lambda: gradients(ours, lambda: ours(bags), upstream),
         "PyG AttentionalAggregation",
@@ -84,7 +84,7 @@ def softmax(bags: Bags) -> Iterator[Pair]:
     require_same(ours(few), theirs(few.values, few.set_index(), dim_size=10))
     require_same(ours(bags), theirs(bags.values, index, dim_size=bags.batch))
     yield Pair(
-        "softmax per channel, 2,000 bags, forward",
+        "softmax per channel, 500 bags, forward",
         "Bags.softmax, Bags.sum",
         lambda: ours(bags),
         "PyG SoftmaxAggregation",
@@ -119,7 +119,7 @@ def sentences() -> Iterator[Pair]:
 
 def pairs() -> Iterator[Pair]:
     torch.manual_seed(0)
-    bags = make_bags(2_000, 200, DIM)
+    bags = make_bags(500, 200, DIM)
     yield from attentional(bags)
     yield from softmax(bags)
     yield from sentences()

@@ -97,6 +97,8 @@ def section(title: str, content: dict[str, Any]) -> list[str]:
     for note in notes:
         lines += [note, ""]
     busy = "" if not load else f", 1-minute load before the start {load[0]:.2f}"
+    threads = content["machine"]["threads"]
+    busy = f", {threads} thread{'s' if threads > 1 else ''}{busy}"
     return [*lines, f"`{content['command']}`{busy}, {pairs[0]['rounds']} rounds.", ""]
 
 
@@ -149,7 +151,7 @@ def scaling(content: dict[str, Any]) -> list[str]:
             "time."
         ),
         "",
-        f"`{content['command']}`.",
+        f"`{content['command']}`, {content['machine']['threads']} thread(s).",
         "",
     ]
 
