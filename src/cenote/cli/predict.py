@@ -40,12 +40,12 @@ def predict(
     table = csv.writer(text)
     table.writerow(["id", "prediction", *(f"score {c}" for c in saved.classes), "tokens looked at", "their weights"])
     for i, name in enumerate(items.ids):
-        x = items.item(i).float().unsqueeze(0)
+        x = items.copies(i)
         scores = saved.scores(x).squeeze(0)
         weights = saved.attend(x).weights
         looked, share = "", ""
         if weights is not None and weights.shape[-1]:
-            top = weights.squeeze(0).mean(0).topk(min(TOKENS_LISTED, weights.shape[-1]))
+            top = weights.flatten(0, -2).mean(0).topk(min(TOKENS_LISTED, weights.shape[-1]))
             looked = " ".join(str(n + saved.probe.drop) for n in top.indices.tolist())
             share = " ".join(f"{w:.3f}" for w in top.values.tolist())
         table.writerow([name, saved.word(scores), *(f"{s:.6g}" for s in scores.tolist()), looked, share])

@@ -25,7 +25,8 @@ def probe(
     data: Annotated[
         str,
         typer.Argument(
-            help="Folder of bags with labels.csv, feature store, Arrow/Parquet file, .npz, or one of: digits, digit-bags; "
+            help="Folder of bags with labels.csv, feature store, Arrow/Parquet file, .npz, graphs (DGCNN text, PyTorch "
+            "Geometric dataset), or one of: digits, digit-bags; "
             "with --backbone, raw images, sounds or texts."
         ),
     ] = "digits",

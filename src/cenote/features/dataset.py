@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -41,7 +41,10 @@ class TokenDataset:
         images: `[items, height, width]` or `[items, height, width, 3]` uint8, what the tokens came from, for pictures.
         token_labels: one label per token of `x` (`[items, tokens]` or `[total]`), where known (instance labels of bags).
         source: where it was read from, for provenance.
+        pads: whether a batch of ragged items is padded.
     """
+
+    pads: ClassVar[bool] = True
 
     name: str
     x: Float[Tensor, "items tokens dim"] | Bags
@@ -98,6 +101,11 @@ class TokenDataset:
     def item(self, index: int) -> Float[Tensor, "tokens dim"]:
         """Tokens of one item, without a copy."""
         return self.x[index]
+
+    def copies(self, index: int, count: int = 1) -> Tensor | Bags:
+        """One item, so many times, in float32: what a probe takes."""
+        item = self.item(index).float()
+        return item.expand(count, *item.shape).contiguous()
 
     def batch(
         self, items: Int[Tensor, "chosen"]

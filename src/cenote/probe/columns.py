@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from cenote.catalog import Method, method, methods
 from cenote.core import InputError
 from cenote.features.dataset import TokenDataset
+from cenote.features.graph_view import with_edges
 from cenote.features.layered import at_layer, layers_of, with_layers
 from cenote.models.base import layer_numbers
 
 BASELINE = "mean"
-KINDS = ("sets", "layers")
+KINDS = ("sets", "layers", "graphs")
 EMBEDDINGS = 0
 
 Layers = str | int | Sequence[int] | None
@@ -40,18 +41,19 @@ class Column:
         return self.method.kind == "layers"
 
 
-def chosen_methods(wanted: str | Sequence[str], layered: bool = False) -> tuple[str, ...]:
+def chosen_methods(wanted: str | Sequence[str], layered: bool = False, edges: bool = False) -> tuple[str, ...]:
     """Names of pools: `"fast"`, `"all"`, or a list (commas in a text separate). `mean` is always among them.
 
     Args:
         wanted: as said.
         layered: whether `"fast"` and `"all"` include pools of layers.
+        edges: whether they include pools of graphs.
 
     Raises:
-        InputError: naming what is no pool of token sets or of layers.
+        InputError: naming what is no pool of token sets, of layers or of graphs.
     """
     if wanted in ("all", "fast"):
-        kinds = KINDS if layered else KINDS[:1]
+        kinds = [k for k, there in zip(KINDS, (True, layered, edges), strict=True) if there]
         fast = True if wanted == "fast" else None
         names = [m.name for kind in kinds for m in methods(room="pool", kind=kind, fast=fast)]
     else:
@@ -79,7 +81,7 @@ def columns_of(
         raise InputError(
             "layers: the data hold one layer; extract several (cenote extract --layers all), or leave it out"
         )
-    names = chosen_methods(wanted, layered=several)
+    names = chosen_methods(wanted, layered=several, edges=data.has_edges)
     numbers = layer_numbers(layers, held) if several else ()
     views = {n: at_layer(data, n) for n in numbers}
     stack = tuple(n for n in held if n != EMBEDDINGS)
@@ -92,6 +94,11 @@ def columns_of(
                 skipped[name] = "pools several layers, and the data hold one"
             else:
                 columns.append(Column(name, entry, stack, with_layers(data, stack)))
+        elif entry.kind == "graphs":
+            if not data.has_edges:
+                skipped[name] = "reads edges between tokens, and the data have none"
+            else:
+                columns.append(Column(name, entry, held, with_edges(data)))
         elif not several:
             columns.append(Column(name, entry, held, data))
         else:

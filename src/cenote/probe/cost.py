@@ -9,6 +9,7 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from cenote.core import Bags
 from cenote.features.dataset import TokenDataset
 from cenote.probe.module import Probe
 
@@ -45,8 +46,7 @@ def latency_ms(probe: Probe, data: TokenDataset) -> float:
     return statistics.median(times) / items * 1e3
 
 
-def _typical(data: TokenDataset, items: int) -> torch.Tensor:
+def _typical(data: TokenDataset, items: int) -> torch.Tensor | Bags:
     lengths = data.lengths()
     middle = int(lengths.argsort()[len(lengths) // 2])
-    item = data.item(middle).float()
-    return item.expand(items, *item.shape).contiguous()
+    return data.copies(middle, items)

@@ -92,12 +92,13 @@ def localisation(
 
 @torch.no_grad()
 def _look(probe: Probe, data: TokenDataset, item: int) -> tuple[Float[Tensor, "heads patches"] | None, Tensor]:
-    x = data.item(item).float().unsqueeze(0)
+    x = data.copies(item)
     logits = probe(x).squeeze(0)
     weights = probe.attend(x).weights
     if weights is None:
         return None, logits
-    return weights.squeeze(0)[:, data.prefix_tokens - probe.drop :].float(), logits
+    # of a set [1, heads, tokens], of a graph [heads, nodes]
+    return weights.flatten(0, -2)[:, data.prefix_tokens - probe.drop :].float(), logits
 
 
 def _sampled(data: TokenDataset) -> list[int]:

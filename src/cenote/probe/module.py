@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from cenote.catalog import create, method
 from cenote.core import InputError, Tokens, as_tokens
+from cenote.core.graphs import Graphs
 from cenote.features.dataset import TokenDataset
 from cenote.features.layered import layers_of
 from cenote.pool.base import Pool, Pooled
+from cenote.pool.graph.base import GraphPool
 from cenote.pool.layers.base import LayerPool
 
 
@@ -59,9 +61,9 @@ class Probe(nn.Module):
 
 
 class Stack(NamedTuple):
-    """A batch of layer stacks `[batch, layers, tokens, dim]` and which tokens are shown."""
+    """A batch of layer stacks `[batch, layers, tokens, dim]`, or of graphs, and which tokens are shown."""
 
-    values: Tensor
+    values: Any
     mask: Tensor | None
 
 
@@ -101,6 +103,39 @@ class LayerProbe(Probe):
         return Pooled(output, None if weights is None else weights.sum(2))
 
 
+class GraphProbe(Probe):
+    """A probe whose pool reads the edges between tokens; it takes `Graphs`.
+
+    Args:
+        pool: from graphs to one vector each.
+        outputs: width of the logits.
+    """
+
+    pool: GraphPool  # type: ignore[assignment]
+
+    def __init__(self, pool: GraphPool, outputs: int) -> None:
+        nn.Module.__init__(self)
+        self.pool = pool
+        self.drop = 0
+        self.norm = nn.BatchNorm1d(pool.out_dim, affine=False)
+        self.classifier = nn.Linear(pool.out_dim, outputs)
+
+    def pooled(self, x: Any, mask: Bool[Tensor, "batch tokens"] | None = None) -> Float[Tensor, "batch width"]:
+        """What the classifier reads, before normalisation."""
+        return self.pool(self.seen(x, mask).values)
+
+    def seen(self, x: Any, mask: Bool[Tensor, "batch tokens"] | None = None) -> Any:
+        """The graphs themselves."""
+        if not isinstance(x, Graphs) or mask is not None:
+            raise InputError(f"x: this probe reads edges between tokens and takes Graphs, got {type(x).__name__}")
+        return Stack(x, None)
+
+    def attend(self, x: Any, mask: Bool[Tensor, "batch tokens"] | None = None) -> Pooled:
+        """As of a pool of tokens."""
+        output, weights, _ = self.pool.attend(self.seen(x, mask).values)
+        return Pooled(output, weights)
+
+
 def sized_arguments(name: str, data: TokenDataset) -> dict[str, Any]:
     """The constructor arguments, besides `dim`, that the data decide.
 
@@ -135,8 +170,10 @@ def build_probe(name: str, data: TokenDataset, settings: dict[str, Any] | None =
     return probe_of(pool, data.outputs, data.prefix_tokens)
 
 
-def probe_of(pool: Pool | LayerPool, outputs: int, prefix_tokens: int) -> Probe:
-    """A fresh probe on a pool of tokens or of layers."""
+def probe_of(pool: Pool | LayerPool | GraphPool, outputs: int, prefix_tokens: int) -> Probe:
+    """A fresh probe on a pool of tokens, of layers or of graphs."""
+    if isinstance(pool, GraphPool):
+        return GraphProbe(pool, outputs)
     return (
         LayerProbe(pool, outputs, prefix_tokens) if isinstance(pool, LayerPool) else Probe(pool, outputs, prefix_tokens)
     )

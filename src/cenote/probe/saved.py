@@ -17,10 +17,11 @@ import cenote.core.files as files
 from cenote.catalog import create
 from cenote.core import Bags, InputError
 from cenote.features.dataset import Task, TokenDataset
+from cenote.features.graph_view import with_edges
 from cenote.features.layered import at_layer, layers_of, with_layers
 from cenote.pool.base import Pooled
 from cenote.probe.columns import Column
-from cenote.probe.module import Probe, probe_of, sized_arguments
+from cenote.probe.module import GraphProbe, Probe, probe_of, sized_arguments
 from cenote.probe.results import Comparison
 
 FORMAT = 1
@@ -49,11 +50,13 @@ class SavedProbe:
     layers: tuple[int, ...] = ()
 
     def view(self, data: TokenDataset) -> TokenDataset:
-        """New data as the probe reads them: its layer, or its stack of layers.
+        """New data as the probe reads them: its layer, its stack of layers, or its graphs.
 
         Raises:
             InputError: where the data do not hold them.
         """
+        if isinstance(self.probe, GraphProbe):
+            return with_edges(data)
         held = layers_of(data)
         if not self.layers or (held == () and len(self.layers) == 1):
             return data

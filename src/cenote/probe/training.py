@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cenote.core.tokenwise import ROWS_AT_ONCE
 from cenote.features.dataset import Task, TokenDataset
 from cenote.pool.base import similar_lengths
+from cenote.pool.graph.base import GraphPool
 from cenote.probe.metrics import Metric
 from cenote.probe.module import Probe
 from cenote.probe.recipe import Recipe
@@ -190,8 +192,10 @@ def pieces(
     """
     if keep_together and len(items) * int(data.lengths()[items].max()) <= tokens_at_once:
         groups = [list(range(len(items)))]
-    elif data.tokens is not None:
-        step = max(1, tokens_at_once // max(data.tokens, 1))
+    elif data.tokens is not None or not data.pads:
+        # what is not padded need not be sorted by length
+        longest = data.tokens or int(data.lengths()[items].max())
+        step = max(1, tokens_at_once // max(longest, 1))
         groups = [list(range(i, min(i + step, len(items)))) for i in range(0, len(items), step)]
     else:
         lengths = data.lengths()[items].tolist()
@@ -220,7 +224,8 @@ class _Ensemble:
         buffers = _stack([dict(p.named_buffers()) for p in seeded])
         self.buffers = {k: v.repeat(self.rates, *[1] * (v.dim() - 1)) for k, v in buffers.items()}
         self.normalises_batches = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.pool.modules())
-        self.together = True
+        # what a graph pool does follows from the data, which vmap cannot batch
+        self.together = not isinstance(self.pool, GraphPool)
         self.training = True
 
     def leaves(self) -> list[list[Tensor]]:
@@ -233,7 +238,7 @@ class _Ensemble:
     def logits(self, data: TokenDataset, items: Tensor, tokens_at_once: int) -> Float[Tensor, "members batch outputs"]:
         """Of one batch, with gradients when training; the normalisation sees the whole batch, whatever its pieces."""
         p = {k: torch.cat([of_rate[k] for of_rate in self.parameters]) for k in self.parameters[0]}
-        at_once = max(1, tokens_at_once // self.members)
+        at_once = max(1, tokens_at_once // (self.members if data.pads else 1))
         if self.training and self.normalises_batches:
             at_once *= WHOLE_BATCH
         parts = list(pieces(data, items, at_once, keep_together=self.training and self.normalises_batches))
@@ -321,7 +326,7 @@ def _stack(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {k: torch.stack([s[k].detach() for s in states]) for k in states[0]}
 
 
-def _float(x: Tensor) -> Tensor:
+def _float(x: Any) -> Any:
     return x.to(torch.get_default_dtype())
 
 
