@@ -131,8 +131,8 @@ def table(kept: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Poolings of graphs",
         "",
-        f"Two graph convolutions of width {WIDTH}, a pooling, a perceptron, on MUTAG (188 graphs, 2 classes) and PROTEINS "
-        f"(1,113 graphs, 2 classes) with one-hot node tags. {FOLDS} stratified folds, one training each, judged after the last "
+        f"Two graph convolutions of width {WIDTH}, a pooling, a perceptron, on graphs with one-hot "
+        f"node tags. {FOLDS} stratified folds, one training each, judged after the last "
         "pass: no epoch is chosen on the test fold, as some published numbers do. The encoder is the same in every row; "
         "graph-parsing and sparse-hierarchical have further convolutions of their own. Written by",
         "",
