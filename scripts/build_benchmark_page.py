@@ -64,7 +64,7 @@ def introduction(found: dict[str, Any]) -> list[str]:
 
 
 def describe(machine: dict[str, Any]) -> str:
-    return f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}"
+    return f"{machine['processor']}, torch {machine['torch']}"
 
 
 def section(title: str, content: dict[str, Any]) -> list[str]:
