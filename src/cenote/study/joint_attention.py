@@ -11,6 +11,7 @@ joint token attends to those who do not look at the ball.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ def run(seed: int, size: Size) -> Findings:
     distance, hit = Arms(), Arms()
     shares = []
     everywhere = torch.arange(MAP[0] * MAP[1])
-    builds = {
+    builds: dict[str, Callable[[], nn.Module]] = {
         WHOLE: WholeMap,
         FIELD: Field,
         EACH: partial(Field, aggregation="ind_only"),
