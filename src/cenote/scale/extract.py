@@ -250,7 +250,7 @@ def extract(
         if before is None:
             manifest.write(store)
         write_listing(store, items)
-        kept, remade = _checked(store, manifest, on_message)
+        kept, remade = _checked(store, manifest, before, on_message)
         _unchanged(items, manifest, kept)
         old_bad = [bad for shard in kept.values() for bad in _skipped(shard)]
         if not options.skip_bad:
@@ -305,7 +305,7 @@ def _changed(store: Path, before: Manifest, now: Manifest, items: RawItems) -> s
 
 
 def _checked(
-    store: Path, manifest: Manifest, on_message: Callable[[str], None]
+    store: Path, manifest: Manifest, before: Manifest | None, on_message: Callable[[str], None]
 ) -> tuple[dict[int, ShardFile], tuple[str, ...]]:
     """The finished shards that are whole and belong here; damaged ones are deleted."""
     key, kept, remade = manifest.key(), {}, []
@@ -321,8 +321,8 @@ def _checked(
         if about.get(b"cenote.key", b"").decode() != key:
             raise InputError(f"{shard.path}: is a shard of another store; take it out and run the same command again")
         kept[number] = shard
-    if manifest.shards is not None:
-        lost = {s.file for s in manifest.shards} - {shard.path.name for shard in kept.values()} - set(remade)
+    if before is not None and before.shards is not None:
+        lost = {s.file for s in before.shards} - {shard.path.name for shard in kept.values()} - set(remade)
         for name in sorted(lost):
             on_message(f"{name} is lost: made anew")
     return kept, tuple(remade)

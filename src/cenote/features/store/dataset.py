@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -104,5 +104,5 @@ class StoredDataset(TokenDataset):
             raise InputError(f"layers: {self.layers}; choose one with at(layer)")
         rows = [self.item(i) for i in range(len(self))]
         x = torch.stack(rows) if self.tokens is not None else Bags.from_list(rows)
-        fields = {name: getattr(self, name) for name in TokenDataset.__dataclass_fields__}
-        return TokenDataset(**{**fields, "x": x})
+        kept = {f.name: getattr(self, f.name) for f in fields(TokenDataset)}
+        return TokenDataset(**{**kept, "x": x})
