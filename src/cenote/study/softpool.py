@@ -51,7 +51,7 @@ DIGIT_POOLS: dict[str, Build] = {
 def run(seed: int, size: Size) -> Findings:
     """Pool photographs and enlarge them again; compare poolings in a small net."""
     seeds = seeds_of(seed, size)
-    crops = torch.stack([_crops(s, CROPS[size]) for s in seeds])
+    crops = torch.stack([crops_of(s, CROPS[size]) for s in seeds])
     similarity, noise = Arms(), Arms()
     for name, pool in PHOTO_POOLS.items():
         pooled = pool(crops.flatten(0, 1))
@@ -99,7 +99,7 @@ def run(seed: int, size: Size) -> Findings:
     )
 
 
-def _crops(seed: int, count: int) -> Float[Tensor, "crops 3 side side"]:
+def crops_of(seed: int, count: int) -> Float[Tensor, "crops 3 side side"]:
     """Half of them from either photograph."""
     generator = torch.Generator().manual_seed(seed)
     out = []
