@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -63,6 +65,25 @@ def test_the_state_is_as_large_after_ten_thousand_frames_as_after_one() -> None:
     # and it owns no more memory than it shows
     owned = [sum(t.untyped_storage().nbytes() for t in state) for state in states]
     assert owned[0] == owned[1] == (1 + 4 + 4) * 8
+
+
+def test_a_long_stream_keeps_nothing_but_its_state() -> None:
+    """Nothing that a packet brought is alive after it: no tensor is left over, however many packets there were."""
+    pool = AttentiveTemporalPool(8)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(1 for o in gc.get_objects() if type(o) is Tensor)
+
+    state, counts, sizes = None, [], []
+    with torch.inference_mode():
+        for packet in range(300):
+            _, state = pool.step(torch.randn(1, 20, 8), state)
+            if packet % 100 == 99:
+                counts.append(alive())
+                sizes.append(sum(t.untyped_storage().nbytes() for t in state))
+    assert len(set(counts)) == 1
+    assert len(set(sizes)) == 1
 
 
 def test_a_packet_without_frames_changes_nothing() -> None:
