@@ -28,7 +28,7 @@ from cenote.study.window_cnn import over_seeds
 
 HEIGHT, WIDE, CLASSES = 30, 36, 4
 SEARCHED, TESTED = 5, 20
-SETTINGS: dict[Size, dict[str, tuple[float, ...]]] = {
+SETTINGS: dict[Size, dict[str, Any]] = {
     "smoke": {"appearance_weights": (4.0,), "position_sigmas": (50.0,), "colour_sigmas": (4.0, 6.0)},
     "small": {},
     "full": {},
