@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from cenote.scale.job import Job, Shard
 from cenote.scale.work import OnItems, Worker
 
 ATTEMPTS = 5
+CONNECT_SECONDS = 10
 AHEAD = 2
 """Shards that wait at each actor, so that it never waits for the driver."""
 
@@ -40,6 +42,7 @@ class RayEngine:
     def __init__(self, address: str = "auto", workers: int | None = None, cpus: int = 1) -> None:
         self.ray = _ray()
         if not self.ray.is_initialized():
+            _reachable(address)
             try:
                 self.ray.init(address=address, log_to_driver=False)
             except (ConnectionError, ValueError, RuntimeError) as error:
@@ -183,6 +186,19 @@ class _Actor:
         """One shard; the model is loaded with the first, so that what is wrong with it is told as an answer."""
         self.worker = self.worker or Worker(self.job)
         return self.worker(shard)
+
+
+def _reachable(address: str) -> None:
+    """Ray itself waits for minutes where nobody listens."""
+    host, colon, port = address.rpartition(":")
+    if not colon or "/" in address or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise InputError(
+            f"address: no Ray cluster at {address!r} ({error.strerror or error}); start one with ray start --head"
+        ) from error
 
 
 def _ray() -> Any:
