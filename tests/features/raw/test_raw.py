@@ -61,7 +61,7 @@ def test_labels_csv(tmp_path: Path) -> None:
     assert items.columns["label"] == ["cat", "dog"]
     other = tmp_path / "other.txt"
     other.write_text("file,label\nb,cat\nz,dog\n")
-    with pytest.raises(InputError, match="id 'z' in other.txt has no file"):
+    with pytest.raises(InputError, match=r"id 'z' in other\.txt has no file"):
         open_raw(tmp_path, labels=other)
 
 
@@ -189,7 +189,7 @@ def test_parquet_texts(tmp_path: Path) -> None:
     assert contents(items) == ["a b", "c"]
     assert list(items.columns["label"]) == [1, 0]
     pq.write_table(pa.table({"one": ["a"], "two": ["b"]}), tmp_path / "b.parquet")
-    with pytest.raises(InputError, match="column: .* has several columns that may hold the items"):
+    with pytest.raises(InputError, match=r"column: .* has several columns that may hold the items"):
         open_raw(tmp_path / "b.parquet")
     assert contents(open_raw(tmp_path / "b.parquet", column="two")) == ["b"]
 
