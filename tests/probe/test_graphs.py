@@ -55,7 +55,8 @@ def test_one_leaderboard(rings: Path, tmp_path: Path) -> None:
     assert isinstance(saved.probe, GraphProbe)
     seen = saved.view(read(rings, labelled=False))
     scores = torch.cat([saved.scores(seen.copies(i)) for i in range(len(seen))])
-    assert (scores.argmax(1) == data.y).double().mean() > 0.9
+    # what was chosen is the order of the scores, AUROC
+    assert scores[data.y == 1, 1].min() > scores[data.y == 0, 1].max()
     with pytest.raises(InputError, match="no edges"):
         saved.view(digits())
 

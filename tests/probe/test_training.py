@@ -57,6 +57,20 @@ def test_training_together_equals_training_one_by_one(name: str) -> None:
         torch.testing.assert_close(probe(toy.x[test]), alone(toy.x[test]), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("float64")
+def test_sets_whose_hidden_layers_are_computed_again_train_as_one_by_one() -> None:
+    toy = make_dataset(tokens=400)
+    assert training.ROWS_AT_ONCE < 16 * 400
+    probes = [training._seeded(lambda: build_probe("abmil", toy, {"hidden": 4}), seed) for seed in (0, 1)]
+    ensemble = training._Ensemble(probes, (1e-3,))
+    ensemble.train()
+    loss = training._losses(ensemble.logits(toy, torch.arange(16), 10**6), toy.y[:16], toy.task)
+    found = torch.autograd.grad(loss.sum(), ensemble.parameters[0]["pool.tanh.weight"])[0]
+    for member, probe in enumerate(probes):
+        alone = nn.functional.cross_entropy(probe.train()(toy.x[:16]), toy.y[:16])
+        torch.testing.assert_close(found[member], torch.autograd.grad(alone, probe.pool.tanh.weight)[0])
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_on_images_and_where_it_can_on_bags(name: str, ragged: TokenDataset) -> None:
     images = dataclasses.replace(make_dataset(tokens=17, dim=16), prefix_tokens=1, grid=(4, 4))

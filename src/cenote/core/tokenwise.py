@@ -20,7 +20,8 @@ def tokenwise(
     Few rows go through in one piece and nothing is recomputed. `function` must treat every row alike and on its own.
     """
     rows = values.shape[:-1].numel()
-    if rows <= rows_at_once or torch.compiler.is_compiling():
+    # a transform would be gone when the backward pass computes the hidden layers anew
+    if rows <= rows_at_once or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function(values)
     chunks = values.reshape(rows, values.shape[-1]).split(rows_at_once)
     if torch.is_grad_enabled():

@@ -33,7 +33,7 @@ def dgcnn_file(path: Path) -> Path | None:
     named = [f for f in texts if f.stem == path.name]
     if len(texts) > 1 and not named:
         raise InputError(f"{path}: holds several files of graphs, {some(f.name for f in texts)}; name one of them")
-    return (named or texts or [None])[0]
+    return next(iter(named or texts), None)
 
 
 def open_dgcnn(file: Path) -> Source:

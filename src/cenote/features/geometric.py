@@ -33,7 +33,7 @@ def geometric_file(path: Path) -> Path | None:
     named = [f for f in files if f.name == "data.pt"]
     if len(files) > 1 and not named:
         raise InputError(f"{path}: processed holds several files, {some(f.name for f in files)}; name one of them")
-    return (named or files or [None])[0]
+    return next(iter(named or files), None)
 
 
 def open_geometric(file: Path) -> Source:
@@ -147,7 +147,8 @@ class _Graphs:
         if values.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             values = values.float()
         edges = torch.cat([e.long() + s for e, s in zip(self.edge_index, starts.tolist(), strict=False)], 1)
-        attr = None if any(a is None for a in self.edge_attr) else torch.cat(self.edge_attr)
+        known = [a for a in self.edge_attr if a is not None]
+        attr = torch.cat(known) if len(known) == len(self.edge_attr) else None
         return Filled(values, lengths, Edges(edges, attr))
 
 

@@ -332,7 +332,7 @@ def _shaped(filled: Filled) -> Tensor | Bags:
     """The same memory as `[items, tokens, dim]` where that fits, else as `Bags`."""
     values, lengths, edges = filled
     if edges is not None:
-        return Graphs(values, torch.tensor([0, *lengths]).cumsum(0), edges.index, edges.attr)
+        return Graphs(values, torch.tensor([0, *lengths]).cumsum(0), edges.edge_index, edges.edge_attr)
     if len(set(lengths)) == 1:
         return values.view(len(lengths), lengths[0], values.shape[1])
     return Bags(values, torch.tensor([0, *lengths]).cumsum(0))

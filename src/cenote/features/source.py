@@ -16,8 +16,8 @@ from cenote.features.validate import Problems
 class Edges(NamedTuple):
     """Edges between the tokens of all items, rows of `Filled.values`, and what is known of each."""
 
-    index: Int[Tensor, "2 edges"]
-    attr: Shaped[Tensor, "edges *channels"] | None = None
+    edge_index: Int[Tensor, "2 edges"]
+    edge_attr: Shaped[Tensor, "edges *channels"] | None = None
 
 
 class Filled(NamedTuple):

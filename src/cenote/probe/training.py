@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cenote.core.binding import bind
 from cenote.core.tokenwise import ROWS_AT_ONCE
 from cenote.features.dataset import Task, TokenDataset
 from cenote.pool.base import similar_lengths
@@ -111,6 +112,7 @@ def _train(
     losses: list[list[float]] = []
     curves: list[list[float]] = []
     best = [-math.inf] * ensemble.members
+    best_loss = [math.inf] * ensemble.members
     best_epoch = [0] * ensemble.members
     best_leading, leading_epoch = -math.inf, 0
     kept = ensemble.state()
@@ -126,15 +128,20 @@ def _train(
             schedule.step()
             total += loss.detach() * len(items)
         losses.append((total / (passes * len(train_items))).tolist())
-        scores = ensemble.predict(data, val_items, recipe).numpy()
-        now = [float(metric(s, y_val, ones)[0]) for s in scores]
+        logits = ensemble.predict(data, val_items, recipe)
+        now = [float(metric(s, y_val, ones)[0]) for s in logits.numpy()]
         curves.append(now)
-        better = [n > b or b == -math.inf for n, b in zip(now, best, strict=True)]
+        # of epochs that are equally good, the one whose scores can be believed most: a ranking may be right long before
+        now_loss = _losses(logits, data.y[val_items], data.task).tolist()
+        better = [
+            n > b or b == -math.inf or (n == b and loss < least)
+            for n, b, loss, least in zip(now, best, now_loss, best_loss, strict=True)
+        ]
         if any(better):
             ensemble.keep(kept, better)
         for m in range(ensemble.members):
             if better[m]:
-                best[m], best_epoch[m] = now[m], epoch
+                best[m], best_loss[m], best_epoch[m] = now[m], now_loss[m], epoch
         leading = float(_mean_by_rate(best, len(seeds)).max())
         if leading > best_leading:
             best_leading, leading_epoch = leading, epoch
@@ -225,6 +232,7 @@ class _Ensemble:
         self.buffers = {k: v.repeat(self.rates, *[1] * (v.dim() - 1)) for k, v in buffers.items()}
         self.normalises_batches = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.pool.modules())
         # what a graph pool does follows from the data, which vmap cannot batch
+        self.copies: list[nn.Module] = []
         self.together = not isinstance(self.pool, GraphPool)
         self.training = True
 
@@ -287,12 +295,12 @@ class _Ensemble:
             except RuntimeError:
                 # a pool that vmap cannot batch is trained member by member
                 self.together = False
-        return torch.stack(
-            [
-                run({k: v[m] for k, v in parameters.items()}, {k: v[m] for k, v in buffers.items()})
-                for m in range(self.members)
-            ]
-        )
+        self.copies = self.copies or [copy.deepcopy(self.pool) for _ in range(self.members)]
+        outputs = []
+        for m, pool in enumerate(self.copies):
+            bind(pool.train(self.training), {k: v[m] for k, v in (parameters | buffers).items()})
+            outputs.append(pool(x, mask).flatten(1))
+        return torch.stack(outputs)
 
     def _normalised(self, z: Float[Tensor, "members batch width"]) -> Float[Tensor, "members batch width"]:
         norm: nn.BatchNorm1d = self.base.norm

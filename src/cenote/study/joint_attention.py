@@ -202,7 +202,7 @@ def gaze_cones(data: Scenes) -> Float[Tensor, "scenes height width"]:
 
 def _fit(model: nn.Module, data: Scenes, epochs: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    target = gaussian_target((data.ball / torch.tensor(EXTENT)).unsqueeze(1), MAP, sigma=SIGMA).squeeze(1)
+    target = gaussian_target((data.ball / torch.tensor(EXTENT)).unsqueeze(1), MAP, sigma=SIGMA).flatten(1)
     optimiser = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * -(-len(target) // BATCH))
     for _ in range(epochs):

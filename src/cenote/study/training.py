@@ -13,6 +13,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cenote.core.binding import bind
+
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 Decay = Callable[[float], float]
@@ -58,6 +60,7 @@ class Together:
         }
         self.count = len(modules)
         self.in_turn = in_turn
+        self.copies = [copy.deepcopy(self.base) for _ in modules] if in_turn else []
 
     def __call__(self, *inputs: Shaped[Tensor, "seeds *any"]) -> Float[Tensor, "seeds *out"]:
         """Outputs of each copy on its own inputs."""
@@ -67,9 +70,9 @@ class Together:
 
         if self.in_turn:
             outputs = []
-            for i in range(self.count):
-                parameters = {k: v[i] for k, v in self.parameters.items()}
-                outputs.append(run(parameters, {k: v[i] for k, v in self.buffers.items()}, *(x[i] for x in inputs)))
+            for i, module in enumerate(self.copies):
+                bind(module.train(self.base.training), {k: v[i] for k, v in (self.parameters | self.buffers).items()})
+                outputs.append(module(*(x[i] for x in inputs)))
             return torch.stack(outputs)
         # fused attention has no rule for vmap and would run copy by copy
         with sdpa_kernel(SDPBackend.MATH):

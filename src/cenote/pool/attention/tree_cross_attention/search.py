@@ -259,6 +259,8 @@ class _Children(NamedTuple):
         return cls(values, real, nodes, scores)
 
 
-def _softmax(scores: Float[Tensor, "*sets selected"], seen: Bool[Tensor, "*sets selected"]) -> Tensor:
+def _softmax(
+    scores: Float[Tensor, "batch queries heads selected"], seen: Bool[Tensor, "batch queries 1 selected"]
+) -> Float[Tensor, "batch queries heads selected"]:
     hidden = ~seen
     return torch.softmax(scores.masked_fill(hidden, torch.finfo(scores.dtype).min), -1).masked_fill(hidden, 0)
