@@ -314,6 +314,7 @@ def test_broken_folders_say_what_is_wrong(tmp_path: Path, change: Broken, messag
 
 
 def test_names_that_are_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="there is no folder"):
         load(str(tmp_path / "nothing"))
