@@ -104,7 +104,8 @@ def run(seed: int, size: Size) -> Findings:
 
 def _sentences(seed: int, task: str, count: int) -> tuple[Int[Tensor, "items packed"], Int[Tensor, "items"]]:
     rng = random.Random(seed)
-    rows, labels = [], []
+    rows: list[list[int]] = []
+    labels: list[int] = []
     while len(rows) < count:
         heads = _tree(rng)
         subject, object_ = rng.sample(range(WORDS), 2)

@@ -39,8 +39,11 @@ class Reader(nn.Module):
         self.places = nn.Embedding(2 * TERMS, PLACED)
         self.lstm = nn.LSTM(width, HIDDEN, batch_first=True, bidirectional=True) if arm.startswith("LSTM") else None
         self.cnn = nn.Conv1d(width, 2 * HIDDEN, 3, padding=1) if arm.startswith("CNN") else None
-        own = {"LSTM + Zhou": lambda: ZhouAttention(2 * HIDDEN), "LSTM + Yang": lambda: YangAttention(2 * HIDDEN, 32)}
-        self.attention = own[arm]() if arm in own else None
+        self.attention: ZhouAttention | YangAttention | None = None
+        if arm == "LSTM + Zhou":
+            self.attention = ZhouAttention(2 * HIDDEN)
+        elif arm == "LSTM + Yang":
+            self.attention = YangAttention(2 * HIDDEN, 32)
         self.keyed = MLPAttention(width, 2, 10) if arm == "CNN + MLP" else None
         self.classifier = nn.Linear(2 * HIDDEN + (0 if self.keyed is None else self.keyed.out_dim), CLASSES)
 
