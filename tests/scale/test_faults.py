@@ -65,6 +65,21 @@ def test_killed_at_random_moments(
     assert read(out).batch is not None
 
 
+def test_what_a_killed_run_left_half_written_is_taken_away(
+    store: Path, items: RawItems, vit: ModelSpec, reference: dict[str, bytes]
+) -> None:
+    """A kill may also come while one of the small files is written; random moments seldom meet it."""
+    for name in (
+        ".manifest.json.ab12cd34",
+        ".times.json.ab12cd34",
+        ".items.parquet-77",
+        "shards/.unfinished-000003-a-77",
+    ):
+        (store / name).write_bytes(b"half")
+    assert extract(items, vit, store, OPTIONS).computed == 0
+    assert content(store) == reference
+
+
 def test_interrupted_in_mid_run(tmp_path: Path, items: RawItems, vit: ModelSpec, reference: dict[str, bytes]) -> None:
     """Ctrl-C: what is finished stays, and is not computed again."""
 

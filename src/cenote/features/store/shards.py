@@ -191,6 +191,10 @@ def vectors_of(batch: Any, layer: int, dtype: Dtype) -> tuple[Any, Tensor]:
 def remove_unfinished(store: Path) -> int:
     """Delete what a killed run left half written; only for the one who holds the store's lock."""
     left = list((store / SHARDS).glob(f"{UNFINISHED}*"))
+    # what was being put beside manifest.json, times.json and items.parquet, to take their place
+    left += [
+        file for pattern in (".manifest.json.*", ".times.json.*", ".items.parquet-*") for file in store.glob(pattern)
+    ]
     for path in left:
         path.unlink(missing_ok=True)
     return len(left)
