@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +22,21 @@ class ContractError(AssertionError):
     def __init__(self, message: str, broken: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.broken = tuple(broken)
+
+
+def require_attributes(subject: object, what: Mapping[str, str]) -> None:
+    """Before any rule: the integers that a class must have to be tried at all.
+
+    Raises:
+        ContractError: naming the first that is missing; `what` says what each of them is.
+    """
+    for name, meaning in what.items():
+        if not isinstance(getattr(subject, name, None), int):
+            raise ContractError(
+                f"{type(subject).__name__} breaks 1 rule of its contract:\n- attributes: {name}, {meaning}, is missing or "
+                f"is no int; set self.{name} in the constructor [rule: attributes]",
+                ("attributes",),
+            )
 
 
 def title(rule: Rule) -> str:

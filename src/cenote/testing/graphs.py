@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from cenote.core.graphs import Graphs
 from cenote.testing import rules
-from cenote.testing.contract import ContractError, run_rules
 from cenote.testing.contract import difference as _difference
+from cenote.testing.contract import require_attributes, run_rules
 
 CLOSE = 1e-9
 
@@ -41,14 +41,8 @@ def check_graph_pool(pool: nn.Module, *, seed: int = 0) -> None:
     Example:
         >>> check_graph_pool(cenote.pool.GraphParsingPool(4, hidden=6, gnn_layers=1))
     """
-    for name, what in (("dim", "the width of a node"), ("out_dim", "the width of its output")):
-        if not isinstance(getattr(pool, name, None), int):
-            raise ContractError(
-                f"{type(pool).__name__} breaks 1 rule of its contract:\n- attributes: {name}, {what}, is missing or is no int; "
-                f"set self.{name} in the constructor [rule: attributes]",
-                ("attributes",),
-            )
-    run_rules(pool, _RULES, _Trial(pool, seed), first=(_rule_call, _rule_determinism))
+    require_attributes(pool, {"dim": "the width of a node", "out_dim": "the width of its output"})
+    run_rules(pool, _RULES, _Trial(pool, seed), first=(_rule_call, rules._rule_determinism))
 
 
 class _Trial(rules.Trial):
@@ -101,12 +95,6 @@ def _rule_call(t: _Trial) -> str | None:
             )
         if not isinstance(y, Tensor):
             return f"call: {name} returned {type(y).__name__}, expected the output tensor alone"
-    return None
-
-
-def _rule_determinism(t: _Trial) -> str | None:
-    if not torch.equal(t.whole(), t.whole()):
-        return "determinism: two calls in eval mode on the same input differ"
     return None
 
 
@@ -198,31 +186,13 @@ def _rule_no_node_gives_zeros(t: _Trial) -> str | None:
 
 
 def _rule_gradients_are_right(t: _Trial) -> str | None:
-    pool = copy.deepcopy(t.pool)
-    x = t.x.clone().requires_grad_()
-    parameters = [p for p in pool.parameters() if p.requires_grad]
-
-    def run(x: Tensor, *_: Tensor) -> Tensor:
-        return pool(x, t.edge_index, batch=t.batch)
-
-    return rules.gradient_error(run, (x, *parameters))
+    return rules.gradient_error(t.pool, t.output, t.x)
 
 
 def _rule_half_precision(t: _Trial) -> str | None:
-    reference = t.whole()
-    size = float(reference.detach().abs().max()) + 1e-6
-    for dtype, allowed in ((torch.bfloat16, 0.12), (torch.float16, 0.03)):
-        y = copy.deepcopy(t.pool).to(dtype)(t.x.to(dtype), t.edge_index, batch=t.batch)
-        if y.dtype != dtype:
-            return f"half precision: {dtype} in, {y.dtype} out"
-        if not bool(y.isfinite().all()):
-            return f"half precision: the output in {dtype} is not finite"
-        if not t.discrete and (difference := _difference(reference, y) / size) > allowed:
-            return (
-                f"half precision: the output in {dtype} is off by {difference:.1%} of its largest value; sum in float32, or "
-                f"declare discrete = True where rounding can turn a choice over"
-            )
-    return None
+    bfloat16, float16 = (math.inf, math.inf) if t.discrete else (0.12, 0.03)
+    hint = "; sum in float32, or declare discrete = True where rounding can turn a choice over"
+    return rules.half_precision_error(t.pool, t.output, t.x, bfloat16, float16, hint)
 
 
 def _rule_memory_layout(t: _Trial) -> str | None:

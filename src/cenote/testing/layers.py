@@ -43,8 +43,11 @@ def check_layer_pool(pool: nn.Module, *, layers: int | None = None, tokens: int 
 class _LayerTrial(_Trial):
     """As the trial of a pool of sets, with stacks for inputs."""
 
+    padding = "~mask[:, None, :, None]"
+
     def __init__(self, pool: nn.Module, layers: int | None, tokens: int, seed: int) -> None:
         super().__init__(pool, tokens, seed)
+        self.ragged = False
         own = getattr(pool, "layers", None)
         needed = int(getattr(pool, "min_layers", 1))
         self.layers: int = layers if layers is not None else own if isinstance(own, int) else needed + 1
@@ -63,73 +66,11 @@ def _rule_output_shape(t: _LayerTrial) -> str | None:
     return None
 
 
-def _rule_padded_slots_are_not_read(t: _LayerTrial) -> str | None:
-    reference = t.pool(t.filled(0), t.mask)
-    for content, name in ((float("nan"), "NaN"), (1e3, "1000")):
-        if (difference := _difference(reference, t.pool(t.filled(content), t.mask))) > 1e-10:
-            return f"padding leaks: {name} in padded slots changes the output by {difference:.3g}; clean values by the mask"
-    return None
-
-
-def _rule_padding_length_is_not_seen(t: _LayerTrial) -> str | None:
-    x = torch.cat([t.x, t.randn(3, t.layers, 4, t.dim)], 2)
-    mask = torch.cat([t.mask, torch.zeros(3, 4, dtype=torch.bool)], 1)
-    if (difference := _difference(t.pool(t.x, t.mask), t.pool(x, mask))) > 1e-10:
-        return f"padding leaks: four more padded slots change the output by {difference:.3g}; count tokens, not slots"
-    return None
-
-
-def _rule_order_of_tokens(t: _LayerTrial) -> str | None:
-    order = torch.randperm(t.tokens, generator=t.generator)
-    if t.permutation_invariant and (difference := _difference(t.pool(t.x), t.pool(t.x[:, :, order]))) > 1e-10:
-        return (
-            f"order: permuting the tokens changes the output by {difference:.3g}, "
-            f"but permutation_invariant is declared True"
-        )
-    return None
-
-
 def _rule_order_of_layers(t: _LayerTrial) -> str | None:
     if t.layer_invariant and (difference := _difference(t.pool(t.x), t.pool(t.x.flip(1)))) > 1e-10:
         return (
             f"order: reversing the layers changes the output by {difference:.3g}, but layer_invariant is declared True"
         )
-    return None
-
-
-def _rule_one_token(t: _LayerTrial) -> str | None:
-    return None if bool(t.pool(t.x[:, :, :1]).isfinite().all()) else "one token: the output is not finite"
-
-
-def _rule_no_token_gives_zeros(t: _LayerTrial) -> str | None:
-    mask = t.mask.clone()
-    mask[1] = False
-    for name, y in (("a mask without True", t.pool(t.x, mask)[1]), ("zero token slots", t.pool(t.x[:, :, :0]))):
-        if not torch.equal(y, torch.zeros_like(y)):
-            return f"no token: {name} gives {'NaN' if y.isnan().any() else 'values that are not zero'}, expected zeros"
-    return None
-
-
-def _rule_non_contiguous_input(t: _LayerTrial) -> str | None:
-    x = t.x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
-    if (difference := _difference(t.pool(t.x), t.pool(x))) > 1e-10:
-        return f"memory layout: the same numbers with other strides change the output by {difference:.3g}"
-    return None
-
-
-def _rule_attend_agrees_with_calling(t: _LayerTrial) -> str | None:
-    attend = getattr(t.pool, "attend", None)
-    if attend is None:
-        return "attend: the pool has no attend(x, mask) method"
-    output, weights = attend(t.x, t.mask)
-    if (difference := _difference(output, t.pool(t.x, t.mask))) > 1e-10:
-        return f"attend: its output differs from the call's by {difference:.3g}"
-    if weights is None:
-        return None
-    if weights.dim() != 4 or weights.shape[0] != 3 or weights.shape[2:] != (t.layers, t.tokens):
-        return f"attend: weights have shape {tuple(weights.shape)}, expected [3, heads, {t.layers}, {t.tokens}]"
-    if bool((weights.permute(0, 3, 1, 2)[~t.mask] != 0).any()):
-        return "attend: padded slots have weights other than 0"
     return None
 
 
@@ -149,15 +90,15 @@ def _rule_wrong_input_is_named(t: _LayerTrial) -> str | None:
 
 _RULES: tuple[Callable[[Any], str | None], ...] = (
     _rule_output_shape,
-    pools._rule_determinism,
-    _rule_padded_slots_are_not_read,
-    _rule_padding_length_is_not_seen,
+    rules._rule_determinism,
+    pools._rule_padded_slots_are_not_read,
+    pools._rule_padding_length_is_not_seen,
     pools._rule_full_mask_is_no_mask,
-    _rule_order_of_tokens,
+    pools._rule_order_of_tokens,
     _rule_order_of_layers,
     pools._rule_batch_mates,
-    _rule_one_token,
-    _rule_no_token_gives_zeros,
+    pools._rule_one_token,
+    pools._rule_no_token_gives_zeros,
     pools._rule_empty_set_has_finite_gradients,
     pools._rule_gradients_are_right,
     rules._rule_gradient_reaches_every_parameter,
@@ -166,7 +107,7 @@ _RULES: tuple[Callable[[Any], str | None], ...] = (
     pools._rule_torch_export,
     rules._rule_deepcopy,
     rules._rule_safetensors_round_trip,
-    _rule_non_contiguous_input,
-    _rule_attend_agrees_with_calling,
+    pools._rule_non_contiguous_input,
+    pools._rule_attend_agrees_with_calling,
     _rule_wrong_input_is_named,
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Collection
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from cenote.core.sets import Bags
 from cenote.testing import rules
-from cenote.testing.contract import ContractError, run_rules
+from cenote.testing.contract import ContractError, require_attributes, run_rules
 from cenote.testing.contract import difference as _difference
 
 __all__ = ["PLAIN_MODULE", "ContractError", "check_pool"]
@@ -60,13 +59,7 @@ def check_pool(pool: nn.Module, *, tokens: int = 9, seed: int = 0, leave_out: Co
         cenote.testing.contract.ContractError: Largest breaks 4 rules of its contract:
         ...
     """
-    for name, what in (("dim", "the width of a token"), ("out_dim", "the width of its output")):
-        if not isinstance(getattr(pool, name, None), int):
-            raise ContractError(
-                f"{type(pool).__name__} breaks 1 rule of its contract:\n- attributes: {name}, {what}, is missing or is no int; "
-                f"set self.{name} in the constructor [rule: attributes]",
-                ("attributes",),
-            )
+    require_attributes(pool, {"dim": "the width of a token", "out_dim": "the width of its output"})
     try:
         trial = _Trial(pool, tokens, seed)
     except Exception as error:
@@ -76,11 +69,13 @@ def check_pool(pool: nn.Module, *, tokens: int = 9, seed: int = 0, leave_out: Co
             ("deepcopy",),
         ) from error
     trial.ragged &= "ragged equals padded" not in leave_out
-    run_rules(pool, _RULES, trial, leave_out=leave_out, first=(_rule_call, _rule_determinism))
+    run_rules(pool, _RULES, trial, leave_out=leave_out, first=(_rule_call, rules._rule_determinism))
 
 
 class _Trial(rules.Trial):
     """Inputs and copies that the rules share."""
+
+    padding = "~mask.unsqueeze(-1)"
 
     def __init__(self, pool: nn.Module, tokens: int, seed: int) -> None:
         super().__init__(pool, seed)
@@ -94,6 +89,14 @@ class _Trial(rules.Trial):
         self.mask = torch.ones(3, tokens, dtype=torch.bool)
         self.mask[0, tokens - tokens // 3 :] = False
         self.mask[2, 1:] = False
+
+    def masked(self, pool: nn.Module, x: Tensor) -> Tensor:
+        """What `pool` gives for the first sets `x` with their masks."""
+        return pool(x, self.mask[: len(x)])
+
+    def filled(self, content: float) -> Tensor:
+        """`x` with this in its padded slots."""
+        return self.x.masked_fill(~self.mask.unsqueeze(-1), content)
 
 
 def _rule_call(t: _Trial) -> str | None:
@@ -117,27 +120,20 @@ def _rule_output_shape(t: _Trial) -> str | None:
     return None
 
 
-def _rule_determinism(t: _Trial) -> str | None:
-    if not torch.equal(t.pool(t.x), t.pool(t.x)):
-        return "determinism: two calls in eval mode on the same input differ"
-    return None
-
-
 def _rule_padded_slots_are_not_read(t: _Trial) -> str | None:
-    reference = t.pool(t.x.masked_fill(~t.mask.unsqueeze(-1), 0), t.mask)
+    reference = t.pool(t.filled(0), t.mask)
     for content, name in ((float("nan"), "NaN"), (1e3, "1000")):
-        filled = t.x.masked_fill(~t.mask.unsqueeze(-1), content)
-        if (difference := _difference(reference, t.pool(filled, t.mask))) > 1e-10:
+        if (difference := _difference(reference, t.pool(t.filled(content), t.mask))) > 1e-10:
             return (
                 f"padding leaks: {name} in padded slots changes the output by {difference:.3g}; "
-                f"clean values with x.masked_fill(~mask.unsqueeze(-1), 0), since 0 * NaN is NaN"
+                f"clean values with x.masked_fill({t.padding}, 0), since 0 * NaN is NaN"
             )
     return None
 
 
 def _rule_padded_slots_leave_gradients_alone(t: _Trial) -> str | None:
     def gradients(content: float) -> list[Tensor]:
-        x = t.x.masked_fill(~t.mask.unsqueeze(-1), content).requires_grad_()
+        x = t.filled(content).requires_grad_()
         inputs = [x, *(p for p in t.pool.parameters() if p.requires_grad)]
         y = t.pool(x, t.mask)
         if not y.requires_grad:
@@ -157,7 +153,7 @@ def _rule_padded_slots_leave_gradients_alone(t: _Trial) -> str | None:
 def _rule_padding_length_is_not_seen(t: _Trial) -> str | None:
     if t.fixed_tokens:
         return None
-    x = torch.cat([t.x, t.randn(3, 4, t.dim)], 1)
+    x = torch.cat([t.x, t.randn(*t.x.shape[:-2], 4, t.dim)], -2)
     mask = torch.cat([t.mask, torch.zeros(3, 4, dtype=torch.bool)], 1)
     if (difference := _difference(t.pool(t.x, t.mask), t.pool(x, mask))) > 1e-10:
         return f"padding leaks: four more padded slots change the output by {difference:.3g}; count tokens, not slots"
@@ -187,7 +183,7 @@ def _rule_order_of_tokens(t: _Trial) -> str | None:
     if not t.permutation_invariant:
         return None
     order = torch.randperm(t.tokens, generator=t.generator)
-    if (difference := _difference(t.pool(t.x), t.pool(t.x[:, order]))) > 1e-10:
+    if (difference := _difference(t.pool(t.x), t.pool(t.x[..., order, :]))) > 1e-10:
         return (
             f"order: permuting the tokens changes the output by {difference:.3g}, "
             f"but permutation_invariant is declared True"
@@ -206,7 +202,7 @@ def _rule_batch_mates(t: _Trial) -> str | None:
 def _rule_one_token(t: _Trial) -> str | None:
     if t.fixed_tokens:
         return None
-    y = t.pool(t.x[:, :1])
+    y = t.pool(t.x[..., :1, :])
     return None if bool(y.isfinite().all()) else "one token: the output is not finite"
 
 
@@ -217,7 +213,7 @@ def _rule_no_token_gives_zeros(t: _Trial) -> str | None:
     if t.ragged:
         inputs.append(("an empty bag", lambda: t.pool(Bags.from_padded(t.x, mask))[1]))
     if not t.fixed_tokens:
-        inputs.append(("zero token slots", lambda: t.pool(t.x[:, :0])))
+        inputs.append(("zero token slots", lambda: t.pool(t.x[..., :0, :])))
     for name, call in inputs:
         y = call()
         if not torch.equal(y, torch.zeros_like(y)):
@@ -237,28 +233,11 @@ def _rule_empty_set_has_finite_gradients(t: _Trial) -> str | None:
 
 
 def _rule_gradients_are_right(t: _Trial) -> str | None:
-    pool = copy.deepcopy(t.pool)
-    x = t.x[:2].clone().requires_grad_()
-    parameters = [p for p in pool.parameters() if p.requires_grad]
-
-    def run(x: Tensor, *_: Tensor) -> Tensor:
-        return pool(x, t.mask[:2])
-
-    return rules.gradient_error(run, (x, *parameters))
+    return rules.gradient_error(t.pool, t.masked, t.x[:2])
 
 
 def _rule_half_precision(t: _Trial) -> str | None:
-    reference = t.pool(t.x, t.mask)
-    size = float(reference.detach().abs().max()) + 1e-6
-    for dtype, allowed in ((torch.bfloat16, 0.12), (torch.float16, 0.03)):
-        y = copy.deepcopy(t.pool).to(dtype)(t.x.to(dtype), t.mask)
-        if y.dtype != dtype:
-            return f"half precision: {dtype} in, {y.dtype} out"
-        if not bool(y.isfinite().all()):
-            return f"half precision: the output in {dtype} is not finite"
-        if (difference := _difference(reference, y) / size) > allowed:
-            return f"half precision: the output in {dtype} is off by {difference:.1%} of its largest value"
-    return None
+    return rules.half_precision_error(t.pool, t.masked, t.x, 0.12, 0.03)
 
 
 def _rule_half_precision_over_many_tokens(t: _Trial) -> str | None:
@@ -288,21 +267,13 @@ def _rule_half_precision_over_many_tokens(t: _Trial) -> str | None:
 
 
 def _rule_torch_compile_in_one_graph(t: _Trial) -> str | None:
-    torch.compiler.reset()
-    # the graph is what can break; code generation is PyTorch's own business
-    compiled = torch.compile(copy.deepcopy(t.pool), fullgraph=True, backend="aot_eager")
-    if (difference := _difference(t.pool(t.x, t.mask), compiled(t.x, t.mask))) > 1e-10:
+    if (difference := _difference(t.pool(t.x, t.mask), rules.compiled(t.pool)(t.x, t.mask))) > 1e-10:
         return f"compile: torch.compile(fullgraph=True) changes the output by {difference:.3g}"
     return None
 
 
 def _rule_torch_export(t: _Trial) -> str | None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exported = torch.export.export(copy.deepcopy(t.pool), (t.x, t.mask))
-    if (difference := _difference(t.pool(t.x, t.mask), exported.module()(t.x, t.mask))) > 1e-10:
-        return f"export: torch.export changes the output by {difference:.3g}"
-    return None
+    return rules.export_error(t.pool, t.x, t.mask)
 
 
 def _rule_training_is_stored(t: _Trial) -> str | None:
@@ -326,7 +297,8 @@ def _rule_training_is_stored(t: _Trial) -> str | None:
 
 
 def _rule_non_contiguous_input(t: _Trial) -> str | None:
-    x = t.x.transpose(1, 2).contiguous().transpose(1, 2)
+    backwards = tuple(reversed(range(t.x.dim())))
+    x = t.x.permute(backwards).contiguous().permute(backwards)
     if (difference := _difference(t.pool(t.x), t.pool(x))) > 1e-10:
         return f"memory layout: the same numbers with other strides change the output by {difference:.3g}"
     return None
@@ -341,9 +313,10 @@ def _rule_attend_agrees_with_calling(t: _Trial) -> str | None:
         return f"attend: its output differs from the call's by {difference:.3g}"
     if weights is None:
         return None
-    if weights.dim() != 3 or weights.shape[0] != 3 or weights.shape[2] != t.tokens:
-        return f"attend: weights have shape {tuple(weights.shape)}, expected [3, heads, {t.tokens}]"
-    if bool((weights.transpose(1, 2)[~t.mask] != 0).any()):
+    read = t.x.shape[1:-1]
+    if weights.dim() != 2 + len(read) or weights.shape[0] != 3 or weights.shape[2:] != read:
+        return f"attend: weights have shape {tuple(weights.shape)}, expected [3, heads, {', '.join(map(str, read))}]"
+    if bool((weights.movedim(-1, 1)[~t.mask] != 0).any()):
         return "attend: padded slots have weights other than 0"
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -10,6 +11,9 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.testing.contract import difference
+
+Call = Callable[[nn.Module, Tensor], Tensor]
 
 
 class Trial:
@@ -37,6 +41,12 @@ class Trial:
     def output(self, pool: nn.Module, x: Tensor) -> Tensor:
         """What `pool` gives for `x` and the trial's other arguments."""
         return pool(x)
+
+
+def _rule_determinism(t: Trial) -> str | None:
+    if not torch.equal(t.output(t.pool, t.x), t.output(t.pool, t.x)):
+        return "determinism: two calls in eval mode on the same input differ"
+    return None
 
 
 def _rule_gradient_reaches_every_parameter(t: Trial) -> str | None:
@@ -110,12 +120,60 @@ def _tensors_in(value: object) -> Iterator[Tensor]:
             yield from _tensors_in(v)
 
 
-def gradient_error(run: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> str | None:
-    """What is wrong where the gradient of `run` disagrees with finite differences."""
+def gradient_error(pool: nn.Module, call: Call, x: Tensor) -> str | None:
+    """What is wrong where the gradient of `call(pool, x)` by `x` and the parameters disagrees with finite differences."""
+    pool = copy.deepcopy(pool)
+    parameters = [p for p in pool.parameters() if p.requires_grad]
+
+    def run(x: Tensor, *_: Tensor) -> Tensor:
+        return call(pool, x)
+
     try:
-        torch.autograd.gradcheck(run, inputs, fast_mode=True)
+        torch.autograd.gradcheck(run, (x.clone().requires_grad_(), *parameters), fast_mode=True)
     except RuntimeError as error:
         return f"gradient: disagrees with finite differences in float64: {str(error)[:300]}"
+    return None
+
+
+def half_precision_error(
+    pool: nn.Module, call: Call, x: Tensor, bfloat16: float, float16: float, hint: str = ""
+) -> str | None:
+    """What is wrong with `call(pool, x)` in half precision.
+
+    Args:
+        pool: in float64.
+        call: of the pool and its input.
+        x: in float64.
+        bfloat16, float16: how far the output may be off, as a share of its largest value.
+        hint: what to do where it is further off.
+    """
+    reference = call(pool, x)
+    size = float(reference.detach().abs().max()) + 1e-6
+    for dtype, allowed in ((torch.bfloat16, bfloat16), (torch.float16, float16)):
+        y = call(copy.deepcopy(pool).to(dtype), x.to(dtype))
+        if y.dtype != dtype:
+            return f"half precision: {dtype} in, {y.dtype} out"
+        if not bool(y.isfinite().all()):
+            return f"half precision: the output in {dtype} is not finite"
+        if (apart := difference(reference, y) / size) > allowed:
+            return f"half precision: the output in {dtype} is off by {apart:.1%} of its largest value{hint}"
+    return None
+
+
+def compiled(pool: nn.Module) -> Callable[..., Tensor]:
+    """A copy of the pool as one graph."""
+    torch.compiler.reset()
+    # the graph is what can break; code generation is PyTorch's own business
+    return torch.compile(copy.deepcopy(pool), fullgraph=True, backend="aot_eager")
+
+
+def export_error(pool: nn.Module, *inputs: Tensor) -> str | None:
+    """What is wrong where `torch.export` changes what the pool gives for these inputs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(copy.deepcopy(pool), inputs)
+    if (apart := difference(pool(*inputs), exported.module()(*inputs))) > 1e-10:
+        return f"export: torch.export changes the output by {apart:.3g}"
     return None
 
 

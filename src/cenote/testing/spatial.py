@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,12 +106,6 @@ def _rule_window(t: _Trial) -> str | None:
     return None
 
 
-def _rule_determinism(t: _Trial) -> str | None:
-    if not torch.equal(t.pool(t.x), t.pool(t.x)):
-        return "determinism: two calls in eval mode on the same input differ"
-    return None
-
-
 def _rule_batch_mates(t: _Trial) -> str | None:
     alone = torch.cat([t.pool(t.x[i : i + 1]) for i in range(_BATCH)])
     if (difference := _difference(t.pool(t.x), alone)) > 1e-10:
@@ -149,36 +142,16 @@ def _rule_any_magnitude(t: _Trial) -> str | None:
 
 
 def _rule_gradients_are_right(t: _Trial) -> str | None:
-    pool = copy.deepcopy(t.pool)
-    x = t.x[:1].clone().requires_grad_()
-    parameters = [p for p in pool.parameters() if p.requires_grad]
-
-    def run(x: Tensor, *_: Tensor) -> Tensor:
-        return pool(x)
-
-    return rules.gradient_error(run, (x, *parameters))
+    return rules.gradient_error(t.pool, t.output, t.x[:1])
 
 
 def _rule_half_precision(t: _Trial) -> str | None:
-    reference = t.pool(t.x)
-    size = float(reference.detach().abs().max()) + 1e-6
-    for dtype, allowed in ((torch.bfloat16, 0.05), (torch.float16, 0.01)):
-        y = copy.deepcopy(t.pool).to(dtype)(t.x.to(dtype))
-        if y.dtype != dtype:
-            return f"half precision: {dtype} in, {y.dtype} out"
-        if not bool(y.isfinite().all()):
-            return f"half precision: the output in {dtype} is not finite"
-        if (difference := _difference(reference, y) / size) > allowed:
-            return f"half precision: the output in {dtype} is off by {difference:.1%} of its largest value"
-    return None
+    return rules.half_precision_error(t.pool, t.output, t.x, 0.05, 0.01)
 
 
 def _rule_torch_compile_in_one_graph(t: _Trial) -> str | None:
-    torch.compiler.reset()
-    # the graph is what can break; code generation is PyTorch's own business
-    compiled = torch.compile(copy.deepcopy(t.pool), fullgraph=True, backend="aot_eager")
     x = t.x.clone().requires_grad_()
-    y, expected = compiled(x), t.pool(x)
+    y, expected = rules.compiled(t.pool)(x), t.pool(x)
     if (difference := _difference(expected, y)) > 1e-10:
         return f"compile: torch.compile(fullgraph=True) changes the output by {difference:.3g}"
     got, true = (torch.autograd.grad(out.sum(), x)[0] for out in (y, expected))
@@ -188,12 +161,7 @@ def _rule_torch_compile_in_one_graph(t: _Trial) -> str | None:
 
 
 def _rule_torch_export(t: _Trial) -> str | None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exported = torch.export.export(copy.deepcopy(t.pool), (t.x,))
-    if (difference := _difference(t.pool(t.x), exported.module()(t.x))) > 1e-10:
-        return f"export: torch.export changes the output by {difference:.3g}"
-    return None
+    return rules.export_error(t.pool, t.x)
 
 
 def _rule_memory_layout(t: _Trial) -> str | None:
@@ -253,7 +221,7 @@ _RULES: tuple[Callable[[_Trial], str | None], ...] = (
     _rule_output_shape,
     _rule_single_map,
     _rule_window,
-    _rule_determinism,
+    rules._rule_determinism,
     _rule_batch_mates,
     _rule_constant_map,
     _rule_any_magnitude,
