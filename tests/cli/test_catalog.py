@@ -4,7 +4,8 @@ import pytest
 from typer.testing import CliRunner
 
 import cenote
-from cenote.cli.app import app, main
+from cenote.cli.app import app
+from tests.cli.program import Run
 
 runner = CliRunner()
 
@@ -55,13 +56,8 @@ def test_show_of_words_lists_what_matches() -> None:
         (["list", "--room", "cellar"], "no system lives in 'cellar'"),
     ],
 )
-def test_wrong_names_end_in_one_message_and_exit_code_2(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.argv", ["cenote", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
-    written = capsys.readouterr().err
-    assert written.startswith("error: ")
-    assert message in written
+def test_wrong_names_end_in_one_message_and_exit_code_2(cenote: Run, arguments: list[str], message: str) -> None:
+    code, _, err = cenote(*arguments)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert message in err

@@ -1,37 +1,16 @@
 """`cenote extract`, `cenote models show`, `cenote probe --backbone`."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from cenote.cli import main
 from tests import tiny
+from tests.cli.program import Run
 
-Run = Callable[..., tuple[int, str, str]]
 QUICK = ["--methods", "mean,max", "--seeds", "1", "--epochs", "2"]
-
-
-@pytest.fixture
-def cenote(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the program in this process: `(exit code, stdout, stderr)`."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["cenote", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -5,35 +5,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cenote.cli import main
+from tests.cli.program import Run
 
 QUICK = ["--methods", "mean,abmil", "--seeds", "1", "--epochs", "3"]
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cenote(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the program in this process: `(exit code, stdout, stderr)`."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["cenote", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "120")
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture
