@@ -77,6 +77,7 @@ from cenote.pool.sequence.biomedical_re_pooling import (
     EntityPool,
     IndexSetPool,
     RelationPooled,
+    RelationSentences,
 )
 from cenote.pool.sequence.cuni_multimodal import (
     FlatMemories,
@@ -159,7 +160,7 @@ from cenote.pool.spatial.output_stride import to_output_stride
 from cenote.pool.spatial.permutohedral import PermutohedralLattice
 from cenote.pool.spatial.softpool import SoftPool1d, SoftPool2d, SoftPool3d
 from cenote.pool.spatial.tokenflex import TokenCountSampler, TokenFlex, check_placeholders
-from cenote.pool.spatial.weighted import WeightedWindowPool
+from cenote.pool.spatial.weighted import LeanWindowPool, WeightedWindowPool
 
 __all__ = [
     "ABMIL",
@@ -271,6 +272,7 @@ __all__ = [
     "LayerAwareTDNN",
     "LayerPool",
     "LayersPooled",
+    "LeanWindowPool",
     "Lexicon",
     "LinAttention",
     "LinearCalibration",
@@ -308,6 +310,7 @@ __all__ = [
     "PositionWeightedMean",
     "ReTreever",
     "RelationPooled",
+    "RelationSentences",
     "Retrieved",
     "SemanticGrouping",
     "SerialMemories",

@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cenote.pool import DependencyPool, DynamicPool, EntityPool, IndexSetPool
+from cenote.pool import DependencyPool, DynamicPool, EntityPool, IndexSetPool, RelationSentences
+from cenote.pool.sequence.biomedical_re_pooling import IndexSets
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
 from cenote.study.training import Together, accuracy, cross_entropy, epochs, fit
 
@@ -37,8 +38,8 @@ class WholeSentence(IndexSetPool):
     def __init__(self, dim: int) -> None:
         super().__init__(dim, 1)
 
-    def index_sets(self, subject: Any, object_: Any, heads: Any, real: Tensor) -> Any:  # noqa: ARG002
-        return [real], torch.zeros_like(real[:, 0])
+    def index_sets(self, sentences: RelationSentences) -> IndexSets:
+        return [sentences.real], torch.zeros_like(sentences.real[:, 0])
 
 
 POOLS: dict[str, Callable[[], IndexSetPool]] = {

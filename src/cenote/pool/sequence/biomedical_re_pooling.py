@@ -39,6 +39,28 @@ class RelationPooled(NamedTuple):
     fallback: Bool[Tensor, "batch"]
 
 
+class RelationSentences(NamedTuple):
+    """What chooses the sets.
+
+    Attributes:
+        subject, object_: `[batch, 2]`, the spans `[start, end)` of the mentions.
+        heads: `[batch, tokens]`, of each word the index of its head, or `None`.
+        real: `[batch, tokens]`, True on real words.
+    """
+
+    subject: Int[Tensor, "batch 2"]
+    object_: Int[Tensor, "batch 2"]
+    heads: Int[Tensor, "batch tokens"] | None
+    real: Bool[Tensor, "batch tokens"]
+
+    def mentions(self) -> list[Bool[Tensor, "batch tokens"]]:
+        """The words of the subject, and those of the object."""
+        return [span_mask(self.subject, self.real), span_mask(self.object_, self.real)]
+
+
+IndexSets = tuple[list[Bool[Tensor, "batch tokens"]], Bool[Tensor, "batch"]]
+
+
 class IndexSetPool(nn.Module, ABC):
     """Base of the pools `y = [P(S_1) ; ... ; P(S_k)]` over sets of words that two mentions and a tree choose.
 
@@ -71,13 +93,7 @@ class IndexSetPool(nn.Module, ABC):
         self.reduce: Pool = ABMIL(dim, hidden, gated=False) if reduce == "attention" else reductions[reduce](dim)
 
     @abstractmethod
-    def index_sets(
-        self,
-        subject: Int[Tensor, "batch 2"],
-        object_: Int[Tensor, "batch 2"],
-        heads: Int[Tensor, "batch tokens"] | None,
-        real: Bool[Tensor, "batch tokens"],
-    ) -> tuple[list[Bool[Tensor, "batch tokens"]], Bool[Tensor, "batch"]]:
+    def index_sets(self, sentences: RelationSentences) -> IndexSets:
         """`(the words of each part, where the whole sentence stood in)`."""
 
     def forward(
@@ -116,7 +132,7 @@ class IndexSetPool(nn.Module, ABC):
             no_words = x.new_zeros((x.shape[0], self.parts, 0))
             none = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
             return RelationPooled(x.new_zeros((x.shape[0], self.out_dim)), no_words, no_words.bool(), none)
-        parts, fallback = self.index_sets(subject, object_, heads, real)
+        parts, fallback = self.index_sets(RelationSentences(subject, object_, heads, real))
         sets = torch.stack(parts, 1)
         each = PaddedTokens(tokens.values.repeat_interleave(self.parts, 0), sets.flatten(0, 1))
         output, weights = self.reduce.attend(each)
@@ -148,14 +164,8 @@ class EntityPool(IndexSetPool):
         super().__init__(dim, 3 if sentence else 2, reduce, hidden)
         self.sentence = sentence
 
-    def index_sets(
-        self,
-        subject: Int[Tensor, "batch 2"],
-        object_: Int[Tensor, "batch 2"],
-        heads: Int[Tensor, "batch tokens"] | None,  # noqa: ARG002
-        real: Bool[Tensor, "batch tokens"],
-    ) -> tuple[list[Bool[Tensor, "batch tokens"]], Bool[Tensor, "batch"]]:
-        mentions = [span_mask(subject, real), span_mask(object_, real)]
+    def index_sets(self, sentences: RelationSentences) -> IndexSets:
+        mentions, real = sentences.mentions(), sentences.real
         return [*mentions, real] if self.sentence else mentions, torch.zeros_like(real[:, 0])
 
 
@@ -184,13 +194,8 @@ class DynamicPool(IndexSetPool):
             raise InputError(f"pieces: expected 3 or 5, got {pieces}")
         super().__init__(dim, pieces, reduce, hidden)
 
-    def index_sets(
-        self,
-        subject: Int[Tensor, "batch 2"],
-        object_: Int[Tensor, "batch 2"],
-        heads: Int[Tensor, "batch tokens"] | None,  # noqa: ARG002
-        real: Bool[Tensor, "batch tokens"],
-    ) -> tuple[list[Bool[Tensor, "batch tokens"]], Bool[Tensor, "batch"]]:
+    def index_sets(self, sentences: RelationSentences) -> IndexSets:
+        subject, object_, _, real = sentences
         subject_first = (subject[:, :1] < object_[:, :1]) | (
             (subject[:, :1] == object_[:, :1]) & (subject[:, 1:] <= object_[:, 1:])
         )
@@ -246,19 +251,14 @@ class DependencyPool(IndexSetPool):
         self.k = k
         self.entities = entities
 
-    def index_sets(
-        self,
-        subject: Int[Tensor, "batch 2"],
-        object_: Int[Tensor, "batch 2"],
-        heads: Int[Tensor, "batch tokens"] | None,
-        real: Bool[Tensor, "batch tokens"],
-    ) -> tuple[list[Bool[Tensor, "batch tokens"]], Bool[Tensor, "batch"]]:
+    def index_sets(self, sentences: RelationSentences) -> IndexSets:
+        subject, object_, heads, real = sentences
         if heads is None:
             raise InputError(
                 "heads: dependency pooling needs the head of each word; read_conllu reads them from a file"
             )
         trees = Trees(heads, real & (heads >= -1))
-        mentions = [span_mask(subject, real), span_mask(object_, real)]
+        mentions = sentences.mentions()
         a, b = trees.head_word(subject), trees.head_word(object_)
         chosen = trees.below(trees.meeting(a, b)) if self.k is None else trees.near(trees.path(a, b), self.k)
         fallback = ~(trees.connected(a, b) & mentions[0].any(1) & mentions[1].any(1))
