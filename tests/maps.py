@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cenote.pool import WeightedWindowPool
+from cenote.pool import LeanWindowPool
 
 SIZES = (9, 7, 6)
 
@@ -22,7 +22,7 @@ def cells(x: Tensor, k: int, s: int) -> Tensor:
     return x.flatten(-dims)
 
 
-def same_gradient_both_ways(pool: WeightedWindowPool, x: Tensor) -> None:
+def same_gradient_both_ways(pool: LeanWindowPool, x: Tensor) -> None:
     """The backward pass that makes weights again agrees with a graph that kept them."""
     x = x.clone().requires_grad_()
     kept, lean = pool.attend(x).output, pool(x)

@@ -7,13 +7,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cenote.core.errors import InputError
-from cenote.pool.spatial.weighted import Cell, Grad, Owned, WeightedWindowPool
+from cenote.pool.spatial.weighted import Cell, Grad, LeanWindowPool, Owned
 from cenote.pool.spatial.windows import Size
 
 Similarity = Literal["channel", "vector"]
 
 
-class EDSCWPool(WeightedWindowPool):
+class EDSCWPool(LeanWindowPool):
     """Each activation of a window weighted by the exponential of its Dice-Sørensen similarity to the window's mean.
 
     `DSC_i = 2 |a_i m| / (a_i^2 + m^2)` with `m = mean_i a_i`, `y = sum_i exp(DSC_i) a_i / sum_i exp(DSC_i)`: a mean that counts
@@ -75,7 +75,7 @@ class EDSCWPool(WeightedWindowPool):
         return g * (a.sign() * mean.abs() - dice * a), g * (mean.sign() * a.abs() - dice * mean)
 
 
-class IDWPool(WeightedWindowPool):
+class IDWPool(LeanWindowPool):
     """Each activation of a window weighted by its inverse distance to the window's mean: `w_i ~ 1 / |a_i - m|`.
 
     Use `IDWPool1d`, `IDWPool2d` or `IDWPool3d`: maps of one to three dimensions, with or without a batch.

@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cenote.core.errors import InputError
-from cenote.pool.spatial.weighted import Cell, Grad, Owned, WeightedWindowPool
+from cenote.pool.spatial.weighted import Cell, Grad, LeanWindowPool, Owned
 from cenote.pool.spatial.windows import Size
 
 
-class SoftPool(WeightedWindowPool):
+class SoftPool(LeanWindowPool):
     """Each activation of a window weighted by its softmax over the window.
 
     `w_i = exp(a_i / t) / sum_j exp(a_j / t)`, `y = sum_i w_i a_i`, for each channel on its own; `t = 1` in the paper. Large

@@ -28,9 +28,8 @@ NUMBERS_AT_ONCE = 2**19
 class WeightedWindowPool(WindowPool):
     """Base of the pools `y = sum_i w_i a_i` with `w = softmax_i(s_i)` over the cells `i` of each window.
 
-    A pool defines `score(a, context)`, what a cell scores in view of what `context` says of its window. With
-    `score_gradient` as well, maps are read a few at a time, training keeps no number per cell, and scores and weights are made
-    again in the backward pass. Cells outside of the map have weight 0.
+    A pool defines `score(a, context)`, what a cell scores in view of what `context` says of its window. Cells outside of the
+    map have weight 0. One that knows the gradient of its score is better a `LeanWindowPool`.
 
     Args:
         kernel_size, stride, padding, ceil_mode: as in `WindowPool`.
@@ -54,21 +53,12 @@ class WeightedWindowPool(WindowPool):
     def score(self, a: Cell, context: Cell) -> Owned:
         """The score of one cell of every window; `owners` is `channels`, or 1 where all of them share it."""
 
-    def score_gradient(self, g: Owned, a: Cell, context: Cell) -> tuple[Tensor, Tensor | None]:
-        """`(g ds/da, g ds/dcontext)`, `None` where the score does not read the context."""
-        raise NotImplementedError
-
     def context(self, x: Float[Tensor, "batch channels *map"]) -> Cell:
         """A number between the smallest and the largest value of each window; the sums are taken around it."""
         return self.windows.mean(x)
 
     def pool(self, x: Float[Tensor, "batch channels *map"]) -> Cell:
-        # a compiler decides by itself what to make again
-        if torch.compiler.is_compiling() or type(self).score_gradient is WeightedWindowPool.score_gradient:
-            return self.finished(_weighted_sum(self, x, self.context(x)).y)
-        if torch.is_grad_enabled():
-            return self.finished(_Lean.apply(x, self.context(x), self))  # type: ignore[no-untyped-call]
-        return self.finished(torch.cat([_weighted_sum(self, part, self.context(part)).y for part in _parts(x)]))
+        return self.finished(_weighted_sum(self, x, self.context(x)).y)
 
     def attend(self, x: Float[Tensor, "*given"]) -> Pooled:
         """As calling the pool, and also the weights `[batch, channels, *windows, *kernel]` (without a batch as `x`).
@@ -85,6 +75,29 @@ class WeightedWindowPool(WindowPool):
     def finished(self, y: Cell) -> Cell:
         """What becomes of the weighted sums."""
         return y
+
+
+class LeanWindowPool(WeightedWindowPool):
+    """Base of the weighted pools that know the gradient of their score.
+
+    Maps are read a few at a time, training keeps no number per cell, and scores and weights are made again in the backward
+    pass.
+
+    Args:
+        kernel_size, stride, padding, ceil_mode, grad: as in `WeightedWindowPool`.
+    """
+
+    @abstractmethod
+    def score_gradient(self, g: Owned, a: Cell, context: Cell) -> tuple[Tensor, Tensor | None]:
+        """`(g ds/da, g ds/dcontext)`, `None` where the score does not read the context."""
+
+    def pool(self, x: Float[Tensor, "batch channels *map"]) -> Cell:
+        # a compiler decides by itself what to make again
+        if torch.compiler.is_compiling():
+            return super().pool(x)
+        if torch.is_grad_enabled():
+            return self.finished(_Lean.apply(x, self.context(x), self))  # type: ignore[no-untyped-call]
+        return self.finished(torch.cat([_weighted_sum(self, part, self.context(part)).y for part in _parts(x)]))
 
 
 class _Sums(NamedTuple):
@@ -112,7 +125,7 @@ def _weighted_sum(pool: WeightedWindowPool, x: Float[Tensor, "batch channels *ma
 
 
 def _gradients(
-    pool: WeightedWindowPool, x: Float[Tensor, "batch channels *map"], context: Cell, g: Cell
+    pool: LeanWindowPool, x: Float[Tensor, "batch channels *map"], context: Cell, g: Cell
 ) -> tuple[Float[Tensor, "batch channels *map"], Cell | None]:
     """`g dy/dx` and `g dy/dcontext` of some maps, from the maps alone."""
     cells, y, total, shares = _weighted_sum(pool, x, context)
@@ -141,13 +154,13 @@ class _Lean(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, context: Tensor, pool: WeightedWindowPool) -> Tensor:
+    def forward(x: Tensor, context: Tensor, pool: LeanWindowPool) -> Tensor:
         parts = _parts(x)
         pairs = zip(parts, context.split(max(1, len(parts[0]))), strict=True)
         return torch.cat([_weighted_sum(pool, part, its).y for part, its in pairs])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, WeightedWindowPool], output: Tensor) -> None:  # noqa: ARG004
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, LeanWindowPool], output: Tensor) -> None:  # noqa: ARG004
         x, context, ctx.pool = inputs
         ctx.save_for_backward(x, context)
 
