@@ -73,16 +73,16 @@ class AdaPool(WindowPool):
         self.em = _EM[self.dims](kernel_size, stride, padding, ceil_mode, grad=grad)
 
     def pool(self, x: Float[Tensor, "batch channels *map"]) -> Float[Tensor, "batch channels *windows"]:
-        return self._mixed(x, self.edscw.pool(x), self.em.pool(x))
+        return _mixed(self._beta(x), self.edscw.pool(x), self.em.pool(x))
 
     def attend(self, x: Float[Tensor, "*given"]) -> Pooled:
         """As calling the pool, and also the weights `[batch, channels, *windows, *kernel]` (without a batch as `x`)."""
         batch = self.as_batch(x)
         robust, peak = self.edscw.attend(batch), self.em.attend(batch)
-        output = self._mixed(batch, robust.output, peak.output).to(x.dtype)
-        beta = self._beta(batch).reshape(self.beta.shape + (1,) * self.dims)
-        weights = (peak.weights + beta * (robust.weights - peak.weights)).to(x.dtype)
-        return Pooled(output, weights) if x.dim() == batch.dim() else Pooled(output.squeeze(0), weights.squeeze(0))
+        beta = self._beta(batch)
+        output = _mixed(beta, robust.output, peak.output)
+        weights = _mixed(beta.reshape(beta.shape + (1,) * self.dims), robust.weights, peak.weights)
+        return Pooled(self.as_given(output, x), self.as_given(weights, x))
 
     def _first_beta(self, beta: float | tuple[int, ...] | Tensor) -> Float[Tensor, "*pooled"]:
         if isinstance(beta, Tensor) and beta.dim() == self.dims:
@@ -104,14 +104,6 @@ class AdaPool(WindowPool):
                 f"give a map of the same size, or build the pool with beta={out}"
             )
         return in_unit_interval(self.beta, self.constraint).to(x.dtype)
-
-    def _mixed(
-        self,
-        x: Float[Tensor, "batch channels *map"],
-        robust: Float[Tensor, "batch channels *windows"],
-        peak: Float[Tensor, "batch channels *windows"],
-    ) -> Float[Tensor, "batch channels *windows"]:
-        return peak + self._beta(x) * (robust - peak)
 
 
 class AdaUnpool(nn.Module):
@@ -185,6 +177,10 @@ class AdaUnpool(nn.Module):
             cells = w.cells if inside is None else torch.stack(inside).sum(0).to(y.dtype)
             shares = [share * cells for share in shares]
         return w.spread(shares, size)
+
+
+def _mixed(beta: Tensor, robust: Tensor, peak: Tensor) -> Tensor:
+    return peak + beta * (robust - peak)
 
 
 class AdaPool1d(AdaPool):

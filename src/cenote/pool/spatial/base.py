@@ -41,8 +41,7 @@ class WindowPool(nn.Module, ABC):
 
     def forward(self, x: Float[Tensor, "*given"]) -> Float[Tensor, "*pooled"]:
         """Pool `x`, `[batch, channels, *map]` or `[channels, *map]`."""
-        y = self.pool(self.as_batch(x)).to(x.dtype)
-        return y if x.dim() == self.dims + 2 else y.squeeze(0)
+        return self.as_given(self.pool(self.as_batch(x)), x)
 
     @abstractmethod
     def pool(self, x: Float[Tensor, "batch channels *map"]) -> Float[Tensor, "batch channels *windows"]:
@@ -62,6 +61,11 @@ class WindowPool(nn.Module, ABC):
             raise InputError(f"x: expected floating point features, got {x.dtype}; use x.float()")
         self.windows.output_size(x.shape[-self.dims :])
         return (x if x.dim() == self.dims + 2 else x.unsqueeze(0)).to(accumulation_dtype(x.dtype))
+
+    def as_given(self, y: Float[Tensor, "batch *any"], x: Float[Tensor, "*given"]) -> Float[Tensor, "*as_given"]:
+        """The way back of `as_batch`: what was made of a batch in the precision of `x`, and without a batch as `x`."""
+        y = y.to(x.dtype)
+        return y if x.dim() == self.dims + 2 else y.squeeze(0)
 
     def extra_repr(self) -> str:
         return (

@@ -96,8 +96,7 @@ class GatedPool(SharedWindowPool):
 
     def gates(self, x: Float[Tensor, "*given"]) -> Float[Tensor, "*pooled"]:
         """How much of the maximum each window takes."""
-        g = self._gates(self.as_batch(x)).to(x.dtype)
-        return g if x.dim() == self.dims + 2 else g.squeeze(0)
+        return self.as_given(self._gates(self.as_batch(x)), x)
 
     def _gates(self, x: Float[Tensor, "batch channels *map"]) -> Float[Tensor, "batch channels *windows"]:
         return torch.sigmoid(self.windows.filtered(x, self.gate.to(x.dtype))[0])

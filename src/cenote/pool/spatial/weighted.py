@@ -69,8 +69,7 @@ class WeightedWindowPool(WindowPool):
         _, y, total, shares = _weighted_sum(self, batch, self.context(batch))
         weights = torch.stack([e / total for e in shares], -1).unflatten(-1, self.kernel_size)
         weights = weights.expand(-1, batch.shape[1], *[-1] * (2 * self.dims))
-        y, weights = self.finished(y).to(x.dtype), weights.to(x.dtype)
-        return Pooled(y, weights) if x.dim() == batch.dim() else Pooled(y.squeeze(0), weights.squeeze(0))
+        return Pooled(self.as_given(self.finished(y), x), self.as_given(weights, x))
 
     def finished(self, y: Cell) -> Cell:
         """What becomes of the weighted sums."""
