@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from cenote.pool import AFAIDAUp, AFASegmenter, BinaryAFA
 from cenote.study.data import digits
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
+from cenote.study.training import descend
 
 SIDE, CLASSES = 32, 11
 CHANNELS = (16, 24, 32)
@@ -206,14 +207,8 @@ def scenes(items: int, split: str, generator: torch.Generator) -> Scenes:
 
 def _trained(model: nn.Module, loss: Callable[[Scenes], Tensor], seed: int, steps: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    stepper = torch.optim.Adam(model.parameters(), LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(stepper, steps)
-    for _ in range(steps):
-        value = loss(scenes(BATCH, "train", generator))
-        stepper.zero_grad()
-        value.backward()
-        stepper.step()
-        schedule.step()
+    losses = (loss(scenes(BATCH, "train", generator)) for _ in range(steps))
+    descend(model.parameters(), losses, steps, LEARNING_RATE)
     model.eval()
 
 

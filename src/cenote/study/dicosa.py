@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cenote.pool import DiCoSA
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
+from cenote.study.training import descend, shuffled
 
 CONCEPTS, WORDS, WIDTH = 8, 20, 8
 DIM = CONCEPTS * WIDTH
@@ -129,15 +130,10 @@ def pairs(words: Float[Tensor, "concepts words width"], count: int, generator: t
 
 
 def _fit(towers: Towers, data: Pairs, epochs: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.Adam([p for p in towers.parameters() if p.requires_grad], LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * (len(data.text) // BATCH))
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(data.text), generator=generator).split(BATCH):
-            optimiser.zero_grad()
-            towers.loss(Pairs(data.text[chosen], data.frames[chosen])).backward()
-            optimiser.step()
-            schedule.step()
+    batches = shuffled(len(data.text), BATCH, epochs, torch.Generator().manual_seed(seed))
+    losses = (towers.loss(Pairs(data.text[chosen], data.frames[chosen])) for chosen in batches)
+    trained = [p for p in towers.parameters() if p.requires_grad]
+    descend(trained, losses, epochs * (len(data.text) // BATCH), LEARNING_RATE)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cenote.pool import DecorrelationLoss, GramianHeads
 from cenote.study.data import backbone
 from cenote.study.harness import Arms, Findings, Size, above, below, draw_arms, seeds_of, study
+from cenote.study.training import descend, shuffled
 
 TRAIN, BATCH, LEARNING_RATE = 400, 50, 2e-3
 EPOCHS: dict[Size, int] = {"smoke": 1, "small": 30, "full": 60}
@@ -171,17 +172,9 @@ def correlation_of_errors(logits: Float[Tensor, "items heads classes"], y: Int[T
 
 
 def _fit(model: nn.Module, x: Tensor, y: Tensor, loss: nn.Module, passes: int) -> None:
-    steps = passes * (len(x) // BATCH)
-    stepper = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(stepper, steps)
     read: Any = model
-    for _ in range(passes):
-        for part in torch.randperm(len(x))[: len(x) // BATCH * BATCH].split(BATCH):
-            value = loss(read.logits(x[part]), y[part])
-            stepper.zero_grad()
-            value.backward()
-            stepper.step()
-            schedule.step()
+    losses = (loss(read.logits(x[part]), y[part]) for part in shuffled(len(x), BATCH, passes))
+    descend(model.parameters(), losses, passes * (len(x) // BATCH), LEARNING_RATE, optimiser=torch.optim.AdamW)
     model.eval()
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cenote.core.graphs import Graphs, undirected
+from cenote.study.training import descend, shuffled
 
 BATCH = 50
 LEARNING_RATE = 5e-3
@@ -55,16 +56,9 @@ def trained(build: Callable[[], nn.Module], data: GraphData, seed: int, epochs: 
     """A classifier `Graphs -> logits` after so many passes; Adam at a rate that falls to zero along a cosine."""
     torch.manual_seed(seed)
     model = build()
-    optimiser = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
-    steps = epochs * -(-len(data.y) // BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(data.y)).split(BATCH):
-            optimiser.zero_grad()
-            F.cross_entropy(model(data.x.select(chosen)), data.y[chosen]).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            schedule.step()
+    batches = shuffled(len(data.y), BATCH, epochs)
+    losses = (F.cross_entropy(model(data.x.select(chosen)), data.y[chosen]) for chosen in batches)
+    descend(model.parameters(), losses, epochs * -(-len(data.y) // BATCH), LEARNING_RATE, clip=1.0, weight_decay=1e-4)
     return model.eval()
 
 

@@ -11,7 +11,7 @@ joint token attends to those who do not look at the ball.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from cenote.pool import JointAttention, JointAttentionPool, best_point, gaussian_target
 from cenote.pool.attention.joint_attention.field import coordinates
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
+from cenote.study.training import descend, shuffled
 
 MAP = (32, 64)
 EXTENT = (2.0, 1.0)
@@ -203,15 +204,13 @@ def gaze_cones(data: Scenes) -> Float[Tensor, "scenes height width"]:
 def _fit(model: nn.Module, data: Scenes, epochs: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     target = gaussian_target((data.ball / torch.tensor(EXTENT)).unsqueeze(1), MAP, sigma=SIGMA).flatten(1)
-    optimiser = torch.optim.Adam(model.parameters(), LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * -(-len(target) // BATCH))
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(target), generator=generator).split(BATCH):
-            optimiser.zero_grad()
+
+    def losses() -> Iterator[Tensor]:
+        for chosen in shuffled(len(target), BATCH, epochs, generator):
             pixels = torch.randperm(MAP[0] * MAP[1], generator=generator)[:PIXELS]
-            F.mse_loss(model(data.select(chosen), pixels), target[chosen][:, pixels]).backward()
-            optimiser.step()
-            schedule.step()
+            yield F.mse_loss(model(data.select(chosen), pixels), target[chosen][:, pixels])
+
+    descend(model.parameters(), losses(), epochs * -(-len(target) // BATCH), LEARNING_RATE)
 
 
 def _distances(maps: Float[Tensor, "scenes height width"], data: Scenes) -> Float[Tensor, "scenes"]:

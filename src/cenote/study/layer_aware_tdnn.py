@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from cenote.pool import LayerAwareTDNN, SpeakerStatisticsPool
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
 from cenote.study.speech import BANDS, FLOOR, PHONES, inventory, phone_sequences, spoken
+from cenote.study.training import descend
 
 LAYERS, FRAMES, WIDTH, CLASSES = 6, 24, 24, 6
 HIDDEN, OUT, CHANNELS = 32, 32, 16
@@ -117,16 +118,10 @@ def _accuracies(task: Callable[[int, Size], tuple[Stacks, Stacks]], seeds: tuple
 
 def _train(model: nn.Module, train: Stacks, steps: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     model.train()
-    for _ in range(steps):
-        own = torch.randint(len(train.y), (BATCH,), generator=generator)
-        loss = F.cross_entropy(model(train.x[own]).flatten(0, -2), train.y[own].flatten())
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
+    batches = (torch.randint(len(train.y), (BATCH,), generator=generator) for _ in range(steps))
+    losses = (F.cross_entropy(model(train.x[own]).flatten(0, -2), train.y[own].flatten()) for own in batches)
+    descend(model.parameters(), losses, steps, LEARNING_RATE, optimiser=torch.optim.AdamW)
 
 
 def _wandering(seed: int, size: Size) -> tuple[Stacks, Stacks]:

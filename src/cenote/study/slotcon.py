@@ -12,6 +12,7 @@ k-means, and what nearest neighbours tell about a digit's class from its slot or
 from __future__ import annotations
 
 import copy
+import itertools
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from torch.optim import Adam
 from cenote.pool import SemanticGrouping, SlotCon, SlotConTrainer, TwoCrops
 from cenote.study.data import Digits, digits
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
+from cenote.study.training import descend
 
 CANVAS, CROP = 24, 16
 DIM, HIDDEN, SLOTS = 32, 64, 16
@@ -262,24 +264,17 @@ def _brightness(x: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, "batc
 
 def _contrast_images(model: SlotCon, views: TwoCrops, batches: _Batches, steps: int, tau: float = 0.2) -> None:
     """Two crops of an image are alike in their mean features, those of different images are not."""
-    trained = [*model.encoder.parameters(), *model.projector.parameters()]
-    optimiser = Adam(trained, lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     model.train()
-    done = 0
-    while done < steps:
-        for images in batches:
-            if done == steps:
-                break
-            a, b = (F.normalize(model.projector(model.encoder(v.x)).mean((2, 3)), dim=-1) for v in views(images))
-            logits = a @ b.T / tau
-            own = torch.arange(len(images))
-            loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-            done += 1
+
+    def loss(images: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, ""]:
+        a, b = (F.normalize(model.projector(model.encoder(v.x)).mean((2, 3)), dim=-1) for v in views(images))
+        logits = a @ b.T / tau
+        own = torch.arange(len(images))
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+    endless = itertools.chain.from_iterable(itertools.repeat(batches))
+    trained = [*model.encoder.parameters(), *model.projector.parameters()]
+    descend(trained, map(loss, itertools.islice(endless, steps)), steps, LEARNING_RATE)
     # what is measured is the teacher
     for ours, theirs in zip((model.encoder, model.projector), model.teacher, strict=False):
         theirs.load_state_dict(copy.deepcopy(ours.state_dict()))

@@ -1,11 +1,11 @@
-"""Train the same small network once per seed, all seeds together."""
+"""Train the same small network once per seed, all seeds together; or one module by its losses."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -78,9 +78,9 @@ class Together:
         with sdpa_kernel(SDPBackend.MATH):
             return torch.func.vmap(run, randomness="different")(self.parameters, self.buffers, *inputs)
 
-    def trained(self, prefix: str = "") -> list[Tensor]:
-        """The stacked parameters that are trained, or those of them whose name begins with `prefix`."""
-        return [p for k, p in self.parameters.items() if p.requires_grad and k.startswith(prefix)]
+    def trained(self) -> list[Tensor]:
+        """The stacked parameters that are trained."""
+        return [p for p in self.parameters.values() if p.requires_grad]
 
     def module(self, index: int) -> nn.Module:
         """A copy that stands on its own, in eval mode."""
@@ -102,8 +102,7 @@ def fit(
     lr: float,
     *,
     optimiser: type[torch.optim.Optimizer] = torch.optim.AdamW,
-    parameters: list[Tensor] | None = None,
-    decay: Decay | None = None,
+    decay: Decay = cosine,
     own_rates: Mapping[str, float] | None = None,
     **settings: Any,
 ) -> list[float]:
@@ -115,9 +114,8 @@ def fit(
         loss: a mean over everything that it is given.
         steps: optimiser steps.
         lr: learning rate.
-        decay: factor on the learning rate as a function of the share of the steps that are done; default: cosine to zero.
+        decay: factor on the learning rate as a function of the share of the steps that are done.
         optimiser: works element by element, so that the copies do not see each other.
-        parameters: what is trained; default: all that require a gradient.
         own_rates: name of a parameter -> its own learning rate.
         settings: of the optimiser.
 
@@ -125,14 +123,13 @@ def fit(
         The mean loss over the copies, step by step.
     """
     model.base.train()
-    optim: Any = optimiser
-    trained = model.trained() if parameters is None else parameters
     groups: list[dict[str, Any]] = [
         {"params": [model.parameters[name]], "lr": rate} for name, rate in (own_rates or {}).items()
     ]
     apart = {id(g["params"][0]) for g in groups}
-    stepper = optim([{"params": [p for p in trained if id(p) not in apart]}, *groups], lr=lr, **settings)
-    decay = cosine if decay is None else decay
+    stepper = cast(Any, optimiser)(
+        [{"params": [p for p in model.trained() if id(p) not in apart]}, *groups], lr=lr, **settings
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(stepper, lambda step: decay(step / steps))
     losses = []
     for _, (x, y) in zip(range(steps), batches, strict=False):
@@ -144,6 +141,51 @@ def fit(
         schedule.step()
         losses.append(float(value.detach()))
     return losses
+
+
+def descend(
+    parameters: Iterable[Tensor],
+    losses: Iterable[Tensor],
+    steps: int,
+    lr: float,
+    *,
+    optimiser: type[torch.optim.Optimizer] = torch.optim.Adam,
+    clip: float | None = None,
+    **settings: Any,
+) -> None:
+    """Train one module, a step for each loss; the learning rate falls to zero along a cosine.
+
+    Args:
+        parameters: of the module.
+        losses: each computed when it is asked for, with the parameters as they then are.
+        steps: how many losses there are.
+        lr: first learning rate.
+        optimiser: its class.
+        clip: largest norm of the gradient.
+        settings: of the optimiser.
+    """
+    trained = list(parameters)
+    stepper = cast(Any, optimiser)(trained, lr=lr, **settings)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(stepper, steps)
+    for loss in losses:
+        stepper.zero_grad()
+        loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(trained, clip)
+        stepper.step()
+        schedule.step()
+
+
+def shuffled(
+    items: int, batch: int, passes: int, generator: torch.Generator | None = None
+) -> Iterator[Int[Tensor, "chosen"]]:
+    """Numbers of the items of each batch, in a fresh order in every pass.
+
+    >>> [len(chosen) for chosen in shuffled(5, 2, passes=2)]
+    [2, 2, 1, 2, 2, 1]
+    """
+    for _ in range(passes):
+        yield from torch.randperm(items, generator=generator).split(batch)
 
 
 def epochs(

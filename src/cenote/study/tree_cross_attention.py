@@ -23,6 +23,7 @@ from cenote.pool import ReTreever, TreeObjective
 from cenote.pool.attention.tree_cross_attention.blocks import EncoderLayer, NormedAttention, NormedFeedForward
 from cenote.pool.attention.tree_cross_attention.tree import tree_shape
 from cenote.study.harness import Arms, Findings, Size, above, below, draw_arms, seeds_of, study
+from cenote.study.training import cross_entropy, descend
 
 DIGITS, DIM, HEADS, LAYERS = 10, 32, 2, 1
 LENGTHS = (16, 32)
@@ -147,7 +148,7 @@ def _tree(length: int, seed: int, steps: int) -> tuple[float, float]:
 def _full(length: int, seed: int, steps: int) -> tuple[float, float]:
     torch.manual_seed(seed)
     model = _retreever(length)
-    _fit(model, lambda x, q, y: _cross_entropy(model.full(x, q), y), length, seed, steps)
+    _fit(model, lambda x, q, y: cross_entropy(model.full(x, q), y), length, seed, steps)
     return _accuracy(model.full, length, seed), float(length)
 
 
@@ -155,7 +156,7 @@ def _latent(length: int, seed: int, steps: int) -> tuple[float, float]:
     torch.manual_seed(seed)
     depth, group = tree_shape(length, 2)
     model = LatentBottleneck(DIGITS + length, length, depth + group)
-    _fit(model, lambda x, q, y: _cross_entropy(model(x, q), y), length, seed, steps)
+    _fit(model, lambda x, q, y: cross_entropy(model(x, q), y), length, seed, steps)
     return _accuracy(model, length, seed), float(depth + group)
 
 
@@ -163,24 +164,14 @@ def _fit(
     model: nn.Module, loss: Callable[[Tensor, Tensor, Tensor], Tensor], length: int, seed: int, steps: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.Adam(model.parameters(), LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    for _ in range(steps):
-        optimiser.zero_grad()
-        loss(*sequences(BATCH, length, generator)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
+    losses = (loss(*sequences(BATCH, length, generator)) for _ in range(steps))
+    descend(model.parameters(), losses, steps, LEARNING_RATE, clip=1.0)
 
 
 @torch.no_grad()
 def _accuracy(model: Callable[[Tensor, Tensor], Tensor], length: int, seed: int) -> float:
     x, queries, targets = sequences(500, length, torch.Generator().manual_seed(seed + 1000))
     return float((model(x, queries).argmax(-1) == targets).double().mean())
-
-
-def _cross_entropy(logits: Float[Tensor, "batch queries digits"], y: Int[Tensor, "batch queries"]) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
 
 def _draw(figure: Any, accuracy: dict[int, Arms]) -> None:
