@@ -59,11 +59,11 @@ def run(seed: int, size: Size) -> Findings:
     x, y = (torch.stack(parts) for parts in zip(*(_sentences(s) for s in seeds), strict=True))
     right, mass = Arms(), Arms()
     for arm in ARMS:
-        model = Together(lambda arm=arm: Reader(arm), seeds, in_turn=True)  # type: ignore[misc]
+        model = Together(partial(Reader, arm), seeds, in_turn=True)
         batches = epochs(x[:, :TRAIN], y[:, :TRAIN], 64, seeds)
         fit(model, batches, cross_entropy, STEPS[size], lr=5e-3, optimiser=torch.optim.Adam, decay=constant)
         right[arm] = accuracy(model, x[:, TRAIN:], y[:, TRAIN:])
-        mass[arm] = tuple(_mass(model.module(s), x[s, TRAIN:]) for s in range(model.count))
+        mass[arm] = tuple(map(_mass, model.modules(), x[:, TRAIN:]))
     return Findings(
         seeds=seeds,
         checks=(

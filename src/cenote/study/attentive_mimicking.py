@@ -52,9 +52,9 @@ def run(seed: int, size: Size) -> Findings:
             guess = model(x[:, TRAIN:])
         errors[name] = _per_seed((guess - y[:, TRAIN:]).square().mean(-1))
         cosines[name] = _per_seed(F.cosine_similarity(guess, y[:, TRAIN:], dim=-1))
-        modules: list[Any] = [model.module(s) for s in range(model.count)]
         with torch.no_grad():
-            weights = torch.stack([m.pool.attend(own).weights for m, own in zip(modules, x[:, TRAIN:], strict=True)])
+            own = zip(model.modules(), x[:, TRAIN:], strict=True)
+            weights = torch.stack([m.pool.attend(contexts).weights for m, contexts in own])
         shares[name] = _per_seed(weights[:, :, 0, :GOOD].sum(-1))
     more = tuple(s - GOOD / CONTEXTS for s in shares["agreement"])
     return Findings(

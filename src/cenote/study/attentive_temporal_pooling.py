@@ -66,8 +66,7 @@ def run(seed: int, size: Size) -> Findings:
                 for n in HEARD:
                     over_time[n][name] = accuracy(model, test.x[:, :, :n], test.y, batch=100)
             if share == HALF and name == BEST:
-                on_speech, on_noise = _weights(model, test)
-                weights["speech"], weights["noise"] = on_speech, on_noise
+                weights["speech"], weights["noise"] = _weights(model, test)
     half = by_share[HALF]
     gaps = {share: arms.minus(BEST, MEAN) for share, arms in by_share.items()}
     growth = tuple(b - a for a, b in zip(gaps[min(gaps)], gaps[max(gaps)], strict=True))
@@ -175,11 +174,10 @@ def _streams(seeds: tuple[int, ...], count: int, share: float, offset: int) -> S
 @torch.no_grad()
 def _weights(model: Together, test: Streams) -> tuple[tuple[float, ...], tuple[float, ...]]:
     speech, noise = [], []
-    for i in range(model.count):
-        module: Any = model.module(i)
-        weights = torch.sigmoid(module.pool.scorer(module.frames(test.x[i]))).squeeze(-1)
-        speech.append(float(weights[~test.noise[i]].mean()))
-        noise.append(float(weights[test.noise[i]].mean()))
+    for module, x, noisy in zip(model.modules(), test.x, test.noise, strict=True):
+        weights = torch.sigmoid(module.pool.scorer(module.frames(x))).squeeze(-1)
+        speech.append(float(weights[~noisy].mean()))
+        noise.append(float(weights[noisy].mean()))
     return tuple(speech), tuple(noise)
 
 

@@ -67,7 +67,7 @@ def run(seed: int, size: Size) -> Findings:
     others[:, :, WORDS:] = test[0][:, :, WORDS:].roll(1, 1)
     arms, overall, shuffled = Arms(), Arms(), Arms()
     for name, way in {TEXT_ONLY: FlatMemories, **WAYS}.items():
-        model = Together(lambda way=way, name=name: Translator(way, name != TEXT_ONLY), seeds, in_turn=True)  # type: ignore[misc]
+        model = Together(partial(Translator, way, name != TEXT_ONLY), seeds, in_turn=True)
         fit(model, epochs(*train, 64, seeds), _loss, STEPS[size], lr=3e-3)
         arms[name], overall[name] = _right(model, *test)
         if name != TEXT_ONLY:

@@ -168,8 +168,8 @@ def _dense(seeds: tuple[int, ...], size: Size) -> tuple[float, ...]:
     fit(model, epochs(x, y, 64, seeds), cross_entropy, STEPS[size], 3e-3)
     off = []
     canvas = F.pad(test.x[:50], (5, 6, 6, 5))
-    for i in range(len(seeds)):
-        trunk: Any = model.module(i).get_submodule("0")
+    for net in model.modules():
+        trunk = net[0]
         with torch.no_grad():
             dense, strided = to_output_stride(trunk, 1, canvas)(canvas), trunk(canvas)
         off.append(float((dense[..., ::4, ::4] - strided).abs().max()))

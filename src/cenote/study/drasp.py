@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from cenote.pool import DraspPool, MeanPool, Pool, StatisticsPool
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
 from cenote.study.speech import BANDS, FLOOR, PHONES, inventory, phone_sequences, spoken
-from cenote.study.training import Together, epochs, fit, steps_of
+from cenote.study.training import Together, epochs, fit, outputs, steps_of
 
 SHORTEST, LONGEST, GLITCH, SEGMENT = 60, 200, 5, 4
 COST = 1.5
@@ -52,9 +52,7 @@ def run(seed: int, size: Size) -> Findings:
         model = Together(partial(Scorer, pool), seeds)
         steps = steps_of(TRAIN[size], BATCH, EPOCHS[size])
         fit(model, epochs(*train, BATCH, seeds), F.mse_loss, steps, LEARNING_RATE)
-        model.base.eval()
-        with torch.no_grad():
-            guess = torch.cat([model(part) for part in test[0].split(100, 1)], 1)
+        guess = outputs(model, test[0], batch=100)
         correlation[name] = tuple(_rank_correlation(a, b) for a, b in zip(guess, test[1], strict=True))
         error[name] = tuple((guess - test[1]).square().mean(1).tolist())
     better = tuple(max(pair) for pair in zip(correlation[STATISTICS], correlation[FINE], strict=True))

@@ -25,7 +25,7 @@ from cenote.pool import GlobalAveragePool, MLPConv, NetworkInNetwork
 from cenote.study.data import Digits
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
 from cenote.study.training import Together, accuracy, cross_entropy, epochs, fit, steps_of
-from cenote.study.window_cnn import SIDE, Canvas, images, on_canvas
+from cenote.study.window_cnn import SIDE, Build, Canvas, images, on_canvas
 
 TRAIN = 200
 BATCH = 50
@@ -34,8 +34,6 @@ EPOCHS: dict[Size, int] = {"smoke": 1, "small": 60, "full": 60}
 TEST: dict[Size, int] = {"smoke": 100, "small": 1597, "full": 1597}
 CANVAS, LARGE_CANVAS = 14, 24
 CLASSES = 10
-
-Build = Callable[[], nn.Module]
 
 
 class FullyConnected(nn.Sequential):
@@ -170,8 +168,7 @@ def _localised(seeds: tuple[int, ...], size: Size) -> tuple[Arms, Arms, tuple[Te
     model = _trained(network, train, seeds, size)
     hits: list[float] = []
     chance: list[float] = []
-    for i in range(len(seeds)):
-        net: Any = model.module(i)
+    for i, net in enumerate(model.modules()):
         with torch.no_grad():
             logits, maps = net.evidence(test.x[i])
         named = maps[torch.arange(len(maps)), logits.argmax(1)]

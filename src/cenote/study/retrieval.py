@@ -50,11 +50,9 @@ def retrieved(pool: Callable[[], Pool], seeds: tuple[int, ...], size: Size) -> t
     steps = steps_of(len(known.y), BATCH, EPOCHS[size])
     fit(model, epochs(train.x, train.y, BATCH, seeds), cross_entropy, steps, LEARNING_RATE)
     scores = []
-    for i in range(len(seeds)):
-        net = model.module(i)
-        assert isinstance(net, Descriptor)
+    for net, x in zip(model.modules(), test.x, strict=True):
         with torch.no_grad():
-            scores.append(mean_average_precision(net.describe(test.x[i]), others.y))
+            scores.append(mean_average_precision(net.describe(x), others.y))
     return tuple(scores)
 
 

@@ -79,12 +79,12 @@ def run(seed: int, size: Size) -> Findings:
     x, y = (torch.stack(parts) for parts in zip(*(_sentences(s, train + test) for s in seeds), strict=True))
     arms, mass = Arms(), Arms()
     for arm in ARMS:
-        model = Together(lambda arm=arm: Reader(arm), seeds, in_turn=True)  # type: ignore[misc]
+        model = Together(partial(Reader, arm), seeds, in_turn=True)
         fit(model, epochs(x[:, :train], y[:, :train], 64, seeds), cross_entropy, STEPS[size], lr=5e-3)
-        modules: list[Any] = [model.module(s) for s in range(model.count)]
-        arms[arm] = tuple(_macro_f1(m, x[s, train:], y[s, train:]) for s, m in enumerate(modules))
+        modules = model.modules()
+        arms[arm] = tuple(map(_macro_f1, modules, x[:, train:], y[:, train:]))
         if modules[0].attention is not None:
-            mass[arm] = tuple(_more_than_share(m, x[s, train:]) for s, m in enumerate(modules))
+            mass[arm] = tuple(map(_more_than_share, modules, x[:, train:]))
     gains = [arms.minus(first, second) for first, second in PAIRS]
     middle = tuple(sorted(of_seed)[1] for of_seed in zip(*gains, strict=True))
     each = [

@@ -66,8 +66,7 @@ def run(seed: int, size: Size) -> Findings:
 
 @torch.no_grad()
 def _weights(model: Together, test: Tiles) -> Float[Tensor, "seeds items tiles"]:
-    modules: list[Any] = [model.module(s) for s in range(model.count)]
-    attended = [m.pool.attend(m.encoder(x)).weights for m, x in zip(modules, test.x, strict=True)]
+    attended = [m.pool.attend(m.encoder(x)).weights for m, x in zip(model.modules(), test.x, strict=True)]
     return torch.stack(attended).mean(2)
 
 

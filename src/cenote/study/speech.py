@@ -5,8 +5,6 @@ Nothing is downloaded or played: frames are drawn as log energies of 20 bands on
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -16,18 +14,6 @@ PHONES = 24
 FORMANTS = 3
 BROAD = 1.3
 FLOOR = -4.0
-
-
-class Speech(NamedTuple):
-    """Clips of equal length.
-
-    Attributes:
-        x: log energies.
-        phones: which phone each frame belongs to.
-    """
-
-    x: Float[Tensor, "clips frames bands"]
-    phones: Int[Tensor, "clips frames"]
 
 
 def inventory(seed: int) -> Float[Tensor, "phones formants"]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from cenote.pool import FactorGraphAttention, MeanPool, Pool, StaV2aOnsets
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.training import Together, accuracy, cross_entropy, epochs, fit, steps_of
+from cenote.study.training import Together, accuracy, cross_entropy, epochs, fit, outputs, steps_of
 
 FRAMES, DIM = 40, 32
 CLASSES, INFORMATIVE = 4, 5
@@ -122,14 +122,13 @@ def _global(seeds: tuple[int, ...], size: Size) -> tuple[Arms, tuple[float, ...]
         fit(model, epochs(train.x, train.y, BATCH, seeds), cross_entropy, steps, LEARNING_RATE)
         arms[name] = accuracy(model, test.x, test.y, batch=100)
         if name == "attention":
-            shares = tuple(_attended(model, s, test.x[s], informative[s]) for s in range(len(seeds)))
+            shares = tuple(map(_attended, model.modules(), test.x, informative))
     return arms, shares
 
 
 @torch.no_grad()
-def _attended(model: Together, index: int, x: Float[Tensor, "clips frames dim"], informative: Tensor) -> float:
-    module: Any = model.module(index)
-    weights = module.pool.attend(x).weights.squeeze(1)
+def _attended(model: Any, x: Float[Tensor, "clips frames dim"], informative: Tensor) -> float:
+    weights = model.pool.attend(x).weights.squeeze(1)
     return float((weights * informative).sum(1).mean())
 
 
@@ -181,11 +180,9 @@ def _latent_loss(
     return nn.functional.cross_entropy(logits.flatten(0, 2), y.flatten())
 
 
-@torch.no_grad()
 def _of_frames(model: Together, x: Float[Tensor, "seeds clips frames dim"]) -> np.ndarray:
     """The score of an onset in each frame: that of its first latent frame, all of which are alike."""
-    model.base.eval()
-    logits = torch.cat([model(part) for part in x.split(100, 1)], 1)
+    logits = outputs(model, x, batch=100)
     first = -(-torch.arange(FRAMES) * 25 // 4)
     return (logits[..., 1] - logits[..., 0])[..., first].numpy()
 

@@ -89,6 +89,10 @@ class Together:
         module.load_state_dict(state)
         return module.eval()
 
+    def modules(self) -> list[Any]:
+        """Every copy on its own, by seed."""
+        return [self.module(i) for i in range(self.count)]
+
     def size(self) -> int:
         """Trained numbers of one copy."""
         return sum(p[0].numel() for p in self.trained())
@@ -214,13 +218,19 @@ def cross_entropy(logits: Float[Tensor, "seeds batch classes"], y: Int[Tensor, "
 
 
 @torch.no_grad()
+def outputs(
+    model: Together, x: Shaped[Tensor, "seeds items *any"], batch: int = 512
+) -> Float[Tensor, "seeds items *out"]:
+    """Of trained copies, in eval mode, so many items at a time."""
+    model.base.eval()
+    return torch.cat([model(part) for part in x.split(batch, 1)], 1)
+
+
 def accuracy(
     model: Together, x: Shaped[Tensor, "seeds items *any"], y: Int[Tensor, "seeds items"], batch: int = 512
 ) -> tuple[float, ...]:
     """Share of items whose class is named rightly, per seed."""
-    model.base.eval()
-    guesses = torch.cat([model(part).argmax(-1) for part in x.split(batch, 1)], 1)
-    return tuple((guesses == y).double().mean(1).tolist())
+    return tuple((outputs(model, x, batch).argmax(-1) == y).double().mean(1).tolist())
 
 
 def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
