@@ -11,7 +11,7 @@ regions have no truth but borders that should lie on the edges of the image.
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cenote.pool import DeepLabASPP, DenseCRF, search_crf, to_output_stride, unary_from_labels, unary_from_probabilities
+from cenote.study.data import crop, photographs
 from cenote.study.global_cue import COLOURS, WIDTH, one_patch, trained
 from cenote.study.harness import Arms, Findings, Size, above, below, draw_arms, seeds_of, study
 from cenote.study.training import Together, cross_entropy, epochs, fit
@@ -188,17 +189,16 @@ def _on_photographs(seed: int, side: int) -> tuple[float, float]:
     """
     generator = torch.Generator().manual_seed(seed)
     ratios = []
-    for photo in _photographs():
-        top, left = (int(torch.randint(n - side + 1, (), generator=generator)) for n in photo.shape[1:])
-        crop = photo[:, top : top + side, left : left + side]
-        flat = F.avg_pool2d(crop.mean(0, keepdim=True), REGION)[0]
+    for photo in photographs():
+        image = crop(photo, side, generator)
+        flat = F.avg_pool2d(image.mean(0, keepdim=True), REGION)[0]
         bounds = flat.flatten().quantile(torch.tensor([0.25, 0.5, 0.75]))
         coarse = torch.bucketize(flat.contiguous(), bounds)
         wrong = torch.rand(coarse.shape, generator=generator) < 0.2
         coarse = torch.where(wrong, torch.randint(CLASSES, coarse.shape, generator=generator), coarse)
         labels = coarse.repeat_interleave(REGION, 0).repeat_interleave(REGION, 1)
-        q = DenseCRF(5.0, 50.0, 10.0)(unary_from_labels(labels.unsqueeze(0), CLASSES, 0.6), crop.unsqueeze(0))
-        ratios.append([_at_borders(crop, guess) for guess in (labels, q[0].argmax(0))])
+        q = DenseCRF(5.0, 50.0, 10.0)(unary_from_labels(labels.unsqueeze(0), CLASSES, 0.6), image.unsqueeze(0))
+        ratios.append([_at_borders(image, guess) for guess in (labels, q[0].argmax(0))])
     before, after = torch.tensor(ratios).mean(0).tolist()
     return before, after
 
@@ -210,13 +210,6 @@ def _at_borders(image: Float[Tensor, "3 h w"], labels: Int[Tensor, "h w"]) -> fl
     if not bool(borders.any()):
         return 1.0
     return float(steps[borders].mean() / steps.mean())
-
-
-@cache
-def _photographs() -> tuple[Tensor, ...]:
-    from sklearn.datasets import load_sample_images
-
-    return tuple(torch.tensor(image).movedim(-1, 0).float() for image in load_sample_images().images)
 
 
 def _sample(seed: int) -> tuple[Tensor, Tensor, Tensor]:

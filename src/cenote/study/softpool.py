@@ -13,7 +13,7 @@ authors' CUDA kernel.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cenote.pool import EDSCWPool2d, SoftPool2d
+from cenote.study.data import crop, photographs
 from cenote.study.harness import Arms, Findings, Size, above, below, between, draw_arms, seeds_of, study
 from cenote.study.training import accuracy
 from cenote.study.window_cnn import Build, images, over_seeds, trained_cnn
@@ -100,21 +101,9 @@ def run(seed: int, size: Size) -> Findings:
 
 
 def crops_of(seed: int, count: int) -> Float[Tensor, "crops 3 side side"]:
-    """Half of them from either photograph."""
+    """In [0, 1], half of them from either photograph."""
     generator = torch.Generator().manual_seed(seed)
-    out = []
-    for i in range(count):
-        photo = _photographs()[i % 2]
-        top, left = (int(torch.randint(n - CROP + 1, (), generator=generator)) for n in photo.shape[1:])
-        out.append(photo[:, top : top + CROP, left : left + CROP])
-    return torch.stack(out)
-
-
-@cache
-def _photographs() -> tuple[Tensor, ...]:
-    from sklearn.datasets import load_sample_images
-
-    return tuple(torch.tensor(image).movedim(-1, 0).float() / LEVELS for image in load_sample_images().images)
+    return torch.stack([crop(photographs()[i % 2], CROP, generator) for i in range(count)]) / LEVELS
 
 
 def ssim(a: Float[Tensor, "items channels height width"], b: Float[Tensor, "items channels height width"]) -> float:
