@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cenote.pool import AdaptiveNoisePool, MaxPool, MeanPool
 from cenote.pool.attention.attenuator import Attenuator, Pooling
 from cenote.pool.attention.knn_centroid import knn_centroid_targets, knn_centroid_vectors
-from cenote.study.harness import Arms, Findings, Size, above, seeds_of, study, t_interval
+from cenote.study.harness import Arms, Findings, Size, above, draw_curves, seeds_of, study
 from cenote.study.training import Together, constant, epochs, fit, steps_of
 
 VECTORS, DIM = 32, 8
@@ -194,18 +194,8 @@ def _draw(figure: Any, errors: dict[int, Arms], untrained: dict[int, Arms]) -> N
         (left, errors, "KNN-Centroid, trained"),
         (right, untrained, "signal and noise, untrained"),
     ):
-        shares = list(by_share)
-        for name in by_share[shares[0]]:
-            means = [np.mean(by_share[k][name]) for k in shares]
-            low, high = zip(*(t_interval(by_share[k][name]) for k in shares), strict=True)
-            (line,) = axes.plot(shares, means, "o-", markersize=4, label=name)
-            axes.fill_between(shares, low, high, alpha=0.2, color=line.get_color())
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(shares, [str(k) for k in shares])
+        draw_curves(axes, by_share, f"signal vectors of {VECTORS}", "mean squared error")
         axes.set_yscale("symlog", linthresh=1e-3)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel(f"signal vectors of {VECTORS}")
-        axes.set_ylabel("mean squared error")
         axes.set_title(title, fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cenote.pool import DeepLabV3Head, effective_receptive_field, recommend_rates
 from cenote.study.global_cue import COLOURS, WIDTH, one_patch, trained
-from cenote.study.harness import Arms, Findings, Size, above, below, draw_arms, seeds_of, study
+from cenote.study.harness import Arms, Findings, Size, above, below, draw_arms, draw_picture, seeds_of, study
 
 SIDES = (12, 24)
 MULTIPLIERS: dict[Size, tuple[int, ...]] = {
@@ -102,7 +102,4 @@ def _draw(figure: Any, arms: dict[int, Arms], multipliers: tuple[int, ...], fiel
     first.legend(frameon=False)
     first.spines[["top", "right"]].set_visible(False)
     draw_arms(second, arms[SIDES[-1]], f"pixel accuracy, {SIDES[-1]} x {SIDES[-1]}")
-    third.imshow(field.sqrt().numpy(), cmap="viridis")
-    third.set_title("where the middle looks", fontsize=9)
-    third.set_xticks([])
-    third.set_yticks([])
+    draw_picture(third, field.sqrt(), "where the middle looks", cmap="viridis")

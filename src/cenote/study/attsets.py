@@ -23,7 +23,7 @@ from torch.optim import Adam
 from cenote.pool import AttSets, MaxPool, MeanPool, Pool
 from cenote.pool.attention.attsets_faset import Batch, FASet
 from cenote.study.data import PIXELS, Digits, digits
-from cenote.study.harness import Arms, Findings, Size, above, seeds_of, study, t_interval
+from cenote.study.harness import Arms, Findings, Size, above, draw_curves, seeds_of, study
 
 WIDTH = 64
 VIEWS = 8
@@ -151,15 +151,6 @@ def _smallest_fall(by_views: dict[int, Arms], name: str) -> list[float]:
 
 def _draw(figure: Any, by_views: dict[int, Arms]) -> None:
     axes = figure.subplots()
-    for name in by_views[1]:
-        means = np.array([np.mean(by_views[n][name]) for n in TESTED])
-        intervals = np.array([t_interval(by_views[n][name]) for n in TESTED])
-        (line,) = axes.plot(TESTED, means, "o-", markersize=4, label=name)
-        axes.fill_between(TESTED, intervals[:, 0], intervals[:, 1], alpha=0.2, color=line.get_color())
+    draw_curves(axes, by_views, f"views at test time (trained with {VIEWS})", "cross-entropy per pixel")
     axes.axvline(VIEWS, color="#9aa0a6", linewidth=0.8, linestyle=":")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(TESTED, [str(n) for n in TESTED])
-    axes.set_xlabel(f"views at test time (trained with {VIEWS})")
-    axes.set_ylabel("cross-entropy per pixel")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from cenote.pool import DeepLabASPP, DenseCRF, search_crf, to_output_stride, unary_from_labels, unary_from_probabilities
 from cenote.study.data import crop, photographs
 from cenote.study.global_cue import COLOURS, WIDTH, one_patch, trained
-from cenote.study.harness import Arms, Findings, Size, above, below, draw_arms, seeds_of, study
+from cenote.study.harness import Arms, Findings, Size, above, below, draw_arms, draw_picture, seeds_of, study
 from cenote.study.training import Together, cross_entropy, epochs, fit
 from cenote.study.window_cnn import images as digit_images
 from cenote.study.window_cnn import over_seeds
@@ -224,7 +224,4 @@ def _draw(figure: Any, scores: Arms, pyramids: Arms, sample: tuple[Tensor, Tenso
     draw_arms(first, scores, "pixel accuracy, discs")
     draw_arms(second, pyramids, "pixel accuracy, whole image")
     for axes, picture, title in zip(pictures, sample, ("image", "before", "after"), strict=True):
-        axes.imshow(picture.numpy(), cmap="viridis", vmin=0)
-        axes.set_title(title, fontsize=9)
-        axes.set_xticks([])
-        axes.set_yticks([])
+        draw_picture(axes, picture, title, cmap="viridis", vmin=0)

@@ -23,6 +23,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from cenote.core import InputError
 
@@ -298,6 +300,29 @@ def draw_arms(axes: Any, arms: Arms, xlabel: str) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(xlabel)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_curves(axes: Any, by_x: Mapping[int, Arms], xlabel: str, ylabel: str) -> None:
+    """One curve per arm over the numbers that `by_x` has arms for, in powers of 2: the mean and its 95 % interval."""
+    at = list(by_x)
+    for name in by_x[at[0]]:
+        means = [float(np.mean(by_x[n][name])) for n in at]
+        low, high = zip(*(t_interval(by_x[n][name]) for n in at), strict=True)
+        (line,) = axes.plot(at, means, "o-", markersize=4, label=name)
+        axes.fill_between(at, low, high, alpha=0.2, color=line.get_color())
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(at, [str(n) for n in at])
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_picture(axes: Any, picture: Float[Tensor, "height width *colours"], title: str, **settings: Any) -> None:
+    """An image without axes; `settings` as of matplotlib's `imshow`."""
+    axes.imshow(picture.numpy(), **settings)
+    axes.set_title(title, fontsize=9)
+    axes.set_xticks([])
+    axes.set_yticks([])
 
 
 def _bound(number: float) -> float | None:

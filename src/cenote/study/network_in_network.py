@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from cenote.pool import GlobalAveragePool, MLPConv, NetworkInNetwork
 from cenote.study.data import Digits
-from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
+from cenote.study.harness import Arms, Findings, Size, above, draw_arms, draw_picture, seeds_of, study
 from cenote.study.training import Together, accuracy, cross_entropy, epochs, fit, steps_of
 from cenote.study.window_cnn import SIDE, Build, Canvas, images, on_canvas
 
@@ -193,8 +193,5 @@ def _draw(
     draw_arms(first, canvas, "accuracy, canvas")
     draw_arms(second, middle, "accuracy, middle")
     second.set_yticklabels([])
-    for axes, image, title in zip((third, fourth), picture, ("one canvas", "its class's map"), strict=True):
-        axes.imshow(image.numpy(), cmap="gray_r" if title == "one canvas" else "viridis")
-        axes.set_title(title, fontsize=9)
-        axes.set_xticks([])
-        axes.set_yticks([])
+    draw_picture(third, picture[0], "one canvas", cmap="gray_r")
+    draw_picture(fourth, picture[1], "its class's map", cmap="viridis")
