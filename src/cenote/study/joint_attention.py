@@ -71,11 +71,16 @@ def run(seed: int, size: Size) -> Findings:
         EACH: partial(Field, aggregation="ind_only"),
         BLIND: partial(Field, blind=True),
     }
+    drawn = [
+        (
+            scenes(trained_on, torch.Generator().manual_seed(s)),
+            scenes(tested_on, torch.Generator().manual_seed(s + 1000)),
+        )
+        for s in seeds
+    ]
     for name in (CONES, *builds):
         runs = []
-        for s in seeds:
-            train = scenes(trained_on, torch.Generator().manual_seed(s))
-            test = scenes(tested_on, torch.Generator().manual_seed(s + 1000))
+        for s, (train, test) in zip(seeds, drawn, strict=True):
             if name == CONES:
                 runs.append(_distances(gaze_cones(test), test))
                 continue
