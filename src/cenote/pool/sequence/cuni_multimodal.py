@@ -229,12 +229,7 @@ class ParallelMemories(Memories):
     `y = q + sum_i dropout(attention_i(LN(q), M_i))`
 
     Args:
-        dim: width of queries and of every memory.
-        memories: number of memories.
-        heads: attention heads, one number for all memories or one for each.
-        bias: whether the maps of the attention have biases.
-        dropout: of the weights and of what is added.
-        eps: of the layer norm.
+        dim, memories, heads, bias, dropout, eps: as of `SerialMemories`.
 
     Example:
         >>> text, image = torch.randn(2, 7, 8), torch.randn(2, 64, 8)
@@ -274,12 +269,8 @@ class FlatMemories(Memories):
     `y = q + dropout(attention(LN(q), [M_1; M_2; ...]))`
 
     Args:
-        dim: width of queries and of every memory.
-        memories: number of memories.
+        dim, memories, bias, dropout, eps: as of `SerialMemories`.
         heads: number of attention heads.
-        bias: whether the maps of the attention have biases.
-        dropout: of the weights and of what is added.
-        eps: of the layer norm.
 
     Example:
         >>> text, image = torch.randn(2, 7, 8), torch.randn(2, 64, 8)
@@ -321,13 +312,9 @@ class HierarchicalMemories(Memories):
     each query on its own.
 
     Args:
-        dim: width of queries and of every memory.
-        memories: number of memories.
-        heads: attention heads, one number for all memories or one for each.
+        dim, memories, heads, bias, eps: as of `SerialMemories`.
         hierarchical_heads: heads of the second attention; default the first of `heads`. With 1 it has no maps.
-        bias: whether the maps of the attention have biases.
         dropout: of the weights, of the `C_i` and of what is added.
-        eps: of the layer norm.
 
     Example:
         >>> text, image = torch.randn(2, 7, 8), torch.randn(2, 64, 8)
