@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from cenote.core.errors import InputError
 
 BOUNDARY = "\x02"
-UNKNOWN = "<unk>"
 
 
 class LetterNgrams:

@@ -203,15 +203,6 @@ def score_map_loss(
     return F.cross_entropy(scores, small.long(), ignore_index=ignore)
 
 
-def poly(share: float, power: float = 0.9) -> float:
-    """Factor on the learning rate after this share of the steps: `(1 - share)^power`.
-
-    >>> poly(0.0), poly(1.0)
-    (1.0, 0.0)
-    """
-    return (1 - share) ** power
-
-
 def _branch(channels: int, classes: int, rate: int, hidden: int | None, dropout: float) -> nn.Module:
     first = nn.Conv2d(channels, classes if hidden is None else hidden, 3, padding=rate, dilation=rate)
     if hidden is None:
