@@ -34,8 +34,9 @@ def test_golden(slug: str, index: int, request: pytest.FixtureRequest) -> None:
         pytest.skip(f"no golden cases at {folder}; {FOLDER_HELP}")
     case = load_case(folder, slug, index)
     if (slug, case.cls) not in ADAPTERS:
-        if cenote.find(slug)[0].status == "planned":
-            pytest.skip(f"{slug} is not built yet: no adapter for {case.cls}")
+        system = cenote.find(slug)[0]
+        if system.status == "planned":
+            pytest.skip(f"{slug} is planned for the room {system.room!r}, where it is not built yet: {case.cls}")
         pytest.fail(f"missing adapter: {slug} {case.cls}")
     outputs = outputs_and_gradients(case)
     assert set(case.expected) <= set(outputs)
