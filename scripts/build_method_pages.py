@@ -70,15 +70,18 @@ def system_page(s: System) -> str:
         lines += ["## By name", "", *(by_name(m) for m in names), ""]
     if s.classes:
         lines += ["## Classes", ""]
+        under: dict[str, list[str]] = {}
         for path in s.classes:
-            lines += reference(path)
+            under.setdefault(documented(path), []).append(path.rpartition(".")[2])
+        for path, names in under.items():
+            lines += reference(path, names)
     lines += ["## Does the claim show here?", "", *study(s)]
     return finished(lines)
 
 
 def method_page(m: Method) -> str:
     lines = [MARK, "", f"# {m.name}", "", one_line(m.path), "", "## By name", "", by_name(m), "", "## Class", ""]
-    return finished(lines + reference(m.path))
+    return finished(lines + reference(documented(m.path), [m.path.rpartition(".")[2]]))
 
 
 def facts(s: System) -> str:
@@ -99,11 +102,23 @@ def by_name(m: Method) -> str:
     return f'- `cenote.create("{m.name}", ...)` builds `{cls}(...{settings})`: {m.summary}.{fast}'
 
 
-def reference(path: str) -> list[str]:
+def documented(path: str) -> str:
+    """The path itself, or of a class without a docstring of its own that of the base whose docstring it has."""
+    found = load(path)
+    if not inspect.isclass(found):
+        return path
+    base = next(c for c in found.__mro__ if c.__doc__)
+    return path if base is found else f"{base.__module__}.{base.__qualname__}"
+
+
+def reference(path: str, names: list[str]) -> list[str]:
+    """Where it is defined and its docstring, and under which names it is to be had where that is not its own."""
     where = inspect.getsourcefile(load(path))
     assert where is not None
     source = Path(where).resolve().relative_to(DOCS.parent).as_posix()
-    return [f"`{source}`", "", f"::: {path}", ""]
+    own = path.rpartition(".")[2]
+    had_as = f", to be had as {', '.join(f'`{n}`' for n in names)}" if names != [own] else ""
+    return [f"`{source}`{had_as}", "", f"::: {path}", ""]
 
 
 def study(s: System) -> list[str]:
