@@ -25,12 +25,7 @@ class MIDAMLoss(nn.Module, ABC):
     `state_dict`: `a`, `b`, `alpha` and the running estimate of each bag.
 
     Args:
-        bags: number of training bags.
-        margin: `c`, by how much the mean scores of the classes are to differ; 0.1 to 1.
-        gamma: how much of a bag's estimate is replaced at a visit; 1 keeps no memory. 0.1 to 0.9.
-        init: what a bag's estimate is before its first visit: `"first_value"`: what that visit brings; `"authors"`: 0 in
-            smoothed-max mode, 1 in attention mode. With 0 the first gradient of a bag is `1 / gamma` times too large.
-        exact_alpha: whether the last term has the factor 2 of the objective; the authors' estimator has 1.
+        bags, margin, gamma, init, exact_alpha: as of `MIDAMSmoothedMaxLoss`.
 
     Raises:
         InputError: where a number is out of range, or a batch repeats a bag or holds one class only.
@@ -117,8 +112,13 @@ class MIDAMSmoothedMaxLoss(MIDAMLoss):
     `s_i <- (1 - gamma) s_i + gamma f_i`, `h_i = tau log s_i`, and `dh_i ~ tau f_i / s_i`.
 
     Args:
-        bags, margin, gamma, init, exact_alpha: as of `MIDAMLoss`.
+        bags: number of training bags.
         tau: temperature of the scorer.
+        margin: `c`, by how much the mean scores of the classes are to differ; 0.1 to 1.
+        gamma: how much of a bag's estimate is replaced at a visit; 1 keeps no memory. 0.1 to 0.9.
+        init: what a bag's estimate is before its first visit: `"first_value"`: what that visit brings; `"authors"`: 0. With 0
+            the first gradient of a bag is `1 / gamma` times too large.
+        exact_alpha: whether the last term has the factor 2 of the objective; the authors' estimator has 1.
 
     Example:
         >>> loss = MIDAMSmoothedMaxLoss(bags=10, tau=0.5)
@@ -173,7 +173,8 @@ class MIDAMAttentionLoss(MIDAMLoss):
     `dh_i ~ h_i (1 - h_i) (n_i / s_d - s_n m_i / s_d^2)`.
 
     Args:
-        bags, margin, gamma, init, exact_alpha: as of `MIDAMLoss`.
+        bags, margin, gamma, exact_alpha: as of `MIDAMSmoothedMaxLoss`.
+        init: what a bag's estimate is before its first visit: `"first_value"`: what that visit brings; `"authors"`: 1.
 
     Example:
         >>> from cenote.pool.bags.midam import AttentionStatistic

@@ -21,7 +21,9 @@ class MixedPool(SharedWindowPool):
 
     Args:
         kernel_size, stride, padding, ceil_mode: as in `torch.nn.AvgPool2d`; cells outside of the map are left out.
-        channels, regions, count_include_pad: as in `SharedWindowPool`.
+        channels: number of channels of the map, for parameters of each channel's own; else channels share them.
+        regions: number of windows along each dimension, for parameters of each window's own; else windows share them.
+        count_include_pad: whether the mean counts padded cells, as in `torch.nn.AvgPool2d`.
         a: its first value.
         constraint: how it is kept in [0, 1]: `"sigmoid"` or `"clamp"`.
 
@@ -68,7 +70,7 @@ class GatedPool(SharedWindowPool):
 
     Args:
         kernel_size, stride, padding, ceil_mode: as in `torch.nn.AvgPool2d`; cells outside of the map are left out.
-        channels, regions, count_include_pad: as in `SharedWindowPool`.
+        channels, regions, count_include_pad: as in `MixedPool`.
 
     Example:
         >>> GatedPool2d(3, stride=2, ceil_mode=True)(torch.randn(2, 8, 8, 7)).shape
@@ -113,7 +115,7 @@ class TreePool(SharedWindowPool):
     Args:
         kernel_size, stride, padding, ceil_mode: as in `torch.nn.AvgPool2d`; cells outside of the map are left out.
         levels: `L` of the tree, with `2^(L-1)` leaves.
-        channels, regions: as in `SharedWindowPool`.
+        channels, regions: as in `MixedPool`.
         leaves: what filters start from: `"random"`, near zero as the authors do, or `"mean"`, near the mean of the window.
 
     Attributes:
