@@ -22,7 +22,7 @@ def cells(x: Tensor, k: int, s: int) -> Tensor:
     return x.flatten(-dims)
 
 
-def same_gradient_both_ways(pool: LeanWindowPool, x: Tensor) -> None:
+def assert_same_gradient_both_ways(pool: LeanWindowPool, x: Tensor) -> None:
     """The backward pass that makes weights again agrees with a graph that kept them."""
     x = x.clone().requires_grad_()
     kept, lean = pool.attend(x).output, pool(x)

@@ -164,7 +164,7 @@ def plainly(s: Setting, x: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return torch.cat(outputs, -1), torch.cat(weights, -1)
 
 
-def close(a: Tensor, b: Tensor, what: str) -> None:
+def assert_close(a: Tensor, b: Tensor, what: str) -> None:
     torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10, msg=lambda m: f"{what}: {m}")
 
 
@@ -182,7 +182,7 @@ def test_absorbed_equals_projected_with_all_gradients(setting: Setting) -> None:
         found.append((output, weights, *gradients))
     for other in found[1:]:
         for i, (a, b) in enumerate(zip(found[0], other, strict=True)):
-            close(a, b, f"tensor {i}")
+            assert_close(a, b, f"tensor {i}")
 
 
 @given(setting=settings_of_attention())
@@ -197,9 +197,9 @@ def test_absorbed_equals_each_set_on_its_own(setting: Setting) -> None:
         else:
             assert isinstance(tokens, PaddedTokens)
             of_set = weights[b] if tokens.mask is None else weights[b][tokens.mask[b]]
-        close(of_set, expected_weights, f"weights of set {b}")
+        assert_close(of_set, expected_weights, f"weights of set {b}")
         if len(x) or setting.beside is not None:
-            close(output[b], expected, f"output of set {b}")
+            assert_close(output[b], expected, f"output of set {b}")
         else:
             assert not output[b].any()
 
@@ -230,13 +230,13 @@ def test_same_as_multihead_attention_of_torch(masked: bool) -> None:
     )
     output, weights = mha_with_same_weights(theirs, query, PaddedTokens(x, mask))
     output = theirs.out_proj(output)
-    close(output, expected, "output")
-    close(weights.transpose(1, 2).unflatten(1, (3, 5)), expected_weights, "weights")
+    assert_close(output, expected, "output")
+    assert_close(weights.transpose(1, 2).unflatten(1, (3, 5)), expected_weights, "weights")
     inputs = [x, query, *theirs.parameters()]
     for a, b in zip(
         torch.autograd.grad(output.sin().sum(), inputs), torch.autograd.grad(expected.sin().sum(), inputs), strict=True
     ):
-        close(a, b, "gradient")
+        assert_close(a, b, "gradient")
 
 
 def test_same_as_scaled_dot_product_attention_of_torch() -> None:
@@ -247,7 +247,7 @@ def test_same_as_scaled_dot_product_attention_of_torch() -> None:
         query.unflatten(-1, (2, 12)).transpose(1, 2), x.unsqueeze(1), x.unsqueeze(1)
     )
     output, _ = cross_attention(PaddedTokens(x), query, heads=2, value=Projection(torch.eye(12).double().repeat(2, 1)))
-    close(output.unflatten(-1, (2, 12)).transpose(1, 2), expected, "output")
+    assert_close(output.unflatten(-1, (2, 12)).transpose(1, 2), expected, "output")
 
 
 @pytest.mark.parametrize("normalised", [False, True])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.maps import cells, kept_for_backward, maps, same_gradient_both_ways
+from tests.maps import assert_same_gradient_both_ways, cells, kept_for_backward, maps
 from torch import Tensor
 
 from cenote import InputError
@@ -130,7 +130,7 @@ def test_windows_of_one_cell_change_nothing(cls: type[WindowPool]) -> None:
     ],
 )
 def test_made_again_gradients_are_those_of_autograd(pool: WeightedWindowPool) -> None:
-    same_gradient_both_ways(pool, maps())
+    assert_same_gradient_both_ways(pool, maps())
 
 
 @pytest.mark.parametrize("pool", [EDSCWPool2d(2), EDSCWPool2d(2, similarity="vector"), IDWPool2d(2)])

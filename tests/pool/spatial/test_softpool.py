@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.maps import SIZES, cells, kept_for_backward, maps, same_gradient_both_ways
+from tests.maps import SIZES, assert_same_gradient_both_ways, cells, kept_for_backward, maps
 from torch import Tensor
 
 from cenote import InputError
@@ -160,7 +160,7 @@ POOLS: dict[str, WeightedWindowPool] = {
 
 @pytest.mark.parametrize("name", POOLS)
 def test_made_again_gradients_are_those_of_autograd(name: str) -> None:
-    same_gradient_both_ways(POOLS[name], maps())
+    assert_same_gradient_both_ways(POOLS[name], maps())
 
 
 class DistancePool(WeightedWindowPool):
