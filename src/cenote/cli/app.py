@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from cenote.cli import catalog, extract, models, predict, probe, report, study
+from cenote.cli import catalog, extract, mimic, models, predict, probe, report, study
 from cenote.core.errors import InputError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app.command("probe")(probe.probe)
 app.command("extract")(extract.extract)
 app.command("predict")(predict.predict)
 app.command("report")(report.report)
+app.command("mimic")(mimic.mimic)
 app.command("study")(study.study)
 app.command("list")(catalog.list_methods)
 app.command("show")(catalog.show)

@@ -6,7 +6,7 @@ Source: Schick, Schütze, "Attentive Mimicking: Better Word Embeddings by Attend
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,6 +168,7 @@ def train_mimic(
     batch_size: int = 64,
     learning_rate: float = 0.01,
     seed: int = 0,
+    on_progress: Callable[[float], None] = lambda _share: None,
 ) -> Mimic:
     """Train Attentive Mimicking: from letters and contexts, give frequent words the vectors that they have.
 
@@ -185,6 +186,7 @@ def train_mimic(
         least_ngram: how often an n-gram must stand in the words of `known` to get a vector of its own.
         epochs, batch_size, learning_rate: of Adam.
         seed: of initialisation and order.
+        on_progress: called with the share of the training that is done.
 
     Raises:
         InputError: where no word with a vector is frequent enough.
@@ -214,7 +216,7 @@ def train_mimic(
     visits = [w for w in targets for _ in range(int(min(counts[w] / least_count, MOST_VISITS)))]
     mimic.model.train()
     losses = []
-    for _ in range(epochs):
+    for epoch in range(epochs):
         total = 0.0
         order = torch.randperm(len(visits), generator=generator).tolist()
         for start in range(0, len(order), batch_size):
@@ -226,10 +228,57 @@ def train_mimic(
             loss.backward()
             optimiser.step()
             total += float(loss.detach()) * len(words)
+            on_progress((epoch + (start + len(words)) / len(order)) / epochs)
         losses.append(total / len(order))
     mimic.losses = tuple(losses)
     mimic.model.eval()
     return mimic
+
+
+def words_without_vector(text: str | Path | Iterable[str], known: WordVectors, at_least: int = 1) -> list[str]:
+    """The words of a text that have no vector yet, the most frequent first; punctuation and bare numbers are no words.
+
+    Args:
+        text: a file, or sentences.
+        known: words with a vector.
+        at_least: how often a word must stand in the text.
+
+    Raises:
+        InputError: where there is none.
+
+    Example:
+        >>> words_without_vector(["a cenote, a sinkhole of 1999"], WordVectors(["a", "of"], torch.eye(2)))
+        ['cenote', 'sinkhole']
+    """
+    counts = count_words(text)
+    new = [w for w, n in counts.most_common() if n >= at_least and w not in known.number and any(map(str.isalpha, w))]
+    if not new:
+        raise InputError(
+            f"text: no word that stands {at_least} times in it lacks a vector; name the words, or give another text"
+        )
+    return new
+
+
+def read_words(path: str | Path) -> list[str]:
+    """The words of a text file, one a line, in lower case and each once.
+
+    Raises:
+        InputError: naming the line that is no word.
+    """
+    words: dict[str, None] = {}
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"words: {path} cannot be read as text ({error}); name a file with a word a line") from error
+    for number, line in enumerate(lines, 1):
+        word = line.strip().lower()
+        if any(c.isspace() for c in word):
+            raise InputError(f"words: line {number} of {path} holds several words, {line.strip()!r}; give one a line")
+        if word:
+            words[word] = None
+    if not words:
+        raise InputError(f"words: {path} holds no word; write one a line")
+    return list(words)
 
 
 def _drawn(found: Sequence[Context], count: int, generator: torch.Generator) -> list[Context]:

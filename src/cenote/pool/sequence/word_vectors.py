@@ -50,6 +50,23 @@ class WordVectors:
         """Width of a vector."""
         return self.vectors.shape[1]
 
+    def joined(self, new: WordVectors) -> WordVectors:
+        """These vectors with those of other words; a word that stands in both gets the new vector.
+
+        Raises:
+            InputError: where the widths differ.
+
+        Example:
+            >>> old, new = WordVectors(["a", "b"], torch.zeros(2, 1)), WordVectors(["b", "c"], torch.ones(2, 1))
+            >>> both = old.joined(new)
+            >>> both.words, both.vectors.flatten().tolist()
+            (['a', 'b', 'c'], [0.0, 1.0, 1.0])
+        """
+        if new.dim != self.dim:
+            raise InputError(f"new: its vectors have width {new.dim}, these have {self.dim}; join vectors of one model")
+        rows = dict(zip(self.words, self.vectors, strict=True)) | dict(zip(new.words, new.vectors, strict=True))
+        return WordVectors(list(rows), torch.stack(list(rows.values())))
+
     @classmethod
     def read(cls, path: str | Path, at_most: int | None = None) -> WordVectors:
         """Read the text format of word2vec: a line `count dim`, then `word number number ...` per line.
