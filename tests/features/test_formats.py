@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from cenote.core import Bags, InputError
-from cenote.features import TokenDataset, describe, digits, read
+from cenote.features import LayeredDataset, TokenDataset, describe, digits, read
 
 from .conftest import DIM, ITEMS, table
 
@@ -340,6 +340,47 @@ def test_npz_ragged_with_offsets(tmp_path: Path, bags: list[np.ndarray]) -> None
     offsets = np.cumsum([0, *map(len, bags)])
     np.savez(tmp_path / "data.npz", x=np.concatenate(bags), offsets=offsets, y=np.arange(ITEMS) % 2)
     assert_holds(read(tmp_path / "data.npz"), bags)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_npz_of_several_layers(tmp_path: Path, ragged: bool) -> None:
+    x = np.random.default_rng(0).normal(size=(ITEMS, 3, 4, DIM)).astype(np.float32)
+    mask = np.ones((ITEMS, 4), bool)
+    lengths = [2 + i % 3 for i in range(ITEMS)] if ragged else [4] * ITEMS
+    for i, n in enumerate(lengths):
+        mask[i, n:], x[i, :, n:] = False, np.nan
+    np.savez(tmp_path / "data.npz", x=x, mask=mask, y=np.arange(ITEMS) % 2)
+    data = read(tmp_path / "data.npz", layers="all")
+    assert isinstance(data, LayeredDataset)
+    assert (data.layers, data.dim, data.tokens) == ((1, 2, 3), DIM, None if ragged else 4)
+    for i, n in enumerate(lengths):
+        np.testing.assert_array_equal(data.item(i), x[i, :, :n])
+    # without being asked for, the last layer alone, as of a feature store
+    assert_holds(read(tmp_path / "data.npz"), [x[i, -1, :n] for i, n in enumerate(lengths)])
+    assert_holds(read(tmp_path / "data.npz", layers=2), [x[i, 1, :n] for i, n in enumerate(lengths)])
+    some = read(tmp_path / "data.npz", layers="-2:")
+    assert isinstance(some, LayeredDataset)
+    np.testing.assert_array_equal(some.item(5), x[5, 1:, : lengths[5]])
+
+
+def test_npz_says_which_layers_it_holds(tmp_path: Path) -> None:
+    path, y = tmp_path / "data.npz", np.arange(ITEMS) % 2
+    x = np.random.default_rng(0).normal(size=(ITEMS, 3, 4, DIM)).astype(np.float32)
+    np.savez(path, x=x, y=y, layers=np.array([0, 6, 12]))
+    data = read(path, layers="all", prefix_tokens=1)
+    assert isinstance(data, LayeredDataset)
+    assert (data.layers, data.prefix_tokens) == ((0, 6, 12), 1)
+    for wrong in ([0, 6], [6, 0, 12], [0.5, 1, 2], [-1, 0, 1]):
+        np.savez(path, x=x, y=y, layers=np.array(wrong))
+        with pytest.raises(InputError, match="layers must hold the 3 rising numbers"):
+            read(path, layers="all")
+    np.savez(path, x=x, y=y)
+    with pytest.raises(InputError, match="no layer 4"):
+        read(path, layers=4)
+    x[7, 0, 2, 1] = np.inf
+    np.savez(path, x=x, y=y)
+    with pytest.raises(InputError, match=r"item '7' holds NaN"):
+        read(path, layers="all")
 
 
 def test_npz_with_two_dimensional_y(tmp_path: Path, same: list[np.ndarray]) -> None:

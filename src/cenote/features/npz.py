@@ -1,4 +1,4 @@
-"""One `.npz` with `x [items, tokens, dim]` (or `x [total, dim]` and `offsets`), `y`, and what else is known per item."""
+"""One `.npz` with `x [items, tokens, dim]`, of one layer or of several, `y`, and what else is known per item."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from cenote.features.source import Filled, LazyColumns, Source
 from cenote.features.table import Column, find
 from cenote.features.validate import Problems
 
-MASK, OFFSETS = "mask", "offsets"
+MASK, OFFSETS, LAYERS = "mask", "offsets", "layers"
 
 
 def open_npz(path: Path, array: str | None, id_column: str | None, problems: Problems) -> Source:
     """The items of one `.npz`.
 
     Arrays: `x`; `y` (`[items]`, or `[items, labels]`); optional `mask [items, tokens]` with True on real tokens, `ids`,
-    `groups`, `split`. Instead of padding, `x [total, dim]` may come with `offsets [items + 1]`.
+    `groups`, `split`. Instead of padding, `x [total, dim]` may come with `offsets [items + 1]`. Of several layers, `x` is
+    `[items, layers, tokens, dim]`, and `layers` holds their rising numbers (0: the embeddings); default 1, 2, ...
 
     Args:
         path: the file.
@@ -46,11 +47,16 @@ def open_npz(path: Path, array: str | None, id_column: str | None, problems: Pro
         offsets = None
         if OFFSETS in members:
             offsets = _offsets(arrays.npz_values(path, OFFSETS), x.shape, path)
-        elif len(x.shape) != 3:
+        elif len(x.shape) not in (3, 4):
             raise InputError(
-                f"{path}: {name} has shape {list(x.shape)}; expected [items, tokens, dim], "
+                f"{path}: {name} has shape {list(x.shape)}; expected [items, tokens, dim], [items, layers, tokens, dim], "
                 f"or [total, dim] together with offsets [items + 1]"
             )
+        layers: tuple[int, ...] = ()
+        if len(x.shape) == 4:
+            given = arrays.npz_values(path, LAYERS) if LAYERS in members else None
+            layers = _layers(given, x.shape, path)
+            x = _side_by_side(x)
         mask = None
         if MASK in members and offsets is None:
             mask = _mask(arrays.npz_values(path, MASK), x.shape, path)
@@ -65,7 +71,11 @@ def open_npz(path: Path, array: str | None, id_column: str | None, problems: Pro
             raise InputError(f"{path}: {error}; save {key} as numbers or texts, not as objects") from error
         return values.tolist()
 
-    shapes = {key: shape for key, (shape, _) in members.items() if key not in (name, MASK, OFFSETS)}
+    shapes = {
+        key: shape
+        for key, (shape, _) in members.items()
+        if key not in (name, MASK, OFFSETS, *([LAYERS] if layers else []))
+    }
     names = [key for key, shape in shapes.items() if len(shape) == 1 and shape[0] == items]
     id_name = find(shapes, id_column, ("ids", "id"), "id_column")
     ids = [str(i) for i in (range(items) if id_name is None else column(id_name))]
@@ -101,6 +111,26 @@ def open_npz(path: Path, array: str | None, id_column: str | None, problems: Pro
         LazyColumns([*columns, *targets], read),
         load,
         used=frozenset() if id_name is None else frozenset({id_name}),
+        layers=layers,
+    )
+
+
+def _layers(given: NDArray[Any] | None, shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
+    if given is None:
+        return tuple(range(1, shape[1] + 1))
+    numbers = given.tolist() if given.dtype.kind in "iu" and given.ndim == 1 else []
+    if len(numbers) != shape[1] or sorted(set(numbers)) != numbers or min(numbers, default=0) < 0:
+        raise InputError(
+            f"{path}: layers must hold the {shape[1]} rising numbers of the layers of x, which has shape {list(shape)}"
+        )
+    return tuple(numbers)
+
+
+def _side_by_side(x: arrays.StoredArray) -> arrays.StoredArray:
+    """`[items, layers, tokens, dim]` read as `[items, tokens, layers * dim]`."""
+    items, layers, tokens, dim = x.shape
+    return arrays.StoredArray(
+        (items, tokens, layers * dim), x.dtype, lambda: (block.transpose(1, 2).flatten(2) for block in x.blocks())
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from cenote.features.dgcnn import dgcnn_file, open_dgcnn
 from cenote.features.embedded import digit_bags, digits
 from cenote.features.folder import LABELS, open_folder, token_files
 from cenote.features.geometric import geometric_file, open_geometric
+from cenote.features.layered import LayeredDataset
 from cenote.features.npz import open_npz
 from cenote.features.source import Filled, Source
 from cenote.features.store import StoredDataset, StoredTokens, is_store, read_listing
@@ -67,7 +68,8 @@ def read(
             - an Arrow, Feather or Parquet file with a column of lists of vectors, a folder of such files, or one saved by
               `datasets.save_to_disk`;
             - an `.npz` with `x [items, tokens, dim]`, `y`, and, if there are, `mask` (True = real), `ids`, `groups`, `split`;
-              or with `x [total, dim]` and `offsets [items + 1]`;
+              with `x [items, layers, tokens, dim]` and, if there are, the `layers`' numbers; or with `x [total, dim]` and
+              `offsets [items + 1]`;
             - a feature store, as `cenote extract` writes it: its tokens stay on disk;
             - graphs, whose nodes are the tokens: a `.txt` file in DGCNN's format or a folder with one, see
               `cenote.features.dgcnn`; or the root folder or `.pt` file of a dataset of PyTorch Geometric.
@@ -86,8 +88,8 @@ def read(
         seed: of the split that is made.
         labelled: False for data to predict: labels, groups and splits are not looked for, every item is in test, `y` is zeros
             and `classes` empty.
-        layers: of a feature store: which of the stored layers, `"last"`, `"all"`, a number, several, or a text
-            such as `"0,3"`, `"4-6"`, `"-4:"`; default: the last.
+        layers: of a feature store, or an `.npz` with several layers: which of them, `"last"`, `"all"`, a number, several, or a
+            text such as `"0,3"`, `"4-6"`, `"-4:"`; default: the last.
 
     Returns:
         The data, float32 or as stored in half precision: `[items, tokens, dim]` where all items have equally many tokens, else
@@ -114,10 +116,10 @@ def read(
             label_column=label_column, id_column=id_column, group_column=group_column, split_column=split_column,
             fractions=fractions, seed=seed, labelled=labelled,
         )  # fmt: skip
-    if layers not in (None, "all", "last"):
-        raise InputError(f"layers: {path} is no feature store, and holds one layer; leave layers out")
     problems = Problems(str(path))
     source = _open(path, None if labels is None else Path(labels), vector_column, id_column, labelled, problems)
+    if not source.layers and layers not in (None, "all", "last"):
+        raise InputError(f"layers: {path} holds one layer; leave layers out")
     check_ids(source.ids, problems)
     if not source.ids:
         raise InputError(f"{path}: holds no item")
@@ -133,7 +135,7 @@ def read(
     assert filled is not None
     assert made is not None or not labelled
     made = made or _unlabelled(len(source.ids))
-    return TokenDataset(
+    data = TokenDataset(
         name=path.stem,
         x=_shaped(filled),
         y=made.y,
@@ -146,6 +148,17 @@ def read(
         grid=grid,
         source=f"{path} ({source.format})",
     )
+    return data if not source.layers else _chosen(data, source.layers, layers)
+
+
+def _chosen(data: TokenDataset, held: tuple[int, ...], layers: str | int | Sequence[int] | None) -> TokenDataset:
+    """Some of the layers, which lie side by side in each token."""
+    x = data.x
+    if not isinstance(x, Bags):
+        x = x.unflatten(-1, (len(held), -1)).transpose(1, 2)
+    every = LayeredDataset(**{f.name: getattr(data, f.name) for f in fields(TokenDataset)} | {"x": x}, layers=held)
+    numbers = layer_numbers(layers, held)
+    return every.at(numbers[0]) if len(numbers) == 1 else every.only(numbers)
 
 
 def _from_store(

@@ -39,6 +39,7 @@ class Source:
         load: reads the tokens of all items; `None` where problems left nothing to read.
         class_names: names of the classes of columns that store class numbers.
         used: columns that are known not to be labels.
+        layers: numbers of the layers, where each token holds several side by side, `[total, layers * dim]`.
     """
 
     format: str
@@ -47,6 +48,7 @@ class Source:
     load: Callable[[Problems], Filled | None]
     class_names: Mapping[str, list[str]] = field(default_factory=dict)
     used: frozenset[str] = frozenset()
+    layers: tuple[int, ...] = ()
 
 
 class LazyColumns(Mapping[str, Column]):

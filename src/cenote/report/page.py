@@ -18,6 +18,7 @@ from cenote.report import formats
 from cenote.report.attention import Attention
 from cenote.report.curves import HEIGHT, WIDTH, curves
 from cenote.report.formats import Units
+from cenote.report.layers import layer_map
 from cenote.report.leaderboard import leaderboard
 from cenote.report.looks import BAR_HEIGHT, FULL_COLOUR, samples
 from cenote.report.matrix import matrix
@@ -113,6 +114,7 @@ def _page(c: Comparison, attention: Attention | None, count: int) -> str:
         units=units,
         board=leaderboard(c),
         plots=[p for p in (pareto_plot(c, units, *WIDE), pareto_plot(c, units, *NARROW)) if p],
+        layers=layer_map(c),
         matrix=matrix(c),
         resamples=c.provenance.get("bootstrap_resamples"),
         curves=curves(c),
