@@ -1,10 +1,14 @@
-"""All seeds and learning rates of a probe trained together, against the same probes trained one by one.
+"""`cenote probe` against the same probes trained one by one in a plain loop.
+
+`cenote probe` trains all seeds and learning rates of a method together, and two methods at once where there are two threads.
+Its time is that of everything it does: starting processes, testing, the bootstrap. The loop's is that of training and
+validation alone, on as many threads as torch takes.
 
 The plain loop is what one would write: build a probe, AdamW with cosine decay, the same batches in the same order, validate
 after every epoch, keep the best state. Both run every epoch (no early stop), so that both do the same work; the learning rate
 is chosen by the mean validation accuracy over the seeds. Test accuracies must agree within what seeds differ by.
 
-    python -m benchmarks.probe_loop [--json FILE] [--methods fast] [--seeds 3] [--epochs 4]
+    python -m benchmarks.probe_loop [--json FILE] [--methods fast] [--seeds 3] [--epochs 10] [--threads 2]
 """
 
 from __future__ import annotations
@@ -20,14 +24,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from benchmarks.timing import machine
 
 from cenote.features import digits
 from cenote.features.dataset import TokenDataset
-from cenote.probe.compare import chosen_methods
-from cenote.probe.metrics import METRICS
+from cenote.probe import compare
 from cenote.probe.module import Probe, build_probe
 from cenote.probe.recipe import Recipe
-from cenote.probe.training import logical_batches, predict, train
+from cenote.probe.training import logical_batches, predict
 
 
 def one_by_one(
@@ -76,40 +80,43 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--methods", default="fast")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     data, seeds = digits(), tuple(range(arguments.seeds))
     recipe = Recipe(epochs=arguments.epochs, patience=arguments.epochs)
-    rows: dict[str, dict[str, Any]] = {}
     load = os.getloadavg()[0]
-    print(f"{'method':<20} {'together':>9} {'one by one':>11} {'faster':>7}   test accuracy")
-    for name in chosen_methods(arguments.methods):
-        start = time.perf_counter()
-        together = train(lambda name=name: build_probe(name, data), data, METRICS["accuracy"], seeds, recipe)
-        ours = time.perf_counter() - start
+    start = time.perf_counter()
+    comparison = compare(data, arguments.methods, seeds=seeds, recipe=recipe)
+    ours = time.perf_counter() - start
+    test = data.indices("test")
+    rows: dict[str, dict[str, Any]] = {}
+    print(f"{'method':<20} {'together':>9} {'one by one':>11}   test accuracy")
+    for result in comparison.results:
+        name = result.method
         start = time.perf_counter()
         probes, rate, _ = one_by_one(name, data, seeds, recipe)
-        theirs = time.perf_counter() - start
-        test = data.indices("test")
-        accuracies = [[_accuracy(p, data, test, recipe) for p in group] for group in (together.probes, probes)]
+        alone = time.perf_counter() - start
+        accuracies = [list(result.metric_per_seed), [_accuracy(p, data, test, recipe) for p in probes]]
         rows[name] = {
-            "together_s": ours,
-            "one_by_one_s": theirs,
-            "faster": theirs / ours,
-            "learning_rates": [together.learning_rate, rate],
+            "together_s": result.seconds,
+            "one_by_one_s": alone,
+            "learning_rates": [result.learning_rate, rate],
             "test_accuracy_together": accuracies[0],
             "test_accuracy_one_by_one": accuracies[1],
         }
         means = [100 * sum(a) / len(a) for a in accuracies]
-        print(f"{name:<20} {ours:8.2f}s {theirs:10.2f}s {theirs / ours:6.1f}x   {means[0]:.2f} and {means[1]:.2f}")
-    ours, theirs = (sum(r[k] for r in rows.values()) for k in ("together_s", "one_by_one_s"))
-    print(f"{'all':<20} {ours:8.2f}s {theirs:10.2f}s {theirs / ours:6.1f}x   ({torch.get_num_threads()} threads)")
+        print(f"{name:<20} {result.seconds:8.2f}s {alone:10.2f}s   {means[0]:.2f} and {means[1]:.2f}")
+    theirs = sum(row["one_by_one_s"] for row in rows.values())
+    print(f"{'all, wall time':<20} {ours:8.2f}s {theirs:10.2f}s   {theirs / ours:.2f} times faster")
     if arguments.json:
         content = {
             "command": f"python -m benchmarks.probe_loop --seeds {arguments.seeds} --epochs {arguments.epochs}",
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+            "machine": machine(),
             "load_before": round(load, 2),
+            "together_s": ours,
+            "one_by_one_s": theirs,
             "faster": theirs / ours,
             "methods": rows,
         }

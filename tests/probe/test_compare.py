@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -6,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +17,10 @@ from safetensors.torch import load_file
 import cenote
 from cenote.core import InputError
 from cenote.features.dataset import TokenDataset
-from cenote.probe import Comparison, Recipe, compare, verdict
+from cenote.probe import Comparison, Recipe, compare, trials, verdict
 from cenote.probe.cells import load_cell
 from cenote.probe.compare import chosen_methods
-from tests.probe.conftest import make_dataset
+from tests.probe.conftest import make_dataset, make_ragged
 
 QUICK = Recipe(learning_rates=(1e-2,), epochs=8)
 METHODS = ["mean", "max", "simpool"]
@@ -103,7 +105,7 @@ def test_ctrl_c_before_anything_is_done_goes_through(toy: TokenDataset) -> None:
 
 KILLED = """
 import sys
-from tests.probe.conftest import make_dataset
+from tests.probe.conftest import make_dataset, make_ragged
 from cenote.probe import Recipe, compare
 compare(make_dataset(), ["mean", "max", "gem", "simpool"], seeds=1, out=sys.argv[1],
         recipe=Recipe(learning_rates=(1e-2,), epochs=60, patience=60))
@@ -129,6 +131,51 @@ def test_a_killed_run_leaves_only_whole_cells(tmp_path: Path) -> None:
     done = {p.name: p.stat().st_mtime_ns for p in left}
     compare(make_dataset(), ["mean", "max", "gem", "simpool"], seeds=1, out=tmp_path, recipe=recipe)
     assert {name: (cells / name).stat().st_mtime_ns for name in done} == done
+
+
+def test_processes_give_the_same(tmp_path: Path) -> None:
+    data = make_ragged()
+    alone = compare(data, METHODS, seeds=2, recipe=QUICK, workers=1)
+    together = compare(data, METHODS, seeds=2, recipe=QUICK, workers=2, out=tmp_path)
+    assert {r.method for r in together.results} == set(METHODS)
+    for r in alone.results:
+        other = together[r.method]
+        assert other.metric_per_seed == r.metric_per_seed
+        assert other.train_loss == r.train_loss
+        assert other.latency_ms > 0
+    again = compare(data, METHODS, seeds=2, recipe=QUICK, workers=2, out=tmp_path)
+    assert again.results == together.results
+
+
+def test_ctrl_c_in_processes_keeps_what_is_done(toy: TokenDataset, tmp_path: Path) -> None:
+    finished: list[str] = []
+
+    def interrupt(name: str, share: float) -> None:
+        finished.extend([name] if share >= 1 else [])
+        if len(finished) == 2:
+            raise KeyboardInterrupt
+
+    c = compare(toy, METHODS, seeds=1, recipe=QUICK, out=tmp_path, workers=2, on_method=interrupt)
+    assert not c.complete
+    assert {r.method for r in c.results} == set(finished)
+    assert compare(toy, METHODS, seeds=1, recipe=QUICK, out=tmp_path).complete
+
+
+def test_what_a_dead_process_left_is_trained_here(toy: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "_run", lambda _number: os._exit(1))
+    with pytest.warns(UserWarning, match="a training process died"):
+        c = compare(toy, METHODS, seeds=1, recipe=QUICK, workers=2)
+    assert {r.method for r in c.results} == set(METHODS)
+
+
+def test_without_room_for_the_data_methods_train_in_turn(toy: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.warns(UserWarning, match="No space left"):
+        c = compare(toy, METHODS, seeds=1, recipe=QUICK, workers=2)
+    assert {r.method for r in c.results} == set(METHODS)
 
 
 def test_a_missing_cell_is_none(tmp_path: Path) -> None:

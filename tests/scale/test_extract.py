@@ -1,6 +1,7 @@
 """Extraction into a store: what is kept, in which form, and what is refused."""
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +52,39 @@ def test_images(tmp_path: Path, items: RawItems, vit: ModelSpec) -> None:
     assert mask is None
     assert torch.equal(x, data.batch(torch.arange(20))[0][some])
     assert torch.equal(data.item(8), x[3])
+
+
+def test_pictures_of_stored_items(tmp_path: Path, items: RawItems, vit: ModelSpec) -> None:
+    """As the model saw them, on which its patches lie; what is gone is missing, and nothing else."""
+    import base64
+    import io
+
+    from PIL import Image
+
+    from cenote.features.store.pictures import as_seen
+    from cenote.probe import Recipe, compare
+
+    extract(items, vit, tmp_path / "store")
+    data = stored(tmp_path / "store")
+    assert data.images is not None
+    whole = Image.open(tmp_path / "photos" / data.ids[3])
+    assert whole.size == (36, 24)
+    assert np.array_equal(data.images[3], np.asarray(whole.resize((32, 32))))
+    first = data.ids[int(data.indices("test")[0])]
+    (tmp_path / "photos" / first).unlink()
+    compare(data, ["mean"], seeds=1, recipe=Recipe(epochs=1), out=tmp_path / "out")
+    shown = json.loads((tmp_path / "out" / "attention.json").read_text())["items"]
+    assert [item["id"] for item in shown if item["image"] is None] == [first]
+    assert Image.open(io.BytesIO(base64.b64decode(shown[1]["image"]))).size == (32, 32)
+
+    cut = {
+        "do_resize": True,
+        "size": {"shortest_edge": 12},
+        "do_center_crop": True,
+        "crop_size": {"height": 12, "width": 12},
+    }
+    assert np.array_equal(np.asarray(as_seen(whole, cut)), np.asarray(whole.resize((18, 12)).crop((3, 0, 15, 12))))
+    assert as_seen(whole, {**cut, "do_pad": True}) is None
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -208,6 +242,16 @@ def test_layers_of_a_store(tmp_path: Path, items: RawItems, vit: ModelSpec) -> N
     assert torch.equal(data.at(-1).item(4), data.item(4)[2])
     with pytest.raises(InputError, match="there is no layer 0; there are 1, 2, 3"):
         stored(tmp_path / "store", layers=0)
+
+
+def test_another_process_maps_the_same_files(tmp_path: Path, items: RawItems, vit: ModelSpec) -> None:
+    extract(items, vit, tmp_path / "store", Options(layers="2-3"))
+    data = stored(tmp_path / "store", layers="all").at(2)
+    sent = pickle.dumps(data)
+    assert len(sent) < data.nbytes() / 2
+    there = pickle.loads(sent)
+    assert there.fingerprint() == data.fingerprint()
+    assert torch.equal(there.batch(torch.arange(len(data)))[0], data.batch(torch.arange(len(data)))[0])
 
 
 def test_manifest_tells_what_it_is(tmp_path: Path, items: RawItems, vit: ModelSpec) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from cenote.core import InputError
 from cenote.core.memory import return_freed_blocks
 from cenote.features import facts
 from cenote.features.dataset import SPLITS, TokenDataset
-from cenote.probe import cost, statistics, training, verdict
+from cenote.probe import statistics, training, verdict
 from cenote.probe.cells import Cell, cell_key, load_cell, save_cell
 from cenote.probe.columns import BASELINE, Column, Layers, chosen_methods, columns_of
 from cenote.probe.looks import save_looks
@@ -29,9 +29,19 @@ from cenote.probe.module import build_probe
 from cenote.probe.recipe import Recipe
 from cenote.probe.results import Comparison, MethodResult, PairTest
 from cenote.probe.saved import save_best
+from cenote.probe.trials import OnShare, Trial, processors, run_in_processes, run_in_turn, timed
 
 MAX_PAIRWISE_TOKENS = 8192
 HUGE_ITEM_BYTES = 2**24
+
+PROCESSES_PAY_FROM = 2.0
+"""Seconds of training, if every method were as cheap as the baseline, from which starting processes pays."""
+
+LARGEST_COPY = 2**31
+"""Bytes of features that are written to a temporary file for other processes."""
+
+Engine = Callable[[Sequence[Trial], OnShare], Iterator[tuple[Trial, Cell]]]
+"""Trains all trials somewhere, and gives their cells as they finish; see `cenote.scale.RaySweep`."""
 
 OnMethod = Callable[[str, float], None]
 """Called with a method's name and the share of its work that is done; 1.0 also where a finished cell was found."""
@@ -46,6 +56,8 @@ def compare(
     metric: str | None = None,
     recipe: Recipe | None = None,
     layers: Layers = None,
+    workers: int | None = None,
+    engine: Engine | None = None,
     on_method: OnMethod = lambda _name, _share: None,
 ) -> Comparison:
     """Find out which pooling wins on labelled token features.
@@ -61,6 +73,9 @@ def compare(
         layers: of data that hold several: at which of them token pools are tried, `"last"` (the default), `"all"`, a number,
             several, or a text such as `"-4:"`. Pools of layers are compared in the same table; they read all layers but the
             embeddings.
+        workers: how many methods are trained at once, in processes of their own. `None`: one per thread of torch where
+            steps are too small to gain by several threads and there is enough to do, else one. The results are the same.
+        engine: trains the methods elsewhere, instead of `workers`: `cenote.scale.RaySweep`.
         on_method: progress.
 
     Returns:
@@ -90,39 +105,53 @@ def compare(
         return_freed_blocks()
     fingerprint_of = _remembered(data)
     cells: dict[str, Cell] = {}
-    done: dict[str, Column] = {}
-    complete = True
-    try:
-        for column in columns:
-            name = column.name
-            try:
-                build = _builder(column)
-            except InputError as error:
-                if name == baseline:
-                    raise
-                skipped[name] = str(error).removeprefix(f"{column.method.name}: ")
-                on_method(name, 1.0)
-                continue
+    kept: dict[str, tuple[Path, str]] = {}
+    missing: list[Trial] = []
+    for column in columns:
+        name = column.name
+        try:
+            _require_trainable(column)
+        except InputError as error:
+            if name == baseline:
+                raise
+            skipped[name] = str(error).removeprefix(f"{column.method.name}: ")
+            on_method(name, 1.0)
+            continue
+        if folder is not None:
             settings = dict(column.method.settings or {})
             fingerprint = fingerprint_of(column.data)
             key = cell_key(fingerprint, name, settings, recipe, seed_numbers, name_of_metric, _version())
-            path = None if folder is None else folder / "cells" / f"{name}.safetensors"
-            cell = None if path is None else load_cell(path, key)
-            if cell is None:
-                cell = _run(name, build, settings, column.data, name_of_metric, seed_numbers, recipe, on_method)
-                if path is not None:
-                    save_cell(path, key, cell)
-            cells[name], done[name] = cell, column
+            kept[name] = folder / "cells" / f"{name}.safetensors", key
+        cell = load_cell(*kept[name]) if name in kept else None
+        if cell is None:
+            missing.append(Trial(column, name_of_metric, seed_numbers, recipe))
+        else:
+            cells[name] = cell
             on_method(name, 1.0)
+
+    complete = True
+    try:
+        trained = engine(missing, on_method) if engine else _trained(missing, cells, baseline, workers, on_method)
+        for trial, cell in trained:
+            if trial.name in kept:
+                save_cell(*kept[trial.name], cell)
+            cells[trial.name] = cell
+            on_method(trial.name, 1.0)
     except KeyboardInterrupt:
         if baseline not in cells:
             raise
         complete = False
+    done = {column.name: column for column in columns if column.name in cells}
+    for name, column in done.items():
+        if "latency_ms" not in cells[name].record:
+            cells[name] = timed(cells[name], column)
+            if name in kept:
+                save_cell(*kept[name], cells[name])
 
     provenance = _provenance(seed_numbers, recipe, fingerprint_of(data))
     comparison = _judged(data, done, baseline, cells, skipped, name_of_metric, provenance, complete)
     if folder is not None:
-        probes = {name: cells[name].probe(_builder(done[name]), 0) for name in cells}
+        probes = {name: cells[name].probe(_builder(column), 0) for name, column in done.items()}
         views = {name: column.data for name, column in done.items()}
         comparison = save_looks(folder, comparison, data, probes, views)
         winner = done[comparison.winner]
@@ -145,7 +174,7 @@ def _remembered(data: TokenDataset) -> Callable[[TokenDataset], str]:
     return fingerprint
 
 
-def _builder(column: Column) -> Callable[[], Any]:
+def _require_trainable(column: Column) -> None:
     name, data = column.method.name, column.data
     longest = int(data.lengths().max())
     if getattr(build_probe(name, data).pool, "pairwise", False) and longest > MAX_PAIRWISE_TOKENS:
@@ -154,36 +183,32 @@ def _builder(column: Column) -> Callable[[], Any]:
             f"{name}: its tokens attend to each other, which at the {longest:,} tokens of item {item!r} would take too "
             f"long; the limit is {MAX_PAIRWISE_TOKENS:,}"
         )
-    return lambda: build_probe(name, data)
 
 
-def _run(
-    name: str,
-    build: Callable[[], Any],
-    settings: dict[str, Any],
-    data: TokenDataset,
-    metric: str,
-    seeds: tuple[int, ...],
-    recipe: Recipe,
-    on_method: OnMethod,
-) -> Cell:
-    trained = training.train(build, data, METRICS[metric], seeds, recipe, lambda share: on_method(name, 0.95 * share))
-    test = data.indices("test")
-    scores = torch.stack([training.predict(p, data, test, recipe.tokens_at_once) for p in trained.probes])
-    probe = trained.probes[0]
-    record = {
-        "settings": settings,
-        "validation_per_seed": trained.validation,
-        "learning_rate": trained.learning_rate,
-        "epochs": trained.epochs,
-        "parameters": cost.parameters(probe),
-        "multiply_adds": cost.multiply_adds(probe, data),
-        "latency_ms": cost.latency_ms(probe, data),
-        "seconds": trained.seconds,
-        "train_loss": trained.train_loss,
-        "validation_curve": trained.validation_curve,
-    }
-    return Cell(name, record, scores, tuple(p.state_dict() for p in trained.probes))
+def _builder(column: Column) -> Callable[[], Any]:
+    return lambda: build_probe(column.method.name, column.data)
+
+
+def _trained(
+    trials: list[Trial], known: dict[str, Cell], baseline: str, workers: int | None, on_method: OnMethod
+) -> Iterator[tuple[Trial, Cell]]:
+    """Cells of all trials, the baseline's first: how long it takes says whether processes of their own pay."""
+    first = [trial for trial in trials if trial.name == baseline]
+    others = [trial for trial in trials if trial.name != baseline]
+    for trial, cell in run_in_turn(first, on_method):
+        known = {**known, trial.name: cell}
+        yield trial, cell
+    if workers is None:
+        least = float(known[baseline].record["seconds"]) * len(others)
+        pays = least >= PROCESSES_PAY_FROM and all(
+            training.steps_are_small(t.column.data, t.recipe) and t.column.data.nbytes() <= LARGEST_COPY for t in others
+        )
+        workers = processors() if pays else 1
+    workers = min(workers, len(others))
+    if workers <= 1:
+        yield from run_in_turn(others, on_method)
+    else:
+        yield from run_in_processes(others, workers, on_method)
 
 
 def _judged(
@@ -198,7 +223,7 @@ def _judged(
 ) -> Comparison:
     test = data.indices("test")
     y = data.y[test].numpy()
-    names = list(cells)
+    names = list(columns)
     all_scores = [cells[n].scores.double().numpy() for n in names]
     ones = np.ones((1, len(test)))
     per_seed = [tuple(float(METRICS[metric](s, y, ones)[0]) for s in scores) for scores in all_scores]

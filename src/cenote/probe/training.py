@@ -77,15 +77,24 @@ def train(
         recipe: see `Recipe`.
         progress: called with the share of the work that is done.
 
-    Small steps run on one thread: several would spend their time waiting for each other.
+    Small steps run on one thread.
     """
     threads = torch.get_num_threads()
-    step = recipe.items_per_step(len(data.indices("train"))) * int(data.lengths().max()) * data.dim
-    torch.set_num_threads(1 if step < NUMBERS_WORTH_SHARING else threads)
+    torch.set_num_threads(1 if steps_are_small(data, recipe) else threads)
     try:
-        return _train(build, data, metric, seeds, recipe, progress)
+        with torch.random.fork_rng():
+            # dropout must not depend on what was trained before
+            torch.manual_seed(seeds[0])
+            return _train(build, data, metric, seeds, recipe, progress)
     finally:
         torch.set_num_threads(threads)
+
+
+def steps_are_small(data: TokenDataset, recipe: Recipe) -> bool:
+    """Whether one thread trains as fast as several, which would wait for each other."""
+    # items of many lengths go through in pieces of like length: the mean tells, not the longest
+    step = recipe.items_per_step(len(data.indices("train"))) * float(data.lengths().float().mean()) * data.dim
+    return step < NUMBERS_WORTH_SHARING
 
 
 def _train(
@@ -96,10 +105,11 @@ def _train(
     recipe: Recipe,
     progress: Progress = lambda _: None,
 ) -> Trained:
-    start = time.perf_counter()
     ensemble = _Ensemble([_seeded(build, s) for s in seeds], recipe.learning_rates)
     groups = [{"params": stack, "lr": lr} for stack, lr in zip(ensemble.leaves(), recipe.learning_rates, strict=True)]
-    optimiser = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
+    # a process's first optimiser loads a large part of torch, which is not this method's time
+    optimiser = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
+    start = time.perf_counter()
     train_items, val_items = data.indices("train"), data.indices("val")
     size = recipe.items_per_step(len(train_items))
     batches = max(1, math.ceil(len(train_items) / size))

@@ -51,6 +51,10 @@ class StoredTokens:
     def __len__(self) -> int:
         return int(self._first_rows[-1])
 
+    def __reduce__(self) -> tuple[type[StoredTokens], tuple[Path]]:
+        # another process maps the same files
+        return StoredTokens, (self.folder.absolute(),)
+
     @cached_property
     def ids(self) -> list[str]:
         """Names of the items, skipped ones left out."""

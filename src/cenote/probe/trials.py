@@ -1,0 +1,151 @@
+"""Train the columns of a comparison: one after the other, or several at once in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from cenote.probe import cost, training
+from cenote.probe.cells import Cell
+from cenote.probe.columns import Column
+from cenote.probe.metrics import METRICS
+from cenote.probe.module import build_probe
+from cenote.probe.recipe import Recipe
+
+OnShare = Callable[[str, float], None]
+"""Called with a trial's name and the share of its work that is done."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One column to train, and how: everything that its cell follows from.
+
+    Attributes:
+        column: what is trained, on which view of the data.
+        metric: decides on validation.
+        seeds: of the initialisations.
+        recipe: of the training.
+    """
+
+    column: Column
+    metric: str
+    seeds: tuple[int, ...]
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """That of the column."""
+        return self.column.name
+
+    def work(self) -> int:
+        """Multiply-adds for one item, by which trials can be ordered."""
+        return cost.multiply_adds(build_probe(self.column.method.name, self.column.data), self.column.data)
+
+    def run(self, on_share: OnShare = lambda _name, _share: None) -> Cell:
+        """The trained cell; `timed` adds what can only be measured when nothing else runs."""
+        method, data = self.column.method, self.column.data
+        trained = training.train(
+            lambda: build_probe(method.name, data),
+            data,
+            METRICS[self.metric],
+            self.seeds,
+            self.recipe,
+            lambda share: on_share(self.name, 0.95 * share),
+        )
+        test = data.indices("test")
+        scores = torch.stack([training.predict(p, data, test, self.recipe.tokens_at_once) for p in trained.probes])
+        probe = trained.probes[0]
+        record = {
+            "settings": dict(method.settings or {}),
+            "validation_per_seed": trained.validation,
+            "learning_rate": trained.learning_rate,
+            "epochs": trained.epochs,
+            "parameters": cost.parameters(probe),
+            "multiply_adds": cost.multiply_adds(probe, data),
+            "seconds": trained.seconds,
+            "train_loss": trained.train_loss,
+            "validation_curve": trained.validation_curve,
+        }
+        return Cell(self.name, record, scores, tuple(p.state_dict() for p in trained.probes))
+
+
+def timed(cell: Cell, column: Column) -> Cell:
+    """The same cell with the latency of its probe."""
+    probe = cell.probe(lambda: build_probe(column.method.name, column.data), 0)
+    return replace(cell, record={**cell.record, "latency_ms": cost.latency_ms(probe, column.data)})
+
+
+def run_in_turn(trials: Sequence[Trial], on_share: OnShare) -> Iterator[tuple[Trial, Cell]]:
+    """One after the other, in this process."""
+    for trial in trials:
+        yield trial, timed(trial.run(on_share), trial.column)
+
+
+def run_in_processes(trials: Sequence[Trial], workers: int, on_share: OnShare) -> Iterator[tuple[Trial, Cell]]:
+    """`workers` at a time, each on one thread, as they finish; their cells are not `timed` yet.
+
+    The data are written to a temporary file once, which all processes map. What cannot be written, or whose process dies
+    (of memory, as a rule), is trained here instead.
+    """
+    from loky import ProcessPoolExecutor
+    from loky.process_executor import BrokenProcessPool
+
+    # a long one that starts last would end alone
+    trials = sorted(trials, key=Trial.work, reverse=True)
+    left = {trial.name: trial for trial in trials}
+    with tempfile.TemporaryDirectory(prefix="cenote-") as folder:
+        file = Path(folder) / "trials.pt"
+        try:
+            torch.save([_without_pictures(trial) for trial in trials], file)
+        except OSError as error:
+            warnings.warn(f"training one at a time: {folder} cannot hold the data ({error.strerror})", stacklevel=2)
+            yield from run_in_turn(trials, on_share)
+            return
+        pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(file,), env={"OMP_NUM_THREADS": "1"})
+        finished = False
+        try:
+            futures = {pool.submit(_run, number): trial for number, trial in enumerate(trials)}
+            for future in as_completed(futures):
+                trial = futures[future]
+                cell = future.result()
+                del left[trial.name]
+                yield trial, cell
+            finished = True
+        except BrokenProcessPool:
+            warnings.warn("a training process died, perhaps of too little memory; going on one at a time", stacklevel=2)
+        finally:
+            pool.shutdown(wait=finished, kill_workers=not finished)
+    yield from run_in_turn(list(left.values()), on_share)
+
+
+def processors() -> int:
+    """How many processes may compute at once: the threads that torch was given, on processors that this process may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, torch.get_num_threads()))
+
+
+def _without_pictures(trial: Trial) -> Trial:
+    return replace(trial, column=replace(trial.column, data=replace(trial.column.data, images=None)))
+
+
+_trials: list[Trial] = []
+
+
+def _start(file: Path) -> None:
+    # Ctrl-C reaches the whole group; the first process decides what becomes of it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    # written by this program a moment ago
+    _trials[:] = torch.load(file, mmap=True, weights_only=False)
+
+
+def _run(number: int) -> Cell:
+    return _trials[number].run()
