@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 P = TypeVar("P", bound=nn.Module)
 
-QUICK_SETTINGS = {"last-layer-trainable": {"latents": 8, "heads": 4}}
-"""Of pools whose defaults are wide enough to take a test of seconds to minutes."""
+QUICK_SETTINGS = {"last-layer-trainable": {"latents": 8, "heads": 4}, "gramian": {"branches": 2}}
+"""Of pools whose defaults are wide enough, or repeat themselves often enough, to take a test of seconds to minutes."""
 
 
 def shaken(pool: P, seed: int = 0) -> P:
@@ -24,6 +24,11 @@ def shaken(pool: P, seed: int = 0) -> P:
             if name.endswith("running_var"):
                 b.copy_(0.5 + torch.rand(b.shape, generator=generator, dtype=torch.float64))
     return pool
+
+
+def randn(*shape: int) -> Tensor:
+    """In float64, from PyTorch's own generator."""
+    return torch.randn(*shape, dtype=torch.float64)
 
 
 def features(batch: int = 2, tokens: int = 9, dim: int = 16, seed: int = 1) -> Tensor:

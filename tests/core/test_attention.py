@@ -168,7 +168,7 @@ def assert_close(a: Tensor, b: Tensor, what: str) -> None:
     torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10, msg=lambda m: f"{what}: {m}")
 
 
-@settings(max_examples=150)
+@settings(max_examples=5 * settings.default.max_examples // 2)
 @given(setting=settings_of_attention())
 def test_absorbed_equals_projected_with_all_gradients(setting: Setting) -> None:
     found = []

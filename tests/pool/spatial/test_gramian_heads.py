@@ -188,7 +188,7 @@ def test_gram_layer_is_a_convnext_block() -> None:
 
 
 def test_heads_with_gram_layer_differentiate_compile_export_and_run_in_half_precision() -> None:
-    model = shaken(heads_of(gram_layer=True))
+    model = shaken(heads_of(gram_layer=True, branches=2))
     x = features(batch=3, tokens=12, dim=DIM).transpose(1, 2).unflatten(2, (3, 4))
     assert torch.autograd.gradcheck(model, x.clone().requires_grad_(), fast_mode=True)
     expected = model(x)
