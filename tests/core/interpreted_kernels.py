@@ -7,17 +7,21 @@ A process of its own: triton decides when it is imported whether its functions a
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cenote.core import Bags, PaddedTokens, Tokens
+from cenote.core import Bags, PaddedTokens, Tokens, absorbed
 from cenote.core.absorbed import Normalise, Sums, fused, plain
+from cenote.pool import PMA, EfficientProbing, JepaPool, SimPool
 
 DIM = 20
 
@@ -124,7 +128,50 @@ def run(case: Case) -> dict[str, float]:
     return errors
 
 
+def run_pool(pool: nn.Module, form: str) -> dict[str, float]:
+    """Largest error of a pool's output and gradients, which must have come from the kernel."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 40, DIM, generator=generator)
+    mask = torch.arange(40) < torch.tensor([40, 9, 31]).unsqueeze(1)
+
+    def results(pool: nn.Module, x: Tensor) -> list[Tensor]:
+        y = pool(x, mask) if form == "masked" else pool(Bags(x[mask], torch.tensor([0, 40, 49, 80])))
+        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        wanted = [p for p in pool.parameters() if p.requires_grad]
+        total = (y.double() * upstream).sum()
+        return [y, *(g for g in torch.autograd.grad(total, wanted, allow_unused=True) if g is not None)]
+
+    right = results(copy.deepcopy(pool).double(), values.double())
+    calls = []
+
+    def counted(*arguments: Any, **more: Any) -> Sums:
+        calls.append(arguments)
+        return fused(*arguments, **more)
+
+    with (
+        mock.patch.object(absorbed, "available", lambda x: x.dtype == torch.float32),
+        mock.patch.object(absorbed, "fused", counted),
+    ):
+        ours = results(pool, values)
+    assert len(calls) == 1, (type(pool), form)
+    return {
+        str(number): (a.double() - b).abs().max().item() / b.abs().max().clamp(min=1).item()
+        for number, (a, b) in enumerate(zip(ours, right, strict=True))
+    }
+
+
+def pools() -> Iterator[nn.Module]:
+    torch.manual_seed(0)
+    yield EfficientProbing(DIM, queries=4)
+    yield SimPool(DIM, heads=2, plan="absorbed")
+    yield JepaPool(DIM, heads=2, queries=1)
+    yield PMA(DIM, heads=2, plan="absorbed")
+
+
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
     torch.set_num_threads(1)
-    print(json.dumps({str(case): run(case) for case in cases()}))
+    found = {str(case): run(case) for case in cases()}
+    for pool, form in itertools.product(pools(), ("masked", "ragged")):
+        found[f"{type(pool).__name__}, {form}, float32"] = run_pool(pool, form)
+    print(json.dumps(found))

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cenote.core import blocked
+from cenote.core import absorbed, blocked
 from cenote.core.errors import InputError
 from cenote.core.moments import token_moments
 from cenote.core.segments import accumulation_dtype
@@ -67,6 +67,7 @@ def cross_attention(
     beside: Float[Tensor, "batch others dim"] | None = None,
     plan: Plan = "auto",
     map_weights: Callable[[Tensor], Tensor] | None = None,
+    need_weights: bool = True,
 ) -> Latents:
     """Multi-head attention of `query` over the tokens of each set.
 
@@ -86,6 +87,9 @@ def cross_attention(
         plan: `"absorbed"` never projects a token, `"projected"` projects each, `"auto"` takes for keys and for values
             whichever needs fewer multiplications.
         map_weights: applied to the weights before the sum (dropout, say); they need not sum to 1 after it.
+        need_weights: whether the weights are wanted; if not, they may come back with no columns. A kernel of
+            `cenote.core.absorbed` then reads the tokens once where it is available; its gradients cannot be
+            differentiated again.
 
     Returns:
         `Latents(output, weights)`; `weights[..., h * queries + q]` is the weight of head `h`, query `q`.
@@ -171,13 +175,21 @@ def cross_attention(
         return output
 
     side = _TokenNorms(tokens)
-    if absorb_keys and absorb_values and beside is None and map_weights is None and blocked.takes(tokens):
-        pieces = side.pool_frozen(absorbed_query(), key_norm, value_norm)
-        mapped, seen = zip(*((mapped_values(pooled), weights) for pooled, weights in pieces), strict=True)
-        output = _joined(mapped).transpose(1, 2).flatten(2)
-        if value is not None and value.bias is not None:
-            output = output + (tokens.lengths() > 0).view(-1, 1, 1) * value.bias
-        return Latents(output, _joined(seen).transpose(1, 2))
+    if absorb_keys and absorb_values and beside is None and map_weights is None:
+        by_kernel = not need_weights and absorbed.available(tokens.values) and _same_eps(key_norm, value_norm)
+        if by_kernel or blocked.takes(tokens):
+            u = absorbed_query()
+            mapped, seen = [], []
+            if by_kernel:
+                mapped.append(mapped_values(absorbed.layer_normed_pool(tokens, u, key_norm, value_norm)))
+            else:
+                for pooled, weights in side.pool_frozen(u, key_norm, value_norm):
+                    mapped.append(mapped_values(pooled))
+                    seen.append(weights)
+            output = _joined(mapped).transpose(1, 2).flatten(2)
+            if value is not None and value.bias is not None:
+                output = output + (tokens.lengths() > 0).view(-1, 1, 1) * value.bias
+            return Latents(output, _joined(seen).transpose(1, 2) if need_weights else tokens.values[..., :0])
 
     scores = scored(side)
     weights = tokens.softmax(scores)
@@ -195,6 +207,10 @@ def cross_attention(
     if map_weights is None:
         return Latents(summed(side, weights) + summed(other_side, other_weights), weights)
     return Latents(summed(side, map_weights(weights)) + summed(other_side, map_weights(other_weights)), weights)
+
+
+def _same_eps(*norms: nn.LayerNorm | None) -> bool:
+    return len({norm.eps for norm in norms if norm is not None}) <= 1
 
 
 def _choose(plan: Plan, absorbed: float, projected: float) -> bool:

@@ -92,6 +92,20 @@ class Pool(nn.Module, ABC):
         return self.pool(tokens).output
 
 
+class QueryPool(Pool):
+    """Base of the pools whose queries attend to the tokens by `cenote.core.cross_attention`, where weights cost extra."""
+
+    @abstractmethod
+    def attended(self, tokens: Tokens, need_weights: bool) -> Pooled:
+        """As `pool`; without `need_weights` nothing is said about the weights."""
+
+    def pool(self, tokens: Tokens) -> Pooled:
+        return self.attended(tokens, need_weights=True)
+
+    def pool_only(self, tokens: Tokens) -> Float[Tensor, "batch *out"]:
+        return self.attended(tokens, need_weights=False).output
+
+
 def _zero_where_empty(tokens: Tokens, output: Float[Tensor, "batch *out"]) -> Float[Tensor, "batch *out"]:
     if isinstance(tokens, PaddedTokens) and tokens.mask is None and tokens.values.shape[1] > 0:
         return output

@@ -8,12 +8,12 @@ from cenote.core.attention import Plan, Projection, cross_attention
 from cenote.core.errors import InputError
 from cenote.core.sets import Tokens
 from cenote.core.widths import largest_divisor, require_divides
-from cenote.pool.base import Pool, Pooled
+from cenote.pool.base import Pooled, QueryPool
 
 Query = int | Sequence[int] | None
 
 
-class AdaptiveNoisePool(Pool):
+class AdaptiveNoisePool(QueryPool):
     """Attention from a query that is made of the tokens themselves: what resembles it is averaged, the rest is noise.
 
     `q` is token `i`, the mean of chosen tokens, or the mean of all; `a = softmax_n((W_q q) . (W_k x_n) / sqrt(dim))` per
@@ -64,7 +64,7 @@ class AdaptiveNoisePool(Pool):
         self.dropout_w = nn.Dropout(dropout_w)
         self.dropout_e = nn.Dropout(dropout_e)
 
-    def pool(self, tokens: Tokens) -> Pooled:
+    def attended(self, tokens: Tokens, need_weights: bool) -> Pooled:
         query = self.query_of(tokens)
         key, value = self.kv.weight.chunk(2)
         key_bias, value_bias = (None, None) if self.kv.bias is None else self.kv.bias.chunk(2)
@@ -76,7 +76,8 @@ class AdaptiveNoisePool(Pool):
             heads=self.heads,
             scale=self.dim**-0.5,
             plan=self.plan,
-            map_weights=self.dropout_w,
+            map_weights=self.dropout_w if self.training and self.dropout_w.p > 0 else None,
+            need_weights=need_weights,
         )
         y = self.dropout_e(self.out(attended.squeeze(1)))
         return Pooled(y + query if isinstance(self.query, int) else y, weights)

@@ -6,10 +6,10 @@ from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import Tokens
 from cenote.core.widths import largest_divisor, require_divides
 from cenote.pool.attention.blocks import TokenBatchNorm
-from cenote.pool.base import Pool, Pooled
+from cenote.pool.base import Pooled, QueryPool
 
 
-class AimPool(Pool):
+class AimPool(QueryPool):
     """Learned queries attend to batch-normalised tokens; several queries are averaged.
 
     `z_n = BatchNorm(x_n)` without affine part, `a_j = softmax_n(q_j . W_k z_n / sqrt(dim/heads))` per head,
@@ -46,7 +46,7 @@ class AimPool(Pool):
         self.v = nn.Linear(dim, dim, bias=qkv_bias)
         self.bn = TokenBatchNorm(dim, eps=1e-6, affine=False)
 
-    def pool(self, tokens: Tokens) -> Pooled:
+    def attended(self, tokens: Tokens, need_weights: bool) -> Pooled:
         key, value = Projection(self.k.weight), Projection(self.v.weight, self.v.bias)
         if accumulation_dtype(tokens.values.dtype) == tokens.values.dtype:
             mean, inverse_std = self.bn.moments(tokens, tokens.values)
@@ -56,5 +56,7 @@ class AimPool(Pool):
             value = Projection(weight, bias if self.v.bias is None else bias + self.v.bias)
         else:
             tokens = tokens.replace(self.bn.normalised(tokens, tokens.values))
-        output, weights = cross_attention(tokens, self.cls_token[0], key=key, value=value, heads=self.heads)
+        output, weights = cross_attention(
+            tokens, self.cls_token[0], key=key, value=value, heads=self.heads, need_weights=need_weights
+        )
         return Pooled(output.mean(1), weights)

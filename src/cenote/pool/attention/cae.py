@@ -4,10 +4,10 @@ from torch import nn
 from cenote.core.attention import cross_attention
 from cenote.core.sets import Tokens
 from cenote.core.widths import largest_divisor, require_divides
-from cenote.pool.base import Pool, Pooled
+from cenote.pool.base import Pooled, QueryPool
 
 
-class CaePool(Pool):
+class CaePool(QueryPool):
     """CAE's attentive probe: one learned query, with a LayerNorm of its own for query, keys and values.
 
     `y = W_o [sum_n a_n W_v LN_v(x_n)] + b_o`, `a = softmax_n(W_q LN_q(query) . W_k LN_k(x_n) / sqrt(head_dim))` per head.
@@ -49,7 +49,7 @@ class CaePool(Pool):
             nn.init.zeros_(self.q.bias)
             nn.init.zeros_(self.v.bias)
 
-    def pool(self, tokens: Tokens) -> Pooled:
+    def attended(self, tokens: Tokens, need_weights: bool) -> Pooled:
         output, weights = cross_attention(
             tokens,
             self.q(self.norm1_q(self.query_token[0])),
@@ -58,5 +58,6 @@ class CaePool(Pool):
             heads=self.heads,
             key_norm=self.norm1_k,
             value_norm=self.norm1_v,
+            need_weights=need_weights,
         )
         return Pooled(self.proj(output).squeeze(1), weights)

@@ -6,10 +6,10 @@ from cenote.core.attention import cross_attention
 from cenote.core.errors import InputError
 from cenote.core.sets import Tokens
 from cenote.pool.attention.blocks import split_projection
-from cenote.pool.base import Pool, Pooled
+from cenote.pool.base import Pooled, QueryPool
 
 
-class CoCaPool(Pool):
+class CoCaPool(QueryPool):
     """CoCa's attention pooling: query heads that share a single head of keys and values.
 
     `q_h = W_q[head h] LN(query)`, `a_h = softmax_n(q_h . W_k x_n / sqrt(head_dim))`,
@@ -63,13 +63,19 @@ class CoCaPool(Pool):
         self.ff_in = nn.Linear(self.out_dim, 2 * hidden, bias=False) if hidden else None
         self.ff_out = nn.Linear(hidden, self.out_dim, bias=False) if hidden else None
 
-    def pool(self, tokens: Tokens) -> Pooled:
+    def attended(self, tokens: Tokens, need_weights: bool) -> Pooled:
         query = self.norm(self.img_queries)
         key, value = split_projection(self.to_kv, 2)
         # one head of keys and values: the query heads are queries of that head
         by_head = self.to_q(query).unflatten(-1, (self.heads, -1)).transpose(0, 1).flatten(0, 1)
         answers, weights = cross_attention(
-            tokens, by_head, key=key, value=value, key_norm=self.context_norm, value_norm=self.context_norm
+            tokens,
+            by_head,
+            key=key,
+            value=value,
+            key_norm=self.context_norm,
+            value_norm=self.context_norm,
+            need_weights=need_weights,
         )
         y = self.to_out(answers.unflatten(1, (self.heads, -1)).transpose(1, 2).flatten(2))
         if self.ff_in is not None and self.ff_out is not None:

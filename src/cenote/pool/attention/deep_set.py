@@ -1,11 +1,15 @@
 from typing import Literal
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.sets import Tokens
 from cenote.core.tokenwise import tokenwise
 from cenote.pool.base import Pool, Pooled
+from cenote.pool.basic.max import MaxPool
+from cenote.pool.basic.mean import MeanPool
+from cenote.pool.basic.sum import SumPool
 
 
 class DeepSet(Pool):
@@ -18,7 +22,7 @@ class DeepSet(Pool):
         out_dim: width of an output vector; default `dim`.
         seeds: number of output vectors.
         hidden: width inside.
-        reduce: `"mean"`, `"sum"` or `"max"` over the tokens.
+        reduce: `"mean"`, `"sum"` or `"max"` over the tokens. The weights that `attend` shows are those of this pooling inside.
 
     Example:
         >>> DeepSet(2, out_dim=5, seeds=4)(torch.randn(3, 50, 2)).shape
@@ -39,15 +43,23 @@ class DeepSet(Pool):
         if reduce not in ("mean", "sum", "max"):
             raise InputError(f"reduce: expected 'mean', 'sum' or 'max', got {reduce!r}")
         self.vectors = seeds
-        self.reduce = reduce
+        kinds: dict[str, type[MeanPool | SumPool | MaxPool]] = {"mean": MeanPool, "sum": SumPool, "max": MaxPool}
+        self.inside = kinds[reduce](hidden)
         self.enc = _four_layers(dim, hidden, hidden)
         self.dec = _four_layers(hidden, hidden, seeds * self.out_dim)
 
     def pool(self, tokens: Tokens) -> Pooled:
-        encoded = tokenwise(self.enc, tokens.values)
-        pooled = {"mean": tokens.mean, "sum": tokens.sum, "max": tokens.max}[self.reduce](encoded)
-        y = self.dec(pooled)
-        return Pooled(y if self.vectors == 1 else y.unflatten(-1, (self.vectors, self.out_dim)), None)
+        encoded = tokens.replace(tokenwise(self.enc, tokens.values))
+        # of the pool inside: what the code of a set took from the code of each token
+        code, weights = self.inside.pool(encoded)
+        return Pooled(self._decoded(code), weights)
+
+    def pool_only(self, tokens: Tokens) -> Float[Tensor, "batch *vectors out_dim"]:
+        return self._decoded(self.inside.pool_only(tokens.replace(tokenwise(self.enc, tokens.values))))
+
+    def _decoded(self, code: Float[Tensor, "batch hidden"]) -> Float[Tensor, "batch *vectors out_dim"]:
+        y = self.dec(code)
+        return y if self.vectors == 1 else y.unflatten(-1, (self.vectors, self.out_dim))
 
 
 def _four_layers(width_in: int, hidden: int, width_out: int) -> nn.Sequential:

@@ -4,10 +4,10 @@ from torch import nn
 from cenote.core.attention import Plan, cross_attention
 from cenote.core.sets import Tokens
 from cenote.core.widths import largest_divisor, require_divides
-from cenote.pool.base import Pool, Pooled
+from cenote.pool.base import Pooled, QueryPool
 
 
-class EfficientProbing(Pool):
+class EfficientProbing(QueryPool):
     """Several learned queries attend to the raw tokens; each fills its own slice of one value projection.
 
     `a_j = softmax_n(q_j . x_n / sqrt(dim))`, `y_j = W_v[slice j] (sum_n a_jn x_n)`, `y = [y_1; ...; y_Q]`.
@@ -35,7 +35,7 @@ class EfficientProbing(Pool):
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, self.queries, dim))
         self.v = nn.Linear(dim, self.out_dim, bias=False)
 
-    def pool(self, tokens: Tokens) -> Pooled:
+    def attended(self, tokens: Tokens, need_weights: bool) -> Pooled:
         output, weights = cross_attention(
             tokens,
             self.cls_token.flatten(1),
@@ -43,5 +43,6 @@ class EfficientProbing(Pool):
             heads=self.queries,
             scale=self.dim**-0.5,
             plan=self.plan,
+            need_weights=need_weights,
         )
         return Pooled(output.squeeze(1), weights)

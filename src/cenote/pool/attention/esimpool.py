@@ -7,10 +7,10 @@ from cenote.core.errors import InputError
 from cenote.core.sets import Tokens
 from cenote.core.widths import largest_divisor, require_divides
 from cenote.pool.attention.blocks import shifted_power_mean
-from cenote.pool.base import Pool, Pooled
+from cenote.pool.base import Pooled, QueryPool
 
 
-class ESimPool(Pool):
+class ESimPool(QueryPool):
     """SimPool without linear maps, on several heads: normalised mean against normalised tokens, raw tokens as values.
 
     `q = LN(mean_n x_n)`, `k_n = LN(x_n)`, `a = softmax_n(q . k_n * scale)` on the slice of each head, `y = sum_n a_n x_n`; or
@@ -56,7 +56,7 @@ class ESimPool(Pool):
         self.norm_patches = nn.LayerNorm(dim, eps=1e-6)
         self.beta = nn.Parameter(torch.zeros(1)) if beta else None
 
-    def pool(self, tokens: Tokens) -> Pooled:
+    def attended(self, tokens: Tokens, need_weights: bool) -> Pooled:
         query = self.norm_patches(tokens.mean()).unflatten(-1, (self.heads, -1))
         # head h asks every channel, with zeros outside of its own slice
         own = torch.eye(self.heads, dtype=query.dtype, device=query.device).unsqueeze(-1)
@@ -68,6 +68,7 @@ class ESimPool(Pool):
             scale=self.scale,
             key_norm=self.norm_patches,
             plan=self.plan,
+            need_weights=need_weights or self.gamma is not None,
         )
         if self.gamma is None:
             return Pooled(output.squeeze(1), weights)

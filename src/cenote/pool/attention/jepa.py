@@ -8,10 +8,10 @@ from cenote.core.errors import InputError
 from cenote.core.sets import Tokens
 from cenote.core.widths import largest_divisor, require_divides
 from cenote.pool.attention.blocks import MLP, TransformerBlock, split_projection
-from cenote.pool.base import Pool, Pooled
+from cenote.pool.base import Pooled, QueryPool
 
 
-class JepaPool(Pool):
+class JepaPool(QueryPool):
     """V-JEPA's attentive pooling: learned queries and a cross-attention block.
 
     `q <- q + W_o [sum_n a_n (W_v z_n + b_v)] + b_o`, `z_n = LN(x_n)`,
@@ -66,7 +66,7 @@ class JepaPool(Pool):
         self.blocks = nn.ModuleList(TransformerBlock(dim, self.heads, mlp_ratio, qkv_bias) for _ in range(depth - 1))
         self._initialise()
 
-    def pool(self, tokens: Tokens) -> Pooled:
+    def attended(self, tokens: Tokens, need_weights: bool) -> Pooled:
         query = self.query_tokens[0]
         key, value = split_projection(self.kv, 2)
         attended, weights = cross_attention(
@@ -77,6 +77,7 @@ class JepaPool(Pool):
             heads=self.heads,
             key_norm=self.norm1,
             value_norm=self.norm1,
+            need_weights=need_weights,
         )
         y = self.proj(attended)
         if self.mlp is not None and self.norm2 is not None:

@@ -4,10 +4,10 @@ from torch import nn
 from cenote.core.attention import Plan, cross_attention
 from cenote.core.sets import Tokens
 from cenote.core.widths import largest_divisor, require_divides
-from cenote.pool.base import Pool, Pooled
+from cenote.pool.base import Pooled, QueryPool
 
 
-class MHCAPool(Pool):
+class MHCAPool(QueryPool):
     """Plain multi-head cross-attention from learned queries: the attentive probe that others are measured against.
 
     `y_j = W_o [sum_n a_jn (W_v x_n + b_v)] + b_o`, `a_j = softmax_n((W_q q_j + b_q) . W_k x_n / sqrt(dim/heads))` per head.
@@ -43,9 +43,15 @@ class MHCAPool(Pool):
         self.v = nn.Linear(dim, dim, bias=bias)
         self.proj = nn.Linear(dim, dim, bias=bias)
 
-    def pool(self, tokens: Tokens) -> Pooled:
+    def attended(self, tokens: Tokens, need_weights: bool) -> Pooled:
         output, weights = cross_attention(
-            tokens, self.q(self.query[0]), key=self.k, value=self.v, heads=self.heads, plan=self.plan
+            tokens,
+            self.q(self.query[0]),
+            key=self.k,
+            value=self.v,
+            heads=self.heads,
+            plan=self.plan,
+            need_weights=need_weights,
         )
         y = self.proj(output)
         return Pooled(y if self.vectors > 1 else y.squeeze(1), weights)

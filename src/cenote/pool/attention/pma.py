@@ -6,10 +6,10 @@ from cenote.core.errors import InputError
 from cenote.core.sets import Tokens
 from cenote.core.tokenwise import tokenwise
 from cenote.pool.attention.set_attention import MAB, Variant
-from cenote.pool.base import Pool, Pooled
+from cenote.pool.base import Pooled, QueryPool
 
 
-class PMA(Pool):
+class PMA(QueryPool):
     """Pooling by multihead attention: `k` learned seeds attend to the tokens and become the output.
 
     `PMA_k(x) = MAB(S, x)` with learned seeds `S [k, dim]`; with `ff_before`, `MAB(S, rFF(x))`.
@@ -52,8 +52,8 @@ class PMA(Pool):
         self.ff = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim)) if ff_before else None
         self.mab = MAB(dim, dim, dim, heads, ln, variant)
 
-    def pool(self, tokens: Tokens) -> Pooled:
+    def attended(self, tokens: Tokens, need_weights: bool) -> Pooled:
         if self.ff is not None:
             tokens = tokens.replace(tokenwise(self.ff, tokens.values))
-        output, weights = self.mab.from_shared(self.S[0], tokens, self.plan)
+        output, weights = self.mab.from_shared(self.S[0], tokens, self.plan, need_weights)
         return Pooled(output.squeeze(1) if self.vectors == 1 else output, weights)

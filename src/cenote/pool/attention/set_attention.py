@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from cenote.core.attention import Plan, cross_attention
+from cenote.core.attention import Latents, Plan, cross_attention
 from cenote.core.dense import dense_attention
 from cenote.core.errors import InputError
 from cenote.core.sets import PaddedTokens, Tokens, as_tokens
@@ -84,14 +84,21 @@ class MAB(nn.Module):
         return self._feed_forward(x, query, attended)
 
     def from_shared(
-        self, x: Float[Tensor, "queries dim_q"], tokens: Tokens, plan: Plan = "auto"
-    ) -> tuple[Float[Tensor, "batch queries dim_v"], Float[Tensor, "*rows heads_queries"]]:
+        self, x: Float[Tensor, "queries dim_q"], tokens: Tokens, plan: Plan = "auto", need_weights: bool = True
+    ) -> Latents:
         """`MAB(x, y)` and its weights, with queries that all sets share: see `cenote.core.cross_attention`."""
         query = self.fc_q(x)
         attended = cross_attention(
-            tokens, query, key=self.fc_k, value=self.fc_v, heads=self.heads, scale=self.scale, plan=plan
+            tokens,
+            query,
+            key=self.fc_k,
+            value=self.fc_v,
+            heads=self.heads,
+            scale=self.scale,
+            plan=plan,
+            need_weights=need_weights,
         )
-        return self._feed_forward(x, query, attended.output), attended.weights
+        return Latents(self._feed_forward(x, query, attended.output), attended.weights)
 
     def _feed_forward(self, x: Tensor, query: Tensor, attended: Tensor) -> Float[Tensor, "batch queries dim_v"]:
         h = query + attended if self.merge is None else x + self.merge(attended)
@@ -168,5 +175,5 @@ class ISAB(nn.Module):
     ) -> Float[Tensor, "batch tokens dim_out"]:
         """The tokens after the block; padded slots hold zeros."""
         tokens = as_tokens(x, mask, self.mab1.fc_q.in_features)
-        induced, _ = self.mab0.from_shared(self.I[0], tokens)
+        induced, _ = self.mab0.from_shared(self.I[0], tokens, need_weights=False)
         return PaddedTokens(self.mab1(tokens.values, induced), mask).values

@@ -5,10 +5,10 @@ from cenote.core.attention import cross_attention
 from cenote.core.sets import Tokens
 from cenote.core.widths import largest_divisor, require_divides
 from cenote.pool.attention.blocks import MLP, split_projection
-from cenote.pool.base import Pool, Pooled
+from cenote.pool.base import Pooled, QueryPool
 
 
-class SigLipPool(Pool):
+class SigLipPool(QueryPool):
     """SigLIP's attention pooling (`AttentionPoolLatent`): a learned latent attends to the tokens, then an MLP.
 
     `l = W_o [sum_n a_n (W_v x_n + b_v)] + b_o`, `a = softmax_n((W_q latent + b_q) . W_k x_n / sqrt(dim/heads))` per head;
@@ -64,12 +64,14 @@ class SigLipPool(Pool):
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         nn.init.trunc_normal_(self.latent, std=dim**-0.5)
 
-    def pool(self, tokens: Tokens) -> Pooled:
+    def attended(self, tokens: Tokens, need_weights: bool) -> Pooled:
         query = self.q(self.latent[0])
         if self.q_norm is not None:
             query = self.q_norm(query.unflatten(-1, (self.heads, -1))).flatten(-2)
         key, value = split_projection(self.kv, 2)
-        latent, weights = cross_attention(tokens, query, key=key, value=value, heads=self.heads, head_norm=self.k_norm)
+        latent, weights = cross_attention(
+            tokens, query, key=key, value=value, heads=self.heads, head_norm=self.k_norm, need_weights=need_weights
+        )
         latent = self.proj(latent)
         y = latent + self.mlp(self.norm(latent))
         return Pooled(y.mean(1) if self.average else y if self.vectors > 1 else y.squeeze(1), weights)

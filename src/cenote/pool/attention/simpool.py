@@ -7,10 +7,10 @@ from cenote.core.errors import InputError
 from cenote.core.sets import Tokens
 from cenote.core.widths import require_divides
 from cenote.pool.attention.blocks import shifted_power_mean
-from cenote.pool.base import Pool, Pooled
+from cenote.pool.base import Pooled, QueryPool
 
 
-class SimPool(Pool):
+class SimPool(QueryPool):
     """Attention from the mean of the tokens, over normalised keys, with the normalised tokens themselves as values.
 
     `q = W_q mean_n x_n`, `k_n = W_k LN(x_n)`, `v_n = LN(x_n)`, `a = softmax_n(q . k_n / sqrt(dim/heads))` per head;
@@ -64,7 +64,7 @@ class SimPool(Pool):
         self.wk = nn.Linear(dim, dim, bias=qkv_bias)
         self.beta = nn.Parameter(torch.zeros(1)) if beta else None
 
-    def pool(self, tokens: Tokens) -> Pooled:
+    def attended(self, tokens: Tokens, need_weights: bool) -> Pooled:
         query = self.wq(tokens.mean()).unsqueeze(1)
         output, weights = cross_attention(
             tokens,
@@ -74,6 +74,7 @@ class SimPool(Pool):
             key_norm=self.norm_patches,
             value_norm=self.norm_patches,
             plan=self.plan,
+            need_weights=need_weights or self.gamma is not None,
         )
         if self.gamma is None:
             return Pooled(output.squeeze(1), weights)
