@@ -1,18 +1,23 @@
-"""The Ray engine on a cluster of two nodes in this machine: the same store, also when a worker or a node is killed."""
+"""A Ray cluster of two nodes in this machine: the same store and the same table, also when a worker or a node is killed."""
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cenote.core import InputError
+from cenote.features import digits
 from cenote.features.raw import RawItems, Read
 from cenote.features.raw.files import FileItem
-from cenote.scale import ModelSpec, Options, Progress, extract
+from cenote.probe import Comparison, Recipe, compare
+from cenote.probe.cells import Cell
+from cenote.probe.trials import OnShare, Trial
+from cenote.scale import ModelSpec, Options, Progress, RayEngine, RaySweep, extract
 
 from .conftest import content
 
@@ -42,8 +47,6 @@ def with_items(items: RawItems, make: Callable[[FileItem], FileItem]) -> RawItem
 def test_the_same_store_on_two_nodes_with_a_worker_and_a_node_killed(
     tmp_path: Path, items: RawItems, vit: ModelSpec, cluster: Any
 ) -> None:
-    from cenote.scale.ray_engine import RayEngine
-
     extract(items, vit, tmp_path / "local", OPTIONS)
     reference = content(tmp_path / "local")
     done = extract(items, vit, tmp_path / "ray", OPTIONS, engine=RayEngine(workers=2))
@@ -99,10 +102,86 @@ def test_the_same_store_on_two_nodes_with_a_worker_and_a_node_killed(
         extract(items, vit, tmp_path / "broken", OPTIONS, engine=Breaking(workers=1))
 
 
+def numbers(comparison: Comparison) -> list[dict[str, Any]]:
+    """The table, without what a clock said."""
+    timed = ("latency_ms", "seconds")
+    return [{k: v for k, v in asdict(r).items() if k not in timed} for r in comparison.results]
+
+
+def test_the_same_table_from_a_sweep_with_a_worker_killed(tmp_path: Path, cluster: Any) -> None:
+    data, methods, recipe = digits(), "mean,max,gem,abmil", Recipe(epochs=3)
+    here = compare(data, methods, seeds=2, recipe=recipe)
+    marker, trained = tmp_path / "killed", []
+
+    class Deadly(Trial):
+        def run(self, on_share: OnShare = lambda _name, _share: None) -> Cell:
+            if not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().run(on_share)
+
+    class Sweep(RaySweep):
+        def __call__(self, trials: Sequence[Trial], on_share: OnShare) -> Iterator[tuple[Trial, Cell]]:
+            deadly = [Deadly(**{f.name: getattr(trial, f.name) for f in fields(Trial)}) for trial in trials]
+            for trial, cell in super().__call__(deadly, on_share):
+                trained.append(trial.name)
+                yield trial, cell
+
+    out = tmp_path / "out"
+    there = compare(data, methods, seeds=2, recipe=recipe, out=out, engine=Sweep(workers=2))
+    assert marker.exists()
+    assert sorted(trained) == ["abmil", "gem", "max", "mean"]
+    assert numbers(there) == numbers(here)
+    assert there.pairs == here.pairs
+
+    # what is finished is kept: a cell that is lost is trained again, alone
+    (out / "cells" / "gem.safetensors").unlink()
+    trained.clear()
+    again = compare(data, methods, seeds=2, recipe=recipe, out=out, engine=Sweep(workers=2))
+    assert trained == ["gem"]
+    assert numbers(again) == numbers(here)
+
+
+def test_raw_images_to_a_table_by_the_command(
+    tmp_path: Path, items: RawItems, vit: ModelSpec, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cenote.cli import main
+
+    tables = {}
+    for engine in ("local", "ray"):
+        out = tmp_path / engine
+        command = ["probe", tmp_path / "photos", "--backbone", vit.name, "--layers", "all", "--methods", "max,abmil"]
+        command += ["--epochs", 2, "--seeds", 1, "--out", out, "--engine", engine, "--address", cluster.address]
+        monkeypatch.setattr(sys, "argv", ["cenote", *map(str, command)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        tables[engine] = numbers(Comparison.load(out))
+        assert (out / "report.html").is_file()
+    assert len(tables["ray"]) == 12
+    assert tables["ray"] == tables["local"]
+    assert content(tmp_path / "ray" / "features") == content(tmp_path / "local" / "features")
+
+
+def test_other_libraries_elsewhere_are_told(
+    tmp_path: Path, items: RawItems, vit: ModelSpec, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cenote.scale import libraries, ray_engine, sweep
+
+    def other() -> dict[str, str]:
+        return {**libraries.everything(), "torch": "1.0"}
+
+    for module in (ray_engine, sweep):
+        monkeypatch.setattr(module, "everything", other)
+    told = r"engine: .* has torch 2.*, and the machine that started the job has 1\.0; .* install the same versions"
+    with pytest.raises(InputError, match=told):
+        extract(items, vit, tmp_path / "store", OPTIONS, engine=RayEngine(workers=1))
+    with pytest.raises(InputError, match=told):
+        compare(digits(), "mean", seeds=1, engine=RaySweep(workers=1))
+
+
 def test_no_cluster() -> None:
     ray = pytest.importorskip("ray", reason="cenote[ray] is not installed")
-    from cenote.scale.ray_engine import RayEngine
-
     assert not ray.is_initialized()
     with pytest.raises(InputError, match=r"no Ray cluster at '127\.0\.0\.1:1'"):
         RayEngine("127.0.0.1:1")

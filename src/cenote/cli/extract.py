@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cenote.scale import Extracted, ModelSpec, Options, Progress
 
 LISTED = 20
+ENGINES = ("local", "ray")
 
 Backbone = Annotated[str, typer.Option(help="Folder of a saved model, or a model's name on the hub.")]
 Layers = Annotated[str, typer.Option(help="last, all, or numbers: 0 (the embeddings), 4-6, -4:, ...")]
@@ -79,6 +80,7 @@ def extract(
     from cenote.features.raw import open_raw
     from cenote.scale import ModelSpec, Options, estimate
 
+    known_engine(engine)
     console = Console()
     with console.status(f"listing {data}"):
         items = open_raw(
@@ -111,6 +113,8 @@ def from_raw(
     column: str | None = None,
     names: str | None = None,
     limit: int | None = None,
+    engine: str = "local",
+    address: str = "auto",
 ) -> str:
     """The store of raw data, made where it is not there yet."""
     from dataclasses import replace
@@ -128,7 +132,7 @@ def from_raw(
             limit=limit,
         )
     console.print(f"{len(items):,} items: {items.format}", highlight=False)
-    report(run(items, replace(spec, kind=items.kind), out, options, console), console)
+    report(run(items, replace(spec, kind=items.kind), out, options, console, engine, address), console)
     return str(out)
 
 
@@ -192,13 +196,22 @@ def report(done: Extracted, console: Console) -> None:
 
 def chosen_engine(name: str, address: str) -> Any:
     """The engine of that name; `None`: this process."""
-    if name == "local":
+    if known_engine(name) == "local":
         return None
-    if name == "ray":
-        from cenote.scale.ray_engine import RayEngine
+    from cenote.scale import RayEngine
 
-        return RayEngine(address)
-    raise InputError(f"engine: expected local or ray, got {name!r}")
+    return RayEngine(address)
+
+
+def known_engine(name: str) -> str:
+    """The same name.
+
+    Raises:
+        InputError: where there is no such engine.
+    """
+    if name not in ENGINES:
+        raise InputError(f"engine: expected {' or '.join(ENGINES)}, got {name!r}")
+    return name
 
 
 def split_names(text: str | None) -> list[str] | None:

@@ -19,6 +19,7 @@ from cenote.core import InputError
 
 if TYPE_CHECKING:
     from cenote.probe import Comparison
+    from cenote.probe.compare import Engine
 
 
 def probe(
@@ -61,6 +62,10 @@ def probe(
     patience: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many epochs without a better validation.")
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many methods are trained at once; default: one per core where that is faster."),
+    ] = None,
     backbone: Annotated[
         str | None,
         typer.Option(
@@ -80,6 +85,8 @@ def probe(
     revision: raw.Revision = None,
     trust_remote_code: raw.Trust = False,
     allow_pickle: raw.Pickle = False,
+    engine: raw.EngineName = "local",
+    address: raw.Address = "auto",
 ) -> None:
     """Train probes with every pooling on labelled token features; say which wins, by how much, at what cost."""
     console = Console()
@@ -88,6 +95,7 @@ def probe(
     from cenote.probe.columns import chosen_methods, columns_of
 
     chosen_methods(methods)
+    raw.known_engine(engine)
     recipe = Recipe()
     recipe = Recipe(epochs=epochs or recipe.epochs, patience=patience or recipe.patience)
     title = None
@@ -97,7 +105,9 @@ def probe(
         spec = ModelSpec(backbone, kind, revision, device, precision, max_length, trust_remote_code, allow_pickle)
         options = Options(None if layers is None else "all", dtype, None, batch, None, skip_bad)  # type: ignore[arg-type]
         title = Path(data).stem
-        data = raw.from_raw(data, spec, out / "features", options, console, labels, id_column, column, names, limit)
+        data = raw.from_raw(
+            data, spec, out / "features", options, console, labels, id_column, column, names, limit, engine, address
+        )
         labels = id_column = None
     with console.status(f"reading {data}"):
         items = features.read(
@@ -137,7 +147,16 @@ def probe(
             progress.update(bar, description=name, completed=len(done) + (share if share < 1 else 0))
 
         comparison = compare(
-            items, methods, seeds=seeds, out=out, metric=metric, recipe=recipe, layers=layers, on_method=on_method
+            items,
+            methods,
+            seeds=seeds,
+            out=out,
+            metric=metric,
+            recipe=recipe,
+            layers=layers,
+            workers=workers,
+            engine=sweep(engine, address),
+            on_method=on_method,
         )
 
     from cenote.report import write
@@ -154,6 +173,15 @@ def probe(
             f"run the same command again to go on\n"
         )
         raise typer.Exit(130)
+
+
+def sweep(name: str, address: str) -> Engine | None:
+    """Where probes are trained; `None`: here."""
+    if raw.known_engine(name) == "local":
+        return None
+    from cenote.scale import RaySweep
+
+    return RaySweep(address)
 
 
 def parsed_grid(text: str | None) -> tuple[int, int] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -22,7 +23,7 @@ from cenote.features.geometric import geometric_file, open_geometric
 from cenote.features.layered import LayeredDataset
 from cenote.features.npz import open_npz
 from cenote.features.source import Filled, Source
-from cenote.features.store import StoredDataset, StoredTokens, is_store, read_listing
+from cenote.features.store import StoredDataset, StoredPictures, StoredTokens, is_store, read_listing
 from cenote.features.table import (
     GROUP_NAME,
     ID_NAMES,
@@ -67,7 +68,8 @@ def read(
               not, and `labels.csv` with columns `id`, `label` and, if there are, `split` and `group`;
             - an Arrow, Feather or Parquet file with a column of lists of vectors, a folder of such files, or one saved by
               `datasets.save_to_disk`;
-            - an `.npz` with `x [items, tokens, dim]`, `y`, and, if there are, `mask` (True = real), `ids`, `groups`, `split`;
+            - an `.npz` with `x [items, tokens, dim]`, `y`, and, if there are, `mask` (True = real), `ids`, `groups`, `split`,
+              `token_labels` (which tokens matter);
               with `x [items, layers, tokens, dim]` and, if there are, the `layers`' numbers; or with `x [total, dim]` and
               `offsets [items + 1]`;
             - a feature store, as `cenote extract` writes it: its tokens stay on disk;
@@ -135,9 +137,10 @@ def read(
     assert filled is not None
     assert made is not None or not labelled
     made = made or _unlabelled(len(source.ids))
+    x, marked = _shaped(filled), filled.token_labels
     data = TokenDataset(
         name=path.stem,
-        x=_shaped(filled),
+        x=x,
         y=made.y,
         task=made.task,
         classes=made.classes,
@@ -146,6 +149,7 @@ def read(
         groups=None if groups is None else tuple(groups),
         prefix_tokens=prefix_tokens,
         grid=grid,
+        token_labels=marked if marked is None or isinstance(x, Bags) else marked.view(x.shape[:2]),
         source=f"{path} ({source.format})",
     )
     return data if not source.layers else _chosen(data, source.layers, layers)
@@ -210,6 +214,9 @@ def _from_store(
         made = target or made
     check_lengths(source.ids, stored.lengths.tolist(), manifest.prefix_tokens, problems)
     problems.raise_any()
+    pictures: Any = None
+    if manifest.kind == "image" and listing.files is not None:
+        pictures = StoredPictures([listing.files[row] for row in rows], manifest.preprocessing)
     return StoredDataset(
         name=path.stem,
         x=stored,  # type: ignore[arg-type]
@@ -221,6 +228,7 @@ def _from_store(
         groups=None if groups is None else tuple(groups),
         prefix_tokens=manifest.prefix_tokens,
         grid=manifest.grid,
+        images=pictures,
         source=f"{path} ({source.format})",
         layers=layer_numbers(layers, manifest.layers),
     )
@@ -343,7 +351,7 @@ def _judged(
 
 def _shaped(filled: Filled) -> Tensor | Bags:
     """The same memory as `[items, tokens, dim]` where that fits, else as `Bags`."""
-    values, lengths, edges = filled
+    values, lengths, edges, _ = filled
     if edges is not None:
         return Graphs(values, torch.tensor([0, *lengths]).cumsum(0), edges.edge_index, edges.edge_attr)
     if len(set(lengths)) == 1:

@@ -53,7 +53,7 @@ def save_looks(
                 "id": data.ids[item],
                 "label": _label(data, item),
                 "tokens": int(data.lengths()[item]) - data.prefix_tokens,
-                "image": None if data.images is None else _png(data.images[item]),
+                "image": _picture(data, item),
                 "predictions": predictions[i],
             }
             for i, item in enumerate(items)
@@ -137,6 +137,12 @@ def _worded(logits: Tensor, data: TokenDataset) -> str:
     if data.task == "multilabel":
         return ", ".join(c for c, v in zip(data.classes, logits.tolist(), strict=True) if v > 0) or "none"
     return ", ".join(f"{v:.3g}" for v in logits.tolist())
+
+
+def _picture(data: TokenDataset, item: int) -> str | None:
+    # of a feature store, the file of an item may be gone
+    image = None if data.images is None else data.images[item]
+    return None if image is None else _png(image)
 
 
 def _png(image: Any) -> str:

@@ -8,6 +8,8 @@ decides who computes which shard, and nothing that it does wrong can damage a st
 from cenote.scale.engine import Engine, LocalEngine
 from cenote.scale.extract import Estimate, Extracted, Options, Progress, estimate, extract, planned
 from cenote.scale.job import Job, ModelSpec, Shard, shards
+from cenote.scale.ray_engine import RayEngine
+from cenote.scale.sweep import RaySweep
 from cenote.scale.work import Worker
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "ModelSpec",
     "Options",
     "Progress",
+    "RayEngine",
+    "RaySweep",
     "Shard",
     "Worker",
     "estimate",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from cenote.features.store import ShardEntry
@@ -36,7 +37,7 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """One worker in this process.
+    """One worker in this process, which writes a shard while it computes the next one.
 
     Args:
         backbone: the model, if it is loaded already.
@@ -48,6 +49,14 @@ class LocalEngine:
     def run(self, job: Job, todo: Iterable[Shard], on_shard: OnShard, on_items: OnItems) -> None:
         """Compute the shards one after the other."""
         worker: Worker | None = None
-        for shard in todo:
-            worker = worker or Worker(job, self.backbone)
-            on_shard(worker(shard, on_items))
+        writing: Future[ShardEntry] | None = None
+        # whatever ends this early, the shard that is being written is finished first
+        with ThreadPoolExecutor(1) as writer:
+            for shard in todo:
+                worker = worker or Worker(job, self.backbone)
+                rows = worker.rows(shard.items, on_items)
+                if writing is not None:
+                    on_shard(writing.result())
+                writing = writer.submit(worker.write, shard, rows)
+            if writing is not None:
+                on_shard(writing.result())

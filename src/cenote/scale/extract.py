@@ -38,6 +38,7 @@ from cenote.features.validate import Problems
 from cenote.models import Backbone, Layout, chosen_layers
 from cenote.scale.engine import Engine, LocalEngine
 from cenote.scale.job import Job, ModelSpec, Shard, shards
+from cenote.scale.libraries import versions
 from cenote.scale.work import Worker, token_pool
 
 BATCH = 32
@@ -163,7 +164,7 @@ def planned(items: RawItems, backbone: Backbone, options: Options) -> Manifest:
         items_sha256=items.sha256(),
         items_per_shard=options.items_per_shard or _fitting(items, backbone, layout, layers, options),
         batch=options.batch,
-        versions=_versions(),
+        versions=versions(),
     )
 
 
@@ -470,18 +471,6 @@ def _spread(items: Sequence[Any], count: int) -> list[Any]:
 
 def _itemsize(dtype: Dtype) -> int:
     return torch.empty(0, dtype=DTYPES[dtype]).element_size()
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"torch": str(torch.__version__)}
-    for name in ("transformers", "timm", "pillow", "scipy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 __all__ = ["Estimate", "Extracted", "Options", "Progress", "Shard", "estimate", "extract", "planned"]

@@ -54,9 +54,15 @@ class Worker:
             InputError: where an item cannot be read (and is not to be skipped), a number does not fit the store's type, or
                 the disk is full.
         """
-        return write_shard(
-            self.job.store, shard.number, self.key, self.rows(shard.items, on_items), self.job.manifest.dtype
-        )
+        return self.write(shard, self.rows(shard.items, on_items))
+
+    def write(self, shard: Shard, rows: Rows) -> ShardEntry:
+        """Put the tokens of a shard on disk.
+
+        Raises:
+            InputError: where the disk is full.
+        """
+        return write_shard(self.job.store, shard.number, self.key, rows, self.job.manifest.dtype)
 
     def rows(self, items: Sequence[Item], on_items: OnItems = lambda _: None) -> Rows:
         """The tokens of some items."""
@@ -67,16 +73,16 @@ class Worker:
         for positions, prepared in _ahead(self._batches(items, read, skipped)):
             cut += prepared.cut
             found = self.backbone.states(prepared, self.job.manifest.layers)
+            real = None if found.mask is None else _Real(found.mask)
             for layer, states in found.layers.items():
-                for position, row in zip(positions, self._kept(states, found.mask), strict=True):
-                    tokens[layer][position] = row
+                rows, lengths = self._kept(states, found.mask, real)
+                stored = rows.to(self.dtype).cpu()
+                of_items = stored.split(lengths)
+                # NaN and infinity survive in the smallest and the largest number
+                if stored.numel() and not all(bool(torch.isfinite(end)) for end in stored.aminmax()):
+                    self._refuse(items, positions, of_items)
+                tokens[layer].update(zip(positions, of_items, strict=True))
             on_items(len(positions))
-        for place, name in enumerate(item.id for item in items):
-            if place in read and not all(bool(torch.isfinite(of[place]).all()) for of in tokens.values()):
-                raise InputError(
-                    f"item {name!r}: its tokens hold NaN, or numbers beyond the range of {self.job.manifest.dtype}; "
-                    f"take bfloat16 or float32 with --dtype, or leave the item out"
-                )
         order = sorted(read)
         width = self.job.manifest.dim
         return Rows(
@@ -126,15 +132,29 @@ class Worker:
             contents[place], read[place] = found.content, found.digest
         return contents
 
-    def _kept(self, states: Tensor, mask: Tensor | None) -> list[Tensor]:
-        """Per item what is stored: its real tokens, or their pool, in the store's type."""
+    def _kept(self, states: Tensor, mask: Tensor | None, real: _Real | None) -> tuple[Tensor, list[int]]:
+        """What is stored of a batch, its real tokens or their pools, one after the other, and how many of each item."""
+        items, tokens = states.shape[:2]
         if self.pool is not None:
-            pooled = self.pool(states.float(), mask)
-            return list(pooled.view(len(states), 1, -1).to(self.dtype).cpu())
-        stored = states.to(self.dtype).cpu()
-        if mask is None:
-            return list(stored)
-        return [tokens[real] for tokens, real in zip(stored, mask.cpu(), strict=True)]
+            return self.pool(states.float(), mask).view(items, -1), [1] * items
+        flat = states.flatten(0, 1)
+        return (flat, [tokens] * items) if real is None else (flat[real.places], real.lengths)
+
+    def _refuse(self, items: Sequence[Item], positions: Sequence[int], kept: Sequence[Tensor]) -> None:
+        for position, row in zip(positions, kept, strict=True):
+            if not bool(torch.isfinite(row).all()):
+                raise InputError(
+                    f"item {items[position].id!r}: its tokens hold NaN, or numbers beyond the range of "
+                    f"{self.job.manifest.dtype}; take bfloat16 or float32 with --dtype, or leave the item out"
+                )
+
+
+class _Real:
+    """Where the real tokens of a padded batch stand, found once for all layers."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.places = mask.flatten().nonzero().squeeze(1)
+        self.lengths = mask.sum(1).tolist()
 
 
 def token_pool(name: str | None, dim: int, prefix_tokens: int) -> nn.Module | None:

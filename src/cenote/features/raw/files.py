@@ -44,6 +44,9 @@ class FileItem(Item):
         except OSError:
             return "missing"
 
+    def location(self) -> str:
+        return str(self.path.absolute())
+
     def changed_since(self, time: float, digest: bytes) -> bool:
         try:
             if self.path.stat().st_mtime <= time:

@@ -51,6 +51,10 @@ class Item(ABC):
     def stamp(self) -> str:
         """What tells its content from another without reading a file: a file's size, a text's digest."""
 
+    def location(self) -> str | None:
+        """The file that it is, for those who want to show it; `None` where it is no file of its own."""
+        return None
+
     def changed_since(self, time: float, digest: bytes) -> bool:
         """Whether its content is no longer what had this digest; a file that was not written since `time` is not read."""
         del time, digest  # a text is its own content: the stamp has told

@@ -3,6 +3,7 @@
 from cenote.features.store.dataset import StoredDataset
 from cenote.features.store.listing import Listing, changes, read_listing, write_listing
 from cenote.features.store.manifest import Dtype, Manifest, ShardEntry, is_store, read_manifest
+from cenote.features.store.pictures import StoredPictures
 from cenote.features.store.shards import Rows, ShardFile, finished_shards, write_shard
 from cenote.features.store.tokens import StoredTokens
 
@@ -14,6 +15,7 @@ __all__ = [
     "ShardEntry",
     "ShardFile",
     "StoredDataset",
+    "StoredPictures",
     "StoredTokens",
     "changes",
     "finished_shards",

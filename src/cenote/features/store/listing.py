@@ -15,7 +15,7 @@ from cenote.features.table import Column
 from cenote.features.validate import some
 
 LISTING = "items.parquet"
-ID, STAMP = "id", "stamp"
+ID, STAMP, FILE = "id", "stamp", "cenote.file"
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,14 @@ class Listing:
 
     Attributes:
         ids, stamps: of all items, unreadable ones included.
+        files: where each item lay when the store was last written, of items that are files.
         columns: labels and the like.
         class_names, used: as in `RawItems`.
     """
 
     ids: list[str]
     stamps: list[str]
+    files: list[str] | None
     columns: Mapping[str, Column]
     class_names: Mapping[str, list[str]]
     used: frozenset[str]
@@ -41,6 +43,9 @@ def write_listing(store: Path, items: RawItems) -> None:
     import pyarrow.parquet as pq
 
     columns = {ID: [item.id for item in items.items], STAMP: [item.stamp() for item in items.items]}
+    files = [item.location() for item in items.items]
+    if None not in files:
+        columns[FILE] = [str(file) for file in files]
     kept = {name: cells for name, cells in items.columns.items() if name not in columns}
     arrays = {name: pa.array(cells, pa.string()) for name, cells in columns.items()}
     arrays |= {name: _array(cells) for name, cells in kept.items()}
@@ -74,6 +79,7 @@ def read_listing(store: Path) -> Listing:
         return Listing(
             columns.pop(ID),
             columns.pop(STAMP),
+            columns.pop(FILE, None),
             columns,
             json.loads(about[b"cenote.class_names"]),
             frozenset(json.loads(about[b"cenote.used"])) & columns.keys(),
