@@ -13,7 +13,7 @@ from pathlib import Path
 
 from commands import cenote
 
-METHODS = "mean,max,sum,statistics,cls,cls-mean,last,gem,abmil,simpool,efficient-probing,esimpool,weighted-layer-sum"
+METHODS = "mean,max,sum,statistics,cls,cls-mean,last,gem,abmil,simpool,efficient-probing,weighted-layer-sum"
 
 
 def main() -> None:

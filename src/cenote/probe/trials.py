@@ -109,7 +109,9 @@ def run_in_processes(trials: Sequence[Trial], workers: int, on_share: OnShare) -
             warnings.warn(f"training one at a time: {folder} cannot hold the data ({error.strerror})", stacklevel=2)
             yield from run_in_turn(trials, on_share)
             return
-        pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(file,), env={"OMP_NUM_THREADS": "1"})
+        # mapped pages of the data are no leak, for which loky would start a process anew
+        env = {"OMP_NUM_THREADS": "1", "LOKY_MAX_MEMORY_LEAK_SIZE": "1e18"}
+        pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(file,), env=env)
         finished = False
         try:
             futures = {pool.submit(_run, number): trial for number, trial in enumerate(trials)}
