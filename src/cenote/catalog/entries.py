@@ -29,6 +29,7 @@ class System:
         classes: dotted paths of our classes and functions.
         licence: of the authors' repository, as found there; `None` where nobody looked. No code of theirs is in cenote.
         legal: what a user should know besides, `None` for nearly all.
+        when, cost: for people: when to use it, and what it takes; `None` where nobody has written it yet.
     """
 
     row: int
@@ -41,6 +42,8 @@ class System:
     classes: tuple[str, ...]
     licence: str | None = None
     legal: str | None = None
+    when: str | None = None
+    cost: str | None = None
 
     @property
     def status(self) -> Status:
@@ -101,6 +104,8 @@ def systems() -> tuple[System, ...]:
             classes=tuple(r.get("classes", ())),
             licence=r.get("licence"),
             legal=r.get("legal"),
+            when=r.get("when"),
+            cost=r.get("cost"),
         )
         for r in rows
     )

@@ -54,6 +54,7 @@ from cenote.pool.basic.statistics import StatisticsPool
 from cenote.pool.basic.sum import SumPool
 from cenote.pool.graph.base import GraphLevel, GraphPool, GraphPooled
 from cenote.pool.graph.graph_parsing_networks import GraphParsingNetwork, GraphParsingNodes, GraphParsingPool
+from cenote.pool.graph.molecules import MoleculeEncoder
 from cenote.pool.graph.parsing import EdgeScores
 from cenote.pool.graph.sparse_hierarchical_graph import SparseHierarchicalClassifier, SparseHierarchicalPool
 from cenote.pool.layers.base import LayerPool, LayersPooled, stack_layers
@@ -297,6 +298,7 @@ __all__ = [
     "MixedPool1d",
     "MixedPool2d",
     "MixedPool3d",
+    "MoleculeEncoder",
     "MultiAFA",
     "MultiLayerTrainable",
     "MultiScale",

@@ -23,13 +23,11 @@ from cenote.pool.graph.base import as_graph, mean_by
 from cenote.pool.graph.layers import GraphBlock
 from cenote.pool.graph.sparse_hierarchical_graph import TopK
 from cenote.study.graphs import (
-    DensePool,
     GraphData,
     accuracy,
-    dense,
-    erdos_renyi,
+    dense_memory,
     joined,
-    kept_numbers,
+    pool_memory,
     slope,
     split,
     trained,
@@ -60,7 +58,11 @@ def run(seed: int, size: Size) -> Findings:
     for name, build in {PARSING: _parsing, MEAN: _mean, TOP_K: _top_k}.items():
         models[name] = [trained(build, train, s, EPOCHS[size]) for s, (train, _) in zip(seeds, drawn, strict=True)]
         arms[name] = tuple(accuracy(m, test) for m, (_, test) in zip(models[name], drawn, strict=True))
-    for name, cost in {PARSING: _parsing_kept, DENSE: _dense_kept}.items():
+    costs = {
+        PARSING: partial(pool_memory, lambda: GraphParsingPool(2, WIDTH, LAYERS, dropout=0.0)),
+        DENSE: partial(dense_memory, WIDTH),
+    }
+    for name, cost in costs.items():
         memory[name] = tuple(slope(SIZES[size], [cost(s, n) for n in SIZES[size]]) for s in seeds)
     depths = [_depths(m, test) for m, (_, test) in zip(models[PARSING], drawn, strict=True)]
     shape["levels per graph, mean"] = tuple(float(d.double().mean()) for d in depths)
@@ -145,22 +147,6 @@ def _mean() -> nn.Module:
 
 def _top_k() -> nn.Module:
     return _Flat(top=True)
-
-
-def _parsing_kept(seed: int, nodes: int) -> int:
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    pool = GraphParsingPool(2, WIDTH, LAYERS, dropout=0.0)
-    x, edge_index = torch.randn(nodes, 2, generator=generator), erdos_renyi(nodes, 2 * nodes, generator)
-    return kept_numbers(lambda: pool(x, edge_index))
-
-
-def _dense_kept(seed: int, nodes: int) -> int:
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    pool = DensePool(WIDTH, nodes // 4)
-    x, adjacency = dense(torch.randn(nodes, WIDTH, generator=generator), erdos_renyi(nodes, 2 * nodes, generator))
-    return kept_numbers(lambda: pool(x, adjacency))
 
 
 @torch.no_grad()

@@ -84,6 +84,24 @@ def kept_numbers(call: Callable[[], Tensor]) -> int:
     return sum(kept.values())
 
 
+def pool_memory(build: Callable[[], nn.Module], seed: int, nodes: int) -> int:
+    """Numbers that a graph pool of nodes of width 2 keeps, on a random graph with twice as many edges."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    pool = build()
+    x, edge_index = torch.randn(nodes, 2, generator=generator), erdos_renyi(nodes, 2 * nodes, generator)
+    return kept_numbers(lambda: pool(x, edge_index))
+
+
+def dense_memory(width: int, seed: int, nodes: int) -> int:
+    """Numbers that a dense assignment to a quarter of the nodes keeps, likewise."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    pool = DensePool(width, nodes // 4)
+    x, adjacency = dense(torch.randn(nodes, width, generator=generator), erdos_renyi(nodes, 2 * nodes, generator))
+    return kept_numbers(lambda: pool(x, adjacency))
+
+
 def slope(sizes: Sequence[int], costs: Sequence[float]) -> float:
     """Of the line through the logarithms: 1 grows linearly, 2 quadratically.
 

@@ -22,13 +22,12 @@ from cenote.pool import SparseHierarchicalClassifier, SparseHierarchicalPool
 from cenote.pool.graph.base import as_graph, mean_by
 from cenote.pool.graph.sparse_hierarchical_graph import MeanConv
 from cenote.study.graphs import (
-    DensePool,
     GraphData,
     accuracy,
-    dense,
+    dense_memory,
     erdos_renyi,
     joined,
-    kept_numbers,
+    pool_memory,
     slope,
     split,
     trained,
@@ -63,8 +62,9 @@ def run(seed: int, size: Size) -> Findings:
         arms[name] = tuple(accuracy(m, test) for m, (_, test) in zip(models[name], parts, strict=True))
     sizes = SIZES[size]
     small = [n for n in sizes if n <= DENSE_AT_MOST]
-    memory[HIERARCHY] = tuple(slope(sizes, [_kept(s, n) for n in sizes]) for s in seeds)
-    memory[DENSE] = tuple(slope(small, [_dense_kept(s, n) for n in small]) for s in seeds)
+    fresh = partial(SparseHierarchicalPool, 2, WIDTH, BLOCKS)
+    memory[HIERARCHY] = tuple(slope(sizes, [pool_memory(fresh, s, n) for n in sizes]) for s in seeds)
+    memory[DENSE] = tuple(slope(small, [dense_memory(WIDTH, s, n) for n in small]) for s in seeds)
     found["scores of the first block"] = tuple(
         _found(m, data, members, train) for m, (data, members) in zip(models[HIERARCHY], drawn, strict=True)
     )
@@ -134,22 +134,6 @@ class _Mean(nn.Module):
 
 def _hierarchy() -> nn.Module:
     return SparseHierarchicalClassifier(SparseHierarchicalPool(2, WIDTH, BLOCKS), 2)
-
-
-def _kept(seed: int, nodes: int) -> int:
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    pool = SparseHierarchicalPool(2, WIDTH, BLOCKS)
-    x, edge_index = torch.randn(nodes, 2, generator=generator), erdos_renyi(nodes, 2 * nodes, generator)
-    return kept_numbers(lambda: pool(x, edge_index))
-
-
-def _dense_kept(seed: int, nodes: int) -> int:
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    pool = DensePool(WIDTH, nodes // 4)
-    x, adjacency = dense(torch.randn(nodes, WIDTH, generator=generator), erdos_renyi(nodes, 2 * nodes, generator))
-    return kept_numbers(lambda: pool(x, adjacency))
 
 
 @torch.no_grad()

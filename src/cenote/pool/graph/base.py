@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -12,6 +12,12 @@ from torch import Tensor, nn
 from cenote.core.errors import InputError
 from cenote.core.graphs import Graphs, check_edges
 from cenote.core.segments import accumulation_dtype
+from cenote.pool.graph.precision import in_double
+
+Nodes = Float[Tensor, "nodes dim"] | Graphs
+Edges = Int[Tensor, "2 edges"] | None
+Attr = Shaped[Tensor, "edges *channels"] | None
+Batch = Int[Tensor, "nodes"] | None
 
 
 class GraphLevel(NamedTuple):
@@ -71,12 +77,14 @@ class GraphPool(nn.Module, ABC):
         dim, out_dim: as given; known before the first call.
         reads_edges: whether the output depends on the edges.
         discrete: whether the pool makes choices (which nodes join, which stay), which rounding can turn over.
+        precise: whether it computes in float64, so that rounding does not; its output has the precision of `x`.
         inert_parameters: parameters that cannot change the output.
         vectors, prefix, reads_cls, pairwise, fixed_tokens: as of `cenote.pool.Pool`, for the probe.
     """
 
     reads_edges: ClassVar[bool] = True
     discrete: ClassVar[bool] = False
+    precise: bool = False
     inert_parameters: tuple[str, ...] = ()
     vectors: int = 1
     prefix: ClassVar[Literal["drop", "keep"]] = "keep"
@@ -92,12 +100,7 @@ class GraphPool(nn.Module, ABC):
         self.out_dim = dim if out_dim is None else out_dim
 
     def forward(
-        self,
-        x: Float[Tensor, "nodes dim"] | Graphs,
-        edge_index: Int[Tensor, "2 edges"] | None = None,
-        edge_attr: Shaped[Tensor, "edges *channels"] | None = None,
-        batch: Int[Tensor, "nodes"] | None = None,
-        size: int | None = None,
+        self, x: Nodes, edge_index: Edges = None, edge_attr: Attr = None, batch: Batch = None, size: int | None = None
     ) -> Float[Tensor, "graphs out_dim"]:
         """Pool each graph to one vector.
 
@@ -108,32 +111,49 @@ class GraphPool(nn.Module, ABC):
             batch: the graph of each node, not falling; default: all nodes are of one graph.
             size: number of graphs; default `batch.max() + 1`.
         """
-        graph = as_graph(x, edge_index, edge_attr, batch, size, self.dim)
-        return _zero_where_empty(graph, self.pool(graph).output)
+        return self._pooled(as_graph(x, edge_index, edge_attr, batch, size, self.dim)).output
 
     def attend(
-        self,
-        x: Float[Tensor, "nodes dim"] | Graphs,
-        edge_index: Int[Tensor, "2 edges"] | None = None,
-        edge_attr: Shaped[Tensor, "edges *channels"] | None = None,
-        batch: Int[Tensor, "nodes"] | None = None,
-        size: int | None = None,
+        self, x: Nodes, edge_index: Edges = None, edge_attr: Attr = None, batch: Batch = None, size: int | None = None
     ) -> GraphPooled:
         """As calling the pool, and also how the nodes were pooled."""
-        graph = as_graph(x, edge_index, edge_attr, batch, size, self.dim)
-        pooled = self.pool(graph)
-        return pooled._replace(output=_zero_where_empty(graph, pooled.output))
+        return self._pooled(as_graph(x, edge_index, edge_attr, batch, size, self.dim))
 
     @abstractmethod
     def pool(self, graph: Graph) -> GraphPooled:
         """Pool a checked batch of graphs."""
 
+    def _pooled(self, graph: Graph) -> GraphPooled:
+        pooled: GraphPooled = in_double(self, self.pool, graph) if self.precise else self.pool(graph)
+        empty = graph.batch.bincount(minlength=graph.size) == 0
+        return pooled._replace(output=pooled.output.masked_fill(empty.unsqueeze(1), 0))
+
+
+class GraphClassifier(nn.Module):
+    """Logits of each graph: a predictor on what a graph pool gives.
+
+    Args:
+        pool: the pool.
+        predictor: `[graphs, pool.out_dim] -> [graphs, outputs]`.
+    """
+
+    def __init__(self, pool: GraphPool, predictor: nn.Module) -> None:
+        super().__init__()
+        self.pool: Any = pool
+        self.predictor = predictor
+
+    def forward(
+        self, x: Nodes, edge_index: Edges = None, edge_attr: Attr = None, batch: Batch = None, size: int | None = None
+    ) -> Float[Tensor, "graphs outputs"]:
+        """Logits of each graph; arguments as of the pool."""
+        return self.predictor(self.pool(x, edge_index, edge_attr, batch, size))
+
 
 def as_graph(
-    x: Float[Tensor, "nodes dim"] | Graphs,
-    edge_index: Int[Tensor, "2 edges"] | None,
-    edge_attr: Shaped[Tensor, "edges *channels"] | None = None,
-    batch: Int[Tensor, "nodes"] | None = None,
+    x: Nodes,
+    edge_index: Edges,
+    edge_attr: Attr = None,
+    batch: Batch = None,
     size: int | None = None,
     dim: int | None = None,
 ) -> Graph:
@@ -195,8 +215,3 @@ def _check_batch(batch: Tensor, nodes: int) -> None:
         return
     if int(batch[0]) < 0 or bool((batch.diff() < 0).any()):
         raise InputError("batch: expected graph numbers from 0 that do not fall; sort the nodes by their graph")
-
-
-def _zero_where_empty(graph: Graph, output: Float[Tensor, "graphs out_dim"]) -> Float[Tensor, "graphs out_dim"]:
-    empty = graph.batch.bincount(minlength=graph.size) == 0
-    return output.masked_fill(empty.unsqueeze(1), 0)

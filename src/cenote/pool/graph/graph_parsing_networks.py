@@ -8,14 +8,28 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
-from cenote.core.graphs import Graphs, undirected
-from cenote.pool.graph.base import Graph, GraphLevel, GraphPool, GraphPooled, as_graph, mean_by, sum_by
+from cenote.core.graphs import undirected
+from cenote.pool.graph.base import (
+    Attr,
+    Batch,
+    Edges,
+    Graph,
+    GraphClassifier,
+    GraphLevel,
+    GraphPool,
+    GraphPooled,
+    Nodes,
+    as_graph,
+    mean_by,
+    sum_by,
+)
 from cenote.pool.graph.layers import Conv, GraphBlock, ResidualMLP, mlp
 from cenote.pool.graph.parsing import EdgeScores, has_edges, parse
+from cenote.pool.graph.precision import in_double
 
 Readout = Literal["last", "levels"]
 
@@ -54,6 +68,8 @@ class GraphParsingPool(GraphPool):
             what `x` has, and `edge_index` reaches it as given. For molecules: bond-aware convolutions.
         readout: `"last"`: the sum over the nodes that are left; `"levels"`: the sum over the levels of the means over a graph's
             nodes, as the authors do for molecules.
+        precise: whether to compute in float64, so that which nodes join does not turn with rounding: not with who else is in
+            the batch, nor on a graphics card from call to call. `False`: in the precision of `x`, for half the memory.
 
     Raises:
         InputError: where an option is none of its values, or PyTorch Geometric is missing.
@@ -90,8 +106,10 @@ class GraphParsingPool(GraphPool):
         conv: Conv = "gcn",
         encoder: nn.Module | None = None,
         readout: Readout = "last",
+        precise: bool = True,
     ) -> None:
         super().__init__(dim, hidden)
+        self.precise = precise
         if readout not in ("last", "levels"):
             raise InputError(f"readout: expected 'last' or 'levels', got {readout!r}")
         self.readout = readout
@@ -161,7 +179,7 @@ class GraphParsingPool(GraphPool):
         return self.encoder(graph.x, graph.edge_index, graph.edge_attr)
 
 
-class GraphParsingNetwork(nn.Module):
+class GraphParsingNetwork(GraphClassifier):
     """Classifies graphs: a `GraphParsingPool` and a perceptron.
 
     Args:
@@ -179,20 +197,7 @@ class GraphParsingNetwork(nn.Module):
     """
 
     def __init__(self, pool: GraphParsingPool, outputs: int, layers: int = 2, dropout: float = 0.1) -> None:
-        super().__init__()
-        self.pool = pool
-        self.predictor = mlp(pool.out_dim, pool.out_dim, outputs, layers, dropout, activate_last=False)
-
-    def forward(
-        self,
-        x: Float[Tensor, "nodes dim"] | Graphs,
-        edge_index: Int[Tensor, "2 edges"] | None = None,
-        edge_attr: Shaped[Tensor, "edges *channels"] | None = None,
-        batch: Int[Tensor, "nodes"] | None = None,
-        size: int | None = None,
-    ) -> Float[Tensor, "graphs outputs"]:
-        """Logits of each graph."""
-        return self.predictor(self.pool(x, edge_index, edge_attr, batch, size))
+        super().__init__(pool, mlp(pool.out_dim, pool.out_dim, outputs, layers, dropout, activate_last=False))
 
 
 class GraphParsingNodes(nn.Module):
@@ -238,14 +243,15 @@ class GraphParsingNodes(nn.Module):
         self.predictor = mlp(hidden, hidden, outputs, layers, dropout, activate_last=False)
 
     def forward(
-        self,
-        x: Float[Tensor, "nodes dim"] | Graphs,
-        edge_index: Int[Tensor, "2 edges"] | None = None,
-        edge_attr: Shaped[Tensor, "edges *channels"] | None = None,
-        batch: Int[Tensor, "nodes"] | None = None,
+        self, x: Nodes, edge_index: Edges = None, edge_attr: Attr = None, batch: Batch = None
     ) -> Float[Tensor, "nodes outputs"]:
         """Logits of each node."""
-        h, steps, _ = self.pool.hierarchy(as_graph(x, edge_index, edge_attr, batch, dim=self.pool.dim))
+        graph = as_graph(x, edge_index, edge_attr, batch, dim=self.pool.dim)
+        logits: Tensor = in_double(self, self._logits, graph) if self.pool.precise else self._logits(graph)
+        return logits
+
+    def _logits(self, graph: Graph) -> Float[Tensor, "nodes outputs"]:
+        h, steps, _ = self.pool.hierarchy(graph)
         return self.predictor(self.unpool(h, steps))
 
     def unpool(self, h: Float[Tensor, "left hidden"], steps: list[Step]) -> Float[Tensor, "nodes hidden"]:

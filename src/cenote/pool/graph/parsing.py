@@ -10,6 +10,7 @@ from cenote.core.errors import InputError
 from cenote.core.graphs import undirected
 from cenote.pool.graph.base import GraphLevel, sum_by
 from cenote.pool.graph.layers import mlp
+from cenote.pool.graph.precision import ranks
 
 
 def parse(
@@ -21,7 +22,7 @@ def parse(
     each step at least halves the nodes that have neighbours. A node without edges is a community of its own.
 
     Args:
-        scores: `s_uv`, equal in both directions.
+        scores: `s_uv`, equal in both directions. In float64, scores of a graph that are equal to rounding are equal.
         edge_index: both directions of every edge, as `undirected` gives them.
         batch: the graph of each node.
 
@@ -40,7 +41,7 @@ def parse(
     """
     nodes = batch.shape[0]
     row, col = edge_index
-    points_to = _best_neighbour(scores.detach(), edge_index, nodes)
+    points_to = _best_neighbour(ranks(scores.detach(), batch[row]), edge_index, nodes)
     # pointers end in a pair that points at each other (or in a loop); an even number of steps stays on one end of it
     end = points_to[points_to]
     while not torch.equal(further := end[end], end):
@@ -115,12 +116,11 @@ def has_edges(edge_index: Int[Tensor, "2 edges"], nodes: int) -> Bool[Tensor, "n
 
 
 def _best_neighbour(
-    scores: Float[Tensor, "edges"], edge_index: Int[Tensor, "2 edges"], nodes: int
+    ranked: Int[Tensor, "edges"], edge_index: Int[Tensor, "2 edges"], nodes: int
 ) -> Int[Tensor, "nodes"]:
     row, col = edge_index
-    top = scores.new_zeros(nodes).scatter_reduce(0, row, scores, "amax", include_self=False)
-    # not `==`, which a NaN would fail everywhere
-    best = ~(scores < top[row])
+    top = ranked.new_zeros(nodes).scatter_reduce(0, row, ranked, "amax", include_self=False)
+    best = ranked == top[row]
     edges = row.shape[0]
     at = torch.arange(edges, device=row.device)[best]
     first = at.new_full((nodes,), edges).scatter_reduce(0, row[best], at, "amin")

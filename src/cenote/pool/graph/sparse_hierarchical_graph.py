@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
-from cenote.core.graphs import Graphs
-from cenote.pool.graph.base import Graph, GraphLevel, GraphPool, GraphPooled, mean_by
+from cenote.pool.graph.base import Graph, GraphClassifier, GraphLevel, GraphPool, GraphPooled, mean_by
 from cenote.pool.graph.geometric import geometric
+from cenote.pool.graph.precision import ranks
 
 Gate = Literal["tanh", "sigmoid"]
 GATES: dict[str, Any] = {"tanh": torch.tanh, "sigmoid": torch.sigmoid}
@@ -55,8 +55,8 @@ class TopK(nn.Module):
 
     Note:
         Parameters and edges are those of PyTorch Geometric's `TopKPooling`, where a ratio of 1 means one node. Nodes are ranked
-        by the projection itself, in a stable order: large projections have the same tanh in float32, and equal nodes must not
-        be chosen by who else is in the batch.
+        by the projection itself, and nodes that are equal to rounding by their number: large projections have the same tanh in
+        float32, and equal nodes must not be chosen by who else is in the batch.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class TopK(nn.Module):
         return x[kept] * gate.unsqueeze(1), GraphLevel(assignment, ends[:, stays], batch[kept], gate, edge_attr=attr)
 
     def _largest(self, y: Float[Tensor, "nodes"], batch: Int[Tensor, "nodes"], size: int) -> Int[Tensor, "kept"]:
-        order = y.argsort(descending=True, stable=True)
+        order = ranks(y, batch).argsort(descending=True, stable=True)
         order = order[batch[order].argsort(stable=True)]
         nodes = batch.bincount(minlength=size)
         rank = torch.arange(order.shape[0], device=y.device) - (nodes.cumsum(0) - nodes)[batch]
@@ -125,6 +125,8 @@ class SparseHierarchicalPool(GraphPool):
         hidden: width of a convolution; the output has twice as many.
         blocks: how many times.
         ratio, k, gate, min_score: of each `TopK`.
+        precise: whether to compute in float64, so that which nodes stay does not turn with rounding: not with who else is in
+            the batch, nor on a graphics card from call to call. `False`: in the precision of `x`, for half the memory.
 
     Raises:
         InputError: where an argument is out of range, or PyTorch Geometric is missing.
@@ -152,8 +154,10 @@ class SparseHierarchicalPool(GraphPool):
         k: int | None = None,
         gate: Gate = "tanh",
         min_score: float | None = None,
+        precise: bool = True,
     ) -> None:
         super().__init__(dim, 2 * hidden)
+        self.precise = precise
         if blocks < 1:
             raise InputError(f"blocks: expected at least one, got {blocks}")
         self.convs = nn.ModuleList([MeanConv(hidden if i else dim, hidden) for i in range(blocks)])
@@ -170,7 +174,7 @@ class SparseHierarchicalPool(GraphPool):
         return GraphPooled(total, None, tuple(levels))
 
 
-class SparseHierarchicalClassifier(nn.Module):
+class SparseHierarchicalClassifier(GraphClassifier):
     """Classifies graphs: a `SparseHierarchicalPool` and a perceptron with one hidden layer.
 
     Args:
@@ -193,23 +197,9 @@ class SparseHierarchicalClassifier(nn.Module):
     def __init__(
         self, pool: SparseHierarchicalPool, outputs: int, hidden: int | None = None, dropout: float = 0.0
     ) -> None:
-        super().__init__()
-        self.pool = pool
         hidden = pool.out_dim // 2 if hidden is None else hidden
-        self.mlp = nn.Sequential(
-            nn.Linear(pool.out_dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, outputs)
-        )
-
-    def forward(
-        self,
-        x: Float[Tensor, "nodes dim"] | Graphs,
-        edge_index: Int[Tensor, "2 edges"] | None = None,
-        edge_attr: Shaped[Tensor, "edges *channels"] | None = None,
-        batch: Int[Tensor, "nodes"] | None = None,
-        size: int | None = None,
-    ) -> Float[Tensor, "graphs outputs"]:
-        """Logits of each graph."""
-        return self.mlp(self.pool(x, edge_index, edge_attr, batch, size))
+        layers = (nn.Linear(pool.out_dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, outputs))
+        super().__init__(pool, nn.Sequential(*layers))
 
 
 def readout(x: Float[Tensor, "nodes dim"], batch: Int[Tensor, "nodes"], size: int) -> Float[Tensor, "graphs twice_dim"]:
