@@ -428,3 +428,32 @@ def test_embedded_by_name() -> None:
 def test_reading_twice_gives_the_same(folder: Path) -> None:
     assert read(folder).fingerprint() == read(folder).fingerprint()
     assert read(folder, seed=1).fingerprint() != read(folder).fingerprint()
+
+
+@pytest.mark.parametrize("form", ["dense", "padded", "ragged"])
+def test_npz_with_labels_of_tokens(tmp_path: Path, same: list[np.ndarray], bags: list[np.ndarray], form: str) -> None:
+    lengths = [len(bag) for bag in (same if form == "dense" else bags)]
+    marked = [np.arange(n) % 3 == 1 for n in lengths]
+    y = {"y": np.arange(ITEMS) % 2}
+    if form == "ragged":
+        y |= {"x": np.concatenate(bags), "offsets": np.cumsum([0, *lengths]), "token_labels": np.concatenate(marked)}
+    elif form == "dense":
+        y |= {"x": np.stack(same), "token_labels": np.stack(marked)}
+    else:
+        longest = max(lengths)
+        y["x"] = np.stack([np.pad(bag, ((0, longest - len(bag)), (0, 0))) for bag in bags])
+        y["mask"] = np.arange(longest) < np.array(lengths)[:, None]
+        # what stands at padding is not read
+        y["token_labels"] = np.stack([np.pad(m, (0, longest - len(m)), constant_values=True) for m in marked])
+    np.savez(tmp_path / "data.npz", **y)
+    labels = read(tmp_path / "data.npz").token_labels
+    assert labels is not None
+    assert labels.shape == ((ITEMS, lengths[0]) if form == "dense" else (sum(lengths),))
+    assert labels.flatten().tolist() == np.concatenate(marked).astype(int).tolist()
+
+
+def test_npz_labels_of_tokens_must_go_with_x(tmp_path: Path, same: list[np.ndarray]) -> None:
+    for wrong in (np.zeros((ITEMS, 1), int), np.zeros((ITEMS, len(same[0])))):
+        np.savez(tmp_path / "data.npz", x=np.stack(same), y=np.arange(ITEMS) % 2, token_labels=wrong)
+        with pytest.raises(InputError, match="token_labels must hold a whole number per token"):
+            read(tmp_path / "data.npz")

@@ -16,15 +16,16 @@ from cenote.features.source import Filled, LazyColumns, Source
 from cenote.features.table import Column, find
 from cenote.features.validate import Problems
 
-MASK, OFFSETS, LAYERS = "mask", "offsets", "layers"
+MASK, OFFSETS, LAYERS, TOKEN_LABELS = "mask", "offsets", "layers", "token_labels"
 
 
 def open_npz(path: Path, array: str | None, id_column: str | None, problems: Problems) -> Source:
     """The items of one `.npz`.
 
     Arrays: `x`; `y` (`[items]`, or `[items, labels]`); optional `mask [items, tokens]` with True on real tokens, `ids`,
-    `groups`, `split`. Instead of padding, `x [total, dim]` may come with `offsets [items + 1]`. Of several layers, `x` is
-    `[items, layers, tokens, dim]`, and `layers` holds their rising numbers (0: the embeddings); default 1, 2, ...
+    `groups`, `split`, and `token_labels`, a whole number per token. Instead of padding, `x [total, dim]` may come with
+    `offsets [items + 1]`. Of several layers, `x` is `[items, layers, tokens, dim]`, and `layers` holds their rising numbers
+    (0: the embeddings); default 1, 2, ...
 
     Args:
         path: the file.
@@ -60,6 +61,11 @@ def open_npz(path: Path, array: str | None, id_column: str | None, problems: Pro
         mask = None
         if MASK in members and offsets is None:
             mask = _mask(arrays.npz_values(path, MASK), x.shape, path)
+        labels = None
+        if TOKEN_LABELS in members:
+            labels = _token_labels(
+                arrays.npz_values(path, TOKEN_LABELS), x.shape[: 1 if offsets is not None else 2], path
+            )
     except Unusable as error:
         raise InputError(f"{path}: {error}") from error
     items = x.shape[0] if offsets is None else len(offsets) - 1
@@ -74,7 +80,7 @@ def open_npz(path: Path, array: str | None, id_column: str | None, problems: Pro
     shapes = {
         key: shape
         for key, (shape, _) in members.items()
-        if key not in (name, MASK, OFFSETS, *([LAYERS] if layers else []))
+        if key not in (name, MASK, OFFSETS, TOKEN_LABELS, *([LAYERS] if layers else []))
     }
     names = [key for key, shape in shapes.items() if len(shape) == 1 and shape[0] == items]
     id_name = find(shapes, id_column, ("ids", "id"), "id_column")
@@ -103,7 +109,10 @@ def open_npz(path: Path, array: str | None, id_column: str | None, problems: Pro
             _fill(values, x, mask, lengths, ids, found)
         except (Unusable, OSError) as error:
             found.add("unreadable", f"array {name!r} {error}")
-        return Filled(values, lengths)
+        kept = labels if labels is None or mask is None else labels[mask]
+        return Filled(
+            values, lengths, token_labels=None if kept is None else torch.from_numpy(kept.astype(np.int64)).flatten()
+        )
 
     return Source(
         ".npz",
@@ -124,6 +133,15 @@ def _layers(given: NDArray[Any] | None, shape: tuple[int, ...], path: Path) -> t
             f"{path}: layers must hold the {shape[1]} rising numbers of the layers of x, which has shape {list(shape)}"
         )
     return tuple(numbers)
+
+
+def _token_labels(given: NDArray[Any], shape: tuple[int, ...], path: Path) -> NDArray[Any]:
+    if given.dtype.kind not in "iub" or given.shape != shape:
+        raise InputError(
+            f"{path}: token_labels must hold a whole number per token, of shape {list(shape)} to go with x; "
+            f"got {given.dtype} of shape {list(given.shape)}"
+        )
+    return given
 
 
 def _side_by_side(x: arrays.StoredArray) -> arrays.StoredArray:

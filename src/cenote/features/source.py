@@ -21,11 +21,13 @@ class Edges(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """The tokens of all items one after the other, how many each has, and the edges between them where items are graphs."""
+    """The tokens of all items one after the other, how many each has, the edges between them where items are graphs, and a
+    label per token where the file has them."""
 
     values: Float[Tensor, "total dim"]
     lengths: list[int]
     edges: Edges | None = None
+    token_labels: Int[Tensor, "total"] | None = None
 
 
 @dataclass(frozen=True)
