@@ -91,6 +91,11 @@ class MultiLayerTrainable(LayerPool):
     Note:
         The last token is the last that the mask calls real; the authors pad on the left and take the last slot. Their mean
         leaves out every token equal to the padding token, which drops the end of the sequence where that is the same token.
+
+        The paper's five designs are, of a causal model: the last token (`LastPool`), `LastLayerTrainable` over it, and this
+        class with `tokens="last"`; of a bidirectional one: `LastLayerTrainable`, and this class with `tokens="mean"`. Which of
+        the two a model is, is the model's matter. The paper tests its differences over data sets (Wilcoxon); `cenote probe`
+        tests those on one data set, over its test items.
     """
 
     def __init__(
