@@ -8,10 +8,14 @@ from cenote.pool import LeanWindowPool
 SIZES = (9, 7, 6)
 
 
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    """In float64, the same in every call."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def maps(dims: int = 2, seed: int = 0) -> Tensor:
-    """Two maps of three channels in as many dimensions, in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(2, 3, *SIZES[:dims], generator=generator, dtype=torch.float64)
+    """Two maps of three channels in as many dimensions."""
+    return randn(2, 3, *SIZES[:dims], seed=seed)
 
 
 def cells(x: Tensor, k: int, s: int) -> Tensor:

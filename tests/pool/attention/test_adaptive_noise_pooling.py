@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.pools import randn
 from torch import nn
 
 from cenote.core import Bags, InputError
@@ -10,10 +11,6 @@ from cenote.pool import AdaptiveNoisePool, Attenuator
 from cenote.pool.attention.adaptive_noise_pooling import attenuation_bound
 from cenote.pool.attention.knn_centroid import knn_centroid_targets, knn_centroid_vectors
 from cenote.testing import check_pool
-
-
-def randn(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def plain_average(dim: int, sharpness: float, **arguments: object) -> AdaptiveNoisePool:

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from tests.pools import randn
 from torch import nn
 from torch.optim import Adam
 
@@ -11,10 +12,6 @@ from cenote.core import Bags, InputError
 from cenote.pool import AttSets, AttSetsConv, FASet
 from cenote.pool.attention.attsets_faset import Batch
 from cenote.testing import check_pool
-
-
-def randn(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def pool_of(dim: int, **settings: object) -> AttSets:

@@ -3,17 +3,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.pools import shaken
+from tests.pools import randn, shaken
 from torch import nn
 
 from cenote.core import InputError
 from cenote.pool.attention.dicosa.query_bank import query_bank_normalise
 from cenote.pool.attention.dicosa.similarity import DiCoSA
 from cenote.pool.attention.dicosa.temporal import TemporalTransformer
-
-
-def randn(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def constant(head: DiCoSA, factor: float = 1.0) -> DiCoSA:

@@ -3,6 +3,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tests.pools import randn
 from torch import nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,10 +21,6 @@ def spread_out(module: nn.Module) -> nn.Module:
         for p in module.parameters():
             p.add_(0.2 * torch.randn_like(p))
     return module
-
-
-def randn(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("heads", [1, 4])

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.pools import features, shaken
+from tests.pools import features, randn, shaken
 from torch import nn
 
 import cenote.pool.attention.slotcon.model as slotcon_model
@@ -16,10 +16,6 @@ from cenote.pool.attention.slotcon.trainer import SlotConTrainer
 from cenote.pool.attention.slotcon.views import TwoCrops, View, crop, inverse_augment, overlap
 
 NEVER = torch.tensor([False, False])
-
-
-def randn(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def small(**settings: object) -> SlotCon:

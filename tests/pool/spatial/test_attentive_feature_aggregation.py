@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.maps import randn
 from torch import Tensor, nn
 
 from cenote.core import InputError
@@ -21,10 +22,6 @@ from cenote.pool.spatial.afa_dla import bilinear_up, log_loss
 from cenote.pool.spatial.attentive_feature_aggregation import in_front
 
 C = 16
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def shaken(module: nn.Module) -> nn.Module:

@@ -3,15 +3,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.maps import randn
 from torch import Tensor, nn
 
 from cenote.core import InputError
 from cenote.pool import DeepLab, DeepLabASPP, DenseCRF, MultiScale, score_map_loss, to_output_stride
 from cenote.pool.spatial.deeplab import LARGE_FIELD_OF_VIEW, upsampled
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 class Bottleneck(nn.Module):

@@ -4,6 +4,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.maps import randn
 from torch import Tensor, nn
 
 from cenote.core import InputError
@@ -16,10 +17,6 @@ from cenote.pool import (
     pixel_loss,
     to_output_stride,
 )
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def shaken(module: nn.Module) -> nn.Module:
