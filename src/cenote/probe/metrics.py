@@ -21,6 +21,9 @@ Metric = Callable[
     Float[ndarray, "resamples"],
 ]
 
+RESAMPLES_AT_ONCE = 128
+"""Whose weights of a thousand items stay in the cache."""
+
 
 def accuracy(scores: ndarray, y: ndarray, weights: ndarray) -> ndarray:
     """Share of items whose highest score is their class."""
@@ -38,14 +41,27 @@ def balanced_accuracy(scores: ndarray, y: ndarray, weights: ndarray) -> ndarray:
 
 def auroc(scores: ndarray, y: ndarray, weights: ndarray) -> ndarray:
     """Probability that a positive item scores above a negative one; NaN where a resample has only one class."""
-    order = np.argsort(scores[:, 0], kind="stable")
-    s, positive, w = scores[order, 0], y[order] == 1, weights[:, order]
-    first_of_tie = np.flatnonzero(np.r_[True, s[1:] != s[:-1]])
-    w_pos = np.add.reduceat(w * positive, first_of_tie, axis=1)
-    w_neg = np.add.reduceat(w * ~positive, first_of_tie, axis=1)
-    below = np.cumsum(w_neg, 1) - w_neg
-    with np.errstate(invalid="ignore"):
-        return (w_pos * (below + w_neg / 2)).sum(1) / (w_pos.sum(1) * w_neg.sum(1))
+    positive = y == 1
+    s_pos, s_neg = scores[positive, 0], scores[~positive, 0]
+    order = np.argsort(s_neg, kind="stable")
+    negatives, positives = np.flatnonzero(~positive)[order], np.flatnonzero(positive)
+    # of each positive item the number of negative ones below it, and of those not above it
+    below = np.searchsorted(s_neg[order], s_pos, "left")
+    not_above = np.searchsorted(s_neg[order], s_pos, "right")
+    tied = bool((below != not_above).any())
+    found = np.empty(len(weights))
+    for start in range(0, len(weights), RESAMPLES_AT_ONCE):
+        # items first: a resample's weights then lie side by side in every step
+        w = weights[start : start + RESAMPLES_AT_ONCE].T
+        w_pos, w_neg = w[positives], np.zeros((len(negatives) + 1, w.shape[1]))
+        np.cumsum(w[negatives], 0, out=w_neg[1:])
+        beaten = w_neg[below]
+        if tied:
+            beaten = (beaten + w_neg[not_above]) / 2
+        with np.errstate(invalid="ignore"):
+            pairs = w_pos.sum(0) * w_neg[-1]
+            found[start : start + RESAMPLES_AT_ONCE] = np.einsum("ir,ir->r", w_pos, beaten) / pairs
+    return found
 
 
 def mean_average_precision(scores: ndarray, y: ndarray, weights: ndarray) -> ndarray:
