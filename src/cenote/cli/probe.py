@@ -18,6 +18,7 @@ import cenote.cli.extract as raw
 from cenote.core import InputError
 
 if TYPE_CHECKING:
+    from cenote.features.raw import RawItems
     from cenote.probe import Comparison
     from cenote.probe.compare import Engine
 
@@ -100,14 +101,21 @@ def probe(
     recipe = Recipe(epochs=epochs or recipe.epochs, patience=patience or recipe.patience)
     title = None
     if backbone is not None:
+        from cenote.features.reading import require_labels
         from cenote.scale import ModelSpec, Options
 
         spec = ModelSpec(backbone, kind, revision, device, precision, max_length, trust_remote_code, allow_pickle)
         options = Options(None if layers is None else "all", dtype, None, batch, None, skip_bad)  # type: ignore[arg-type]
         title = Path(data).stem
+
+        def check(items: RawItems) -> None:
+            require_labels(
+                items, task=task, label_column=label, group_column=group, split_column=split, seed=split_seed
+            )
+
         data = raw.from_raw(
-            data, spec, out / "features", options, console, labels, id_column, column, names, limit, engine, address
-        )
+            data, spec, out / "features", options, console, labels, id_column, column, names, limit, engine, address, check
+        )  # fmt: skip
         labels = id_column = None
     with console.status(f"reading {data}"):
         items = features.read(

@@ -22,6 +22,7 @@ from cenote.features.folder import LABELS, open_folder, token_files
 from cenote.features.geometric import geometric_file, open_geometric
 from cenote.features.layered import LayeredDataset
 from cenote.features.npz import open_npz
+from cenote.features.raw import RawItems
 from cenote.features.source import Filled, Source
 from cenote.features.store import StoredDataset, StoredPictures, StoredTokens, is_store, read_listing
 from cenote.features.table import (
@@ -165,6 +166,28 @@ def _chosen(data: TokenDataset, held: tuple[int, ...], layers: str | int | Seque
     return every.at(numbers[0]) if len(numbers) == 1 else every.only(numbers)
 
 
+def require_labels(
+    items: RawItems,
+    *,
+    task: str | None = None,
+    label_column: str | Sequence[str] | None = None,
+    group_column: str | None = None,
+    split_column: str | None = None,
+    fractions: Sequence[float] = splits.FRACTIONS,
+    seed: int = 0,
+) -> None:
+    """That raw items have labels, groups and splits which `read` will accept, before hours are spent on their tokens.
+
+    Raises:
+        InputError: as `read` would.
+    """
+    problems = Problems("data")
+    ids = [item.id for item in items.items]
+    source = Source(items.format, ids, items.columns, lambda _: None, items.class_names, items.used)
+    _judged(source, task, label_column, group_column, split_column, fractions, seed, problems)
+    problems.raise_any()
+
+
 def _from_store(
     path: Path,
     layers: str | int | Sequence[int] | None,
@@ -256,7 +279,8 @@ def _open(
     else:
         raise InputError(
             f"data: {path} is none of .npz, .arrow, .feather, .parquet, graphs (.txt, .pt) or a folder; "
-            f"put .npy, .safetensors, .h5 and .pt files, one per item, into a folder with labels.csv"
+            f"put .npy, .safetensors, .h5 and .pt files, one per item, into a folder with labels.csv; or, to begin with raw "
+            f"images, sounds or texts, name a model with --backbone"
         )
     return source if labels is None or not labelled else _joined(source, labels, id_column, problems)
 
