@@ -20,6 +20,8 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 FOLDER = DOCS / "methods"
 STUDIES = DOCS / "studies"
 MARK = "<!-- written by scripts/build_method_pages.py; do not edit -->"
+RESULTS = DOCS.parent / "benchmarks" / "results"
+BENCHMARKS = {"deeplab": "dense_crf"}
 NOT_FREE = ("CC BY-NC", "Apple", "all rights", "academic")
 ROOMS = {
     "pool/attention": "Pool: attention",
@@ -58,6 +60,8 @@ def system_page(s: System) -> str:
     lines = [MARK, "", f"# {s.title}", "", facts(s), ""]
     if s.classes:
         lines += [one_line(s.classes[0]), ""]
+    lines += [f"**{word}.** {text}\n" for word, text in (("When", s.when), ("Cost", s.cost)) if text]
+    lines += measured(s)
     if s.legal:
         lines += [f"**Note.** {s.legal} cenote's classes are written from the published equations.", ""]
     elif s.licence and any(word in s.licence for word in NOT_FREE):
@@ -77,6 +81,21 @@ def system_page(s: System) -> str:
             lines += reference(path, names)
     lines += ["## Does the claim show here?", "", *study(s)]
     return finished(lines)
+
+
+def measured(s: System) -> list[str]:
+    """What a benchmark of its own found, where it has one."""
+    kept = RESULTS / f"{BENCHMARKS.get(s.slug)}.json"
+    if not kept.is_file():
+        return []
+    found = json.loads(kept.read_text("utf-8"))
+    threads = found["machine"]["threads"]
+    rows = [
+        f"- {p['name']}: {p['ours_ms']['median']:.3g} ms by {p['ours']}, {p['theirs_ms']['median']:.3g} ms by {p['theirs']}"
+        for p in found["pairs"]
+    ]
+    where = f"{found['machine']['processor']}, {threads} thread{'s' if threads > 1 else ''}"
+    return [f"**Measured.** `{found['command']}` on {where}:", "", *rows, ""]
 
 
 def method_page(m: Method) -> str:
@@ -132,7 +151,9 @@ def study(s: System) -> list[str]:
         f"**Claim.** {verdict['claim']}",
         "",
         f"**Verdict: {verdict['holds']}**, {len(verdict['seeds'])} seeds, size {verdict['size']}. "
-        f"Numbers and picture: [the study's page](../studies/{s.slug}.md). Again: `cenote study {s.slug}`.",
+        f"Numbers: [the study's page](../studies/{s.slug}.md). Again: `cenote study {s.slug}`.",
+        "",
+        f"![What was measured](../studies/{verdict['figure']})",
     ]
 
 
