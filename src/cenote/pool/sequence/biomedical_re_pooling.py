@@ -109,7 +109,8 @@ class IndexSetPool(nn.Module, ABC):
         `subject` and `object_` are the spans `[start, end)` of the mentions; `heads` of each word the index of its head (-1:
         root, -2: padding), which the poolings without a tree ignore; `mask` is True on real words.
         """
-        return self.attend(x, subject, object_, heads, mask).output
+        each, sets, _ = self._sets(x, subject, object_, heads, mask)
+        return self.reduce(each).unflatten(0, sets.shape[:2]).flatten(1)
 
     def attend(
         self,
@@ -120,6 +121,23 @@ class IndexSetPool(nn.Module, ABC):
         mask: Bool[Tensor, "batch tokens"] | None = None,
     ) -> RelationPooled:
         """As calling the pool, and also the sets, the weights and where a tree was unusable."""
+        each, sets, fallback = self._sets(x, subject, object_, heads, mask)
+        if x.shape[1] == 0:
+            return RelationPooled(x.new_zeros((x.shape[0], self.out_dim)), x.new_zeros(sets.shape), sets, fallback)
+        output, weights = self.reduce.attend(each)
+        assert weights is not None
+        output, by_part = output.unflatten(0, sets.shape[:2]), weights.squeeze(1).unflatten(0, sets.shape[:2])
+        return RelationPooled(output.flatten(1), by_part, sets, fallback)
+
+    def _sets(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        subject: Int[Tensor, "batch 2"],
+        object_: Int[Tensor, "batch 2"],
+        heads: Int[Tensor, "batch tokens"] | None,
+        mask: Bool[Tensor, "batch tokens"] | None,
+    ) -> tuple[PaddedTokens, Bool[Tensor, "batch parts tokens"], Bool[Tensor, "batch"]]:
+        """Every part as a set of its own, `batch * parts` of them; the words of each; where the whole sentence stood in."""
         tokens = as_tokens(x, mask, self.dim)
         if not isinstance(tokens, PaddedTokens) or x.dim() != 3:
             raise InputError("x: expected [batch, tokens, dim]; mentions are positions in a padded batch")
@@ -129,16 +147,11 @@ class IndexSetPool(nn.Module, ABC):
             raise InputError(f"heads: expected shape {tuple(x.shape[:2])} to match x, got {tuple(heads.shape)}")
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
         if x.shape[1] == 0:
-            no_words = x.new_zeros((x.shape[0], self.parts, 0))
-            none = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
-            return RelationPooled(x.new_zeros((x.shape[0], self.out_dim)), no_words, no_words.bool(), none)
-        parts, fallback = self.index_sets(RelationSentences(subject, object_, heads, real))
-        sets = torch.stack(parts, 1)
-        each = PaddedTokens(tokens.values.repeat_interleave(self.parts, 0), sets.flatten(0, 1))
-        output, weights = self.reduce.attend(each)
-        assert weights is not None
-        by_part = weights.squeeze(1).unflatten(0, (-1, self.parts))
-        return RelationPooled(output.unflatten(0, (-1, self.parts)).flatten(1), by_part, sets, fallback)
+            sets, fallback = real.unsqueeze(1).expand(-1, self.parts, -1), real.new_ones(x.shape[0])
+        else:
+            parts, fallback = self.index_sets(RelationSentences(subject, object_, heads, real))
+            sets = torch.stack(parts, 1)
+        return PaddedTokens(tokens.values.repeat_interleave(self.parts, 0), sets.flatten(0, 1)), sets, fallback
 
 
 class EntityPool(IndexSetPool):

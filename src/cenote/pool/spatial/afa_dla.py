@@ -14,6 +14,7 @@ from cenote.pool.spatial.attentive_feature_aggregation import (
     AFASpatialAttention,
     BinaryAFA,
     MultiAFA,
+    Rendered,
     conv_norm_relu,
     scale_space_rendering,
 )
@@ -158,6 +159,12 @@ class Segmented(NamedTuple):
     weights: Float[Tensor, "batch scales height width"]
 
 
+class _Scale(NamedTuple):
+    factor: float
+    features: Float[Tensor, "batch channels _height _width"]
+    nodes: list[Level]
+
+
 class AFASegmenter(nn.Module):
     """Attentive aggregation of a feature pyramid at several image scales, which scale-space rendering fuses.
 
@@ -202,26 +209,19 @@ class AFASegmenter(nn.Module):
         self, x: Float[Tensor, "batch in_channels height width"]
     ) -> Float[Tensor, "batch classes height width"]:
         """Class probabilities of every pixel; they sum to less than 1, see `scale_space_rendering`."""
-        return self.at_scales(x).output
+        return self._rendered(self._found(x, self.scales), x.shape[2:])[0].output
 
     def at_scales(
         self, x: Float[Tensor, "batch in_channels height width"], scales: Sequence[float] | None = None
     ) -> Segmented:
         """As calling, at these scales of the image, with all that training and people want to see."""
-        chosen = self.scales if scales is None else tuple(sorted(scales))
-        size = (x.shape[2], x.shape[3])
-        found = [
-            self._one_scale(x if s == 1 else _resized(x, (round(size[0] * s), round(size[1] * s)))) for s in chosen
-        ]
-        nearest = min(range(len(chosen)), key=lambda i: abs(chosen[i] - 1))
-        grid = found[nearest][0].shape[2:]
-        densities = [self.density(_resized(features, grid)) for features, _ in found]
-        own = [_resized(self.classifier(features), size).softmax(1) for features, _ in found]
-        rendered = scale_space_rendering(own, densities)
+        size = x.shape[2:]
+        found = self._found(x, self.scales if scales is None else tuple(sorted(scales)))
+        rendered, own = self._rendered(found, size)
         w = rendered.weights.unsqueeze(2)
         heads = []
         for i, head in enumerate(self.auxiliary):
-            p = torch.stack([_resized(head(nodes[i]), size).softmax(1) for _, nodes in found], 1)
+            p = torch.stack([_resized(head(scale.nodes[i]), size).softmax(1) for scale in found], 1)
             heads.append((w * p).sum(1))
         return Segmented(rendered.output, torch.stack(own, 1), torch.stack(heads, 1), rendered.weights)
 
@@ -246,9 +246,20 @@ class AFASegmenter(nn.Module):
             total = total + sum(weight * log_loss(p, labels, ignore) for p in predictions.unbind(1))
         return total
 
-    def _one_scale(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        nodes = self.neck.by_node(self.backbone(x))
-        return self.neck.fused(nodes), nodes
+    def _found(self, x: Tensor, scales: tuple[float, ...]) -> list[_Scale]:
+        found = []
+        for s in scales:
+            image = x if s == 1 else _resized(x, [round(n * s) for n in x.shape[2:]])
+            nodes = self.neck.by_node(self.backbone(image))
+            found.append(_Scale(s, self.neck.fused(nodes), nodes))
+        return found
+
+    def _rendered(self, found: list[_Scale], size: Sequence[int]) -> tuple[Rendered, list[Tensor]]:
+        """The scales fused, and the probabilities of each."""
+        grid = min(found, key=lambda scale: abs(scale.factor - 1)).features.shape[2:]
+        densities = [self.density(_resized(scale.features, grid)) for scale in found]
+        own = [_resized(self.classifier(scale.features), size).softmax(1) for scale in found]
+        return scale_space_rendering(own, densities), own
 
 
 def log_loss(

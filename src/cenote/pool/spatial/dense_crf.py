@@ -99,6 +99,15 @@ class DenseCRF(nn.Module):
         Raises:
             InputError: where the two do not go together.
         """
+        return self._at_weights(unary, image, (self.appearance_weight,))[0]
+
+    def _at_weights(
+        self,
+        unary: Float[Tensor, "batch classes height width"],
+        image: Shaped[Tensor, "batch 3 height width"],
+        weights: Sequence[float],
+    ) -> list[Float[Tensor, "batch classes height width"]]:
+        """Class probabilities at each of these appearance weights; the kernels of an image are made once for all."""
         if unary.dim() != 4 or not unary.is_floating_point():
             raise InputError(f"unary: expected floats [batch, classes, height, width], got {tuple(unary.shape)}")
         if image.dim() != 4 or image.shape[0] != unary.shape[0] or image.shape[2:] != unary.shape[2:]:
@@ -107,8 +116,10 @@ class DenseCRF(nn.Module):
                 f"got {tuple(image.shape)}"
             )
         wide = torch.promote_types(unary.dtype, torch.float32)
-        q = [self._inferred(u, i) for u, i in zip(unary.to(wide), image.to(wide), strict=True)]
-        return torch.stack(q).to(unary.dtype) if q else unary
+        by_image = [self._inferred(u, i, weights) for u, i in zip(unary.to(wide), image.to(wide), strict=True)]
+        if not by_image:
+            return [unary for _ in weights]
+        return [torch.stack(q).to(unary.dtype) for q in zip(*by_image, strict=True)]
 
     def refine(
         self,
@@ -122,17 +133,25 @@ class DenseCRF(nn.Module):
         on = unary_from_probabilities(torch.stack([1 - heat, heat], 1))
         return self(on, image)[:, 1]
 
-    def _inferred(self, unary: Float[Tensor, "classes h w"], image: Float[Tensor, "3 h w"]) -> Tensor:
+    def _inferred(
+        self, unary: Float[Tensor, "classes h w"], image: Float[Tensor, "3 h w"], weights: Sequence[float]
+    ) -> list[Tensor]:
         height, width = unary.shape[1:]
-        kernels: list[tuple[float, Filter]] = []
-        if self.appearance_weight:
+        fixed: list[tuple[float, Filter]] = []
+        if self.smoothness_weight:
+            fixed.append((self.smoothness_weight, SeparableKernel(height, width, self.smoothness_sigma, unary)))
+        appearance: Filter | None = None
+        if any(weights):
             features = pixel_features(height, width, self.position_sigma, image, self.colour_sigma)
             exact = self.method == "exact" or (self.method == "auto" and height * width <= EXACT_PIXELS)
-            kernels.append((self.appearance_weight, DenseKernel(features) if exact else PermutohedralLattice(features)))
-        if self.smoothness_weight:
-            kernels.append((self.smoothness_weight, SeparableKernel(height, width, self.smoothness_sigma, unary)))
+            appearance = DenseKernel(features) if exact else PermutohedralLattice(features)
         energies = unary.flatten(1).T
-        return mean_field(energies, kernels, self.iterations, self.normalization).T.reshape(unary.shape)
+        found = []
+        for weight in weights:
+            kernels = [(weight, appearance), *fixed] if weight and appearance is not None else fixed
+            q = mean_field(energies, kernels, self.iterations, self.normalization)
+            found.append(q.T.reshape(unary.shape))
+        return found
 
 
 class DenseKernel:
@@ -315,11 +334,16 @@ def search_crf(
     counts = labels != ignore
     if not bool(counts.any()):
         raise InputError("labels: expected at least one pixel whose label counts")
-    tried = {}
-    for triple in itertools.product(appearance_weights, position_sigmas, colour_sigmas):
+    triples = itertools.product(appearance_weights, position_sigmas, colour_sigmas)
+    tried = dict.fromkeys(triples, 0.0)
+    if not tried:
+        raise InputError("appearance_weights, position_sigmas, colour_sigmas: expected at least one of each to try")
+    for sigmas in itertools.product(position_sigmas, colour_sigmas):
+        crf = DenseCRF(appearance_weights[0], *sigmas, **settings)  # type: ignore[arg-type]
         with torch.no_grad():
-            guess = DenseCRF(*triple, **settings)(unary, image).argmax(1)  # type: ignore[arg-type]
-        tried[triple] = float((guess == labels)[counts].double().mean())
+            guesses = [q.argmax(1) for q in crf._at_weights(unary, image, appearance_weights)]
+        for weight, guess in zip(appearance_weights, guesses, strict=True):
+            tried[weight, *sigmas] = float((guess == labels)[counts].double().mean())
     best = max(tried, key=tried.__getitem__)
     return Searched(DenseCRF(*best, **settings), tried[best], tried)  # type: ignore[arg-type]
 
