@@ -152,7 +152,15 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(bags: Path, tmp_path: Path) -> No
     out = tmp_path / "out"
     command = [sys.executable, "-c", "from cenote.cli import main; main()", "probe", str(bags), "--seeds", "2"]
     command += ["--epochs", "300", "--patience", "300", "--methods", "mean,abmil,simpool,gem", "--out", str(out)]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    run = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ},
+        # whoever starts the tests in the background may have them ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not (out / "cells" / "mean.safetensors").exists() and time.monotonic() < deadline and run.poll() is None:
         time.sleep(0.05)
