@@ -21,3 +21,15 @@ def return_freed_blocks(above: int = 2**20) -> bool:
         return bool(ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, above))
     except (OSError, AttributeError):
         return False
+
+
+def return_holes() -> bool:
+    """Give the freed memory between blocks that are in use back to the system, once; `False` where the C library is another.
+
+    Between pieces of work of very different sizes, so that the holes of one piece do not stay beside the blocks of the next.
+    """
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return False
+    return True

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
+from cenote.core.memory import return_holes
 from cenote.features.store import ShardEntry
 from cenote.models import Backbone
 from cenote.scale.job import Job, Shard
@@ -54,6 +55,7 @@ class LocalEngine:
         with ThreadPoolExecutor(1) as writer:
             for shard in todo:
                 worker = worker or Worker(job, self.backbone)
+                return_holes()
                 rows = worker.rows(shard.items, on_items)
                 if writing is not None:
                     on_shard(writing.result())
