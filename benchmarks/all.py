@@ -30,6 +30,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "scaling": (),
     "startup": (),
     "probe_default": (),
+    "probe_loop": (),
 }
 """Name of a benchmark -> the packages of others that it is compared with."""
 FIXED_THREADS = ("probe_default",)
