@@ -163,8 +163,11 @@ def extra_memory(call: Callable[[], object]) -> int:
 
     Linux only. Blocks that are freed must go back to the system: see `cenote.core.memory.return_freed_blocks`.
     """
+    from cenote.core.memory import return_holes
+
     call()
     gc.collect()
+    return_holes()
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     call()

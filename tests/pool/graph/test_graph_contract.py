@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import cenote
 from cenote.pool import GraphParsingPool, GraphPool, SparseHierarchicalPool
@@ -32,6 +33,14 @@ OPTIONS: dict[str, GraphPool] = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_keep_it(name: str) -> None:
     check_graph_pool(OPTIONS[name])
+
+
+@pytest.mark.parametrize("seed", [2, 33, 35])
+def test_a_graph_whose_nodes_all_chose_themselves_is_done(seed: int) -> None:
+    """With these weights a graph stops joining while its batch mates go on."""
+    torch.manual_seed(seed)
+    options = {"gnn_layers": 1, "second_gnn": 2, "deepset_layers": 2, "self_loops": True, "activate_last": False}
+    check_graph_pool(GraphParsingPool(4, hidden=6, conv="gin", **options))
 
 
 PROGRAM = """

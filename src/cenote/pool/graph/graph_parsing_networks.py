@@ -142,7 +142,7 @@ class GraphParsingPool(GraphPool):
             if step.level.batch.shape == batch.shape:
                 break
             steps.append(step)
-            changed = batch[moving].bincount(minlength=graph.size) > 0
+            changed = batch[step.moving].bincount(minlength=graph.size) > 0
             h, edge_index, batch = merged, step.level.edge_index, step.level.batch
             levels = levels + mean_by(h, batch, graph.size) * changed.unsqueeze(1).to(h.dtype)
         return h, steps, levels
@@ -158,6 +158,9 @@ class GraphParsingPool(GraphPool):
         g = self.gnn(h, edge_index)
         scores, scored = self.parser(g, edge_index)
         level = parse(scores, scored, batch)
+        # a graph of which every node chose itself is done, whatever its batch mates still do
+        joins = level.batch.bincount(minlength=int(batch.max()) + 1) < batch.bincount()
+        moving = moving & joins[batch]
         communities = level.batch.shape[0]
         pooled = g if self.gnn2 is None else self.gnn2(h, edge_index)
         merged = self.post(sum_by(self.pre(pooled), level.assignment, communities))
