@@ -42,7 +42,7 @@ COSINE_STEPS = 200
 @study
 def run(seed: int, size: Size) -> Findings:
     """Train both modes with and without memory; compare the estimator with the gradient of whole bags."""
-    seeds = seeds_of(seed, size)
+    seeds = seeds_of(seed, size, small=10, full=20)
     arms, bias = Arms(), Arms()
     for mode in MODES:
         for gamma in (MEMORY, FORGETS):
@@ -71,6 +71,9 @@ def run(seed: int, size: Size) -> Findings:
         notes=(
             f"tau {TAU:g}, rate {RATE:g}, momentum {MOMENTUM:g}, {SAMPLED} instances of 16 bags per step, {STEPS[size]:,} "
             "steps. A bag's estimate begins with what its first visit brings; at test time bags are pooled whole.",
+        ),
+        tried=(
+            "Five seeds left it open (0.0446, -0.0169 to 0.106). They were made ten, once; nothing else was changed.",
         ),
     )
 

@@ -46,7 +46,7 @@ LEARNED = ("mixed", "gated", "tree", "tree, then gated")
 @study
 def run(seed: int, size: Size) -> Findings:
     """Fit a gate to a target that only a gate can follow; compare poolings in a small net."""
-    seeds = seeds_of(seed, size)
+    seeds = seeds_of(seed, size, small=10, full=20)
     errors = _errors(seeds, size)
     test = over_seeds(images()[1], seeds)
     arms, moved = Arms(), {}
@@ -95,6 +95,8 @@ def run(seed: int, size: Size) -> Findings:
             "here maps have standard deviation 1.",
             "In the first run of this study gated and tree pooling against mixed stood outside the rule; tree pooling was 5 "
             "points below mixed, and the rule was made stricter for it.",
+            "Five seeds left tree against mixed open (-0.0498, -0.0899 to -0.0097). They were made ten, once; nothing else was "
+            "changed.",
         ),
     )
 
