@@ -59,6 +59,20 @@ def test_probe_then_predict_then_report(cenote: Run, bags: Path, tmp_path: Path)
     assert (out / "report.html").exists()
 
 
+def test_labels_of_tokens_are_found_by_weights(cenote: Run, bags: Path, tmp_path: Path) -> None:
+    (bags / "token_labels").mkdir()
+    for i in range(1, 60, 2):
+        np.save(bags / "token_labels" / f"slide{i}.npy", np.arange(len(np.load(bags / f"slide{i}.npy"))) == 0)
+    code, text, _ = cenote("probe", bags, "--methods", "mean,max", *QUICK[2:], "--out", tmp_path / "out")
+    assert code == 0
+    assert "token labels: 30 tokens matter, in 30 of 60 items" in text
+    assert "weights find the labelled tokens (AUROC within items): max 0." in text
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())["localisation"]
+    assert found["mean"] == 0.5
+    assert found["max"] > 0.5
+    assert 'id="localisation"' in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_running_again_resumes(cenote: Run, bags: Path, tmp_path: Path) -> None:
     cenote("probe", bags, *QUICK, "--out", tmp_path / "out")
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "cells").iterdir()}

@@ -232,6 +232,18 @@ def test_looks_are_written_for_the_report(toy: TokenDataset, tmp_path: Path) -> 
     assert c.localisation["mean"] == 0.5
 
 
+def test_labels_of_prefix_tokens_are_left_out(toy: TokenDataset, tmp_path: Path) -> None:
+    labels = (toy.x[:, :, 0] > 0.5).long()
+    plain = dataclasses.replace(toy, token_labels=labels)
+    prefix, marked = torch.randn(len(toy), 2, toy.dim), torch.ones(len(toy), 2, dtype=torch.int64)
+    longer = dataclasses.replace(
+        toy, x=torch.cat([prefix, toy.x], 1), prefix_tokens=2, token_labels=torch.cat([marked, labels], 1)
+    )
+    found = [compare(d, METHODS, seeds=1, recipe=QUICK, out=tmp_path / d.name).localisation for d in (plain, longer)]
+    assert found[0].keys() == found[1].keys()
+    assert found[0]["simpool"] == pytest.approx(found[1]["simpool"], abs=1e-6)
+
+
 def test_the_best_probe_comes_back(toy: TokenDataset, tmp_path: Path) -> None:
     c = compare(toy, METHODS, seeds=2, recipe=QUICK, out=tmp_path)
     saved = cenote.load(tmp_path / "best")

@@ -54,6 +54,27 @@ def test_images(tmp_path: Path, items: RawItems, vit: ModelSpec) -> None:
     assert torch.equal(data.item(8), x[3])
 
 
+def test_labels_of_stored_tokens(tmp_path: Path, items: RawItems, vit: ModelSpec) -> None:
+    """In a folder of the store, by the items' names with or without their extension."""
+    extract(items, vit, tmp_path / "store", Options())
+    assert stored(tmp_path / "store").token_labels is None
+    marked = np.arange(17) == 5
+    for name in ("cat/001.npy", "dog/002.png.npy"):
+        file = tmp_path / "store" / "token_labels" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, marked)
+    data = stored(tmp_path / "store")
+    assert data.token_labels is not None
+    assert data.token_labels.shape == (20, 17)
+    assert data.token_labels.nonzero().tolist() == [
+        [data.ids.index("cat/001.png"), 5],
+        [data.ids.index("dog/002.png"), 5],
+    ]
+    np.save(file, marked[1:])
+    with pytest.raises(InputError, match=r"'dog/002.png' .* has 16 entries, but the item has 17 tokens"):
+        stored(tmp_path / "store")
+
+
 def test_pictures_of_stored_items(tmp_path: Path, items: RawItems, vit: ModelSpec) -> None:
     """As the model saw them, on which its patches lie; what is gone is missing, and nothing else."""
     import base64

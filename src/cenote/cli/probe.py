@@ -173,6 +173,10 @@ def probe(
     console.print(leaderboard(comparison, console.width))
     for name, why in comparison.skipped.items():
         console.print(f"skipped {name}: {why}", highlight=False)
+    if comparison.localisation:
+        found = sorted(comparison.localisation.items(), key=lambda pair: -pair[1])
+        scores = ", ".join(f"{name} {score:.3f}" for name, score in found)
+        console.print(f"weights find the labelled tokens (AUROC within items): {scores}", highlight=False)
     console.print(f"\n[bold]{comparison.sentence}[/bold]", highlight=False)
     console.print(f"{time.perf_counter() - start:.0f} s; report: {page}", highlight=False)
     if not comparison.complete:

@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,6 +73,30 @@ def open_array(path: Path, name: str | None = None) -> StoredArray:
                 return _hdf5(path, name)
             case _:
                 return _torch(path, name)
+    except OSError as error:
+        raise Unusable(f"cannot be read ({_first_line(error)}); write it again") from error
+
+
+def whole_arrays(path: Path) -> dict[str, Callable[[], NDArray[Any]]]:
+    """The arrays of a file by name, each read whole when it is called; an array without a name has the name `""`.
+
+    Raises:
+        Unusable: where the file, or then the array, is damaged or needs unpickling.
+    """
+    try:
+        match path.suffix.lower():
+            case ".npy":
+                return {"": lambda: _whole_npy(path)}
+            case ".npz":
+                return {name: partial(npz_values, path, name) for name in npz_members(path)}
+            case ".safetensors":
+                return {name: partial(_whole_safetensors, path, name) for name in _safetensors_header(path)[0]}
+            case ".h5" | ".hdf5":
+                return {name: partial(_whole_hdf5, path, name) for name in _hdf5_datasets(path)}
+            case _:
+                held = _load_torch(path)
+                tensors = held if isinstance(held, dict) else {"": held}
+                return {str(k): partial(_as_numpy, v) for k, v in tensors.items() if isinstance(v, Tensor)}
     except OSError as error:
         raise Unusable(f"cannot be read ({_first_line(error)}); write it again") from error
 
@@ -194,16 +219,7 @@ def _zip(path: Path) -> zipfile.ZipFile:
 
 
 def _safetensors(path: Path, name: str | None) -> StoredArray:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = int.from_bytes(file.read(8), "little")
-        if head > size - 8:
-            raise Unusable("is not a whole safetensors file; write it again")
-        try:
-            header = json.loads(file.read(head))
-            entries = {k: _entry(v) for k, v in header.items() if k != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Unusable("has no safetensors header; write it again") from error
+    entries, head = _safetensors_header(path)
     chosen = _choose({k: e[0] for k, e in entries.items() if e[1] in _SAFETENSORS}, list(entries), name)
     shape, kind, begin, end = entries[chosen]
     if end - begin != math.prod(shape) * _SAFETENSORS[kind].itemsize:
@@ -221,22 +237,40 @@ def _safetensors(path: Path, name: str | None) -> StoredArray:
     return StoredArray(shape, _SAFETENSORS[kind], blocks)
 
 
+def _safetensors_header(path: Path) -> tuple[dict[str, tuple[tuple[int, ...], str, int, int]], int]:
+    """Shape, type, begin and end of each array, and how long the header is."""
+    with path.open("rb") as file:
+        head = int.from_bytes(file.read(8), "little")
+        if head > path.stat().st_size - 8:
+            raise Unusable("is not a whole safetensors file; write it again")
+        try:
+            header = json.loads(file.read(head))
+            return {k: _entry(v) for k, v in header.items() if k != "__metadata__"}, head
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Unusable("has no safetensors header; write it again") from error
+
+
+def _whole_safetensors(path: Path, name: str) -> NDArray[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _as_numpy(file.get_tensor(name))
+    except SafetensorError as error:
+        raise Unusable(f"is not a whole safetensors file ({_first_line(error)}); write it again") from error
+
+
 def _entry(raw: dict[str, Any]) -> tuple[tuple[int, ...], str, int, int]:
     begin, end = raw["data_offsets"]
     return tuple(int(n) for n in raw["shape"]), str(raw["dtype"]), int(begin), int(end)
 
 
 def _hdf5(path: Path, name: str | None) -> StoredArray:
-    try:
-        import h5py
-    except ImportError as error:
-        raise Unusable("needs h5py; install it with: pip install 'cenote[hdf5]'") from error
-    with h5py.File(path, "r") as file:
-        datasets: dict[str, Any] = {}
-        file.visititems(lambda key, node: datasets.update({key: node}) if isinstance(node, h5py.Dataset) else None)
-        shapes = {key: node.shape for key, node in datasets.items() if node.dtype.kind == "f"}
-        chosen = _choose(shapes, list(datasets), name)
-        shape, dtype = tuple(datasets[chosen].shape), datasets[chosen].dtype
+    h5py = _h5py()
+    datasets = _hdf5_datasets(path)
+    shapes = {key: shape for key, (shape, dtype) in datasets.items() if dtype.kind == "f"}
+    chosen = _choose(shapes, list(datasets), name)
+    shape, dtype = datasets[chosen]
     _check_numpy_floats(dtype)
 
     def blocks() -> Iterator[Tensor]:
@@ -246,22 +280,36 @@ def _hdf5(path: Path, name: str | None) -> StoredArray:
     return StoredArray(shape, _TORCH[dtype.newbyteorder("=")], blocks)
 
 
+def _h5py() -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise Unusable("needs h5py; install it with: pip install 'cenote[hdf5]'") from error
+    return h5py
+
+
+def _hdf5_datasets(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Shape and dtype of each array, in groups or not."""
+    h5py = _h5py()
+    found = {}
+
+    def visit(key: str, node: Any) -> None:
+        if isinstance(node, h5py.Dataset):
+            found[key] = (tuple(node.shape), node.dtype)
+
+    with h5py.File(path, "r") as file:
+        file.visititems(visit)
+    return found
+
+
+def _whole_hdf5(path: Path, name: str) -> NDArray[Any]:
+    with _h5py().File(path, "r") as file:
+        return np.asarray(file[name][()])
+
+
 def _torch(path: Path, name: str | None) -> StoredArray:
-    def load() -> Any:
-        import pickle
-
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except pickle.UnpicklingError as error:
-            raise Unusable(
-                "holds Python objects that would need unpickling, which may run code; "
-                "save the tensor alone with torch.save(tensor) or as safetensors"
-            ) from error
-        except (RuntimeError, EOFError, ValueError, KeyError) as error:
-            raise Unusable(f"is not a whole .pt file ({_first_line(error)}); write it again") from error
-
     def tensor() -> tuple[Tensor, str | None]:
-        held = load()
+        held = _load_torch(path)
         if isinstance(held, Tensor):
             return held, None
         if not isinstance(held, dict):
@@ -282,6 +330,32 @@ def _torch(path: Path, name: str | None) -> StoredArray:
         yield from (values[i : i + rows] for i in range(0, len(values), rows))
 
     return StoredArray(shape, found.dtype, blocks)
+
+
+def _as_numpy(values: Tensor) -> NDArray[Any]:
+    values = values.detach()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+
+
+def _whole_npy(path: Path) -> NDArray[Any]:
+    try:
+        return np.asarray(np.load(path, allow_pickle=False))
+    except (ValueError, EOFError) as error:
+        raise Unusable(f"is not a whole .npy array ({_first_line(error)}); write it again with numpy.save") from error
+
+
+def _load_torch(path: Path) -> Any:
+    import pickle
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise Unusable(
+            "holds Python objects that would need unpickling, which may run code; "
+            "save the tensor alone with torch.save(tensor) or as safetensors"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise Unusable(f"is not a whole .pt file ({_first_line(error)}); write it again") from error
 
 
 def _choose(floats: dict[str, tuple[int, ...]], everything: list[str], name: str | None) -> str:

@@ -17,6 +17,7 @@ from cenote.core import InputError
 from cenote.features.source import Filled, LazyColumns, Source
 from cenote.features.splits import WORDS
 from cenote.features.table import ID_NAMES, SPLIT_NAME, Column, find
+from cenote.features.token_labels import TOKEN_LABELS
 from cenote.features.validate import Problems
 
 ARROW, PARQUET = (".arrow", ".feather", ".ipc"), (".parquet", ".pq")
@@ -88,6 +89,11 @@ def open_arrow(shards: list[Shard], vector_column: str | None, id_column: str | 
             )
     vectors = _vector_column(schema, vector_column, where)
     names = [field.name for field in schema if field.name != vectors and holds_cells(field.type)]
+    if TOKEN_LABELS in schema.names and not _holds_whole_numbers(schema.field(TOKEN_LABELS).type):
+        raise InputError(
+            f"{where}: column {TOKEN_LABELS} is {schema.field(TOKEN_LABELS).type}; expected a list of whole numbers per item, "
+            f"list<int64>, one per token"
+        )
 
     def read(name: str) -> Column:
         if name == SPLIT_NAME and name not in names:
@@ -304,6 +310,13 @@ def _holds_vectors(kind: Any) -> bool:
     import pyarrow as pa
 
     return _depth(kind) == 2 and pa.types.is_floating(_leaf(kind))
+
+
+def _holds_whole_numbers(kind: Any) -> bool:
+    import pyarrow as pa
+
+    leaf = _leaf(kind)
+    return _depth(kind) == 1 and (pa.types.is_integer(leaf) or pa.types.is_boolean(leaf))
 
 
 def holds_cells(kind: Any) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from cenote.core.graphs import Graphs
 from cenote.features.dataset import SPLITS, TokenDataset
 
@@ -22,6 +24,7 @@ def facts(data: TokenDataset) -> dict[str, Any]:
         "groups": None if data.groups is None else len(set(data.groups)),
         "tokens": [int(lengths[0]), int(lengths[(len(lengths) - 1) // 2]), int(lengths[-1])],
         **_edges(data),
+        **_labelled_tokens(data),
         "dim": data.dim,
         "dtype": str(data.dtype).removeprefix("torch."),
         "prefix_tokens": data.prefix_tokens,
@@ -42,6 +45,7 @@ def describe(data: TokenDataset) -> str:
             no 9: 200 train, 50 val, 150 test
             a 9: 200 train, 50 val, 150 test
           tokens per item: 5 to 40, median 23; width 64, float32, 4.8 MB
+          token labels: 1,011 tokens matter, in 400 of 800 items
     """
     f = facts(data)
     lines = [f"{data.name}: {len(data)} items, {_per_split(f['items'])}", f"  from {data.source}"]
@@ -67,6 +71,9 @@ def describe(data: TokenDataset) -> str:
             f"  graphs, their nodes the tokens; edges, counted in both directions: {low} to {high}, median {median}"
         )
     lines.append(f"  tokens per item: {spread}{within}; width {data.dim}, {f['dtype']}, {_size(f['bytes'])}")
+    if "labelled_tokens" in f:
+        marked, items = f["labelled_tokens"]
+        lines.append(f"  token labels: {marked:,} tokens matter, in {items:,} of {len(data):,} items")
     return "\n".join(lines)
 
 
@@ -75,6 +82,14 @@ def _edges(data: TokenDataset) -> dict[str, list[int]]:
         return {}
     counts = data.x.edges().sort().values
     return {"edges": [int(counts[0]), int(counts[(len(counts) - 1) // 2]), int(counts[-1])]}
+
+
+def _labelled_tokens(data: TokenDataset) -> dict[str, list[int]]:
+    if data.token_labels is None:
+        return {}
+    marked = data.token_labels.flatten() != 0
+    owner = torch.repeat_interleave(torch.arange(len(data)), data.lengths())
+    return {"labelled_tokens": [int(marked.sum()), len(owner[marked].unique())]}
 
 
 def _counts(data: TokenDataset, split: int) -> dict[str, int]:

@@ -6,12 +6,15 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from cenote.core import InputError
 from cenote.features import arrays
 from cenote.features.arrays import StoredArray, Unusable
 from cenote.features.source import Filled, Source
 from cenote.features.table import ID_NAMES, find, read_csv
+from cenote.features.token_labels import TOKEN_LABELS, TokenLabels, add_folder, add_own
 from cenote.features.validate import Problems, check_ids, some
 
 LABELS = "labels.csv"
@@ -81,13 +84,14 @@ def open_folder(
 
 
 def token_files(folder: Path) -> list[Path]:
-    """The files that may hold tokens, in subfolders or not."""
+    """The files that may hold tokens, in subfolders or not, but for those that hold labels of tokens."""
     return [
         file
         for file in sorted(folder.rglob("*"))
         if file.suffix.lower() in arrays.SUFFIXES
         and file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and file.relative_to(folder).parts[0] != TOKEN_LABELS
     ]
 
 
@@ -162,7 +166,23 @@ def _load(
             arrays.fill(part, s)
         except Unusable as error:
             problems.add("unreadable", f"{where} {error}")
-    return Filled(values, lengths)
+    # what the labels of a file that was told of above must fit is not known
+    labels = None if None in stored else _token_labels(ids, files, lengths, folder, problems)
+    return Filled(values, lengths, token_labels=labels)
+
+
+def _token_labels(
+    ids: list[str], files: list[Path | None], lengths: list[int], folder: Path, problems: Problems
+) -> Int[Tensor, "total"] | None:
+    labels = TokenLabels(ids, lengths, problems)
+    relatives = [file.relative_to(folder) for file in files if file is not None]
+    for item, relative in enumerate(relatives):
+        try:
+            add_own(labels, item, folder / relative, relative.as_posix())
+        except Unusable as error:
+            problems.add("unreadable", f"item {ids[item]!r} ({relative.as_posix()}) {error}")
+    add_folder(labels, [(r.as_posix(), r.with_suffix("").as_posix()) for r in relatives], folder, problems)
+    return labels.flat()
 
 
 def _open(name: str, file: Path, folder: Path, array: str | None, problems: Problems) -> StoredArray | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from cenote.core import InputError
 from cenote.features.source import Edges, Filled, Source
 from cenote.features.table import Column
+from cenote.features.token_labels import TOKEN_LABELS, TokenLabels
 from cenote.features.validate import Problems, some
 
 NOT_DATA = ("pre_filter.pt", "pre_transform.pt")
@@ -47,7 +48,8 @@ def open_geometric(file: Path) -> Source:
     def load(problems: Problems) -> Filled | None:
         for i in range(len(graphs)):
             graphs.check(i, problems)
-        return None if len(problems) else graphs.filled()
+        labels = graphs.token_labels(problems)
+        return None if len(problems) else graphs.filled()._replace(token_labels=labels)
 
     return Source(
         "dataset of PyTorch Geometric",
@@ -139,6 +141,13 @@ class _Graphs:
         if width == 1:
             return {"y": [c[0] for c in cells]}
         return {f"y {k}": [c[k] for c in cells] for k in range(width)}
+
+    def token_labels(self, problems: Problems) -> Tensor | None:
+        labels = TokenLabels([str(i) for i in range(len(self))], [len(x) for x in self.x], problems)
+        for i, given in enumerate(self._get(TOKEN_LABELS) or []):
+            if given is not None:
+                labels.add(i, given.numpy() if isinstance(given, Tensor) else given, TOKEN_LABELS)
+        return labels.flat()
 
     def filled(self) -> Filled:
         lengths = [len(x) for x in self.x]

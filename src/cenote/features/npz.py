@@ -14,9 +14,10 @@ from cenote.features import arrays
 from cenote.features.arrays import Unusable
 from cenote.features.source import Filled, LazyColumns, Source
 from cenote.features.table import Column, find
+from cenote.features.token_labels import TOKEN_LABELS
 from cenote.features.validate import Problems
 
-MASK, OFFSETS, LAYERS, TOKEN_LABELS = "mask", "offsets", "layers", "token_labels"
+MASK, OFFSETS, LAYERS = "mask", "offsets", "layers"
 
 
 def open_npz(path: Path, array: str | None, id_column: str | None, problems: Problems) -> Source:

@@ -36,6 +36,7 @@ from cenote.features.table import (
     read_csv,
 )
 from cenote.features.targets import Target
+from cenote.features.token_labels import TOKEN_LABELS, TokenLabels, add_column, add_folder
 from cenote.features.validate import Problems, check_grid, check_groups, check_ids, check_lengths, some
 from cenote.models.base import layer_numbers
 
@@ -69,13 +70,14 @@ def read(
               not, and `labels.csv` with columns `id`, `label` and, if there are, `split` and `group`;
             - an Arrow, Feather or Parquet file with a column of lists of vectors, a folder of such files, or one saved by
               `datasets.save_to_disk`;
-            - an `.npz` with `x [items, tokens, dim]`, `y`, and, if there are, `mask` (True = real), `ids`, `groups`, `split`,
-              `token_labels` (which tokens matter);
+            - an `.npz` with `x [items, tokens, dim]`, `y`, and, if there are, `mask` (True = real), `ids`, `groups`, `split`;
               with `x [items, layers, tokens, dim]` and, if there are, the `layers`' numbers; or with `x [total, dim]` and
               `offsets [items + 1]`;
             - a feature store, as `cenote extract` writes it: its tokens stay on disk;
             - graphs, whose nodes are the tokens: a `.txt` file in DGCNN's format or a folder with one, see
               `cenote.features.dgcnn`; or the root folder or `.pt` file of a dataset of PyTorch Geometric.
+
+            Each of them may say which tokens matter, see `cenote.features.token_labels`.
         labels: CSV file with the labels, instead of those that lie with the data; matched by id.
         task: `"binary"`, `"multiclass"`, `"multilabel"` or `"regression"`; default by the rules of `cenote.features.targets`.
         label_column: the column with the label, or several columns, as a sequence or separated by commas; default `label`,
@@ -131,14 +133,18 @@ def read(
     if labelled:
         made, split, groups = _judged(source, task, label_column, group_column, split_column, fractions, seed, problems)
     filled = source.load(problems)
+    marked = None
     if filled is not None and not len(problems):
+        marks = TokenLabels(source.ids, filled.lengths, problems, filled.token_labels)
+        add_column(marks, source.columns.get(TOKEN_LABELS, ()))
+        marked = marks.flat()
         check_lengths(source.ids, filled.lengths, prefix_tokens, problems)
         check_grid(grid, prefix_tokens, filled.lengths, problems)
     problems.raise_any()
     assert filled is not None
     assert made is not None or not labelled
     made = made or _unlabelled(len(source.ids))
-    x, marked = _shaped(filled), filled.token_labels
+    x = _shaped(filled)
     data = TokenDataset(
         name=path.stem,
         x=x,
@@ -223,6 +229,8 @@ def _from_store(
         )
     rows = [row_of[name] for name in stored.ids]
     columns: dict[str, Column] = {name: [cells[row] for row in rows] for name, cells in listing.columns.items()}
+    marks = TokenLabels(stored.ids, stored.lengths.tolist(), problems)
+    add_folder(marks, [(name, Path(name).with_suffix("").as_posix()) for name in stored.ids], path, problems)
     source = Source(
         f"feature store, {manifest.kind} through {manifest.model['name']}, {manifest.dtype}",
         stored.ids, columns, lambda _: None, listing.class_names, listing.used,
@@ -235,8 +243,11 @@ def _from_store(
             source, task, label_column, group_column, split_column, fractions, seed, problems
         )
         made = target or made
+    add_column(marks, source.columns.get(TOKEN_LABELS, ()))
     check_lengths(source.ids, stored.lengths.tolist(), manifest.prefix_tokens, problems)
     problems.raise_any()
+    marked = marks.flat()
+    fixed = len(set(stored.lengths.tolist())) == 1
     pictures: Any = None
     if manifest.kind == "image" and listing.files is not None:
         pictures = StoredPictures([listing.files[row] for row in rows], manifest.preprocessing)
@@ -252,6 +263,7 @@ def _from_store(
         prefix_tokens=manifest.prefix_tokens,
         grid=manifest.grid,
         images=pictures,
+        token_labels=marked.view(len(stored), -1) if fixed and marked is not None else marked,
         source=f"{path} ({source.format})",
         layers=layer_numbers(layers, manifest.layers),
     )
@@ -322,6 +334,8 @@ def _joined(source: Source, labels: Path, id_column: str | None, problems: Probl
     # an item without a row is told above; any row in its place keeps the other checks from telling it again
     rows = [row_of.get(name, 0) for name in source.ids]
     ordered: dict[str, Column] = {name: [cells[row] for row in rows] for name, cells in columns.items()}
+    if TOKEN_LABELS in source.columns and TOKEN_LABELS not in ordered:
+        ordered[TOKEN_LABELS] = source.columns[TOKEN_LABELS]
     return replace(source, columns=ordered, class_names={}, used=frozenset({id_name}))
 
 
@@ -339,7 +353,7 @@ def _judged(
     ids, columns = source.ids, source.columns
     group_name = find(columns, group_column, (GROUP_NAME,), "group_column")
     split_name = find(columns, split_column, (SPLIT_NAME,), "split_column")
-    others = source.used | {name for name in (group_name, split_name) if name is not None}
+    others = source.used | {TOKEN_LABELS} | {name for name in (group_name, split_name) if name is not None}
     names = label_columns(columns, label_column, set(others))
     made = targets.target(ids, {n: columns[n] for n in names}, task, source.class_names, problems)
 

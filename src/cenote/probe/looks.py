@@ -77,14 +77,14 @@ def localisation(
     from sklearn.metrics import roc_auc_score
 
     found: dict[str, float] = {}
-    lengths = data.lengths()
-    mixed = [i for i in data.indices("test").tolist() if 0 < int(_token_labels(data, i).bool().sum()) < int(lengths[i])]
+    labels = {i: _token_labels(data, i)[data.prefix_tokens :].bool() for i in data.indices("test").tolist()}
+    mixed = [i for i, marked in labels.items() if bool(marked.any()) and not bool(marked.all())]
     for name, probe in probes.items():
         scores = []
         for item in mixed:
             weights, _ = _look(probe, data if views is None else views[name], item)
             if weights is not None:
-                scores.append(roc_auc_score(_token_labels(data, item).bool().numpy(), weights.mean(0).numpy()))
+                scores.append(roc_auc_score(labels[item].numpy(), weights.mean(0).numpy()))
         if scores:
             found[name] = float(np.mean(scores))
     return found
