@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from tests.pool.layers.test_weighted_sum import stack
 from tests.pools import dense_attention, features, shaken
 
+import cenote
 from cenote.core import InputError
 from cenote.pool import LastLayerTrainable, MultiLayerTrainable
 from cenote.testing import check_layer_pool, check_pool
@@ -36,6 +37,17 @@ def test_equation_of_all_layers() -> None:
 def test_equation_of_one_layer() -> None:
     pool, x = shaken(LastLayerTrainable(16, **SMALL)), features()
     torch.testing.assert_close(pool(x), written_out(pool.look_up, x))
+
+
+def test_the_last_token_alone_is_one_key() -> None:
+    pool, x = shaken(LastLayerTrainable(16, last_only=True, **SMALL)), features()
+    mask = torch.arange(x.shape[1]).expand(len(x), -1) < torch.tensor([x.shape[1]] + [2] * (len(x) - 1)).unsqueeze(1)
+    last = torch.stack([row[real][-1:] for row, real in zip(x, mask, strict=True)])
+    before = pool(x, mask)
+    torch.testing.assert_close(before, written_out(pool.look_up, last))
+    with torch.no_grad():
+        pool.look_up.to_q.weight.normal_()
+    torch.testing.assert_close(pool(x, mask), before)
 
 
 def test_unit_length() -> None:
@@ -103,8 +115,19 @@ def test_contract_of_all_layers(layers: int, tokens: str) -> None:
     check_layer_pool(MultiLayerTrainable(8, layers, tokens=tokens, **SMALL))
 
 
-def test_contract_of_one_layer() -> None:
-    check_pool(LastLayerTrainable(8, **SMALL))
+@pytest.mark.parametrize("last_only", [False, True])
+def test_contract_of_one_layer(last_only: bool) -> None:
+    check_pool(LastLayerTrainable(8, last_only=last_only, **SMALL))
+
+
+def test_the_five_designs_have_names() -> None:
+    x, stacked = torch.randn(2, 5, 8), torch.randn(2, 3, 5, 8)
+    for name in ("last", "last-token-trainable-small", "last-layer-trainable-small"):
+        assert cenote.create(name, dim=8)(x).shape == (2, 8)
+    for name, tokens in (("multi-layer-last-token-small", "last"), ("multi-layer-trainable-small", "mean")):
+        pool = cenote.create(name, dim=8, layers=3)
+        assert pool.tokens == tokens
+        assert pool(stacked).shape == (2, 8)
 
 
 @pytest.mark.parametrize("wrong", [{"tokens": "first"}, {"latents": 0}, {"heads": 0}, {"head_dim": 0}])

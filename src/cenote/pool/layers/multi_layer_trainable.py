@@ -19,6 +19,9 @@ from cenote.pool.attention.blocks import split_projection
 from cenote.pool.base import Pool, Pooled
 from cenote.pool.layers.base import LayerPool, LayersPooled, layer_tokens
 
+WITHOUT_A_CHOICE = ("look_up.to_q.weight", "look_up.norm_latents.weight", "look_up.norm_latents.bias")
+"""Parameters of the queries, which cannot change anything where the softmax goes over one vector."""
+
 
 class TrainableLatents(nn.Module):
     """Cross-attention from learned latents `Z` to a set of vectors `H`, a feed-forward, and the mean of the latents.
@@ -92,9 +95,10 @@ class MultiLayerTrainable(LayerPool):
         The last token is the last that the mask calls real; the authors pad on the left and take the last slot. Their mean
         leaves out every token equal to the padding token, which drops the end of the sequence where that is the same token.
 
-        The paper's five designs are, of a causal model: the last token (`LastPool`), `LastLayerTrainable` over it, and this
-        class with `tokens="last"`; of a bidirectional one: `LastLayerTrainable`, and this class with `tokens="mean"`. Which of
-        the two a model is, is the model's matter. The paper tests its differences over data sets (Wilcoxon); `cenote probe`
+        The paper's five designs, by name (`-small`: few latents, for models of a few hundred channels), are: of a causal model
+        `last` (1), `last-token-trainable-small` (2) and `multi-layer-last-token-small` (3); of a bidirectional one
+        `last-layer-trainable-small` (4) and `multi-layer-trainable-small` (5). Which of the two a model is, is the model's
+        matter. `cenote.probe.across` has the paper's test of their differences, Wilcoxon's over data sets; `cenote probe`
         tests those on one data set, over its test items.
     """
 
@@ -114,10 +118,8 @@ class MultiLayerTrainable(LayerPool):
         self.permutation_invariant = tokens == "mean"
         self.layer_embedding = nn.Parameter(torch.randn(layers, dim))
         self.look_up = TrainableLatents(dim, latents, heads, head_dim)
-        # with one layer the softmax over it is 1, whatever the scores
-        self.inert_parameters = (
-            ("look_up.to_q.weight", "look_up.norm_latents.weight", "look_up.norm_latents.bias") if layers == 1 else ()
-        )
+        # over one layer the softmax is 1, whatever the scores
+        self.inert_parameters = WITHOUT_A_CHOICE if layers == 1 else ()
 
     def pool(
         self, x: Float[Tensor, "batch layers tokens dim"], mask: Bool[Tensor, "batch tokens"] | None
@@ -160,6 +162,8 @@ class LastLayerTrainable(Pool):
         latents: number of latents.
         heads: number of heads.
         head_dim: width of a head; default half of `dim`.
+        last_only: look up the last real token alone, as with a causal model (design 2), instead of every token, as with a
+            bidirectional one (design 4).
 
     Example:
         >>> LastLayerTrainable(16, latents=8, heads=2)(torch.randn(2, 5, 16)).shape
@@ -168,13 +172,25 @@ class LastLayerTrainable(Pool):
     Source: Tang, Yang, "Pooling And Attention: What Are Effective Designs For LLM-Based Embedding Models?", 2024.
 
     Note:
-        Padding is masked; the authors' bidirectional model feeds it in. Their causal model feeds the last token alone: a
-        softmax over one key is 1, so that their look-up is a linear map there.
+        Padding is masked; the authors' bidirectional model feeds it in. With `last_only` the softmax goes over one key and is
+        1: the attention is a linear map, to which the queries contribute nothing, and there are no weights to show.
     """
 
-    def __init__(self, dim: int, latents: int = 768, heads: int = 32, head_dim: int | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        latents: int = 768,
+        heads: int = 32,
+        head_dim: int | None = None,
+        last_only: bool = False,
+    ) -> None:
         super().__init__(dim)
+        self.last_only = last_only
+        self.permutation_invariant = not last_only
         self.look_up = TrainableLatents(dim, latents, heads, head_dim)
+        self.inert_parameters = WITHOUT_A_CHOICE if last_only else ()
 
     def pool(self, tokens: Tokens) -> Pooled:
-        return self.look_up(tokens)
+        if not self.last_only:
+            return self.look_up(tokens)
+        return Pooled(self.look_up(PaddedTokens(tokens.token(-1).unsqueeze(1))).output, None)
