@@ -348,7 +348,7 @@ def _unchanged(items: RawItems, manifest: Manifest, kept: dict[int, ShardFile]) 
 
 
 def _all_readable(items: RawItems, manifest: Manifest, kept: set[int], old_bad: list[tuple[str, str]]) -> None:
-    """Every item that is still to do can be read and decoded; all that cannot are named at once."""
+    """Every item that is still to do can be read; all that cannot are named at once."""
     problems = Problems("data")
     hint = "repair it, take it out, or leave such items out with --skip-bad"
     for name, reason in old_bad:
@@ -365,7 +365,7 @@ def _all_readable(items: RawItems, manifest: Manifest, kept: set[int], old_bad: 
 
 def _unreadable(item: Item) -> str | None:
     try:
-        item.read()
+        item.check()
     except UnreadableError as error:
         return str(error)
     return None

@@ -9,7 +9,7 @@ from typing import Any
 
 from cenote.core import InputError
 from cenote.features.folder import matched
-from cenote.features.raw.decode import decode_audio, decode_image
+from cenote.features.raw.decode import check_image, decode_audio, decode_image
 from cenote.features.raw.items import Item, Kind, RawItems, Read, UnreadableError, digest_of
 from cenote.features.splits import WORDS
 from cenote.features.table import ID_NAMES, Column, find, read_csv
@@ -21,6 +21,7 @@ SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "audio": (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif"),
 }
 DECODE: dict[Kind, Callable[[bytes], Any]] = {"image": decode_image, "audio": decode_audio}
+CHECK: dict[Kind, Callable[[bytes], Any]] = {"image": check_image, "audio": decode_audio}
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,17 @@ class FileItem(Item):
     kind: Kind
 
     def read(self) -> Read:
+        data = self._bytes()
+        return Read(DECODE[self.kind](data), digest_of(data))
+
+    def check(self) -> None:
+        CHECK[self.kind](self._bytes())
+
+    def _bytes(self) -> bytes:
         try:
-            data = self.path.read_bytes()
+            return self.path.read_bytes()
         except OSError as error:
             raise UnreadableError(f"cannot be read: {error.strerror or error}") from error
-        return Read(DECODE[self.kind](data), digest_of(data))
 
     def stamp(self) -> str:
         try:

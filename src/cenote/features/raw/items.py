@@ -47,6 +47,14 @@ class Item(ABC):
             UnreadableError: where it is missing, damaged or empty.
         """
 
+    def check(self) -> None:
+        """Find out whether it can be read, at less cost where that is possible.
+
+        Raises:
+            UnreadableError: where it is missing, damaged or empty.
+        """
+        self.read()
+
     @abstractmethod
     def stamp(self) -> str:
         """What tells its content from another without reading a file: a file's size, a text's digest."""

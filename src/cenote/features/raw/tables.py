@@ -11,7 +11,7 @@ from typing import Any
 
 from cenote.core import InputError
 from cenote.features import arrow
-from cenote.features.raw.files import DECODE
+from cenote.features.raw.files import CHECK, DECODE
 from cenote.features.raw.items import Item, Kind, RawItems, Read, UnreadableError, digest_of
 from cenote.features.splits import WORDS
 from cenote.features.table import GROUP_NAME, ID_NAMES, LABEL_NAMES, SPLIT_NAME, Column, find, is_missing, read_csv
@@ -64,6 +64,9 @@ class CellItem(Item):
     def read(self) -> Read:
         data = self._bytes()
         return Read(DECODE[self.kind](data), digest_of(data))
+
+    def check(self) -> None:
+        CHECK[self.kind](self._bytes())
 
     def stamp(self) -> str:
         try:
