@@ -4,7 +4,7 @@ Learned queries attend to 64 sets of 196 tokens of width 768 (a ViT-B's batch) w
 biased linear maps, and a linear map joins the heads. torch projects every token; cenote.core.cross_attention projects none.
 "Trained" is forward and backward with frozen tokens, as a probe on stored features is trained. Outputs and gradients are
 compared before anything is timed. One line says how far the pool is from a plain mean. "Bare products" are the two batched
-matrix products over the tokens that are left of the attention, without softmax and maps: what bounds it.
+matrix products over the tokens that are left of the attention, without softmax and maps, each as one call.
 
     python -m benchmarks.latent_attention [--json FILE] [--threads N] [--rounds N]
 """
@@ -12,7 +12,7 @@ matrix products over the tokens that are left of the attention, without softmax 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,8 @@ from cenote.core.attention import Projection
 BATCH, TOKENS, DIM, HEADS = 64, 196, 768, 12
 
 
-class LatentPool(nn.Module):
-    """Learned queries over the tokens: one set of weights, read by torch and by cenote."""
+class TorchPool(nn.Module):
+    """Learned queries over the tokens by torch's own attention."""
 
     def __init__(self, queries: int) -> None:
         super().__init__()
@@ -36,28 +36,47 @@ class LatentPool(nn.Module):
         nn.init.normal_(self.attention.in_proj_bias)
         nn.init.normal_(self.attention.out_proj.bias)
 
-    def theirs(self, x: Tensor) -> Tensor:
-        query = self.query.expand(x.shape[0], -1, -1)
-        return self.attention(query, x, x, need_weights=False)[0]
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(self.query.expand(x.shape[0], -1, -1), x, x, need_weights=False)[0]
 
-    def ours(self, x: Tensor) -> Tensor:
-        w_q, w_k, w_v = self.attention.in_proj_weight.chunk(3)
-        b_q, b_k, b_v = self.attention.in_proj_bias.chunk(3)
-        query = F.linear(self.query, w_q, b_q)
-        key, value = Projection(w_k, b_k), Projection(w_v, b_v)
-        output, _ = cross_attention(PaddedTokens(x), query, key=key, value=value, heads=HEADS)
-        return self.attention.out_proj(output)
-
-    def gradients(self, y: Tensor, upstream: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad(y, list(self.parameters()), upstream))
+    def by_parameter(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients in the order of `CenotePool`'s parameters."""
+        query, weights, biases, *out = grads
+        return [query, *weights.chunk(3), biases[:DIM], biases[-DIM:], *out]
 
 
-def check(pool: LatentPool, x: Tensor, upstream: Tensor) -> None:
+class CenotePool(nn.Module):
+    """The same with the same weights, held apart; a bias of the keys adds the same to the scores of all tokens."""
+
+    def __init__(self, like: TorchPool) -> None:
+        super().__init__()
+        self.query = nn.Parameter(like.query.detach().clone())
+        self.weights = nn.ParameterList(w.detach().clone() for w in like.attention.in_proj_weight.chunk(3))
+        bias = like.attention.in_proj_bias.detach()
+        self.biases = nn.ParameterList([bias[:DIM].clone(), bias[-DIM:].clone()])
+        self.out = copy.deepcopy(like.attention.out_proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (w_q, w_k, w_v), (b_q, b_v) = self.weights, self.biases
+        query, key, value = F.linear(self.query, w_q, b_q), Projection(w_k, None), Projection(w_v, b_v)
+        output, _ = cross_attention(PaddedTokens(x), query, key=key, value=value, heads=HEADS, need_weights=False)
+        return self.out(output)
+
+
+def gradients(pool: nn.Module, y: Tensor, upstream: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(y, list(pool.parameters()), upstream))
+
+
+def check(theirs: TorchPool, ours: CenotePool, x: Tensor, upstream: Tensor) -> None:
     """Stop unless both give the same output and gradients, in float32 and, of a few sets, in float64."""
-    require_same(pool.ours(x), pool.theirs(x))
-    precise, few, g = copy.deepcopy(pool).double(), x[:4].double(), upstream[:4].double()
-    ours, theirs = precise.ours(few), precise.theirs(few)
-    require_same([ours, *precise.gradients(ours, g)], [theirs, *precise.gradients(theirs, g)])
+    with torch.no_grad():
+        require_same(ours(x), theirs(x))
+    precise, few, g = copy.deepcopy(theirs).double(), x[:4].double(), upstream[:4].double()
+    pool = CenotePool(precise)
+    y, wanted = pool(few), precise(few)
+    with torch.no_grad():
+        require_same(pool(few), wanted)
+    require_same([y, *gradients(pool, y, g)], [wanted, *precise.by_parameter(gradients(precise, wanted, g))])
 
 
 def bare_products(queries: int, x: Tensor) -> Callable[[], object]:
@@ -77,18 +96,19 @@ def pairs() -> Iterator[Pair]:
     torch.manual_seed(0)
     x = torch.randn(BATCH, TOKENS, DIM)
     for queries in (1, 8):
-        pool = LatentPool(queries)
+        their_pool = TorchPool(queries)
+        our_pool = CenotePool(their_pool)
         upstream = torch.randn(BATCH, queries, DIM)
-        check(pool, x, upstream)
+        check(their_pool, our_pool, x, upstream)
         name = "1 query" if queries == 1 else f"{queries} queries"
 
-        def ours(pool: LatentPool = pool) -> Tensor:
+        def ours(pool: CenotePool = our_pool) -> Tensor:
             with torch.no_grad():
-                return pool.ours(x)
+                return pool(x)
 
-        def theirs(pool: LatentPool = pool) -> Tensor:
+        def theirs(pool: TorchPool = their_pool) -> Tensor:
             with torch.no_grad():
-                return pool.theirs(x)
+                return pool(x)
 
         yield Pair(
             f"{name}, forward",
@@ -102,9 +122,9 @@ def pairs() -> Iterator[Pair]:
         yield Pair(
             f"{name}, trained",
             "cross_attention",
-            lambda pool=pool, g=upstream: pool.gradients(pool.ours(x), g),
+            lambda pool=our_pool, g=upstream: gradients(pool, pool(x), g),
             "MultiheadAttention",
-            lambda pool=pool, g=upstream: pool.gradients(pool.theirs(x), g),
+            lambda pool=their_pool, g=upstream: gradients(pool, pool(x), g),
             target=25 if queries == 1 else 8,
             memory=True,
         )

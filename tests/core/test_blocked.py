@@ -32,11 +32,11 @@ def case(per_set, masked, norms):
     return x, mask, query, {"key": key, "value": value, "key_norm": made[0], "value_norm": made[1], "heads": HEADS}
 
 
-def run(x, mask, query, settings, blocks, monkeypatch):
+def run(x, mask, query, settings, blocks, monkeypatch, **more):
     with monkeypatch.context() as patched:
         if not blocks:
             patched.setattr(blocked, "takes", lambda tokens: False)
-        return cross_attention(PaddedTokens(x, mask), query, plan="absorbed", **settings)
+        return cross_attention(PaddedTokens(x, mask), query, plan="absorbed", **settings, **more)
 
 
 @pytest.mark.parametrize("per_set", [False, True])
@@ -123,6 +123,67 @@ def test_without_gradients_vectors_are_mapped_piece_by_piece(per_set, monkeypatc
         assert len(blocked.pieces(PaddedTokens(x), HEADS * QUERIES)) == 3
         found, wanted = (run(x, mask, query, settings, blocks, monkeypatch) for blocks in (True, False))
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.fixture
+def flash_calls(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        blocked, "FLASH", lambda *a, flash=blocked.FLASH, **k: calls.append(a[1].shape) or flash(*a, **k)
+    )
+    return calls
+
+
+@pytest.mark.parametrize("per_set", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_flash_where_nobody_wants_weights(per_set, masked, parts, monkeypatch, flash_calls):
+    x, mask, query, settings = case(per_set, masked, False)
+    x = torch.cat([x, x.flip(-1)[:, :1]], 1)
+    if mask is not None:
+        mask = torch.cat([mask, mask[:, :1]], 1)
+        # no token in the first of three parts, nor in what is left after them
+        mask[2, :30] = mask[2, -1] = False
+        mask[2, 30:40] = True
+    monkeypatch.setattr(blocked, "LEAST_PART", TOKENS // parts)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: SETS * parts)
+    with torch.no_grad():
+        found = run(x, mask, query, settings, True, monkeypatch, need_weights=False)
+        wanted = run(x, mask, query, settings, False, monkeypatch)
+    torch.testing.assert_close(found.output, wanted.output, rtol=1e-10, atol=1e-10)
+    assert found.weights.shape[-1] == 0
+    # 65 tokens are 3 parts of 21 and 2 tokens
+    assert [tuple(shape[:3]) for shape in flash_calls] == (
+        [(SETS, 1, TOKENS + 1)] if parts == 1 else [(SETS, 3, 21), (SETS, 1, 2)]
+    )
+
+
+def test_flash_is_left_where_weights_gradients_or_norms_need_more(monkeypatch, flash_calls):
+    x, mask, query, settings = case(False, True, False)
+    *_, with_norms = case(False, True, True)
+    run(x, mask, query, settings, True, monkeypatch, need_weights=False).output.sum().backward()
+    with torch.no_grad():
+        run(x, mask, query, settings, True, monkeypatch)
+        run(x, mask, query, with_norms, True, monkeypatch, need_weights=False)
+        run(x.mT.contiguous().mT, None, query, settings, True, monkeypatch, need_weights=False)
+    assert not flash_calls
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_flash_under_vmap(shared, monkeypatch, flash_calls):
+    x, mask, query, settings = case(False, True, False)
+    queries = torch.stack([query.detach(), 2 * query.detach(), -query.detach()])
+    sets = x if shared else torch.stack([x, x.flip(1), x * 0.5])
+    with torch.no_grad():
+        found, wanted = (
+            torch.func.vmap(
+                lambda q, t, blocks=blocks: run(t, mask, q, settings, blocks, monkeypatch, need_weights=False).output,
+                in_dims=(0, None if shared else 0),
+            )(queries, sets)
+            for blocks in (True, False)
+        )
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    assert len(flash_calls) == 1
 
 
 def test_no_sets():

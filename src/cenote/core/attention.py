@@ -183,7 +183,7 @@ def cross_attention(
             if by_kernel:
                 mapped.append(mapped_values(absorbed.layer_normed_pool(tokens, u, key_norm, value_norm)))
             else:
-                for pooled, weights in side.pool_frozen(u, key_norm, value_norm):
+                for pooled, weights in side.pool_frozen(u, key_norm, value_norm, need_weights):
                     mapped.append(mapped_values(pooled))
                     seen.append(weights)
             output = _joined(mapped).transpose(1, 2).flatten(2)
@@ -299,6 +299,7 @@ class _TokenNorms:
         u: Float[Tensor, "*sets heads_queries dim"],
         key_norm: nn.LayerNorm | None,
         value_norm: nn.LayerNorm | None,
+        need_weights: bool,
     ) -> Iterator[blocked.PooledSets]:
         """Scores, softmax and sums in one go, for a few sets after the other; ask `blocked.takes` first."""
         assert isinstance(self.tokens, PaddedTokens)
@@ -312,6 +313,7 @@ class _TokenNorms:
                 self.tokens.part(sets),
                 u if u.dim() == 2 else u[sets],
                 *(None if f is None else f[sets] for f in factors),
+                need_weights=need_weights,
             )
             if value_norm is not None:
                 pooled = _normalised_sums(pooled, nonempty[sets].expand(-1, u.shape[-2]), value_norm)

@@ -3,7 +3,8 @@
     s_bqn = f_bn u_bq . x_bn,   a_bq = softmax_n(s_bq),   y_bq = sum_n a_bqn g_bn x_bn
 
 with factors `f`, `g` of the tokens (the inverse deviations of folded LayerNorms). The backward pass goes in the same blocks and
-keeps nothing but `a`; tokens that need a gradient take the plain way through torch.
+keeps nothing but `a`; tokens that need a gradient take the plain way through torch. Where nobody wants `a`, and there are no
+factors, torch's own flash attention reads each token once: keys and values are both the tokens.
 """
 
 from __future__ import annotations
@@ -18,12 +19,18 @@ from cenote.core.memory import CACHED_BYTES
 from cenote.core.segments import accumulation_dtype, flush_tiny
 from cenote.core.sets import LARGE_SET, PaddedTokens, Tokens
 
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+"""What `scaled_dot_product_attention` calls on a CPU; it also returns the logsumexp, by which parts of a set are joined."""
+
+LEAST_PART = 1024
+"""Tokens of a set that one thread reads, at least, where several share a set."""
+
 PIECE_BYTES = 2**22
 """Pooled vectors that wait for their map; more would take memory that has to come from the system first."""
 
 
 class PooledSets(NamedTuple):
-    """`pooled [batch, queries, dim]` and `weights [batch, queries, tokens]`."""
+    """`pooled [batch, queries, dim]` and `weights [batch, queries, tokens]`, which may have no columns where nobody asked."""
 
     pooled: Float[Tensor, "batch queries dim"]
     weights: Float[Tensor, "batch queries tokens"]
@@ -56,6 +63,7 @@ def pool_frozen(
     queries: Float[Tensor, "queries dim"] | Float[Tensor, "batch queries dim"],
     key_factor: Float[Tensor, "batch tokens"] | None = None,
     value_factor: Float[Tensor, "batch tokens"] | None = None,
+    need_weights: bool = True,
 ) -> PooledSets:
     """Pool the tokens of every set with queries that are as wide as the tokens; zeros for a set without tokens.
 
@@ -64,9 +72,13 @@ def pool_frozen(
         queries: shared by all sets, or one group per set; scale included.
         key_factor: factor of each token in the scores.
         value_factor: factor of each token in the sum.
+        need_weights: whether the weights are wanted; a backward pass needs them in any case.
     """
+    x = tokens.values
+    plain = key_factor is None and value_factor is None and x.stride(-1) == 1
+    keep = need_weights or torch.is_grad_enabled() or not plain
     pooled, weights = _PoolFrozen.apply(  # type: ignore[no-untyped-call]
-        queries, tokens.values, tokens.mask, key_factor, value_factor
+        queries, x, tokens.mask, key_factor, value_factor, keep
     )
     return PooledSets(pooled, weights)
 
@@ -74,8 +86,15 @@ def pool_frozen(
 class _PoolFrozen(torch.autograd.Function):
     @staticmethod
     def forward(
-        u: Tensor, x: Tensor, mask: Tensor | None, key_factor: Tensor | None, value_factor: Tensor | None
+        u: Tensor,
+        x: Tensor,
+        mask: Tensor | None,
+        key_factor: Tensor | None,
+        value_factor: Tensor | None,
+        keep_weights: bool,
     ) -> tuple[Tensor, Tensor]:
+        if not keep_weights:
+            return _flash(u, x, mask), x.new_empty((x.shape[0], u.shape[-2], 0))
         weights = x.new_empty((x.shape[0], u.shape[-2], x.shape[1]))
         # queries first in memory: the maps of values go over all sets, head by head
         pooled = x.new_empty((u.shape[-2], x.shape[0], x.shape[2])).transpose(0, 1)
@@ -89,16 +108,16 @@ class _PoolFrozen(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs, output[1])
+        ctx.save_for_backward(*inputs[:5], output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(
         ctx: Any, upstream: Tensor | None, upstream_weights: Tensor | None
-    ) -> tuple[Tensor | None, None, None, None, None]:
+    ) -> tuple[Tensor | None, None, None, None, None, None]:
         u, x, mask, key_factor, value_factor, weights = ctx.saved_tensors
         if upstream is None and upstream_weights is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         if torch.is_grad_enabled():
             # somebody differentiates the gradient: say the same in steps that torch can differentiate
             scores = torch.matmul(u, x.mT)
@@ -109,7 +128,7 @@ class _PoolFrozen(torch.autograd.Function):
             weights = torch.softmax(scores, -1)
             weights = weights if hidden is None else weights.masked_fill(hidden, 0)
             by_set = _gradient(weights, x, upstream, upstream_weights, key_factor, value_factor) @ x
-            return (by_set.sum(0) if u.dim() == 2 else by_set), None, None, None, None
+            return (by_set.sum(0) if u.dim() == 2 else by_set), None, None, None, None, None
         grad = torch.zeros_like(u, memory_format=torch.contiguous_format)
         for sets in _blocks(x):
             block = x[sets]
@@ -127,7 +146,7 @@ class _PoolFrozen(torch.autograd.Function):
                 grad.addmm_(ds.transpose(0, 1).flatten(1), block.flatten(0, 1))
             else:
                 grad += torch.bmm(ds, block).sum(0)
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None
 
     @staticmethod
     def vmap(
@@ -138,13 +157,14 @@ class _PoolFrozen(torch.autograd.Function):
         mask: Tensor | None,
         key_factor: Tensor | None,
         value_factor: Tensor | None,
+        keep_weights: bool,
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         members: int = info.batch_size
         others = (x, mask, key_factor, value_factor)
-        if all(d is None for d in in_dims[1:]):
+        if all(d is None for d in in_dims[1:5]):
             # members that read the same tokens are only more queries
             u = u.movedim(in_dims[0] or 0, -3)
-            joined = _PoolFrozen.apply(u.flatten(-3, -2), *others)  # type: ignore[no-untyped-call]
+            joined = _PoolFrozen.apply(u.flatten(-3, -2), *others, keep_weights)  # type: ignore[no-untyped-call]
             pooled, weights = (t.unflatten(1, (members, -1)) for t in joined)
             return (pooled, weights), (1, 1)
         sets = x.shape[0] if in_dims[1] is None else x.movedim(in_dims[1], 0).shape[1]
@@ -153,11 +173,38 @@ class _PoolFrozen(torch.autograd.Function):
             u = u.unsqueeze(1).expand(members, sets, *u.shape[1:])
         flat = [
             None if t is None else _every_member(t, d, members).flatten(0, 1)
-            for t, d in zip(others, in_dims[1:], strict=True)
+            for t, d in zip(others, in_dims[1:5], strict=True)
         ]
-        joined = _PoolFrozen.apply(u.flatten(0, 1), *flat)  # type: ignore[no-untyped-call]
+        joined = _PoolFrozen.apply(u.flatten(0, 1), *flat, keep_weights)  # type: ignore[no-untyped-call]
         pooled, weights = (t.unflatten(0, (members, -1)) for t in joined)
         return (pooled, weights), (0, 0)
+
+
+def _flash(u: Tensor, x: Tensor, mask: Tensor | None) -> Float[Tensor, "batch queries dim"]:
+    """Pooled vectors alone. Where threads outnumber the sets, they share a set part by part."""
+    batch, tokens, dim = x.shape
+    u = (u if u.dim() == 3 else u.expand(batch, *u.shape)).unsqueeze(1)
+    hidden = None if mask is None else torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
+    parts = max(1, min(2 * torch.get_num_threads() // max(batch, 1), tokens // LEAST_PART))
+    even = tokens // parts * parts
+    outputs, masses = [], []
+    for part, count in (slice(0, even), parts), (slice(even, tokens), 1):
+        if part.start == part.stop:
+            continue
+        keys = x[:, part].unflatten(1, (count, -1))
+        bias = None if hidden is None else hidden[:, part].unflatten(1, (count, -1)).unsqueeze(2)
+        output, logsumexp = FLASH(u.expand(-1, count, -1, -1), keys, keys, attn_mask=bias, scale=1.0)
+        if bias is not None:
+            # what comes of a part without tokens differs between versions of torch
+            empty = (bias == -torch.inf).all(-1)
+            output.masked_fill_(empty.unsqueeze(-1), 0)
+            logsumexp.masked_fill_(empty, torch.finfo(x.dtype).min)
+        outputs.append(output)
+        masses.append(logsumexp)
+    if parts == 1:
+        return outputs[0].squeeze(1)
+    share = torch.softmax(torch.cat(masses, 1), 1)
+    return (share.unsqueeze(-1) * torch.cat(outputs, 1)).sum(1)
 
 
 def _every_member(t: Tensor, dim: int | None, members: int) -> Tensor:
