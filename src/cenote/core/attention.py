@@ -304,16 +304,17 @@ class _TokenNorms:
         """Scores, softmax and sums in one go, for a few sets after the other; ask `blocked.takes` first."""
         assert isinstance(self.tokens, PaddedTokens)
         u = u if key_norm is None else _centred(u, key_norm)
-        factors = [
+        by_key, by_value = (
             None if norm is None else self.statistics(norm.eps)[1].squeeze(-1) for norm in (key_norm, value_norm)
-        ]
+        )
         nonempty = (self.tokens.lengths() > 0).to(u.dtype).unsqueeze(-1)
         for sets in blocked.pieces(self.tokens, u.shape[-2]):
             pooled, weights = blocked.pool_frozen(
                 self.tokens.part(sets),
                 u if u.dim() == 2 else u[sets],
-                *(None if f is None else f[sets] for f in factors),
-                need_weights=need_weights,
+                None if by_key is None else by_key[sets],
+                None if by_value is None else by_value[sets],
+                need_weights,
             )
             if value_norm is not None:
                 pooled = _normalised_sums(pooled, nonempty[sets].expand(-1, u.shape[-2]), value_norm)

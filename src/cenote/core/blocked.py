@@ -182,7 +182,7 @@ class _PoolFrozen(torch.autograd.Function):
 
 def _flash(u: Tensor, x: Tensor, mask: Tensor | None) -> Float[Tensor, "batch queries dim"]:
     """Pooled vectors alone. Where threads outnumber the sets, they share a set part by part."""
-    batch, tokens, dim = x.shape
+    batch, tokens = x.shape[:2]
     u = (u if u.dim() == 3 else u.expand(batch, *u.shape)).unsqueeze(1)
     hidden = None if mask is None else torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
     parts = max(1, min(2 * torch.get_num_threads() // max(batch, 1), tokens // LEAST_PART))
