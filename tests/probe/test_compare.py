@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
+from scipy.stats import wilcoxon
 
 import cenote
 from cenote.core import InputError
@@ -20,6 +22,7 @@ from cenote.features.dataset import TokenDataset
 from cenote.probe import Comparison, Recipe, compare, trials, verdict
 from cenote.probe.cells import load_cell
 from cenote.probe.compare import chosen_methods
+from cenote.probe.statistics import holm
 from tests.probe.conftest import make_dataset, make_ragged
 
 QUICK = Recipe(learning_rates=(1e-2,), epochs=8)
@@ -187,6 +190,56 @@ def test_skipped_methods_say_why(ragged: TokenDataset) -> None:
     assert c.skipped == {"cls": "reads [CLS], and these data have no prefix tokens"}
     assert [r.method for r in c.results] == ["mean"]
     assert c.sentence.startswith("Only mean was run")
+
+
+def test_signed_ranks_judge_the_same_cells_anew(toy: TokenDataset, tmp_path: Path) -> None:
+    first = compare(toy, METHODS, seeds=2, recipe=QUICK, out=tmp_path)
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").iterdir()}
+    second = compare(toy, METHODS, seeds=2, recipe=QUICK, out=tmp_path, significance="wilcoxon")
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").iterdir()} == stamps
+    assert first.results == second.results
+    assert [c.provenance["significance"] for c in (first, second)] == ["bootstrap", "wilcoxon"]
+    assert Comparison.load(tmp_path).provenance["significance"] == "wilcoxon"
+    test, y = toy.indices("test"), toy.y[toy.indices("test")]
+    right = {}
+    for name in METHODS:
+        with safe_open(tmp_path / "cells" / f"{name}.safetensors", "pt") as cell:
+            right[name] = (cell.get_tensor("scores").argmax(-1) == y).sum(0).numpy()
+    assert len(right["mean"]) == len(test)
+    for t in second.pairs:
+        d = right[t.first] - right[t.second]
+        expected = wilcoxon(d[d != 0]).pvalue if d.any() else 1.0
+        assert t.p_value == pytest.approx(expected)
+    assert [t.interval for t in second.pairs] == [t.interval for t in first.pairs]
+    assert holm([t.p_value for t in second.pairs]) == [t.p_adjusted for t in second.pairs]
+
+
+def test_signed_ranks_are_those_of_whole_groups(toy: TokenDataset) -> None:
+    four = dataclasses.replace(toy, groups=tuple(f"g{i // 3 % 4}" for i in range(len(toy))))
+    c = compare(four, ["max"], seeds=1, recipe=QUICK, significance="wilcoxon")
+    assert c.pairs[0].p_value >= 2 / 2**4, "four signs have no rarer pattern"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "metric", "message"),
+    [
+        ("t-test", "accuracy", "significance: expected bootstrap or wilcoxon, got 't-test'"),
+        (
+            "wilcoxon",
+            None,
+            "AUROC ranks items against each other; use bootstrap, or metric 'accuracy', or metric 'balanced",
+        ),
+    ],
+)
+def test_a_test_that_does_not_fit_is_named(wanted: Any, metric: str | None, message: str, ragged: TokenDataset) -> None:
+    with pytest.raises(InputError, match=message):
+        compare(ragged, ["mean"], metric=metric, significance=wanted)
+
+
+def test_signed_ranks_do_not_fit_average_precision(ragged: TokenDataset) -> None:
+    labels = torch.stack([ragged.y, 1 - ragged.y], -1).to(torch.get_default_dtype())
+    with pytest.raises(InputError, match=r"mean average precision ranks items against each other; use bootstrap$"):
+        compare(dataclasses.replace(ragged, y=labels, task="multilabel"), ["mean"], significance="wilcoxon")
 
 
 def test_groups_widen_the_interval(toy: TokenDataset) -> None:

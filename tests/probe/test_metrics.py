@@ -55,6 +55,22 @@ def test_r2_agrees_with_scikit_learn() -> None:
         assert got == pytest.approx(reference.r2_score(y, scores, sample_weight=w))
 
 
+@pytest.mark.parametrize("name", list(metrics.SHARES))
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_the_shares_of_all_items_sum_to_the_metric(name: str, outputs: int) -> None:
+    y = (
+        RNG.normal(size=(60, outputs))
+        if name == "R2"
+        else RNG.choice(max(2, outputs), 60, p=[[0.8, 0.2], [0.7, 0.2, 0.1]][outputs > 1])
+    )
+    scores = RNG.normal(size=(60, outputs))
+    shares = metrics.SHARES[name](scores, y)
+    assert shares.sum() == pytest.approx(metrics.METRICS[name](scores, y, np.ones((1, 60)))[0])
+    alone = scores.copy()
+    alone[1:] = RNG.normal(size=(59, outputs))
+    assert metrics.SHARES[name](alone, y)[0] == shares[0], "what an item adds hangs on no other item's scores"
+
+
 def test_a_metric_that_does_not_fit_the_task_is_named() -> None:
     with pytest.raises(InputError, match="'R2' does not fit a binary task; choose from AUROC"):
         metrics.metric_name("binary", "R2")

@@ -4,7 +4,7 @@ import scipy.stats
 from statsmodels.stats.multitest import multipletests
 
 from cenote.probe import statistics
-from cenote.probe.metrics import accuracy
+from cenote.probe.metrics import SHARES, accuracy
 
 
 def test_holm_agrees_with_statsmodels() -> None:
@@ -57,6 +57,36 @@ def test_false_alarms_are_as_rare_as_promised() -> None:
         )
         alarms += statistics.two_sided_p(s[0] - s[1]) < 0.05
     assert alarms / 200 < 0.1
+
+
+def test_signed_ranks_agree_with_darwins_maize() -> None:
+    # eighths of an inch by which crossed plants outgrew self-fertilised ones; Wilcoxon's sum of the negative ranks is 24
+    d = np.array([49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48.0])
+    assert statistics.signed_rank_p(d / 8) == pytest.approx(scipy.stats.wilcoxon(d).pvalue)
+    assert 0.03 < statistics.signed_rank_p(d) < 0.05
+    assert statistics.signed_rank_p(-d) == pytest.approx(statistics.signed_rank_p(d))
+
+
+def test_signed_ranks_know_ties_and_zeros_by_value_not_by_rounding() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 6, (2, 400))
+    d = a / 5 - b / 5
+    assert len(np.unique(np.abs(d))) > 6, "rounding has made differences differ"
+    assert statistics.signed_rank_p(d) == pytest.approx(scipy.stats.wilcoxon((a - b)[a != b]).pvalue)
+    assert statistics.signed_rank_p(np.zeros(9)) == 1.0
+    assert statistics.signed_rank_p(np.full(9, np.nan)) == 1.0
+
+
+@pytest.mark.parametrize("metric", list(SHARES))
+def test_signed_ranks_raise_false_alarms_as_rarely_as_promised(metric: str) -> None:
+    rng = np.random.default_rng(0)
+    alarms = 0
+    for _ in range(100):
+        y = rng.normal(size=(200, 1)) if metric == "R2" else (rng.random(200) < 0.3).astype(int)
+        hard = rng.normal(size=(200, 1))
+        a, b = (y.reshape(200, 1) - 0.5 + hard + rng.normal(size=(200, 1)) for _ in range(2))
+        alarms += statistics.signed_rank_p(SHARES[metric](a, y) - SHARES[metric](b, y)) < 0.05
+    assert alarms / 100 < 0.12
 
 
 def test_pareto_keeps_ties_in_neither_way_worse() -> None:

@@ -133,6 +133,15 @@ def test_a_matrix_that_cannot_tell_says_so() -> None:
     assert "the matrix cannot tell" in page(make_comparison(30)).text
     assert "the matrix cannot tell" not in page(make_comparison(30, resamples=999_999)).text
     assert "the matrix cannot tell" not in page(make_comparison(9)).text
+    by_rank = make_comparison(30).provenance | {"significance": "wilcoxon"}
+    assert "the matrix cannot tell" not in page(make_comparison(30, provenance=by_rank)).text
+
+
+def test_the_page_says_where_its_p_values_come_from() -> None:
+    c = make_comparison()
+    assert "Wilcoxon" not in page(c).text
+    text = page(dataclasses.replace(c, provenance=c.provenance | {"significance": "wilcoxon"})).text
+    assert "p-values are those of Wilcoxon's signed-rank test over test groups, corrected by Holm" in text
 
 
 def test_nothing_that_a_user_named_becomes_markup(tmp_path: Path) -> None:

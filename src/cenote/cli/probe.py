@@ -38,6 +38,9 @@ def probe(
     metric: Annotated[
         str | None, typer.Option(help="Default by task: AUROC, accuracy, mean average precision, R2.")
     ] = None,
+    significance: Annotated[
+        str, typer.Option(help="Where p-values come from: bootstrap, or wilcoxon (signed ranks of the test items).")
+    ] = "bootstrap",
     task: Annotated[
         str | None, typer.Option(help="binary, multiclass, multilabel or regression; default: found from the labels.")
     ] = None,
@@ -160,6 +163,7 @@ def probe(
             seeds=seeds,
             out=out,
             metric=metric,
+            significance=significance,  # type: ignore[arg-type]
             recipe=recipe,
             layers=layers,
             workers=workers,
@@ -209,9 +213,10 @@ def parsed_grid(text: str | None) -> tuple[int, int] | None:
 def leaderboard(comparison: Comparison, width: int) -> Table:
     """The results as a table for a terminal of so many columns, best first."""
     wide = width >= 100
+    source = "of Wilcoxon's signed ranks, " if comparison.provenance.get("significance") == "wilcoxon" else ""
     table = Table(
         title=f"{comparison.dataset['name']}: {comparison.metric_name} on {comparison.dataset['items']['test']} test items",
-        caption="* no other method is both better and faster; p adjusted by Holm's method",
+        caption=f"* no other method is both better and faster; p {source}adjusted by Holm's method",
         box=rich.box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )

@@ -10,7 +10,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from cenote.probe import statistics, training, verdict
 from cenote.probe.cells import Cell, cell_key, load_cell, save_cell
 from cenote.probe.columns import BASELINE, Column, Layers, chosen_methods, columns_of
 from cenote.probe.looks import save_looks
-from cenote.probe.metrics import METRICS, metric_name
+from cenote.probe.metrics import FITTING, METRICS, SHARES, metric_name
 from cenote.probe.module import build_probe
 from cenote.probe.recipe import Recipe
 from cenote.probe.results import Comparison, MethodResult, PairTest
@@ -54,6 +54,7 @@ def compare(
     seeds: int | Sequence[int] = 3,
     out: str | Path | None = None,
     metric: str | None = None,
+    significance: statistics.Significance = "bootstrap",
     recipe: Recipe | None = None,
     layers: Layers = None,
     workers: int | None = None,
@@ -69,6 +70,9 @@ def compare(
         out: folder for the finished cells, `comparison.json`, attention samples and the best probe; given the same folder
             again, finished cells are not recomputed. `None`: nothing is written.
         metric: default by task, see `cenote.probe.metrics`.
+        significance: where p-values come from: `"bootstrap"`, paired, of the metric itself; `"wilcoxon"`, signed ranks of what
+            each test item (each group) adds to the metric, mean over the seeds: not for AUROC and mean average precision.
+            Intervals are those of the bootstrap in both. Finished cells serve both.
         recipe: how probes are trained.
         layers: of data that hold several: at which of them token pools are tried, `"last"` (the default), `"all"`, a number,
             several, or a text such as `"-4:"`. Pools of layers are compared in the same table; they read all layers but the
@@ -96,6 +100,14 @@ def compare(
     if not seed_numbers:
         raise InputError(f"seeds: expected at least one, got {seeds}")
     name_of_metric = metric_name(data.task, metric)
+    if significance not in get_args(statistics.Significance):
+        raise InputError(f"significance: expected bootstrap or wilcoxon, got {significance!r}")
+    if significance == "wilcoxon" and name_of_metric not in SHARES:
+        fitting = [m for m in FITTING[data.task] if m in SHARES]
+        raise InputError(
+            f"significance: wilcoxon compares what each item adds to the metric, and {name_of_metric} ranks items against "
+            f"each other; use bootstrap{''.join(f', or metric {m!r}' for m in fitting)}"
+        )
     for split in SPLITS:
         if not len(data.indices(split)):
             raise InputError(f"data: no item is in the {split} split; it needs train, val and test items")
@@ -149,7 +161,7 @@ def compare(
                 save_cell(*kept[name], cells[name])
 
     provenance = _provenance(seed_numbers, recipe, fingerprint_of(data))
-    comparison = _judged(data, done, baseline, cells, skipped, name_of_metric, provenance, complete)
+    comparison = _judged(data, done, baseline, cells, skipped, name_of_metric, significance, provenance, complete)
     if folder is not None:
         probes = {name: cells[name].probe(_builder(column), 0) for name, column in done.items()}
         views = {name: column.data for name, column in done.items()}
@@ -218,23 +230,33 @@ def _judged(
     cells: dict[str, Cell],
     skipped: dict[str, str],
     metric: str,
+    significance: statistics.Significance,
     provenance: dict[str, Any],
     complete: bool,
 ) -> Comparison:
-    test = data.indices("test")
-    y = data.y[test].numpy()
+    items = data.indices("test")
+    y = data.y[items].numpy()
+    groups = _group_numbers(data, items)
     names = list(columns)
     all_scores = [cells[n].scores.double().numpy() for n in names]
-    ones = np.ones((1, len(test)))
+    ones = np.ones((1, len(items)))
     per_seed = [tuple(float(METRICS[metric](s, y, ones)[0]) for s in scores) for scores in all_scores]
     means = [float(np.mean(p)) for p in per_seed]
-    resamples = statistics.resamples_for(len(names))
-    samples = statistics.resampled_metrics(METRICS[metric], all_scores, y, _group_numbers(data, test), resamples)
+    by_rank = significance == "wilcoxon"
+    resamples = statistics.RESAMPLES if by_rank else statistics.resamples_for(len(names))
+    samples = statistics.resampled_metrics(METRICS[metric], all_scores, y, groups, resamples)
+    shares = [
+        np.bincount(groups, np.mean([SHARES[metric](s, y) for s in scores], 0)) for scores in all_scores if by_rank
+    ]
     row = {n: i for i, n in enumerate(names)}
 
     def paired(pairs: list[tuple[str, str]]) -> tuple[PairTest, ...]:
         differences = [samples[row[a]] - samples[row[b]] for a, b in pairs]
-        raw = [statistics.two_sided_p(d) for d in differences]
+        raw = (
+            [statistics.signed_rank_p(shares[row[a]] - shares[row[b]]) for a, b in pairs]
+            if by_rank
+            else [statistics.two_sided_p(d) for d in differences]
+        )
         adjusted = statistics.holm(raw)
         return tuple(
             PairTest(a, b, means[row[a]] - means[row[b]], statistics.interval(d), p, q)
@@ -268,7 +290,7 @@ def _judged(
         pairs=paired([(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]),
         pareto=tuple(order[i] for i in efficient),
         sentence="",
-        provenance={**provenance, "bootstrap_resamples": resamples},
+        provenance={**provenance, "bootstrap_resamples": resamples, "significance": significance},
         complete=complete,
     )
     return verdict.with_sentence(comparison)

@@ -80,6 +80,36 @@ def r2(scores: ndarray, y: ndarray, weights: ndarray) -> ndarray:
     return (1 - unexplained).mean(1)
 
 
+def accuracy_shares(scores: ndarray, y: ndarray) -> ndarray:
+    """What each item adds to the accuracy."""
+    return _right(scores, y) / len(y)
+
+
+def balanced_accuracy_shares(scores: ndarray, y: ndarray) -> ndarray:
+    """What each item adds to the balanced accuracy: more where its class is rare."""
+    classes, of_item, count = np.unique(y, return_inverse=True, return_counts=True)
+    return _right(scores, y) / (count[of_item] * len(classes))
+
+
+def r2_shares(scores: ndarray, y: ndarray) -> ndarray:
+    """What each item adds to R2: an even share less what it leaves unexplained."""
+    return (1 / len(y) - (scores - y) ** 2 / ((y - y.mean(0)) ** 2).sum(0)).mean(1)
+
+
+SHARES: dict[
+    str, Callable[[Float[ndarray, "items outputs"], Shaped[ndarray, "items *targets"]], Float[ndarray, "items"]]
+]
+SHARES = {
+    "accuracy": accuracy_shares,
+    "balanced accuracy": balanced_accuracy_shares,
+    "R2": r2_shares,
+}
+"""What each item adds to a metric, by itself: the shares of all items sum to it.
+
+AUROC and mean average precision have none. They rank the items against each other, so that what one of them adds hangs on the
+others; a test that took such shares as independent would raise a false alarm of AUROC in a third of all cases.
+"""
+
 METRICS: dict[str, Metric] = {
     "accuracy": accuracy,
     "balanced accuracy": balanced_accuracy,

@@ -56,7 +56,7 @@ class PairTest:
         first, second: names of methods.
         difference: metric of `first` minus metric of `second`.
         interval: bootstrap 95 % interval of `difference`.
-        p_value: two-sided, from the paired bootstrap.
+        p_value: two-sided, from the paired bootstrap or from Wilcoxon's test: `provenance["significance"]` says which.
         p_adjusted: after Holm's correction within its family (against the baseline, or against the winner).
     """
 

@@ -60,7 +60,8 @@ def matrix(c: Comparison) -> Matrix | None:
         return Cell(test, real, round(20 + 60 * abs(test.difference) / largest) if real else 0)
 
     cells = tuple(tuple(cell(tests.get((a, b))) for b in names) for a in names)
-    resamples = c.provenance.get("bootstrap_resamples", 0)
+    # Wilcoxon's p has no such bound
+    resamples = 0 if c.provenance.get("significance") == "wilcoxon" else c.provenance.get("bootstrap_resamples", 0)
     least = 2 * len(c.pairs) / (resamples + 1) if resamples else 0.0
     return Matrix(names, cells, sum(t.p_adjusted <= SIGNIFICANT for t in c.pairs), len(c.pairs), least)
 
