@@ -277,6 +277,18 @@ class WeighsPadding(Sound):
         return Pooled(output, weights + 0.1)
 
 
+class WeighsBagsOtherwise(Sound):
+    def attend(self, x: Tensor | Tokens, mask: Tensor | None = None) -> Pooled:
+        output, weights = super().attend(x, mask)
+        return Pooled(output, weights * 2 if isinstance(x, Bags) else weights)
+
+
+class WeighsNoBags(Sound):
+    def attend(self, x: Tensor | Tokens, mask: Tensor | None = None) -> Pooled:
+        output, weights = super().attend(x, mask)
+        return Pooled(output, None if isinstance(x, Bags) else weights)
+
+
 class TakesAnyMask(Sound):
     def forward(self, x: Tensor | Tokens, mask: Tensor | None = None) -> Tensor:
         return super().forward(x, None if mask is None else mask.bool())
@@ -344,6 +356,8 @@ class HasNoWidth(Sound):
         (AttendsElsewhere(), {"attend agrees with calling"}, r"differs from the call's by 0\."),
         (TransposedWeights(), {"attend agrees with calling"}, r"\(3, 9, 1\), expected \[3, heads, 9\]"),
         (WeighsPadding(), {"attend agrees with calling"}, "padded slots have weights other than 0"),
+        (WeighsBagsOtherwise(), {"attend agrees with calling"}, "as Bags give weights that differ by"),
+        (WeighsNoBags(), {"attend agrees with calling"}, r"as Bags give no weights, expected \[heads, 16\]"),
         (TakesAnyMask(), {"wrong input is named"}, "an integer mask is accepted without a word"),
         (AssertsWidths(), {"wrong input is named"}, "another width raises AssertionError, expected cenote.InputError"),
         (TakesNoMask(), {"call"}, r"pool\(x, mask\) raised TypeError"),

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from cenote.core import segments
@@ -77,7 +77,7 @@ class Tokens(ABC):
         """`s_nh = q_h . x_n`, with queries shared by all sets or one group of queries per set; 0 in padded slots."""
 
     @abstractmethod
-    def spread(self, per_set: Float[Tensor, "batch *channels"]) -> Float[Tensor, "*rows *channels"]:
+    def spread(self, per_set: Shaped[Tensor, "batch *channels"]) -> Shaped[Tensor, "*rows *channels"]:
         """Give every token the value of its set."""
 
     @abstractmethod
@@ -222,7 +222,7 @@ class PaddedTokens(Tokens):
         # one product per set: joining the sets would copy the tokens of a map, or of sets without their first token
         return (queries.expand(self.batch, *queries.shape[-2:]) @ self.values.transpose(1, 2)).transpose(1, 2)
 
-    def spread(self, per_set: Float[Tensor, "batch *channels"]) -> Float[Tensor, "batch tokens *channels"]:
+    def spread(self, per_set: Shaped[Tensor, "batch *channels"]) -> Shaped[Tensor, "batch tokens *channels"]:
         return per_set.unsqueeze(1).expand(per_set.shape[0], self.values.shape[1], *per_set.shape[1:])
 
     def token(self, index: int) -> Float[Tensor, "batch dim"]:
@@ -408,7 +408,7 @@ class Bags(Tokens):
             return self.values @ queries.T
         return segments.segment_scores(self.values, queries, self.offsets)
 
-    def spread(self, per_set: Float[Tensor, "batch *channels"]) -> Float[Tensor, "total *channels"]:
+    def spread(self, per_set: Shaped[Tensor, "batch *channels"]) -> Shaped[Tensor, "total *channels"]:
         return per_set.index_select(0, self.set_index())
 
     def token(self, index: int) -> Float[Tensor, "batch dim"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -123,9 +124,19 @@ class PaddedPool(Pool):
     def pool_padded(self, tokens: PaddedTokens) -> Pooled:
         """As `pool`, of padded sets."""
 
+    def padded_only(self, tokens: PaddedTokens) -> Float[Tensor, "batch *out"]:
+        """The output of padded sets alone; overridden where the weights would cost extra."""
+        return self.pool_padded(tokens).output
+
     def pool(self, tokens: Tokens) -> Pooled:
+        return self._grouped(tokens, self.pool_padded)
+
+    def pool_only(self, tokens: Tokens) -> Float[Tensor, "batch *out"]:
+        return self._grouped(tokens, lambda padded: Pooled(self.padded_only(padded), None)).output
+
+    def _grouped(self, tokens: Tokens, pool_padded: Callable[[PaddedTokens], Pooled]) -> Pooled:
         if isinstance(tokens, PaddedTokens):
-            return self.pool_padded(tokens)
+            return pool_padded(tokens)
         assert isinstance(tokens, Bags)
         outputs: list[Tensor] = []
         weights: list[Tensor] = []
@@ -133,7 +144,7 @@ class PaddedPool(Pool):
         for group in groups:
             bags = tokens.select(torch.tensor(group, device=tokens.values.device))
             padded = PaddedTokens(*bags.to_padded())
-            output, w = self.pool_padded(padded)
+            output, w = pool_padded(padded)
             outputs.append(output)
             if w is not None:
                 assert padded.mask is not None

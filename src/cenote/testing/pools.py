@@ -318,6 +318,12 @@ def _rule_attend_agrees_with_calling(t: _Trial) -> str | None:
         return f"attend: weights have shape {tuple(weights.shape)}, expected [3, heads, {', '.join(map(str, read))}]"
     if bool((weights.movedim(-1, 1)[~t.mask] != 0).any()):
         return "attend: padded slots have weights other than 0"
+    if not t.ragged:
+        return None
+    ragged = attend(Bags.from_padded(t.x, t.mask))[1]
+    if ragged is None or (difference := _difference(weights.movedim(1, -1)[t.mask].T, ragged)) > 1e-10:
+        came = "no weights" if ragged is None else f"weights that differ by {difference:.3g}"
+        return f"attend: the same sets as Bags give {came}, expected [heads, {int(t.mask.sum())}], set after set"
     return None
 
 

@@ -30,10 +30,6 @@ def test_is_torchs_own_encoder_layer_then_the_mean_of_real_tokens() -> None:
     torch.testing.assert_close(pool(x, mask), expected)
 
 
-def test_has_no_weights_to_show() -> None:
-    assert shaken(DinoViTPool(16)).attend(features()).weights is None
-
-
 @pytest.mark.parametrize("settings", [{"heads": 2, "qkv_bias": True}, {"mlp_ratio": 1.5}])
 def test_contract_of_variants(settings: dict) -> None:
     check_pool(DinoViTPool(16, **settings))

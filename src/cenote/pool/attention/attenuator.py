@@ -59,11 +59,22 @@ class AttenuatorLayer(nn.Module):
         x = x + self.dropout_e(self.out(attended))
         return x + self.ff(self.norm_ff(x))
 
+    def seen(
+        self, x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None, index: int
+    ) -> Float[Tensor, "batch tokens heads"]:
+        """What the token of this number takes from each token."""
+        normed = self.norm_attn(x)
+        query = self.q(normed[:, index]).unflatten(-1, (self.heads, -1))
+        key = self.kv(normed).chunk(2, -1)[0].unflatten(-1, (self.heads, -1))
+        return PaddedTokens(x, mask).softmax(torch.einsum("bhc,bnhc->bnh", query, key) * x.shape[-1] ** -0.5)
+
 
 class Attenuator(PaddedPool):
     """A transformer whose tokens are pooled by an adaptive query, or by one of the baselines: mean, max, class token.
 
     `y = W_out pool(Transformer(W_in x + e))`, where `e` tells the first token from the others, if `query_embedding`.
+    The weights are those of the pooling, on the encoded tokens; of `"cls"` what the learned token takes from each token in the
+    last layer, the share of itself and its like left out.
 
     Args:
         dim: width of a token.
@@ -164,6 +175,24 @@ class Attenuator(PaddedPool):
         self.apply(_small_normal)
 
     def pool_padded(self, tokens: PaddedTokens) -> Pooled:
+        before, x, mask = self._encoded(tokens)
+        if self.head is not None:
+            y, weights = self.head.pool(PaddedTokens(x, mask))
+        else:
+            y, weights = x[:, self.cls_index], self._seen_by_cls(before, mask)
+        return Pooled(y if self.proj_out is None else self.proj_out(y), weights)
+
+    def padded_only(self, tokens: PaddedTokens) -> Float[Tensor, "batch out_dim"]:
+        _, x, mask = self._encoded(tokens)
+        y = x[:, self.cls_index] if self.head is None else self.head.pool_only(PaddedTokens(x, mask))
+        return y if self.proj_out is None else self.proj_out(y)
+
+    def _encoded(
+        self, tokens: PaddedTokens
+    ) -> tuple[
+        Float[Tensor, "batch tokens hidden"], Float[Tensor, "batch tokens hidden"], Bool[Tensor, "batch tokens"] | None
+    ]:
+        """What enters the last layer, what comes out at the end, and the mask of both, with the learned tokens."""
         x, mask = tokens.values, tokens.mask
         if self.proj_in is not None:
             x = self.proj_in(x)
@@ -173,16 +202,20 @@ class Attenuator(PaddedPool):
                 mask = torch.cat([mask.new_ones(x.shape[0], self.cls_token.shape[1]), mask], 1)
         if self.query_emb is not None:
             x = x + self.query_emb.weight[(~_first(x, mask)).long()]
+        before = x
         for layer in self.layers:
-            x = layer(x, mask)
-        x = x if self.norm is None else self.norm(x)
-        y, weights = self._pooled(PaddedTokens(x, mask))
-        return Pooled(y if self.proj_out is None else self.proj_out(y), weights)
+            before, x = x, layer(x, mask)
+        return before, x if self.norm is None else self.norm(x), mask
 
-    def _pooled(self, tokens: PaddedTokens) -> Pooled:
-        if self.head is None:
-            return Pooled(tokens.values[:, self.cls_index], None)
-        return self.head.pool(tokens)
+    def _seen_by_cls(
+        self, x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None
+    ) -> Float[Tensor, "batch tokens heads"]:
+        assert self.cls_token is not None
+        learned = self.cls_token.shape[1]
+        if not self.layers:
+            return x.new_zeros((x.shape[0], x.shape[1] - learned, 1))
+        last: AttenuatorLayer = self.layers[-1]  # type: ignore[assignment]
+        return last.seen(x, mask, self.cls_index)[:, learned:]
 
 
 def _first(x: Tensor, mask: Bool[Tensor, "batch tokens"] | None) -> Bool[Tensor, "*batch tokens"]:

@@ -44,12 +44,24 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        seen = None
-        if mask is not None:
-            # a set without tokens attends to its zeroed slots: all False would make NaN
-            seen = (mask | ~mask.any(1, keepdim=True))[:, None, None]
-        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2))
+        q, k, v = self._projected(x)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=_seen(mask)).transpose(1, 2).flatten(2))
+
+    def maps(
+        self, x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Float[Tensor, "batch heads queries tokens"]:
+        """What each token takes from each other."""
+        q, k, _ = self._projected(x)
+        scores, seen = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, _seen(mask)
+        return (scores if seen is None else scores.masked_fill(~seen, -math.inf)).softmax(-1)
+
+    def _projected(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "3 batch heads tokens channels"]:
+        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def _seen(mask: Bool[Tensor, "batch tokens"] | None) -> Bool[Tensor, "batch 1 1 tokens"] | None:
+    # a set without tokens attends to its zeroed slots: all False would make NaN
+    return None if mask is None else (mask | ~mask.any(1, keepdim=True))[:, None, None]
 
 
 class TransformerBlock(nn.Module):

@@ -1,3 +1,7 @@
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from cenote.core.sets import PaddedTokens
 from cenote.core.widths import largest_divisor
 from cenote.pool.attention.blocks import TransformerBlock
@@ -9,7 +13,8 @@ class DinoViTPool(PaddedPool):
 
     `z = x + SelfAttention(LN(x))`, `y = mean_n (z_n + MLP(LN(z_n)))`.
 
-    There are no weights to show: after the block every token has taken from every other.
+    The weights are those of attention rollout: of what a token holds after the attention, half came from itself through the
+    residual connection and half from the others as its head attended, `w_m = mean_n (1[n = m] + a_nm) / 2`.
 
     Args:
         dim: width of a token.
@@ -22,7 +27,7 @@ class DinoViTPool(PaddedPool):
         torch.Size([2, 16])
 
     Source: the block of Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, in DINOv2's form; as a probe: Psomas
-    et al., "Attention, Please!", 2025.
+    et al., "Attention, Please!", 2025. Rollout: Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020.
     """
 
     pairwise = True
@@ -33,4 +38,11 @@ class DinoViTPool(PaddedPool):
         self.block = TransformerBlock(dim, self.heads, mlp_ratio, qkv_bias)
 
     def pool_padded(self, tokens: PaddedTokens) -> Pooled:
-        return Pooled(tokens.mean(self.block(tokens.values, tokens.mask)), None)
+        maps = self.block.attn.maps(self.block.norm1(tokens.values), tokens.mask)
+        even = tokens.uniform()
+        # [batch, heads, queries, tokens] -> mean over the real queries [batch, tokens, heads]
+        taken = torch.einsum("bhqn,bq->bnh", maps, even.squeeze(-1))
+        return Pooled(self.padded_only(tokens), (even + taken) / 2)
+
+    def padded_only(self, tokens: PaddedTokens) -> Float[Tensor, "batch dim"]:
+        return tokens.mean(self.block(tokens.values, tokens.mask))

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from cenote.core.sets import Tokens
 from cenote.pool.base import Pool, Pooled
+from cenote.pool.basic.positions import all_of, positions
 
 
 class ClsPool(Pool):
@@ -27,13 +28,17 @@ class ClsPool(Pool):
         super().__init__(dim)
 
     def pool(self, tokens: Tokens) -> Pooled:
-        return Pooled(tokens.token(0), None)
+        return Pooled(self.pool_only(tokens), all_of(tokens, torch.zeros_like(tokens.lengths())))
+
+    def pool_only(self, tokens: Tokens) -> Float[Tensor, "batch dim"]:
+        return tokens.token(0)
 
 
 class ClsMeanPool(Pool):
     """[CLS] joined with the mean of the patch tokens, as DINOv2's own linear probe reads its backbone.
 
-    `y = [x_0 ; mean_{n >= P} x_n]`, with `P` prefix tokens ([CLS] and registers) that stay out of the mean.
+    `y = [x_0 ; mean_{n >= P} x_n]`, with `P` prefix tokens ([CLS] and registers) that stay out of the mean. The weights have a
+    head for each half.
 
     Args:
         dim: width of a token; the output is twice as wide.
@@ -55,7 +60,10 @@ class ClsMeanPool(Pool):
         self.prefix_tokens = prefix_tokens
 
     def pool(self, tokens: Tokens) -> Pooled:
-        return Pooled(self.pool_only(tokens), None)
+        count = (tokens.lengths() - self.prefix_tokens).clamp(min=1).to(tokens.values.dtype)
+        in_mean = (positions(tokens) >= self.prefix_tokens) / tokens.spread(count)
+        weights = torch.cat([all_of(tokens, torch.zeros_like(tokens.lengths())), in_mean.unsqueeze(-1)], -1)
+        return Pooled(self.pool_only(tokens), weights)
 
     def pool_only(self, tokens: Tokens) -> Float[Tensor, "batch out_dim"]:
         return torch.cat([tokens.token(0), tokens.drop_first(self.prefix_tokens).mean()], -1)

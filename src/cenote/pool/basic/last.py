@@ -1,5 +1,9 @@
+from jaxtyping import Float
+from torch import Tensor
+
 from cenote.core.sets import Tokens
 from cenote.pool.base import Pool, Pooled
+from cenote.pool.basic.positions import all_of
 
 
 class LastPool(Pool):
@@ -22,4 +26,7 @@ class LastPool(Pool):
         super().__init__(dim)
 
     def pool(self, tokens: Tokens) -> Pooled:
-        return Pooled(tokens.token(-1), None)
+        return Pooled(self.pool_only(tokens), all_of(tokens, tokens.lengths() - 1))
+
+    def pool_only(self, tokens: Tokens) -> Float[Tensor, "batch dim"]:
+        return tokens.token(-1)

@@ -17,6 +17,7 @@ from cenote.core.errors import InputError
 from cenote.core.sets import PaddedTokens, Tokens
 from cenote.pool.attention.blocks import split_projection
 from cenote.pool.base import Pool, Pooled
+from cenote.pool.basic.positions import all_of
 from cenote.pool.layers.base import LayerPool, LayersPooled, layer_tokens
 
 WITHOUT_A_CHOICE = ("look_up.to_q.weight", "look_up.norm_latents.weight", "look_up.norm_latents.bias")
@@ -173,7 +174,7 @@ class LastLayerTrainable(Pool):
 
     Note:
         Padding is masked; the authors' bidirectional model feeds it in. With `last_only` the softmax goes over one key and is
-        1: the attention is a linear map, to which the queries contribute nothing, and there are no weights to show.
+        1: the attention is a linear map, to which the queries contribute nothing, and the weights are 1 on the last token.
     """
 
     def __init__(
@@ -193,4 +194,8 @@ class LastLayerTrainable(Pool):
     def pool(self, tokens: Tokens) -> Pooled:
         if not self.last_only:
             return self.look_up(tokens)
-        return Pooled(self.look_up(PaddedTokens(tokens.token(-1).unsqueeze(1))).output, None)
+        return Pooled(self.pool_only(tokens), all_of(tokens, tokens.lengths() - 1))
+
+    def pool_only(self, tokens: Tokens) -> Float[Tensor, "batch dim"]:
+        looked_up = PaddedTokens(tokens.token(-1).unsqueeze(1)) if self.last_only else tokens
+        return self.look_up(looked_up).output

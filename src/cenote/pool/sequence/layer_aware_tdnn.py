@@ -69,12 +69,28 @@ class LayerAttentionPool(nn.Module):
         self, x: Float[Tensor, "batch in_channels layers tokens"], mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch out_channels tokens"]:
         """One vector per frame; zero in frames that are not real."""
-        u = self.projected(x, mask)
-        # [batch, heads, channels, layers, tokens] times the gates of every frame
-        gated = u.unflatten(1, (self.heads, -1)) * self.dropout(self.gates(u)).unsqueeze(2)
+        return self._largest(self._gated(x, mask), mask)
+
+    def attend(
+        self, x: Float[Tensor, "batch in_channels layers tokens"], mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> tuple[Float[Tensor, "batch out_channels tokens"], Float[Tensor, "batch layers tokens"]]:
+        """As calling it, and also per frame the share of the channels in which each layer is the largest."""
+        gated = self._gated(x, mask)
+        chosen = F.one_hot(gated.flatten(1, 2).argmax(2), self.layers).to(gated.dtype)
+        return self._largest(gated, mask), chosen.mean(1).transpose(1, 2)
+
+    def _largest(
+        self, gated: Float[Tensor, "batch heads channels layers tokens"], mask: Bool[Tensor, "batch tokens"] | None
+    ) -> Float[Tensor, "batch out_channels tokens"]:
         frames = self.outwards(gated.amax(3).flatten(1, 2)).transpose(1, 2)
         tokens = PaddedTokens(frames, mask)
         return tokens.replace(self.out_norm.normalised(tokens, tokens.values)).values.transpose(1, 2)
+
+    def _gated(
+        self, x: Float[Tensor, "batch in_channels layers tokens"], mask: Bool[Tensor, "batch tokens"] | None
+    ) -> Float[Tensor, "batch heads channels layers tokens"]:
+        u = self.projected(x, mask)
+        return u.unflatten(1, (self.heads, -1)) * self.dropout(self.gates(u)).unsqueeze(2)
 
     def projected(
         self, x: Float[Tensor, "batch in_channels layers tokens"], mask: Bool[Tensor, "batch tokens"] | None = None
@@ -140,7 +156,8 @@ class SpeakerStatisticsPool(Pool):
 class LayerAwareTDNN(LayerPool):
     """One vector from all hidden states of a clip: mix layers and frames, choose layers per frame, pool over frames.
 
-    A convolution network over the map of layers and frames, `LayerAttentionPool`, `SpeakerStatisticsPool`.
+    A convolution network over the map of layers and frames, `LayerAttentionPool`, `SpeakerStatisticsPool`. The weights are what
+    the last pooling took from each frame, mean over channels, times the share of the channels in which each layer was chosen.
 
     Args:
         dim: width of a hidden state.
@@ -200,8 +217,18 @@ class LayerAwareTDNN(LayerPool):
         self, x: Float[Tensor, "batch layers tokens dim"], mask: Bool[Tensor, "batch tokens"] | None
     ) -> LayersPooled:
         if x.shape[2] == 0:
-            return LayersPooled(x.new_zeros((x.shape[0], self.out_dim)), None)
-        return LayersPooled(self.time_pool(self._frames(x, mask), mask), None)
+            return LayersPooled(x.new_zeros((x.shape[0], self.out_dim)), x.new_zeros((x.shape[0], 1, x.shape[1], 0)))
+        frames, shares = self.layer_pool.attend(self._map(x, mask), mask)
+        output, weights = self.time_pool.attend(frames.transpose(1, 2), mask)
+        assert weights is not None
+        return LayersPooled(output, (weights.mean(1, keepdim=True) * shares).unsqueeze(1))
+
+    def pool_only(
+        self, x: Float[Tensor, "batch layers tokens dim"], mask: Bool[Tensor, "batch tokens"] | None
+    ) -> Float[Tensor, "batch out_dim"]:
+        if x.shape[2] == 0:
+            return x.new_zeros((x.shape[0], self.out_dim))
+        return self.time_pool(self._frames(x, mask), mask)
 
     def embed(
         self, x: Float[Tensor, "batch layers tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
