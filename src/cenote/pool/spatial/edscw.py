@@ -51,6 +51,7 @@ class EDSCWPool(LeanWindowPool):
         if similarity not in ("channel", "vector"):
             raise InputError(f"similarity: expected 'channel' or 'vector', got {similarity!r}")
         self.similarity = similarity
+        self.channels_apart = similarity == "channel"
 
     def score(self, a: Cell, context: Cell) -> Owned:
         if self.similarity == "channel":

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -61,6 +62,7 @@ class SoftPool(LeanWindowPool):
         if temperature <= 0:
             raise InputError(f"temperature: expected a positive number, got {temperature}")
         self.weights = weights
+        self.channels_apart = weights == "channel"
         self.temperature = temperature
         self.clamp_output = clamp_output
         self.keeps_constants = not clamp_output
@@ -68,13 +70,13 @@ class SoftPool(LeanWindowPool):
     def finished(self, y: Cell) -> Cell:
         return y.clamp(min=0) if self.clamp_output else y
 
-    def context(self, x: Float[Tensor, "batch channels *map"]) -> Cell:
+    def context(self, x: Float[Tensor, "batch channels *map"], cells: Sequence[Cell]) -> Cell:
         x = x.detach()
         if self.weights == "shared":
             return self.windows.mean(x)
         if self.windows.inside(x.shape[2:], x.device) is None:
             # on a CPU several times faster than max_pool2d, which also looks for the place of the maximum
-            return functools.reduce(torch.maximum, self.windows.views(x))
+            return functools.reduce(torch.maximum, (a.detach() for a in cells))
         return self.windows.max(x)
 
     def score(self, a: Cell, context: Cell) -> Owned:  # noqa: ARG002
@@ -82,7 +84,7 @@ class SoftPool(LeanWindowPool):
         return scaled if self.weights == "channel" else scaled.logsumexp(1, keepdim=True)
 
     def score_gradient(self, g: Owned, a: Cell, context: Cell) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
-        g = g / self.temperature
+        g = g if self.temperature == 1 else g / self.temperature
         return g if self.weights == "channel" else g * (a / self.temperature).softmax(1), None
 
 

@@ -152,11 +152,17 @@ class Windows:
         out = self.output_size(size)
         pads = self._pads(size, out)
         padded = [left + length + right for length, (left, right) in zip(size, pads, strict=True)]
+        apart = all(s >= k for k, s in zip(self.kernel, self.stride, strict=True))
+        covered = apart and all(n * k == length for n, k, length in zip(out, self.kernel, padded, strict=True))
         total: Tensor | None = None
         for cell, values in zip(self._slices(out), cells, strict=True):
             if total is None:
-                total = values.new_zeros((*values.shape[: -self.dims], *padded))
-            total[cell] += values
+                shape = (*values.shape[: -self.dims], *padded)
+                total = values.new_empty(shape) if covered else values.new_zeros(shape)
+            if apart:
+                total[cell] = values
+            else:
+                total[cell] += values
         assert total is not None
         for axis, (length, (left, _)) in enumerate(zip(size, pads, strict=True), start=-self.dims):
             total = total.narrow(axis, left, length)
