@@ -56,6 +56,8 @@ def main() -> None:
         lines += probe(found["probe_default"])
     if "probe_loop" in found:
         lines += loop(found["probe_loop"])
+    if "streaming_memory" in found:
+        lines += stream(found["streaming_memory"])
     lines += gpu(found.get("gpu"))
     PAGE.write_text("\n".join(lines).rstrip() + "\n")
 
@@ -206,6 +208,21 @@ def loop(content: dict[str, Any]) -> list[str]:
         "What bounds it: the products of the probes themselves. Together they share one read of the tokens and the calls of "
         "one step, which is what a step of a cheap pool consists of; of a pool with a hidden layer per token (`abmil`) it is "
         "arithmetic, which a loop on two threads does as fast.",
+        "",
+        f"`{content['command']}`.",
+        "",
+    ]
+
+
+def stream(content: dict[str, Any]) -> list[str]:
+    memory, state = content["resident_bytes"], content["state_bytes"]
+    return [
+        "## An hour of a stream",
+        "",
+        f"`AttentiveTemporalPool` over {content['frames']:,} frames of width {content['dim']}, {content['chunk']} at a time: "
+        f"{content['seconds']} s on one thread. Resident memory, read after every minute of the stream: "
+        f"{min(memory) / 2**20:.1f} to {max(memory) / 2**20:.1f} MiB, growth **{100 * content['growth']:.2f} %** (allowed 5). "
+        f"State of the stream: {max(state):,} bytes, at its largest.",
         "",
         f"`{content['command']}`.",
         "",
