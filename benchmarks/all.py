@@ -2,7 +2,7 @@
 
 A benchmark that needs a package which is not installed is left out, and said so. Then
 `scripts/build_benchmark_page.py` makes `docs/benchmarks.md` of the results. With nothing else running, all together
-take less than 10 minutes on 2 cores.
+take about 10 minutes on 2 cores.
 
     python -m benchmarks.all [--only NAMES] [--threads N] [--folder FOLDER]
 """
@@ -23,6 +23,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "bags": ("torchmil",),
     "attentive_statistics": (),
     "windows": (),
+    "dense_crf": (),
     "power_means": (),
     "attsets": (),
     "aggregations": ("torch_geometric", "sentence_transformers"),

@@ -91,7 +91,8 @@ def measured(s: System) -> list[str]:
     found = json.loads(kept.read_text("utf-8"))
     threads = found["machine"]["threads"]
     rows = [
-        f"- {p['name']}: {p['ours_ms']['median']:.3g} ms by {p['ours']}, {p['theirs_ms']['median']:.3g} ms by {p['theirs']}"
+        f"- {p['name']}: {float(p['ours_ms']['median']):,.0f} ms by {p['ours']}, "
+        f"{float(p['theirs_ms']['median']):,.0f} ms by {p['theirs']}"
         for p in found["pairs"]
     ]
     where = f"{found['machine']['processor']}, {threads} thread{'s' if threads > 1 else ''}"
