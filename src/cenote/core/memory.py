@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
-import mmap
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
 
 M_MMAP_THRESHOLD = -3
 
@@ -39,20 +33,3 @@ def return_holes() -> bool:
     except (OSError, AttributeError):
         return False
     return True
-
-
-def in_own_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor of zeros in pages of its own, which go back to the system the moment it is freed.
-
-    For what outlives the pieces of work that make it: in the common heap it would lie between their blocks, and stop these
-    from ever being one again.
-
-    Example:
-        >>> in_own_pages((2, 3), torch.float16).shape
-        torch.Size([2, 3])
-    """
-    numbers = math.prod(shape)
-    if not numbers:
-        return torch.empty(*shape, dtype=dtype)
-    pages = mmap.mmap(-1, numbers * torch.empty(0, dtype=dtype).element_size())
-    return torch.frombuffer(pages, dtype=dtype).view(*shape)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,7 +12,6 @@ from torch import Tensor, nn
 
 from cenote.catalog import create
 from cenote.core import InputError
-from cenote.core.memory import in_own_pages
 from cenote.features.raw import Item, Read, UnreadableError
 from cenote.features.store import Rows, ShardEntry, write_shard
 from cenote.features.store.shards import DTYPES
@@ -71,45 +68,32 @@ class Worker:
         """The tokens of some items."""
         read: dict[int, bytes] = {}
         skipped: list[tuple[str, str]] = []
-        made: list[_Made] = []
+        tokens: dict[int, dict[int, Tensor]] = {layer: {} for layer in self.job.manifest.layers}
         cut = 0
         for positions, prepared in _ahead(self._batches(items, read, skipped)):
             cut += prepared.cut
             found = self.backbone.states(prepared, self.job.manifest.layers)
             real = None if found.mask is None else _Real(found.mask)
-            batch = _Made(positions)
             for layer, states in found.layers.items():
-                rows, batch.lengths = self._kept(states, found.mask, real)
-                stored = in_own_pages(rows.shape, self.dtype).copy_(rows)
+                rows, lengths = self._kept(states, found.mask, real)
+                stored = rows.to(self.dtype).cpu()
+                of_items = stored.split(lengths)
                 # NaN and infinity survive in the smallest and the largest number
                 if stored.numel() and not all(bool(torch.isfinite(end)) for end in stored.aminmax()):
-                    self._refuse(items, positions, stored.split(batch.lengths))
-                batch.layers[layer] = stored
-            made.append(batch)
-            # nothing of this batch lies in the way of the next
-            del prepared, found, real, states, rows
+                    self._refuse(items, positions, of_items)
+                tokens[layer].update(zip(positions, of_items, strict=True))
             on_items(len(positions))
         order = sorted(read)
-        of_item = {place: n for batch in made for place, n in zip(batch.positions, batch.lengths, strict=True)}
-        lengths = [of_item[place] for place in order]
-        starts = dict(zip(order, accumulate(lengths, initial=0), strict=False))
+        width = self.job.manifest.dim
         return Rows(
             ids=[items[i].id for i in order],
             inputs=[read[i] for i in order],
-            lengths=lengths,
-            layers={n: self._in_order(made, n, starts, sum(lengths)) for n in self.job.manifest.layers},
+            lengths=[len(tokens[self.job.manifest.layers[0]][i]) for i in order],
+            layers={n: torch.cat([of[i] for i in order]) if order else torch.empty(0, width, dtype=self.dtype)
+                    for n, of in tokens.items()},
             skipped=skipped,
             shortened=cut,
-        )
-
-    def _in_order(self, made: Sequence[_Made], layer: int, starts: Mapping[int, int], total: int) -> Tensor:
-        """The tokens of one layer, item after item; the batches give theirs away."""
-        whole = in_own_pages((total, self.job.manifest.dim), self.dtype)
-        for batch in made:
-            rows = batch.layers.pop(layer).split(batch.lengths)
-            for place, tokens in zip(batch.positions, rows, strict=True):
-                whole[starts[place] : starts[place] + len(tokens)] = tokens
-        return whole
+        )  # fmt: skip
 
     def _batches(
         self, items: Sequence[Item], read: dict[int, bytes], skipped: list[tuple[str, str]]
@@ -121,8 +105,7 @@ class Worker:
                 yield from self._prepared(range(start, min(start + size, len(items))), items, read, skipped)
             return
         contents = self._read(range(len(items)), items, read, skipped)
-        # the longest first: what a batch leaves free in memory is then large enough for the next
-        for group in reversed(of_like_length(contents, size, self.backbone.equal_sizes)):
+        for group in of_like_length(contents, size, self.backbone.equal_sizes):
             yield group, self.backbone.prepare([contents[i] for i in group])
 
     def _prepared(
@@ -164,18 +147,6 @@ class Worker:
                     f"item {items[position].id!r}: its tokens hold NaN, or numbers beyond the range of "
                     f"{self.job.manifest.dtype}; take bfloat16 or float32 with --dtype, or leave the item out"
                 )
-
-
-@dataclass
-class _Made:
-    """What came out of one batch: per layer one tensor with the tokens of all its items.
-
-    A tensor per item would leave thousands of small blocks in memory, between which that of the next batches does not fit.
-    """
-
-    positions: Sequence[int]
-    lengths: list[int] = field(default_factory=list)
-    layers: dict[int, Tensor] = field(default_factory=dict)
 
 
 class _Real:
