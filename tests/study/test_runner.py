@@ -156,5 +156,7 @@ def test_rows() -> None:
 def test_undecided_is_counted(tmp_path: Path) -> None:
     from cenote.study.pages import scoreboard
 
-    verdict = dataclasses.replace(_fake("simpool")(0, "small"), holds=UNDECIDED)
-    assert "0 hold, 0 do not hold, 1 are not decidable at this scale" in scoreboard({"simpool": verdict}, "studies")
+    verdict = dataclasses.replace(_fake("simpool")(0, "small"), holds=UNDECIDED, seconds=120.0)
+    board = scoreboard({"simpool": verdict}, "studies")
+    assert "0 hold, 0 do not hold, 1 are not decidable at this scale" in board
+    assert "Together they took 2 CPU minutes." in board

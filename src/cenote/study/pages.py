@@ -73,7 +73,8 @@ def scoreboard(verdicts: Mapping[str, Verdict], folder: str) -> str:
         "a study says what was checked, which is less than what the paper claims.",
         "",
         f"Of {len(verdicts)} studies, {counts[HOLDS]} hold, {counts[REFUTED]} do not hold, "
-        f"{counts[UNDECIDED]} are not decidable at this scale. Of {len(every)} systems, {without} have no study yet.",
+        f"{counts[UNDECIDED]} are not decidable at this scale. Of {len(every)} systems, {without} have no study yet. "
+        f"Together they took {sum(v.seconds for v in verdicts.values()) / 60:.0f} CPU minutes.",
         "",
         *_table(
             (
