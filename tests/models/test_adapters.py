@@ -344,6 +344,66 @@ def test_timm_folder_without_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         load(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "settings", "prefix", "grid"),
+    [
+        ("vit_tiny_patch16_224", {"num_classes": 5}, 1, (4, 4)),
+        ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}, 0, (4, 4)),
+        ("vit_medium_patch16_reg4_gap_256", {}, 4, (4, 4)),
+        ("deit_tiny_distilled_patch16_224", {}, 2, (4, 4)),
+    ],
+)
+def test_timm_vits(
+    tmp_path: Path, architecture: str, settings: dict[str, Any], prefix: int, grid: tuple[int, int]
+) -> None:
+    # where torchvision is missing, timm cannot be imported
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    settings = {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 2, **settings}
+    made = timm.create_model(architecture, **settings).eval()
+    timm.models.save_for_hf(made, tmp_path, model_args=settings, safe_serialization=True)
+    backbone = load(str(tmp_path))
+    layout = backbone.layout
+    assert (layout.kind, layout.blocks, layout.prefix_tokens, layout.grid) == ("image", 3, prefix, grid)
+    assert layout.heads == 2
+    prepared = backbone.prepare([photo(), photo()])
+    found = backbone.states(prepared, [1, 2, 3])
+    blocks: list[torch.Tensor] = []
+    for block in made.blocks:
+        block.register_forward_hook(lambda _module, _inputs, output: blocks.append(output))
+    with torch.inference_mode():
+        output = made.forward_features(prepared.inputs["x"])
+    assert found.mask is None
+    for number, expected in ((1, blocks[0]), (2, blocks[1]), (3, output)):
+        assert torch.equal(found.layers[number], expected)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "channels_last"),
+    [
+        ("resnet10t", {}, False),
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1), "embed_dim": 16, "num_heads": (1, 2)}, True),
+    ],
+)
+def test_timm_stages(tmp_path: Path, architecture: str, settings: dict[str, Any], channels_last: bool) -> None:
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    made = timm.create_model(architecture, **settings).eval()
+    timm.models.save_for_hf(made, tmp_path, model_args=settings, safe_serialization=True)
+    backbone = load(str(tmp_path))
+    layout = backbone.layout
+    assert layout.prefix_tokens == 0
+    assert layout.grid is not None
+    assert layout.tokens[-1] == layout.grid[0] * layout.grid[1] < layout.tokens[1]
+    prepared = backbone.prepare([photo()])
+    found = backbone.states(prepared, [1, layout.blocks]).layers
+    assert {n: tuple(state.shape[1:]) for n, state in found.items()} == {
+        n: (layout.tokens[n], layout.dims[n]) for n in (1, layout.blocks)
+    }
+    with torch.inference_mode():
+        output = made.forward_features(prepared.inputs["x"])
+    expected = output.flatten(1, 2) if channels_last else output.flatten(2).transpose(1, 2)
+    assert torch.equal(found[layout.blocks], expected)
+
+
 def test_half_precision(tmp_path: Path) -> None:
     backbone = load(str(tiny.vit(tmp_path)), precision="bfloat16")
     assert backbone([photo()]).layers[3].dtype == torch.bfloat16

@@ -35,7 +35,8 @@ class TimmBackbone(Backbone):
     ) -> None:
         timm = _timm()
         config = json.loads((folder / "config.json").read_text("utf-8"))
-        model = timm.create_model(config["architecture"], num_classes=0, **config.get("model_args", {}))
+        # no classifier, whatever was saved
+        model = timm.create_model(config["architecture"], **{**config.get("model_args", {}), "num_classes": 0})
         if files[0].suffix != ".safetensors":
             raise InputError(
                 f"backbone: {folder} holds no .safetensors file; timm models are read from safetensors only"
@@ -82,38 +83,43 @@ class TimmBackbone(Backbone):
         if blocks in wanted:
             found[blocks] = _tokens(self.model.forward_features(x), self._channels_last())
         if inner:
-            kept = self.model.forward_intermediates(
-                x, indices=inner, return_prefix_tokens=self.layout.prefix_tokens > 0, intermediates_only=True
-            )
-            for number, state in zip(inner, kept, strict=True):
-                found[number + 1] = _with_prefix(state)
+            for number, state in zip(inner, self._inner(x, inner), strict=True):
+                found[number + 1] = state
         return States({n: found[n] for n in wanted}, None)
+
+    def _inner(self, x: Tensor, numbers: list[int] | None) -> list[Tensor]:
+        """Outputs of some blocks or stages, counted from 0; `None`: of all."""
+        # only models that have such tokens know the argument
+        extra = {"return_prefix_tokens": True} if getattr(self.model, "num_prefix_tokens", 0) else {}
+        kept = self.model.forward_intermediates(x, indices=numbers, intermediates_only=True, **extra)
+        return [_with_prefix(state) for state in kept]
 
     def _channels_last(self) -> bool:
         return getattr(self.model, "output_fmt", "NCHW") == "NHWC"
 
     def _layout(self, settings: dict[str, Any], notes: list[str]) -> Layout:
         channels, height, width = settings["input_size"]
+        sample = torch.zeros(1, channels, height, width, dtype=self.precision)
         with torch.inference_mode():
-            last = _tokens(
-                self.model.forward_features(torch.zeros(1, channels, height, width, dtype=self.precision)),
-                self._channels_last(),
-            )
+            last = _tokens(self.model.forward_features(sample), self._channels_last())
+            inner = self._inner(sample, None) if hasattr(self.model, "forward_intermediates") else [last]
+        # layer 0 is not there, the last one the model's output
+        shapes = [state.shape[1:] for state in (inner[0] if len(inner) > 1 else last, *inner[:-1], last)]
         tokens = last.shape[1]
         prefix = getattr(self.model, "num_prefix_tokens", None)
         patch = getattr(getattr(self.model, "patch_embed", None), "patch_size", None)
         found = lie(tokens, height, width, patch)
         if prefix is not None and prefix != found.prefix_tokens:
             found = found._replace(prefix_tokens=prefix, grid=None, note="the model's own prefix_tokens leave no grid")
-        blocks = len(getattr(self.model, "blocks", ())) or len(getattr(self.model, "feature_info", ())) or 1
+        first = next(iter(getattr(self.model, "blocks", ())), None)
         return Layout(
             kind="image",
-            blocks=blocks,
-            dims=(last.shape[2],) * (blocks + 1),
-            tokens=(tokens,) * (blocks + 1),
+            blocks=len(inner),
+            dims=tuple(width for _, width in shapes),
+            tokens=tuple(count for count, _ in shapes),
             prefix_tokens=found.prefix_tokens,
             grid=found.grid,
-            heads=None,
+            heads=getattr(getattr(first, "attn", None), "num_heads", None),
             parameters=sum(p.numel() for p in self.model.parameters()),
             sample=f"an image of {width} x {height} pixels",
             preprocessing={k: v if isinstance(v, int | float | str) else list(v) for k, v in settings.items()},
