@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cenote.probe.together import joined_products
+from cenote.probe.together import WIDE, joined_products
 
 MEMBERS, SETS, TOKENS, DIM, OUT = 3, 4, 5, 6, 2
+HIDDEN = WIDE + 2
 
 
 def randn(*shape):
@@ -15,9 +16,13 @@ def randn(*shape):
 
 
 X = randn(SETS, TOKENS, DIM)
+SHARED_BIAS = randn(HIDDEN)
 CASES = {
     "linear of shared tokens": (lambda w: F.linear(X, w), (OUT, DIM)),
     "linear with a bias": (lambda w: F.linear(X, w[:, :-1], w[:, -1]), (OUT, DIM + 1)),
+    "wide linear with a bias": (lambda w: F.linear(X, w[:, :-1], w[:, -1]), (HIDDEN, DIM + 1)),
+    "wide linear of own sets": (lambda w: F.linear(X[0] * w.sum(), w[:, :-1], w[:, -1]), (HIDDEN, DIM + 1)),
+    "wide linear with a shared bias": (lambda w: F.linear(X, w, SHARED_BIAS), (HIDDEN, DIM)),
     "linear of own tokens": (lambda w: F.linear(X * w.sum(), w), (OUT, DIM)),
     "shared linear of own tokens": (lambda x: F.linear(x, X[0, :OUT]), (SETS, TOKENS, DIM)),
     "tokens times a matrix": (lambda w: X @ w, (DIM, OUT)),
@@ -48,8 +53,9 @@ def test_values_and_gradients_are_those_of_vmap(case):
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_outside_vmap_nothing_changes():
-    linear = nn.Linear(DIM, OUT, dtype=torch.float64)
+@pytest.mark.parametrize("columns", [OUT, HIDDEN])
+def test_outside_vmap_nothing_changes(columns):
+    linear = nn.Linear(DIM, columns, dtype=torch.float64)
     with joined_products():
         y = linear(X)
     expected = linear(X)

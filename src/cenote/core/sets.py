@@ -219,8 +219,11 @@ class PaddedTokens(Tokens):
     ) -> Float[Tensor, "batch tokens heads"]:
         if queries.dim() == 2 and self.values.is_contiguous() and self.values.shape[1:].numel() < LARGE_SET:
             return self.values @ queries.T
-        # one product per set: joining the sets would copy the tokens of a map, or of sets without their first token
-        return (queries.expand(self.batch, *queries.shape[-2:]) @ self.values.transpose(1, 2)).transpose(1, 2)
+        # one product per set: joining the sets would copy the tokens of a map, or of sets without their first token;
+        # the queries of many members are worth that copy
+        if queries.dim() == 2 and not torch._C._are_functorch_transforms_active():
+            queries = queries.expand(self.batch, -1, -1)
+        return (queries @ self.values.transpose(1, 2)).transpose(1, 2)
 
     def spread(self, per_set: Shaped[Tensor, "batch *channels"]) -> Shaped[Tensor, "batch tokens *channels"]:
         return per_set.unsqueeze(1).expand(per_set.shape[0], self.values.shape[1], *per_set.shape[1:])

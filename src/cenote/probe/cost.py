@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from cenote.core import Bags
 from cenote.features.dataset import TokenDataset
@@ -24,11 +26,37 @@ def parameters(probe: Probe) -> int:
 
 def multiply_adds(probe: Probe, data: TokenDataset) -> int:
     """Multiply-adds in matrix products, convolutions and attention for one item of median length."""
-    # the counter's module hooks cannot stand tensors that want a gradient while gradients are off
     without_gradients = copy.deepcopy(probe).eval().requires_grad_(False)
-    with FlopCounterMode(display=False) as counter:
+    with _OperationCounter() as counter:
         without_gradients(_typical(data, 1))
-    return counter.get_total_flops() // 2
+    return counter.operations // 2
+
+
+class _OperationCounter(TorchDispatchMode):
+    """Counts what `torch.utils.flop_counter.FlopCounterMode` counts; that one loads torch's compiler, which takes a second."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # to be skipped, a mode must know the compiler
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        count = flop_registry.get(func.overloadpacket)
+        if count is None:
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        self.operations += 0 if count is None else count(*args, **kwargs, out_val=out)
+        return out
 
 
 @torch.no_grad()

@@ -16,6 +16,10 @@ from torch.overrides import TorchFunctionMode
 _MATMULS = (torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.bmm, Tensor.mm, Tensor.__matmul__)
 
 
+WIDE = 64
+"""Columns of a map that make a product per member as fast as one for all."""
+
+
 class joined_products(TorchFunctionMode):
     """Inside this context, `F.linear` and matrix products under vmap serve all members with one product.
 
@@ -27,12 +31,44 @@ class joined_products(TorchFunctionMode):
     ) -> Any:
         if not kwargs and len(args) > 1 and all(isinstance(a, Tensor) and a.dim() > 1 for a in args[:2]):
             if func is F.linear:
-                x, weight, *bias = args
+                x, weight, bias = (*args, None)[:3]
+                if bias is not None and weight.shape[0] >= WIDE:
+                    return _Linear.apply(*args)  # type: ignore[no-untyped-call]
                 y = _Product.apply(x, weight.T)  # type: ignore[no-untyped-call]
-                return y if not bias or bias[0] is None else y + bias[0]
+                return y if bias is None else y + bias
             if func in _MATMULS:
                 return _Product.apply(*args)  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
+
+
+class _Linear(torch.autograd.Function):
+    """`x W^T + b`; what it adds is its rule for vmap."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        rows = upstream.flatten(0, -2)
+        return upstream @ weight, rows.mT @ x.flatten(0, -2), rows.sum(0)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, int | None, int | None], x: Tensor, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, int]:
+        # one product per member: its columns are wide enough, and what it yields lies in one piece
+        members: int = info.batch_size
+        x, weight, bias = (
+            t.expand(members, *t.shape) if d is None else t.movedim(d, 0)
+            for t, d in zip((x, weight, bias), in_dims, strict=True)
+        )
+        return torch.baddbmm(bias.unsqueeze(1), x.flatten(1, -2), weight.mT).unflatten(1, x.shape[1:-1]), 0
 
 
 class _Product(torch.autograd.Function):

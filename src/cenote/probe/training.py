@@ -22,6 +22,7 @@ from cenote.pool.base import similar_lengths
 from cenote.pool.graph.base import GraphPool
 from cenote.probe.metrics import Metric
 from cenote.probe.module import Probe
+from cenote.probe.optimiser import CosineAdamW
 from cenote.probe.recipe import Recipe
 from cenote.probe.together import joined_products
 
@@ -106,15 +107,14 @@ def _train(
     progress: Progress = lambda _: None,
 ) -> Trained:
     ensemble = _Ensemble([_seeded(build, s) for s in seeds], recipe.learning_rates)
-    groups = [{"params": stack, "lr": lr} for stack, lr in zip(ensemble.leaves(), recipe.learning_rates, strict=True)]
-    # a process's first optimiser loads a large part of torch, which is not this method's time
-    optimiser = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
     start = time.perf_counter()
     train_items, val_items = data.indices("train"), data.indices("val")
     size = recipe.items_per_step(len(train_items))
     batches = max(1, math.ceil(len(train_items) / size))
     passes = math.ceil(recipe.least_steps / batches)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe.epochs * passes * batches)
+    optimiser = CosineAdamW(
+        ensemble.leaves(), recipe.learning_rates, recipe.weight_decay, recipe.epochs * passes * batches
+    )
     order = torch.Generator().manual_seed(seeds[0])
     y_val = data.y[val_items].numpy()
     ones = torch.ones(1, len(val_items), dtype=torch.float64).numpy()
@@ -132,10 +132,8 @@ def _train(
         for items in _passes(train_items, size, passes, order):
             logits = ensemble.logits(data, items, recipe.tokens_at_once)
             loss = _losses(logits, data.y[items], data.task)
-            optimiser.zero_grad(set_to_none=True)
             loss.sum().backward()
             optimiser.step()
-            schedule.step()
             total += loss.detach() * len(items)
         losses.append((total / (passes * len(train_items))).tolist())
         logits = ensemble.predict(data, val_items, recipe)
