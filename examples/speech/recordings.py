@@ -218,10 +218,10 @@ def run(job: Job, data: Path, kept: Path) -> None:
     part.rename(kept / job.file)
 
 
-def jobs(front: str, size: str, seeds: int) -> list[Job]:
+def jobs(tasks: list[str], front: str, size: str, seeds: int) -> list[Job]:
     return [
         Job(task, pool, seed, fold, front, size)
-        for task, pool, seed in itertools.product(TASKS, POOLS, range(seeds))
+        for task, pool, seed in itertools.product(tasks, POOLS, range(seeds))
         for fold in range(FOLDS if task in ("unseen", "verification") else 1)
     ]
 
@@ -254,10 +254,10 @@ def error_draws(task: str, pool: str, front: str, size: str, seeds: int, data: P
     return by_seed, np.mean(draws, 0)
 
 
-def summary(front: str, size: str, seeds: int, data: Path, kept: Path) -> list[dict[str, Any]]:
+def summary(tasks: list[str], front: str, size: str, seeds: int, data: Path, kept: Path) -> list[dict[str, Any]]:
     """One row per task and pooling: the error, its interval, the difference to the mean and its p-value."""
     rows = []
-    for task in TASKS:
+    for task in tasks:
         found = {pool: error_draws(task, pool, front, size, seeds, data, kept) for pool in POOLS}
         others = [pool for pool in POOLS if pool != BASE]
         raw = [two_sided_p(found[pool][1] - found[BASE][1]) for pool in others]
@@ -280,7 +280,14 @@ def summary(front: str, size: str, seeds: int, data: Path, kept: Path) -> list[d
 def page(result: dict[str, Any]) -> str:
     front, size, seeds = result["front"], result["size"], result["seeds"]
     count, passes = SIZES[size]
-    command = f"python -m examples.speech.recordings --data DIR --front {front} --size {size}"
+    tasks = {task: TASKS[task] for task in result["tasks"]}
+    chosen = "" if len(tasks) == len(TASKS) else f" --tasks {','.join(tasks)}"
+    command = f"python -m examples.speech.recordings --data DIR --front {front} --size {size}{chosen}"
+    verification = (
+        f" *Same speaker?* has clips of {JOINED} recordings one after the other, recordings 0 to {TEST_JOINED - 1} for "
+        "testing, an angular margin loss, and is trained on faster and slower copies as further speakers."
+    )
+    equal = " (for *same speaker?* the equal error rate over all pairs of test clips)"
     lines = [
         f"# Poolings on real recordings, {front}",
         "",
@@ -289,21 +296,20 @@ def page(result: dict[str, Any]) -> str:
         f"{result['trainings']} trainings, {result['seconds']:.0f} CPU seconds.",
         "",
         f"Log-mel frames, a small {front} front of width {WIDTH}, one pooling, a linear map; only the pooling differs. "
-        f"Trained on {count} recordings of each digit and speaker, {passes} passes; tested on recordings 0 to 4 of each. "
-        f"*Same speaker?* has clips of {JOINED} recordings one after the other, recordings 0 to {TEST_JOINED - 1} for testing, "
-        "an angular margin loss, and is trained on faster and slower copies as further speakers.",
+        f"Trained on {count} recordings of each digit and speaker, {passes} passes; tested on recordings 0 to 4 of each."
+        + (verification if "verification" in tasks else ""),
         "",
-        "Error in percent (for *same speaker?* the equal error rate over all pairs of test clips), mean over seeds, in "
+        f"Error in percent{equal if 'verification' in tasks else ''}, mean over seeds, in "
         "brackets the 95 % interval of a bootstrap over test clips. **Bold**: differs from the mean with p < 0.05, by the "
         "paired bootstrap, Holm-adjusted over the poolings of its column.",
         "",
-        f"| pooling | {' | '.join(TASKS.values())} |",
-        f"| --- |{' --- |' * len(TASKS)}",
+        f"| pooling | {' | '.join(tasks.values())} |",
+        f"| --- |{' --- |' * len(tasks)}",
     ]
     by = {(r["task"], r["pooling"]): r for r in result["rows"]}
     for pool in POOLS:
         cells = []
-        for task in TASKS:
+        for task in tasks:
             r = by[task, pool]
             text = f"{r['error']:.1f} ({r['interval'][0]:.1f} to {r['interval'][1]:.1f})"
             cells.append(f"**{text}**" if r["p"] is not None and r["p"] < 0.05 else text)
@@ -318,11 +324,13 @@ def page(result: dict[str, Any]) -> str:
         "speakers; who is left out together changes with the seed. The bootstrap draws clips and not speakers: it says how "
         "sure the numbers are for these six people and these trainings, not for people in general.",
         "- Where a column has nothing bold, its differences are too small to be told from chance with so few test clips.",
-        "- The verification network knows four speakers only. Its error says how the poolings compare, not how good speaker "
-        "verification can be.",
-        "",
     ]
-    return "\n".join(lines)
+    if "verification" in tasks:
+        lines.append(
+            "- The verification network knows four speakers only. Its error says how the poolings compare, not how good "
+            "speaker verification can be."
+        )
+    return "\n".join([*lines, ""])
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -333,8 +341,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": result["name"], "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(11, 3.4), layout="constrained")
         FigureCanvasSVG(figure)
-        panels = figure.subplots(1, len(TASKS), sharey=True)
-        for axes, (task, title) in zip(panels, TASKS.items(), strict=True):
+        panels = figure.subplots(1, len(result["tasks"]), sharey=True, squeeze=False)[0]
+        for axes, task in zip(panels, result["tasks"], strict=True):
             rows = [r for r in result["rows"] if r["task"] == task]
             for y, r in enumerate(rows):
                 low, high = r["interval"]
@@ -345,7 +353,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 axes.errorbar(r["error"], y, xerr=reach, fmt="D", color=color, markersize=4, capsize=2)
             axes.axvline(rows[0]["error"], color="#9aa0a6", linewidth=0.8, linestyle=":")
             axes.set_yticks(range(len(rows)), [r["pooling"] for r in rows])
-            axes.set_title(title, fontsize=9)
+            axes.set_title(TASKS[task], fontsize=9)
             axes.set_xlabel("equal error rate, %" if task == "verification" else "error, %")
             axes.set_xlim(left=0)
             axes.spines[["top", "right"]].set_visible(False)
@@ -359,13 +367,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("cenote-out/speech"), help="folder of page, picture, numbers")
     parser.add_argument("--runs", type=Path, default=Path("cenote-out/speech-runs"), help="where trainings are kept")
     parser.add_argument("--front", choices=("tdnn", "conformer"), default="tdnn")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="some of them, separated by commas; default: all")
     parser.add_argument("--size", choices=tuple(SIZES), default="small")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     options = parser.parse_args(arguments)
+    tasks = [t for t in TASKS if t in options.tasks.split(",")]
+    if len(tasks) != len(options.tasks.split(",")):
+        raise SystemExit(f"--tasks: expected some of {', '.join(TASKS)}, got {options.tasks}")
     options.runs.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    todo = [j for j in jobs(options.front, options.size, options.seeds) if not (options.runs / j.file).exists()]
+    todo = [j for j in jobs(tasks, options.front, options.size, options.seeds) if not (options.runs / j.file).exists()]
     one = partial(timed, data=options.data, kept=options.runs)
     with ProcessPoolExecutor(options.workers) as workers:
         for done, _ in enumerate(workers.map(one, todo), 1):
@@ -373,13 +385,14 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"{done} of {len(todo)} trainings", flush=True)
     start = time.process_time()
     every = clips(options.data)
-    every_job = jobs(options.front, options.size, options.seeds)
+    every_job = jobs(tasks, options.front, options.size, options.seeds)
     name = NAME if options.front == "tdnn" else f"{NAME}-{options.front}"
-    rows = summary(options.front, options.size, options.seeds, options.data, options.runs)
+    rows = summary(tasks, options.front, options.size, options.seeds, options.data, options.runs)
     seconds = sum(float((options.runs / f"{j.file}.seconds").read_text()) for j in every_job)
     result = {
         "name": name,
         "front": options.front,
+        "tasks": tasks,
         "size": options.size,
         "seeds": options.seeds,
         "clips": len(every),
