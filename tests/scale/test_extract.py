@@ -75,6 +75,36 @@ def test_labels_of_stored_tokens(tmp_path: Path, items: RawItems, vit: ModelSpec
         stored(tmp_path / "store")
 
 
+def test_pictures_in_cells_of_a_table(tmp_path: Path, items: RawItems, vit: ModelSpec) -> None:
+    """Images in Parquet, in several row groups, with the classes of `label` and the split of `fold`."""
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    files = [tmp_path / "photos" / item.id for item in items.items]
+    table = pa.table({
+        "name": [f"photo {i}" for i in range(20)],
+        "picture": [{"bytes": file.read_bytes(), "path": file.name} for file in files],
+        "animal": [file.parent.name for file in files],
+        "fold": (["train"] * 6 + ["val"] * 2 + ["test"] * 2) * 2,
+    })  # fmt: skip
+    pq.write_table(table, tmp_path / "photos.parquet", row_group_size=6)
+    raw = open_raw(tmp_path / "photos.parquet", id_column="name")
+    extract(raw, vit, tmp_path / "store", Options(items_per_shard=8))
+    extract(items, vit, tmp_path / "plain", Options(items_per_shard=8))
+    data = stored(tmp_path / "store", label_column="animal", split_column="fold")
+    assert data.classes == ("cat", "dog")
+    assert data.ids[7] == "photo 7"
+    assert data.indices("val").tolist() == [6, 7, 16, 17]
+    plain = stored(tmp_path / "plain")
+    assert all(torch.equal(data.item(i), plain.item(i)) for i in range(20))
+    assert data.images is not None
+    assert np.array_equal(data.images[13], np.asarray(Image.open(files[13]).resize((32, 32))))
+    (tmp_path / "photos.parquet").unlink()
+    gone = stored(tmp_path / "store", label_column="animal", split_column="fold")
+    assert gone.images is not None
+    assert gone.images[13] is None
+
+
 def test_pictures_of_stored_items(tmp_path: Path, items: RawItems, vit: ModelSpec) -> None:
     """As the model saw them, on which its patches lie; what is gone is missing, and nothing else."""
     import base64

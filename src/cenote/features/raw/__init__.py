@@ -2,5 +2,6 @@
 
 from cenote.features.raw.items import Audio, Item, Kind, RawItems, Read, UnreadableError
 from cenote.features.raw.open import open_raw
+from cenote.features.raw.tables import bytes_at
 
-__all__ = ["Audio", "Item", "Kind", "RawItems", "Read", "UnreadableError", "open_raw"]
+__all__ = ["Audio", "Item", "Kind", "RawItems", "Read", "UnreadableError", "bytes_at", "open_raw"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,10 @@ class CellItem(Item):
     kind: Kind
 
     def _bytes(self) -> bytes:
-        cell = _column(self.path, self.column)[self.row].as_py()
+        try:
+            cell = _cell(self.path, self.column, self.row)
+        except OSError as error:
+            raise UnreadableError(f"lies in {self.path}, which cannot be read: {error.strerror or error}") from error
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if data is None and isinstance(cell, dict) and cell.get("path"):
             file = self.path.parent / cell["path"]
@@ -74,8 +79,28 @@ class CellItem(Item):
         except UnreadableError:
             return "missing"
 
+    def location(self) -> str:
+        return f"{self.path.absolute()}#{self.column}/{self.row}"
+
     def changed_since(self, time: float, digest: bytes) -> bool:
         return self.path.stat().st_mtime > time and digest_of(self._bytes()) != digest
+
+
+def bytes_at(location: str) -> bytes:
+    """What lies where an item says that it does, in a file of its own or in a cell of a table.
+
+    Raises:
+        UnreadableError: where nothing lies there any more.
+    """
+    file = Path(location)
+    table, _, cell = location.rpartition("#")
+    column, _, row = cell.rpartition("/")
+    try:
+        if file.is_file() or not row.isdecimal():
+            return file.read_bytes()
+        return CellItem(location, Path(table), column, int(row), "image")._bytes()
+    except (OSError, InputError, KeyError, IndexError) as error:
+        raise UnreadableError(f"cannot be read: {error}") from error
 
 
 def table_files(path: Path) -> list[tuple[Path, str | None]]:
@@ -255,12 +280,15 @@ def _holds_files(kind: Any) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _table(file: Path, columns: list[str]) -> Any:
+def _table(file: Path, columns: list[str], group: int | None = None) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if file.suffix.lower() in arrow.PARQUET:
-        return pq.read_table(file, columns=columns)
+        if group is None:
+            return pq.read_table(file, columns=columns)
+        with pq.ParquetFile(file) as opened:
+            return opened.read_row_group(group, columns=columns)
     mapped = pa.memory_map(str(file))
     try:
         return pa.ipc.open_file(mapped).read_all().select(columns)
@@ -269,7 +297,28 @@ def _table(file: Path, columns: list[str]) -> Any:
         return pa.ipc.open_stream(mapped).read_all().select(columns)
 
 
+def _cell(file: Path, column: str, row: int) -> Any:
+    group, changed = None, file.stat().st_mtime_ns
+    if file.suffix.lower() in arrow.PARQUET:
+        # a file may be larger than the memory: no more of it than the rows that are stored together
+        ends = _ends(file, changed)
+        group = bisect_right(ends, row)
+        row -= ends[group - 1] if group else 0
+    return _column(file, column, group, changed)[row].as_py()
+
+
+@lru_cache(maxsize=64)
+def _ends(file: Path, changed: int) -> list[int]:
+    import pyarrow.parquet as pq
+
+    del changed  # a file that was written anew is read anew
+    with arrow.told(file), pq.ParquetFile(file) as opened:
+        held = opened.metadata
+        return list(accumulate(held.row_group(i).num_rows for i in range(held.num_row_groups)))
+
+
 @lru_cache(maxsize=4)
-def _column(file: Path, column: str) -> Any:
+def _column(file: Path, column: str, group: int | None, changed: int) -> Any:
+    del changed
     with arrow.told(file):
-        return _table(file, [column]).column(column)
+        return _table(file, [column], group).column(column)

@@ -23,7 +23,7 @@ class StoredDataset(TokenDataset):
         x: the `StoredTokens`.
         layers: which of the stored layers. With one, items are `[tokens, dim]` and batches `[items, tokens, dim]`; with
             several, `[layers, tokens, dim]` and `[items, layers, tokens, dim]`.
-        images: of items that are image files, `StoredPictures`.
+        images: of items that are images, `StoredPictures`.
     """
 
     layers: tuple[int, ...] = field(default=())

@@ -24,7 +24,7 @@ class Listing:
 
     Attributes:
         ids, stamps: of all items, unreadable ones included.
-        files: where each item lay when the store was last written, of items that are files.
+        files: where each item lay when the store was last written, in a file of its own or in a table.
         columns: labels and the like.
         class_names, used: as in `RawItems`.
     """

@@ -1,9 +1,8 @@
-"""The images that tokens came from, as the model saw them, read from their files when somebody looks."""
+"""The images that tokens came from, as the model saw them, read from where they lie when somebody looks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ class StoredPictures:
     """A picture per item, small; `None` where its file is gone, is no image any more, or was prepared in an unknown way.
 
     Args:
-        files: of the items.
+        files: where the images lie, in files of their own or in cells of tables.
         preprocessing: of the model, as the manifest has it: patches lie on what it left of an image.
     """
 
@@ -30,12 +29,12 @@ class StoredPictures:
 
     def __getitem__(self, item: int) -> NDArray[np.uint8] | None:
         """`[height, width, 3]`."""
-        from cenote.features.raw import UnreadableError
+        from cenote.features.raw import UnreadableError, bytes_at
         from cenote.features.raw.decode import decode_image
 
         try:
-            image = as_seen(decode_image(Path(self.files[item]).read_bytes()), self.preprocessing)
-        except (OSError, UnreadableError):
+            image = as_seen(decode_image(bytes_at(self.files[item])), self.preprocessing)
+        except UnreadableError:
             return None
         if image is None:
             return None
