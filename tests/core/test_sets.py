@@ -226,6 +226,15 @@ def test_drop_first(batch: Batch, count: int) -> None:
 
 
 @given(batch=batches())
+def test_positions(batch: Batch) -> None:
+    expected = [i for s in batch.sets for i in range(len(s))]
+    assert batch.bags().positions().tolist() == expected
+    positions = batch.padded().positions()
+    assert positions[batch.mask].tolist() == expected
+    assert (positions[~batch.mask] == -1).all()
+
+
+@given(batch=batches())
 def test_round_trips(batch: Batch) -> None:
     bags = batch.bags()
     from_padded = Bags.from_padded(batch.x, batch.mask)

@@ -81,6 +81,10 @@ class Tokens(ABC):
         """Give every token the value of its set."""
 
     @abstractmethod
+    def positions(self) -> Int[Tensor, "*rows"]:
+        """The number of each token within its set, from 0; of padded slots -1."""
+
+    @abstractmethod
     def token(self, index: int) -> Float[Tensor, "batch dim"]:
         """Token number `index` of every set (negative: counted from its last real token); zeros if it has none."""
 
@@ -228,6 +232,12 @@ class PaddedTokens(Tokens):
     def spread(self, per_set: Shaped[Tensor, "batch *channels"]) -> Shaped[Tensor, "batch tokens *channels"]:
         return per_set.unsqueeze(1).expand(per_set.shape[0], self.values.shape[1], *per_set.shape[1:])
 
+    def positions(self) -> Int[Tensor, "batch tokens"]:
+        if self.mask is None:
+            return torch.arange(self.values.shape[1], device=self.values.device).expand(self.batch, -1)
+        # counted among the real tokens, so that padding may stand anywhere
+        return (self.mask.cumsum(1) - 1).masked_fill(~self.mask, -1)
+
     def token(self, index: int) -> Float[Tensor, "batch dim"]:
         tokens = self.values.shape[1]
         if self.mask is None:
@@ -237,8 +247,7 @@ class PaddedTokens(Tokens):
             return self.values.new_zeros((self.batch, self.dim))
         counts = self.lengths().unsqueeze(1)
         wanted = counts + index if index < 0 else torch.full_like(counts, index)
-        # the rank of each real token among the real tokens of its set, so that padding may stand anywhere
-        found = (self.mask.cumsum(1) - 1 == wanted) & self.mask
+        found = (self.positions() == wanted) & self.mask
         slot = found.int().argmax(1).view(-1, 1, 1).expand(-1, 1, self.dim)
         return self.values.gather(1, slot).squeeze(1).masked_fill(~found.any(1, keepdim=True), 0)
 
@@ -248,7 +257,7 @@ class PaddedTokens(Tokens):
             return self
         if self.mask is None:
             return PaddedTokens(self.values[:, count:])
-        return PaddedTokens(self.values, self.mask & (self.mask.cumsum(1) > count))
+        return PaddedTokens(self.values, self.positions() >= count)
 
     def replace(self, values: Float[Tensor, "batch tokens channels"]) -> PaddedTokens:
         return PaddedTokens(values, self.mask)
@@ -414,6 +423,10 @@ class Bags(Tokens):
     def spread(self, per_set: Shaped[Tensor, "batch *channels"]) -> Shaped[Tensor, "total *channels"]:
         return per_set.index_select(0, self.set_index())
 
+    def positions(self) -> Int[Tensor, "total"]:
+        rows = torch.arange(self.values.shape[0], device=self.values.device)
+        return rows - self.offsets.index_select(0, self.set_index())
+
     def token(self, index: int) -> Float[Tensor, "batch dim"]:
         lengths = self.lengths()
         position = lengths + index if index < 0 else torch.full_like(lengths, index)
@@ -427,10 +440,8 @@ class Bags(Tokens):
         _require_count(count)
         if count == 0:
             return self
-        rows = torch.arange(self.values.shape[0], device=self.values.device)
-        position = rows - self.offsets.index_select(0, self.set_index())
         lengths = (self.lengths() - count).clamp(min=0)
-        return Bags(self.values[position >= count], torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
+        return Bags(self.values[self.positions() >= count], torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
 
     def replace(self, values: Float[Tensor, "total channels"]) -> Bags:
         return Bags(values, self.offsets)

@@ -33,7 +33,8 @@ class CosineAdamW:
     """As `torch.optim.AdamW` and `CosineAnnealingLR`, one group of parameters for each learning rate.
 
     Args:
-        groups: parameters, and `rates`: their learning rates at the start.
+        groups: parameters.
+        rates: the learning rate of each group at the start.
         weight_decay: decoupled.
         steps: after so many the learning rates are zero.
     """

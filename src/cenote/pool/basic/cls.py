@@ -4,7 +4,7 @@ from torch import Tensor
 
 from cenote.core.sets import Tokens
 from cenote.pool.base import Pool, Pooled
-from cenote.pool.basic.positions import all_of, positions
+from cenote.pool.basic.positions import all_of
 
 
 class ClsPool(Pool):
@@ -61,7 +61,7 @@ class ClsMeanPool(Pool):
 
     def pool(self, tokens: Tokens) -> Pooled:
         count = (tokens.lengths() - self.prefix_tokens).clamp(min=1).to(tokens.values.dtype)
-        in_mean = (positions(tokens) >= self.prefix_tokens) / tokens.spread(count)
+        in_mean = (tokens.positions() >= self.prefix_tokens) / tokens.spread(count)
         weights = torch.cat([all_of(tokens, torch.zeros_like(tokens.lengths())), in_mean.unsqueeze(-1)], -1)
         return Pooled(self.pool_only(tokens), weights)
 

@@ -139,11 +139,8 @@ class MultiLayerTrainable(LayerPool):
         self, x: Float[Tensor, "batch layers tokens dim"], mask: Bool[Tensor, "batch tokens"] | None
     ) -> Float[Tensor, "batch tokens"]:
         """What a layer's vector takes from each of its tokens."""
-        if self.tokens == "mean":
-            return PaddedTokens(x[:, 0], mask).uniform().squeeze(-1)
-        real = torch.ones(x.shape[0], x.shape[2], dtype=torch.bool, device=x.device) if mask is None else mask
-        last = real & (real.flip(1).cumsum(1).flip(1) == 1)
-        return last.to(x.dtype)
+        tokens = PaddedTokens(x[:, 0], mask)
+        return (tokens.uniform() if self.tokens == "mean" else all_of(tokens, tokens.lengths() - 1)).squeeze(-1)
 
     def _looked_up(
         self, x: Float[Tensor, "batch layers tokens dim"], mask: Bool[Tensor, "batch tokens"] | None

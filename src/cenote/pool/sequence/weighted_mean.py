@@ -1,9 +1,8 @@
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from cenote.core.segments import accumulation_dtype
-from cenote.core.sets import Bags, PaddedTokens, Tokens
+from cenote.core.sets import Tokens
 from cenote.pool.base import Pool, Pooled
 
 
@@ -40,12 +39,4 @@ class PositionWeightedMean(Pool):
 
 def ranks_in_sets(tokens: Tokens) -> Float[Tensor, "*rows 1"]:
     """1 for the first real token of each set, 2 for the second, and so on; 0 in padded slots."""
-    device, wide = tokens.values.device, accumulation_dtype(tokens.values.dtype)
-    if isinstance(tokens, Bags):
-        rows = torch.arange(tokens.values.shape[0], device=device)
-        return (rows - tokens.offsets[:-1].index_select(0, tokens.set_index()) + 1).unsqueeze(-1).to(wide)
-    assert isinstance(tokens, PaddedTokens)
-    if tokens.mask is not None:
-        return (tokens.mask.cumsum(1) * tokens.mask).unsqueeze(-1).to(wide)
-    slots = torch.arange(1, tokens.values.shape[1] + 1, device=device)
-    return slots.expand(tokens.batch, -1).unsqueeze(-1).to(wide)
+    return (tokens.positions() + 1).unsqueeze(-1).to(accumulation_dtype(tokens.values.dtype))
