@@ -23,7 +23,7 @@ Further vectors `e` that the queries see besides the tokens (a class token among
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -159,7 +159,7 @@ def cross_attention(
         pooled = pooled.unflatten(1, (heads, queries))
         if value is None:
             return _own_slices(pooled, heads)
-        return _map_by_head(pooled, value.weight.unflatten(0, (heads, -1)).transpose(-1, -2))
+        return _map_by_head(pooled, value.weight.unflatten(0, (heads, -1)).mT)
 
     def summed(side: _TokenNorms, weights: Float[Tensor, "*rows heads_queries"]) -> Tensor:
         if absorb_values:
@@ -224,7 +224,27 @@ def _map_by_head(
     if by_head.dim() == 3:
         return by_head @ weight
     rows = by_head.movedim((-3, -2), (0, 1))
-    return (rows.flatten(1, -2) @ weight).unflatten(1, rows.shape[1:-1]).movedim((0, 1), (-3, -2))
+    mapped: Tensor = _Mapped.apply(rows.flatten(1, -2), weight.mT)  # type: ignore[no-untyped-call]
+    return mapped.unflatten(1, rows.shape[1:-1]).movedim((0, 1), (-3, -2))
+
+
+class _Mapped(torch.autograd.Function):
+    """`rows weight^T` by head; what it adds is that the weight's gradient lies in memory as the weight does."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Float[Tensor, "heads rows in"], weight: Float[Tensor, "heads out in"]) -> Tensor:
+        return torch.bmm(rows, weight.mT)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        rows, weight = ctx.saved_tensors
+        return torch.bmm(upstream, weight), torch.bmm(upstream.mT, rows)
 
 
 def _scores_by_head(

@@ -96,14 +96,13 @@ class _PoolFrozen(torch.autograd.Function):
         if not keep_weights:
             return _flash(u, x, mask), x.new_empty((x.shape[0], u.shape[-2], 0))
         weights = x.new_empty((x.shape[0], u.shape[-2], x.shape[1]))
-        # queries first in memory: the maps of values go over all sets, head by head
-        pooled = x.new_empty((u.shape[-2], x.shape[0], x.shape[2])).transpose(0, 1)
+        pooled = x.new_empty((x.shape[0], u.shape[-2], x.shape[2]))
         for sets in _blocks(x):
             block, a = x[sets], weights[sets]
             torch.bmm(_of(u, sets, len(block)), block.mT, out=a)
             _softmax(a, None if mask is None else ~mask[sets].unsqueeze(1), _factor(key_factor, sets))
             g = _factor(value_factor, sets)
-            pooled[sets] = torch.bmm(a if g is None else a * g, block)
+            torch.bmm(a if g is None else a * g, block, out=pooled[sets])
         return pooled, weights
 
     @staticmethod
