@@ -150,6 +150,21 @@ def test_processes_give_the_same(tmp_path: Path) -> None:
     assert again.results == together.results
 
 
+def test_processes_tell_how_far_they_are(toy: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "LOOK_SECONDS", 0.01)
+    told: dict[str, list[float]] = {}
+    recipe = Recipe(learning_rates=(1e-2,), epochs=50, patience=50)
+    compare(
+        toy, METHODS, seeds=1, recipe=recipe, workers=2, on_method=lambda name, share: told.setdefault(name, []).append(share)
+    )  # fmt: skip
+    assert set(told) == set(METHODS)
+    for shares in told.values():
+        assert shares == sorted(shares)
+        assert shares.count(1.0) == 1
+    # the baseline is trained here; of the two that are not, each takes longer than a look
+    assert len(told["simpool"]) > 1
+
+
 def test_ctrl_c_in_processes_keeps_what_is_done(toy: TokenDataset, tmp_path: Path) -> None:
     finished: list[str] = []
 

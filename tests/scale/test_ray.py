@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -140,6 +141,41 @@ def test_the_same_table_from_a_sweep_with_a_worker_killed(tmp_path: Path, cluste
     again = compare(data, methods, seeds=2, recipe=recipe, out=out, engine=Sweep(workers=2))
     assert trained == ["gem"]
     assert numbers(again) == numbers(here)
+
+
+def test_a_sweep_tells_how_far_its_trials_are(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(Trial):
+        def run(self, on_share: OnShare = lambda _name, _share: None) -> Cell:
+            for share in (0.25, 0.5):
+                time.sleep(1)
+                on_share(self.name, share)
+            time.sleep(1)
+            return super().run()
+
+    class Sweep(RaySweep):
+        def __call__(self, trials: Sequence[Trial], on_share: OnShare) -> Iterator[tuple[Trial, Cell]]:
+            yield from super().__call__([Slow(t.column, t.metric, t.seeds, t.recipe) for t in trials], on_share)
+
+    class Dying:
+        def tell(self, number: int, share: float) -> None: ...
+
+        def news(self) -> None:
+            os._exit(1)
+
+    def told() -> dict[str, list[float]]:
+        shares: dict[str, list[float]] = {}
+        compare(
+            digits(), "mean,max", seeds=1, recipe=Recipe(epochs=1), engine=Sweep(workers=2),
+            on_method=lambda name, share: shares.setdefault(name, []).append(share),
+        )  # fmt: skip
+        return shares
+
+    for shares in (found := told()).values():
+        assert shares in ([0.25, 0.5, 1.0], [0.25, 1.0], [0.5, 1.0])
+    assert set(found) == {"mean", "max"}
+    # what tells it is a worker too, and may be lost
+    monkeypatch.setattr("cenote.scale.sweep._Board", Dying)
+    assert told() == {"mean": [1.0], "max": [1.0]}
 
 
 def test_raw_images_to_a_table_by_the_command(

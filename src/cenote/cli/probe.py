@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import rich.box
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import cenote.cli.extract as raw
@@ -145,17 +145,15 @@ def probe(
         TextColumn("{task.description:<24}"),
         BarColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[told]}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("starting", total=count)
-        done: set[str] = set()
+        bar = progress.add_task("starting", total=count, told="")
+        pace = Pace(count)
 
         def on_method(name: str, share: float) -> None:
-            if share >= 1:
-                done.add(name)
-            progress.update(bar, description=name, completed=len(done) + (share if share < 1 else 0))
+            pace.update(name, share, time.perf_counter())
+            progress.update(bar, description=pace.names() or name, completed=pace.work, told=pace.told())
 
         comparison = compare(
             items,
@@ -189,6 +187,54 @@ def probe(
             f"run the same command again to go on\n"
         )
         raise typer.Exit(130)
+
+
+class Pace:
+    """How far `count` methods are, several of them at once, and how long the others will take.
+
+    >>> pace = Pace(10)
+    >>> for now, name, share in ((0, "found", 1), (0, "max", 0), (30, "max", 0.5), (60, "max", 1), (60, "gem", 0.5)):
+    ...     pace.update(name, share, now)
+    >>> pace.told()
+    '2 of 10, 1.5/min, 5:00 min left'
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.done: set[str] = set()
+        self.running: dict[str, float] = {}
+        self.began: tuple[float, float] | None = None
+        self.rate = 0.0
+
+    @property
+    def work(self) -> float:
+        """Methods that are done, and the shares of those in hand."""
+        return len(self.done) + sum(self.running.values())
+
+    def update(self, name: str, share: float, now: float) -> None:
+        """That so much of a method was done at a time, in seconds."""
+        if share < 1 and self.began is None:
+            # what an earlier run had finished took no time, and says nothing of the others
+            self.began = now, self.work
+        self.running.pop(name, None)
+        if share >= 1:
+            self.done.add(name)
+        else:
+            self.running[name] = share
+        if self.began is not None and now > self.began[0]:
+            self.rate = (self.work - self.began[1]) / (now - self.began[0])
+
+    def names(self) -> str:
+        """Of those in hand, the last told of first, cut where they are many."""
+        first, *others = [*reversed(self.running)] or [""]
+        return f"{first} and {len(others)} more" if len(others) > 1 else ", ".join([first, *others])
+
+    def told(self) -> str:
+        """For a line in a terminal."""
+        if self.rate <= 0:
+            return f"{len(self.done)} of {self.count}"
+        left = raw.clock((self.count - self.work) / self.rate)
+        return f"{len(self.done)} of {self.count}, {60 * self.rate:.1f}/min, {left} left"
 
 
 def sweep(name: str, address: str) -> Engine | None:

@@ -7,11 +7,13 @@ import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import as_completed
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cenote.probe import cost, training
 from cenote.probe.cells import Cell
@@ -22,6 +24,9 @@ from cenote.probe.recipe import Recipe
 
 OnShare = Callable[[str, float], None]
 """Called with a trial's name and the share of its work that is done."""
+
+LOOK_SECONDS = 0.2
+"""Between two looks at how far the processes are."""
 
 
 @dataclass(frozen=True)
@@ -102,24 +107,36 @@ def run_in_processes(trials: Sequence[Trial], workers: int, on_share: OnShare) -
     trials = sorted(trials, key=Trial.work, reverse=True)
     left = {trial.name: trial for trial in trials}
     with tempfile.TemporaryDirectory(prefix="cenote-") as folder:
-        file = Path(folder) / "trials.pt"
+        file, shares_file = Path(folder) / "trials.pt", Path(folder) / "shares"
         try:
             torch.save([_without_pictures(trial) for trial in trials], file)
+            # written, not only sized: a process that first touches a mapped page of a full disk would die of it
+            shares_file.write_bytes(bytes(8 * len(trials)))
         except OSError as error:
             warnings.warn(f"training one at a time: {folder} cannot hold the data ({error.strerror})", stacklevel=2)
             yield from run_in_turn(trials, on_share)
             return
         # mapped pages of the data are no leak, for which loky would start a process anew
         env = {"OMP_NUM_THREADS": "1", "LOKY_MAX_MEMORY_LEAK_SIZE": "1e18"}
-        pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(file,), env=env)
+        pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(file, shares_file), env=env)
         finished = False
         try:
+            shares = _mapped(shares_file)
+            told = shares.copy()
             futures = {pool.submit(_run, number): trial for number, trial in enumerate(trials)}
-            for future in as_completed(futures):
-                trial = futures[future]
-                cell = future.result()
-                del left[trial.name]
-                yield trial, cell
+            waiting = set(futures)
+            while waiting:
+                done, waiting = wait(waiting, LOOK_SECONDS, FIRST_COMPLETED)
+                for future in done:
+                    trial = futures[future]
+                    cell = future.result()
+                    del left[trial.name]
+                    yield trial, cell
+                now = shares.copy()
+                for number in np.flatnonzero(now != told).tolist():
+                    if trials[number].name in left:
+                        on_share(trials[number].name, float(now[number]))
+                told = now
             finished = True
         except BrokenProcessPool:
             warnings.warn("a training process died, perhaps of too little memory; going on one at a time", stacklevel=2)
@@ -138,16 +155,26 @@ def _without_pictures(trial: Trial) -> Trial:
     return replace(trial, column=replace(trial.column, data=replace(trial.column.data, images=None)))
 
 
+def _mapped(file: Path) -> NDArray[np.float64]:
+    """The share of each trial, written by the process that trains it."""
+    return np.memmap(file, np.float64, "r+")
+
+
 _trials: list[Trial] = []
+_shares: list[NDArray[np.float64]] = []
 
 
-def _start(file: Path) -> None:
+def _start(file: Path, shares_file: Path) -> None:
     # Ctrl-C reaches the whole group; the first process decides what becomes of it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     # written by this program a moment ago
     _trials[:] = torch.load(file, mmap=True, weights_only=False)
+    _shares[:] = [_mapped(shares_file)]
 
 
 def _run(number: int) -> Cell:
-    return _trials[number].run()
+    def tell(_name: str, share: float) -> None:
+        _shares[0][number] = share
+
+    return _trials[number].run(tell)

@@ -10,6 +10,8 @@ from cenote.core import InputError
 
 ATTEMPTS = 5
 CONNECT_SECONDS = 10
+LOOK_SECONDS = 0.5
+"""Between two calls of `meanwhile`."""
 AHEAD = 2
 """Tasks that wait at each actor, so that it never waits for the driver."""
 
@@ -47,6 +49,7 @@ def spread(
     name: Callable[[Task], str],
     workers: int,
     attempts: int = ATTEMPTS,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Iterator[tuple[Task, Any]]:
     """Give tasks to actors until all are done; what a dead actor held is given to others.
 
@@ -57,6 +60,7 @@ def spread(
         name: of a task, for messages; no two tasks share one.
         workers: how many actors.
         attempts: how often a task may be lost, and how often in a row a new actor may die before it is ready.
+        meanwhile: called again and again while none has finished.
 
     Yields:
         Each task with what `compute` gave, as they finish.
@@ -103,7 +107,11 @@ def spread(
         hire()
     try:
         while again or running:
-            (reference, *_), _ = ray.wait([*running, *coming], num_returns=1)
+            known, _ = ray.wait([*running, *coming], num_returns=1, timeout=LOOK_SECONDS if meanwhile else None)
+            if meanwhile and not known:
+                meanwhile()
+                continue
+            reference = known[0]
             if reference in coming:
                 actor = coming.pop(reference)
                 try:
