@@ -17,6 +17,7 @@ from cenote.core import InputError
 from cenote.report.attention import Attention, Item
 from cenote.report.looks import (
     BAR_HEIGHT,
+    HEAVIEST,
     LEVELS,
     MOST_BARS,
     bars,
@@ -198,3 +199,52 @@ def test_levels_reach_full_colour() -> None:
     w[3] = 1.0
     assert pixels(overlay(w, (4, 4)))[0, 3].tolist()[:3] == [255, 232, 128]
     assert LEVELS <= 256
+
+
+def words_in(out: Path, number: int) -> tuple[list[list[tuple[str, int]]], str]:
+    """Of each method the words and the heights of their bars, and what the page says of the item."""
+    page = (out / "report.html").read_text("utf-8")
+    sample = page.split(f'id="sample-{number}"')[1].split('id="sample-')[0]
+    paragraphs = re.findall(r'<p class="words">(.*?)</p>', sample)
+    found = [re.findall(r'<i(?: class="on")? style="--h:(\d+)%">(.*?)</i>', text) for text in paragraphs]
+    return [[(word, int(height)) for height, word in text] for text in found], sample
+
+
+def test_words_of_texts(tmp_path: Path) -> None:
+    c = make_comparison(3)
+    write_attention(tmp_path, c, items=3, grid=None, images=False)
+    (tmp_path / "comparison.json").write_text(c.to_json(), "utf-8")
+    raw = json.loads((tmp_path / "attention.json").read_text())
+    texts = [[" un", "believ", "able", " <b>"], [f" word{i}" for i in range(400)]]
+    weights = {}
+    for i, words in enumerate(texts):
+        raw["items"][i] |= {"tokens": len(words), "words": words}
+        share = torch.full((1, len(words)), 0.08 / len(words))
+        share[0, 1] += 0.92
+        weights |= {f"{r.method}/{i}": share.clone() for r in c.results}
+    raw["items"][2] |= {"tokens": 5, "unread": "the model <is> gone"}
+    weights |= {f"{r.method}/2": torch.full((1, 5), 0.2) for r in c.results}
+    (tmp_path / "attention.json").write_text(json.dumps(raw))
+    save_file(weights, tmp_path / "attention.safetensors")
+    cenote.report.write(tmp_path)
+    short, page = words_in(tmp_path, 0)
+    assert short == [[("un", 2), ("believ", 94), ("able", 2), ("&lt;b&gt;", 2)]] * 3
+    assert "believ</i><i" in page
+    assert 'class="bars"' not in page
+    long, page = words_in(tmp_path, 1)
+    assert [word for word, _ in long[0]][:2] == ["word0", "word1"]
+    assert len(long[0]) == HEAVIEST
+    assert page.count('class="bars"') == 3
+    none, page = words_in(tmp_path, 2)
+    assert none == []
+    assert "their words are not known: the model &lt;is&gt; gone" in page
+    assert page.count('class="bars"') == 3
+
+
+def test_words_for_other_tokens(tmp_path: Path) -> None:
+    write_attention(tmp_path, make_comparison(2), items=1)
+    raw = json.loads((tmp_path / "attention.json").read_text())
+    raw["items"][0]["words"] = [" one"]
+    (tmp_path / "attention.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="1 words for 196 tokens"):
+        Attention.load(tmp_path)

@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from tests import tiny
 
 from cenote.core import InputError
 from cenote.features import read
-from cenote.features.raw import RawItems, open_raw
+from cenote.features.raw import RawItems, UnreadableError, open_raw
 from cenote.features.store import StoredDataset, read_manifest
 from cenote.scale import ModelSpec, Options, Progress, estimate, extract
 
@@ -316,3 +317,67 @@ def test_manifest_tells_what_it_is(tmp_path: Path, items: RawItems, vit: ModelSp
     file.write_text(json.dumps(changed))
     with pytest.raises(InputError, match="was changed after it was written"):
         read_manifest(tmp_path / "store")
+
+
+WORDS = ["the good film", "a bad film xyz", "good good", "the film", "bad", "a film"] * 3
+
+
+@pytest.mark.parametrize("form", ["csv", "without a header", "jsonl", "parquet", "txt"])
+def test_words_of_stored_texts(form: str, tmp_path: Path, bert: ModelSpec) -> None:
+    import pyarrow.parquet as pq
+
+    suffix = "csv" if form == "without a header" else form
+    file = tmp_path / f"texts.{suffix}"
+    rows = list(zip(WORDS, ["x", "y"] * 9, strict=True))
+    lines = [f"{label},{text}" for text, label in rows]
+    if form == "csv":
+        file.write_text("\n".join(["label,text", *lines]))
+    elif form == "without a header":
+        file.write_text("\n".join(lines))
+    elif form == "jsonl":
+        file.write_text("\n".join(json.dumps({"text": text, "label": label}) for text, label in rows))
+    elif form == "parquet":
+        pq.write_table(pa.table({"text": WORDS, "label": [label for _, label in rows]}), file, row_group_size=4)
+    else:
+        file.write_text("\n".join(WORDS))
+    names = ["label", "text"] if form == "without a header" else None
+    extract(open_raw(file, names=names), bert, tmp_path / "store", Options(items_per_shard=8))
+    data = read(tmp_path / "store", labelled=False)
+    assert data.words[1][1:-1] == (" a", " bad", " film", " xyz")
+    assert data.words[3][0] == " [CLS]"
+    assert [len(data.words[i]) for i in range(18)] == data.lengths().tolist()
+    # another text in the place of the one that was extracted
+    if form == "jsonl":
+        file.write_text(file.read_text().replace("good good", "good bad"))
+        with pytest.raises(UnreadableError, match=r"another text stands at .*texts.jsonl#text/2 now"):
+            data.words[2]
+        assert data.words[3][1:-1] == (" the", " film")
+
+
+def test_words_that_cannot_be_told(tmp_path: Path) -> None:
+    from cenote.models import words
+    from cenote.probe import Recipe, compare
+
+    model = ModelSpec(str(tiny.bert(tmp_path / "bert")))
+    extract(texts(tmp_path, WORDS, ["x", "y"] * 9), model, tmp_path / "store")
+
+    def shown() -> list[dict[str, object]]:
+        compare(stored(tmp_path / "store"), "abmil", seeds=1, recipe=Recipe(epochs=1), out=tmp_path / "out")
+        found: list[dict[str, object]] = json.loads((tmp_path / "out" / "attention.json").read_text())["items"]
+        return found
+
+    words._tokenizer.cache_clear()
+    known = shown()
+    assert all(len(item["words"]) == item["tokens"] for item in known)  # type: ignore[arg-type]
+    config = tmp_path / "bert" / "config.json"
+    before = config.read_text()
+    words._tokenizer.cache_clear()
+    config.write_text(before.replace("{", '{"note": 1,', 1))
+    assert all("are not those that the tokens were made with" in str(item["unread"]) for item in shown())
+    config.write_text(before)
+    words._tokenizer.cache_clear()
+    (tmp_path / "bert").rename(tmp_path / "moved")
+    assert all("there is no folder" in str(item["unread"]) for item in shown())
+    (tmp_path / "moved").rename(tmp_path / "bert")
+    (tmp_path / "texts.tsv").unlink()
+    assert all("cannot be read" in str(item["unread"]) for item in shown())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ class TokenDataset:
         prefix_tokens: how many leading tokens are [CLS] and registers rather than patches.
         grid: `(height, width)` of the patch tokens where they form one, row by row.
         images: `[items, height, width]` or `[items, height, width, 3]` uint8, what the tokens came from, for pictures.
+        words: per item what its tokens stand for, where they are texts (see `cenote.features.store.words`).
         token_labels: one label per token of `x` (`[items, tokens]` or `[total]`), where known (instance labels of bags).
         source: where it was read from, for provenance.
         pads: whether a batch of ragged items is padded.
@@ -57,6 +58,7 @@ class TokenDataset:
     prefix_tokens: int = 0
     grid: tuple[int, int] | None = None
     images: NDArray[np.uint8] | None = None
+    words: Any = None
     token_labels: Tensor | None = None
     source: str = ""
 

@@ -25,6 +25,7 @@ from cenote.features.npz import open_npz
 from cenote.features.raw import RawItems
 from cenote.features.source import Filled, Source
 from cenote.features.store import StoredDataset, StoredPictures, StoredTokens, is_store, read_listing
+from cenote.features.store.words import StoredWords
 from cenote.features.table import (
     GROUP_NAME,
     ID_NAMES,
@@ -249,6 +250,10 @@ def _from_store(
     marked = marks.flat()
     fixed = len(set(stored.lengths.tolist())) == 1
     pictures: Any = None
+    words: Any = None
+    if manifest.kind == "text" and manifest.pooled is None:
+        files = None if listing.files is None else [listing.files[row] for row in rows]
+        words = StoredWords(manifest, files, [listing.stamps[row] for row in rows], stored.lengths.tolist())
     if manifest.kind == "image" and listing.files is not None:
         pictures = StoredPictures([listing.files[row] for row in rows], manifest.preprocessing)
     return StoredDataset(
@@ -263,6 +268,7 @@ def _from_store(
         prefix_tokens=manifest.prefix_tokens,
         grid=manifest.grid,
         images=pictures,
+        words=words,
         token_labels=marked.view(len(stored), -1) if fixed and marked is not None else marked,
         source=f"{path} ({source.format})",
         layers=layer_numbers(layers, manifest.layers),

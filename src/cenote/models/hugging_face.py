@@ -54,7 +54,7 @@ def load(
     with _quiet():
         transformers = _transformers()
     top, found_revision = sources.model_folder(name, revision, allow_pickle, trust_remote_code)
-    folder, sentence = _transformer_inside(top)
+    folder, sentence = transformer_inside(top)
     files = sources.require_safetensors(folder, allow_pickle)
     if _is_timm(folder):
         from cenote.models.timm import TimmBackbone
@@ -315,7 +315,7 @@ def _tower(model: Any, kind: Kind) -> tuple[nn.Module, str]:
     return model, ""
 
 
-def _transformer_inside(folder: Path) -> tuple[Path, dict[str, Any] | None]:
+def transformer_inside(folder: Path) -> tuple[Path, dict[str, Any] | None]:
     """The folder of the transformer in a saved sentence-transformers model, and its settings; any other folder as it is."""
     if not (folder / "modules.json").is_file():
         return folder, None

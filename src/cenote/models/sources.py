@@ -11,11 +11,14 @@ from cenote.core import InputError
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def model_folder(name: str, revision: str | None, pickles: bool, remote_code: bool) -> tuple[Path, str | None]:
+def model_folder(
+    name: str, revision: str | None, pickles: bool, remote_code: bool, cached: bool = False
+) -> tuple[Path, str | None]:
     """The local folder of a model, and its revision on the hub.
 
     A folder is taken as it is. Any other name is one on the Hugging Face hub: its safetensors, configuration and vocabulary
-    are fetched, or found in the cache (only there with HF_HUB_OFFLINE=1); Python code and pickles are not, unless allowed.
+    are fetched, or found in the cache (only there where `cached`, or with HF_HUB_OFFLINE=1); Python code and pickles are not,
+    unless allowed.
 
     Raises:
         InputError: where there is neither such a folder nor such a model.
@@ -41,6 +44,7 @@ def model_folder(name: str, revision: str | None, pickles: bool, remote_code: bo
                 revision=revision,
                 allow_patterns=wanted,
                 ignore_patterns=["onnx/*", "openvino/*", "*/checkpoint-*"],
+                local_files_only=cached,
             )
         )
     except Exception as error:  # the hub's client has a dozen exceptions, of three libraries

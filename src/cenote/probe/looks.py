@@ -17,6 +17,7 @@ from torch import Tensor
 
 import cenote.core.files as files
 from cenote.features.dataset import TokenDataset
+from cenote.features.raw import UnreadableError
 from cenote.probe.module import Probe
 from cenote.probe.results import Comparison
 
@@ -54,6 +55,7 @@ def save_looks(
                 "label": _label(data, item),
                 "tokens": int(data.lengths()[item]) - data.prefix_tokens,
                 "image": _picture(data, item),
+                **_words(data, item),
                 "predictions": predictions[i],
             }
             for i, item in enumerate(items)
@@ -143,6 +145,16 @@ def _picture(data: TokenDataset, item: int) -> str | None:
     # of a feature store, the file of an item may be gone
     image = None if data.images is None else data.images[item]
     return None if image is None else _png(image)
+
+
+def _words(data: TokenDataset, item: int) -> dict[str, Any]:
+    """What the tokens stand for, or why that is not known."""
+    if data.words is None:
+        return {}
+    try:
+        return {"words": list(data.words[item][data.prefix_tokens :])}
+    except UnreadableError as error:
+        return {"unread": str(error)}
 
 
 def _png(image: Any) -> str:

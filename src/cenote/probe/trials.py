@@ -152,7 +152,7 @@ def processors() -> int:
 
 
 def _without_pictures(trial: Trial) -> Trial:
-    return replace(trial, column=replace(trial.column, data=replace(trial.column.data, images=None)))
+    return replace(trial, column=replace(trial.column, data=replace(trial.column.data, images=None, words=None)))
 
 
 def _mapped(file: Path) -> NDArray[np.float64]:

@@ -24,6 +24,8 @@ class Item:
         tokens: how many, prefix left out.
         image: PNG file, where the data have pictures.
         predictions: method -> what its first seed says.
+        words: per token what it stands for, where it is part of a text; one that begins with a space begins a word.
+        unread: why the words of a text are not known.
         labelled: per token whether it carries a label (instance labels), where known.
     """
 
@@ -32,6 +34,8 @@ class Item:
     tokens: int
     image: bytes | None = None
     predictions: dict[str, str] = field(default_factory=dict)
+    words: tuple[str, ...] | None = None
+    unread: str = ""
     labelled: tuple[bool, ...] | None = None
 
 
@@ -88,13 +92,17 @@ _REMEDY = "run cenote probe with this --out again, or delete attention.json and 
 
 def _item(raw: dict[str, Any], marks: list[float] | None) -> Item:
     tokens = int(raw["tokens"])
-    image = raw.get("image")
+    image, words = raw.get("image"), raw.get("words")
+    if words is not None and len(words) != tokens:
+        raise ValueError(f"{len(words)} words for {tokens} tokens")
     return Item(
         id=str(raw["id"]),
         label=str(raw["label"]),
         tokens=tokens,
         image=None if image is None else base64.b64decode(image, validate=True),
         predictions={str(k): str(v) for k, v in raw.get("predictions", {}).items()},
+        words=None if words is None else tuple(map(str, words)),
+        unread=str(raw.get("unread", "")),
         labelled=None if marks is None else tuple(bool(m) for m in marks[len(marks) - tokens :]),
     )
 

@@ -1,4 +1,4 @@
-"""Where the probes looked, as pictures: weights over an image, or as bars over the instances of a bag."""
+"""Where the probes looked, as pictures: weights over an image, as bars over words, or over the instances of a bag."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ FULL_COLOUR = 4.0
 MOST_CELLS = 32
 MOST_BARS = 120
 BAR_HEIGHT = 100
+MOST_WORDS = 160
+HEAVIEST = 12
 PICTURE_SIDE = 224
 CRISP_SIDE = 64
 LEVELS = 64
@@ -59,6 +61,16 @@ class Bars:
 
 
 @dataclass(frozen=True)
+class Word:
+    """A token of a text: what it stands for, whether that begins a word, its bar in per cent, whether it carries a label."""
+
+    text: str
+    begins: bool
+    height: int
+    labelled: bool
+
+
+@dataclass(frozen=True)
 class Look:
     """One method on one item.
 
@@ -66,6 +78,7 @@ class Look:
         correct: whether the prediction is the label; `None` where that is not a question of yes and no.
         overlay: data address of the weights over the grid.
         bars: the weights over a bag.
+        words: of a text, in place of the bars; of a long one beside them, only the heaviest.
         spread: how many tokens carry the mean weight, exp of its entropy.
         spreads: of the most pointed and of the widest head.
         heads: over which the weights are averaged.
@@ -77,6 +90,7 @@ class Look:
     correct: bool | None
     overlay: str | None = None
     bars: Bars | None = None
+    words: tuple[Word, ...] = ()
     spread: float = 0.0
     spreads: tuple[float, float] = (0.0, 0.0)
     heads: int = 0
@@ -85,7 +99,7 @@ class Look:
     @property
     def weighs(self) -> bool:
         """Whether there is something to draw."""
-        return self.overlay is not None or self.bars is not None
+        return self.overlay is not None or self.bars is not None or bool(self.words)
 
 
 @dataclass(frozen=True)
@@ -141,8 +155,10 @@ def _look(
     each = [effective_tokens(head) for head in per_head]
     spreads = min(each), max(each)
     if grid is not None:
-        return Look(method, prediction, correct, overlay(shares, grid), None, spread, spreads, *weights.shape)
-    return Look(method, prediction, correct, None, bars(shares, item.labelled), spread, spreads, *weights.shape)
+        return Look(method, prediction, correct, overlay(shares, grid), None, (), spread, spreads, *weights.shape)
+    drawn = None if item.words and len(shares) <= MOST_WORDS else bars(shares, item.labelled)
+    said = words(shares, item)
+    return Look(method, prediction, correct, None, drawn, said, spread, spreads, *weights.shape)
 
 
 def shares_per_head(weights: Float[ndarray, "heads tokens"]) -> Float[ndarray, "heads tokens"]:
@@ -229,6 +245,21 @@ def bars(shares: Float[ndarray, "tokens"], labelled: Sequence[bool] | None) -> B
     marks = "".join(f"M{i}.5 {BAR_HEIGHT + 5}v7" for i in with_mark)
     even = BAR_HEIGHT * (1 - 1 / len(shares) / _full(shares))
     return Bars(count, per_bar, path(~marked), path(marked), marks, round(even, 1))
+
+
+def words(shares: Float[ndarray, "tokens"], item: Item) -> tuple[Word, ...]:
+    """Each token of a text with the height of its bar; of a text of more than `MOST_WORDS` the heaviest, in its order."""
+    if item.words is None:
+        return ()
+    heights = (100 * strength(shares)).round().astype(int)
+    chosen = range(len(shares))
+    if len(shares) > MOST_WORDS:
+        chosen = sorted(np.argsort(-shares, kind="stable")[:HEAVIEST].tolist())  # type: ignore[assignment]
+    marks = item.labelled or (False,) * len(shares)
+    return tuple(
+        Word(item.words[i].strip(), len(shares) > MOST_WORDS or item.words[i][:1] == " ", int(heights[i]), marks[i])
+        for i in chosen
+    )
 
 
 def _outlines(labelled: Sequence[bool], grid: tuple[int, int]) -> str:

@@ -60,7 +60,7 @@ class Item(ABC):
         """What tells its content from another without reading a file: a file's size, a text's digest."""
 
     def location(self) -> str | None:
-        """Where its bytes lie, for those who want to show it (see `bytes_at`): a file, or `table#column/row`."""
+        """Where its bytes lie, for those who want to show it (see `bytes_at`, `text_at`): a file, or `table#column/row`."""
         return None
 
     def changed_since(self, time: float, digest: bytes) -> bool:

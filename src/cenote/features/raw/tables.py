@@ -21,15 +21,20 @@ from cenote.features.validate import some
 
 LINES, CSV, JSONL = (".txt",), (".csv", ".tsv"), (".jsonl", ".ndjson")
 SUFFIXES = LINES + CSV + JSONL + arrow.SUFFIXES
+BARE = "@"
+"""Before number and count of columns, where a file has no names for them."""
 TEXT_NAMES = ("text", "sentence", "content", "document", "review")
 
 
 @dataclass(frozen=True)
 class TextItem(Item):
-    """A text."""
+    """A text, and the cell of a table that it comes from."""
 
     id: str
     text: str | None
+    path: Path
+    column: str
+    row: int
 
     def read(self) -> Read:
         if self.text is None or not self.text.strip():
@@ -38,6 +43,9 @@ class TextItem(Item):
 
     def stamp(self) -> str:
         return "missing" if self.text is None else digest_of(self.text.encode("utf-8", "surrogatepass")).hex()
+
+    def location(self) -> str:
+        return f"{self.path.absolute()}#{self.column}/{self.row}"
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,23 @@ def bytes_at(location: str) -> bytes:
         raise UnreadableError(f"cannot be read: {error}") from error
 
 
+def text_at(location: str) -> str:
+    """The text that stands in a cell.
+
+    Raises:
+        UnreadableError: where no text stands there any more.
+    """
+    table, _, cell = location.rpartition("#")
+    column, _, row = cell.rpartition("/")
+    file = Path(table)
+    try:
+        if file.suffix.lower() in arrow.SUFFIXES:
+            return str(_cell(file, column, int(row)))
+        return str(_texts(file, column, file.stat().st_mtime_ns)[int(row)])
+    except (OSError, InputError, KeyError, IndexError, ValueError) as error:
+        raise UnreadableError(f"{location} cannot be read: {error}") from error
+
+
 def table_files(path: Path) -> list[tuple[Path, str | None]]:
     """The tables of a file or folder, each with the split that its name gives it."""
     saved = arrow.shards_of(path)
@@ -157,8 +182,13 @@ def open_table(
         places = [(file, row) for (file, _), rows in zip(files, lengths, strict=True) for row in range(rows)]
         items += [CellItem(i, file, chosen, row, kinds[chosen]) for i, (file, row) in zip(ids, places, strict=True)]
     else:
-        cells = [c for t in tables for c in t[chosen]]
-        items += [TextItem(i, None if is_missing(c) else str(c)) for i, c in zip(ids, cells, strict=True)]
+        bare = names is not None and files[0][0].suffix.lower() in CSV
+        place = f"{BARE}{list(tables[0]).index(chosen)}:{len(tables[0])}" if bare else chosen
+        cells = ((file, row, c) for (file, _), t in zip(files, tables, strict=True) for row, c in enumerate(t[chosen]))
+        items += [
+            TextItem(i, None if is_missing(c) else str(c), file, place, row)
+            for i, (file, row, c) in zip(ids, cells, strict=True)
+        ]
     return RawItems(
         kinds.get(chosen, "text"),
         f"column {chosen} of {len(files)} {files[0][0].suffix} file{'s' if len(files) > 1 else ''}",
@@ -305,6 +335,15 @@ def _cell(file: Path, column: str, row: int) -> Any:
         group = bisect_right(ends, row)
         row -= ends[group - 1] if group else 0
     return _column(file, column, group, changed)[row].as_py()
+
+
+@lru_cache(maxsize=1)
+def _texts(file: Path, column: str, changed: int) -> Column:
+    del changed
+    number, _, count = column.removeprefix(BARE).partition(":")
+    if column.startswith(BARE) and number.isdecimal() and count.isdecimal():
+        return _read(file, [str(i) for i in range(int(count))])[number]
+    return _read(file, None)[column]
 
 
 @lru_cache(maxsize=64)
