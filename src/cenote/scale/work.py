@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from cenote.catalog import create
 from cenote.core import InputError
 from cenote.features.raw import Item, Read, UnreadableError
 from cenote.features.store import Rows, ShardEntry, write_shard
+from cenote.features.store.pages import Collected, Pages
 from cenote.features.store.shards import DTYPES
-from cenote.models import Backbone, Prepared
+from cenote.models import Backbone, Prepared, States
 from cenote.scale.job import Job, Shard
 
 OnItems = Callable[[int], None]
@@ -44,6 +47,7 @@ class Worker:
             )
         self.key = job.manifest.key()
         self.dtype = DTYPES[job.manifest.dtype]
+        self.pages = Pages(job.manifest.dim, self.dtype)
         # a pooled store has no prefix tokens any more; the model has
         self.pool = token_pool(job.manifest.pooled, job.manifest.dim, self.backbone.layout.prefix_tokens)
 
@@ -62,38 +66,40 @@ class Worker:
         Raises:
             InputError: where the disk is full.
         """
-        return write_shard(self.job.store, shard.number, self.key, rows, self.job.manifest.dtype)
+        try:
+            return write_shard(self.job.store, shard.number, self.key, rows, self.job.manifest.dtype)
+        finally:
+            rows.tokens.free()
 
     def rows(self, items: Sequence[Item], on_items: OnItems = lambda _: None) -> Rows:
-        """The tokens of some items."""
+        """The tokens of some items; `rows.tokens.free()` when they are no longer needed."""
         read: dict[int, bytes] = {}
         skipped: list[tuple[str, str]] = []
-        tokens: dict[int, dict[int, Tensor]] = {layer: {} for layer in self.job.manifest.layers}
-        cut = 0
+        places: dict[int, tuple[int, int]] = {}
+        tokens, count, cut = Collected(self.pages, self.job.manifest.layers), 0, 0
         for positions, prepared in _ahead(self._batches(items, read, skipped)):
             cut += prepared.cut
             found = self.backbone.states(prepared, self.job.manifest.layers)
-            real = None if found.mask is None else _Real(found.mask)
+            real = None if self.pool is not None or found.mask is None else _Real(found.mask)
+            lengths = self._lengths(found, real)
             for layer, states in found.layers.items():
-                rows, lengths = self._kept(states, found.mask, real)
-                stored = rows.to(self.dtype).cpu()
-                of_items = stored.split(lengths)
-                # NaN and infinity survive in the smallest and the largest number
-                if stored.numel() and not all(bool(torch.isfinite(end)) for end in stored.aminmax()):
-                    self._refuse(items, positions, of_items)
-                tokens[layer].update(zip(positions, of_items, strict=True))
+                kept = self._kept(states, found.mask, real)
+                if not all(_finite(piece) for piece in tokens.add(layer, kept)):
+                    self._refuse(items, positions, self._kept(states, found.mask, real), lengths)
+            for position, length in zip(positions, lengths, strict=True):
+                places[position] = (count, length)
+                count += length
             on_items(len(positions))
         order = sorted(read)
-        width = self.job.manifest.dim
         return Rows(
             ids=[items[i].id for i in order],
             inputs=[read[i] for i in order],
-            lengths=[len(tokens[self.job.manifest.layers[0]][i]) for i in order],
-            layers={n: torch.cat([of[i] for i in order]) if order else torch.empty(0, width, dtype=self.dtype)
-                    for n, of in tokens.items()},
+            starts=[places[i][0] for i in order],
+            lengths=[places[i][1] for i in order],
+            tokens=tokens,
             skipped=skipped,
             shortened=cut,
-        )  # fmt: skip
+        )
 
     def _batches(
         self, items: Sequence[Item], read: dict[int, bytes], skipped: list[tuple[str, str]]
@@ -132,17 +138,32 @@ class Worker:
             contents[place], read[place] = found.content, found.digest
         return contents
 
-    def _kept(self, states: Tensor, mask: Tensor | None, real: _Real | None) -> tuple[Tensor, list[int]]:
-        """What is stored of a batch, its real tokens or their pools, one after the other, and how many of each item."""
-        items, tokens = states.shape[:2]
+    def _kept(self, states: Tensor, mask: Tensor | None, real: _Real | None) -> Iterable[Tensor]:
+        """What is stored of a batch, its real tokens or their pools, one item after the other."""
         if self.pool is not None:
-            return self.pool(states.float(), mask).view(items, -1), [1] * items
-        flat = states.flatten(0, 1)
-        return (flat, [tokens] * items) if real is None else (flat[real.places], real.lengths)
+            return (self._here(self.pool(states.float(), mask).view(len(states), -1)),)
+        if real is None:
+            return (self._here(states.flatten(0, 1)),)
+        if real.lead and states.device.type == "cpu":
+            return (tokens[:length] for tokens, length in zip(states, real.lengths, strict=True))
+        return (self._here(states.flatten(0, 1)[real.places]),)
 
-    def _refuse(self, items: Sequence[Item], positions: Sequence[int], kept: Sequence[Tensor]) -> None:
-        for position, row in zip(positions, kept, strict=True):
-            if not bool(torch.isfinite(row).all()):
+    def _here(self, rows: Tensor) -> Tensor:
+        # across a bus, the smaller type travels
+        return rows if rows.device.type == "cpu" else rows.to(self.dtype).cpu()
+
+    def _lengths(self, found: States, real: _Real | None) -> list[int]:
+        if real is not None:
+            return real.lengths
+        items, tokens = next(iter(found.layers.values())).shape[:2]
+        return [tokens if self.pool is None else 1] * items
+
+    def _refuse(
+        self, items: Sequence[Item], positions: Sequence[int], kept: Iterable[Tensor], lengths: list[int]
+    ) -> None:
+        of_items = torch.cat([piece.to(self.dtype) for piece in kept]).split(lengths)
+        for position, tokens in zip(positions, of_items, strict=True):
+            if not _finite(tokens):
                 raise InputError(
                     f"item {items[position].id!r}: its tokens hold NaN, or numbers beyond the range of "
                     f"{self.job.manifest.dtype}; take bfloat16 or float32 with --dtype, or leave the item out"
@@ -153,8 +174,18 @@ class _Real:
     """Where the real tokens of a padded batch stand, found once for all layers."""
 
     def __init__(self, mask: Tensor) -> None:
-        self.places = mask.flatten().nonzero().squeeze(1)
-        self.lengths = mask.sum(1).tolist()
+        self.mask = mask
+        self.lengths: list[int] = mask.sum(1).tolist()
+        self.lead = bool((mask[:, 1:] <= mask[:, :-1]).all())
+
+    @cached_property
+    def places(self) -> Tensor:
+        return self.mask.flatten().nonzero().squeeze(1)
+
+
+def _finite(rows: Tensor) -> bool:
+    # NaN and infinity survive in the smallest and the largest number
+    return not rows.numel() or all(math.isfinite(float(end)) for end in rows.aminmax())
 
 
 def token_pool(name: str | None, dim: int, prefix_tokens: int) -> nn.Module | None:

@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from cenote.core import InputError
 from cenote.features.store.manifest import Dtype, ShardEntry
+from cenote.features.store.pages import Collected
 
 SHARDS = "shards"
 NAME = re.compile(r"part-(\d{6,})-([0-9a-f]{16})\.arrow")
 UNFINISHED = ".unfinished-"
 HASHED = 16
+SCRATCH = 2**20
 DTYPES: dict[Dtype, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -37,16 +39,17 @@ class Rows:
     Attributes:
         ids: names of the items.
         inputs: per item the digest of the raw bytes that it was computed from.
-        lengths: tokens per item.
-        layers: per layer the tokens of all items, one after the other.
+        starts, lengths: per item where its tokens begin among the collected ones, and how many they are.
+        tokens: of all items, in any order.
         skipped: items left out, and why.
         shortened: how many items were cut to the model's longest input.
     """
 
     ids: Sequence[str]
     inputs: Sequence[bytes]
+    starts: Sequence[int]
     lengths: Sequence[int]
-    layers: Mapping[int, Float[Tensor, "total dim"]]
+    tokens: Collected
     skipped: Sequence[tuple[str, str]] = ()
     shortened: int = 0
 
@@ -99,7 +102,7 @@ def write_shard(store: Path, number: int, key: str, rows: Rows, dtype: Dtype) ->
         store: the store's folder.
         number: of the shard.
         key: `Manifest.key()`, kept in the file.
-        rows: what goes in; the layers in the store's dtype already.
+        rows: what goes in.
         dtype: the store's.
 
     Raises:
@@ -114,8 +117,9 @@ def write_shard(store: Path, number: int, key: str, rows: Rows, dtype: Dtype) ->
         "id": pa.array(list(rows.ids), pa.string()),
         "input": pa.array(list(rows.inputs), pa.binary()),
     }
-    for layer, values in rows.layers.items():
-        columns[layer_column(layer)] = pa.LargeListArray.from_arrays(offsets, _vectors(values, dtype))
+    layers = _Layers(rows, dtype)
+    for layer in rows.tokens.layers:
+        columns[layer_column(layer)] = pa.LargeListArray.from_arrays(offsets, layers.vectors(layer))
     about = {
         "cenote.key": key,
         "cenote.shard": str(number),
@@ -127,7 +131,7 @@ def write_shard(store: Path, number: int, key: str, rows: Rows, dtype: Dtype) ->
     temporary = folder / f"{UNFINISHED}{number:06d}-{os.uname().nodename}-{os.getpid()}"
     try:
         with temporary.open("wb") as raw:
-            file = _Hashed(raw)
+            file = _Hashed(raw, layers)
             with pa.ipc.new_file(file, batch.schema) as writer:
                 writer.write_batch(batch)
             raw.flush()
@@ -200,21 +204,66 @@ def remove_unfinished(store: Path) -> int:
     return len(left)
 
 
+class _Layers:
+    """What stands for the tokens of each layer while Arrow lays out a shard.
+
+    The tokens lie in pages, in another order. Arrow is given memory that nobody ever touches, so that takes nothing, and where
+    it would write that to the file, the tokens are written piece by piece: they are never in one place, nor twice.
+    """
+
+    def __init__(self, rows: Rows, dtype: Dtype) -> None:
+        import pyarrow as pa
+
+        self.rows = rows
+        # Arrow has no bfloat16: its 16 bits are kept as an unsigned number
+        self.kind = {"float16": pa.float16(), "float32": pa.float32(), "bfloat16": pa.uint16()}[dtype]
+        self.total = sum(rows.lengths)
+        self.bytes = self.total * rows.tokens.pages.token
+        self.memory = mmap.mmap(
+            -1, max(self.bytes, 1) * len(rows.tokens.layers), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ
+        )
+        self.of_address: dict[int, int] = {}
+
+    def vectors(self, layer: int) -> Any:
+        """A column's values."""
+        import pyarrow as pa
+
+        begin = len(self.of_address) * self.bytes
+        blank = pa.py_buffer(self.memory).slice(begin, self.bytes)
+        if self.bytes:
+            self.of_address[blank.address] = layer
+        dim = self.rows.tokens.pages.dim
+        return pa.FixedSizeListArray.from_arrays(pa.Array.from_buffers(self.kind, self.total * dim, [None, blank]), dim)
+
+    def written_for(self, data: Any) -> Iterator[Any]:
+        """What goes to the file where Arrow writes `data`."""
+        layer = self.of_address.get(getattr(data, "address", 0))
+        if layer is None:
+            yield data
+            return
+        token = self.rows.tokens.pages.token
+        scratch = np.empty((max(SCRATCH // token, 1), token), dtype=np.uint8)
+        yield from self.rows.tokens.in_order(layer, self.rows.starts, self.rows.lengths, scratch)
+
+
 class _Hashed:
     """A file that hashes what goes through it, so that nothing is read again."""
 
     closed = False
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], layers: _Layers) -> None:
         self.file = file
+        self.layers = layers
         self.digest = hashlib.sha256()
         self.written = 0
 
     def write(self, data: Any) -> int:
-        self.digest.update(data)
-        self.file.write(data)
-        self.written += len(data)
-        return len(data)
+        begin = self.written
+        for piece in self.layers.written_for(data):
+            self.digest.update(piece)
+            self.file.write(piece)
+            self.written += piece.nbytes if isinstance(piece, np.ndarray) else len(piece)
+        return self.written - begin
 
     def tell(self) -> int:
         return self.written
@@ -233,16 +282,6 @@ class _Hashed:
 
     def close(self) -> None:
         pass
-
-
-def _vectors(values: Float[Tensor, "total dim"], dtype: Dtype) -> Any:
-    import pyarrow as pa
-
-    # Arrow has no bfloat16: its 16 bits are kept as an unsigned number
-    kind = {"float16": pa.float16(), "float32": pa.float32(), "bfloat16": pa.uint16()}[dtype]
-    raw = values.contiguous().cpu().view(torch.uint8).numpy()
-    flat = pa.Array.from_buffers(kind, values.numel(), [None, pa.py_buffer(raw)])
-    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
 def _sync_folder(folder: Path) -> None:

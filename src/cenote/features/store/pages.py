@@ -1,0 +1,157 @@
+"""Memory for the tokens of a shard while it is computed: pages that the next shard uses again.
+
+Tokens come batch by batch, in another order than they are stored in, and how many they are is known last. In pages nothing
+has to be moved when they grow in number, and what was taken from the system once is enough for all shards that follow.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+PAGE, SLAB = 2**19, 2**22
+
+
+class Pages:
+    """Pages of one kind of token, given out and taken back.
+
+    Args:
+        dim: width of a token.
+        dtype: of its numbers.
+        page: bytes of a page, of whole tokens.
+        slab: bytes taken from the system at a time.
+
+    Example:
+        >>> pages = Pages(dim=4, dtype=torch.float16)
+        >>> one = pages.take()
+        >>> one.shape
+        torch.Size([65536, 4])
+        >>> pages.give([one])
+        >>> pages.take().data_ptr() == one.data_ptr()
+        True
+    """
+
+    def __init__(self, dim: int, dtype: torch.dtype, page: int = PAGE, slab: int = SLAB) -> None:
+        self.dim, self.dtype = dim, dtype
+        self.token = dim * torch.empty(0, dtype=dtype).element_size()
+        self.rows = max(page // self.token, 1)
+        self.slab = slab
+        self._free: list[Tensor] = []
+
+    def take(self) -> Float[Tensor, "rows dim"]:
+        """A page, of whatever content."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            self._free += self._slab()
+            return self._free.pop()
+
+    def give(self, pages: Iterable[Tensor]) -> None:
+        """Take pages back."""
+        self._free += pages
+
+    def _slab(self) -> list[Tensor]:
+        size = self.rows * self.token
+        count = max(self.slab // size, 1)
+        # not from the heap, where small numbers would come to lie between such blocks
+        memory = mmap.mmap(-1, count * size)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        flat = torch.frombuffer(memory, dtype=self.dtype)
+        return list(flat.view(count, self.rows, self.dim).unbind())
+
+
+class Collected:
+    """Tokens of the items of one shard at some layers, in the order in which they were computed.
+
+    Args:
+        pages: where to keep them.
+        layers: numbers of the layers.
+    """
+
+    def __init__(self, pages: Pages, layers: Sequence[int]) -> None:
+        self.pages = pages
+        self.layers = tuple(layers)
+        self._held: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        self._counts = dict.fromkeys(layers, 0)
+
+    def add(self, layer: int, pieces: Iterable[Float[Tensor, "tokens dim"]]) -> Iterator[Float[Tensor, "some dim"]]:
+        """Put tokens behind those that are there, converted in the same copy; gives back where they are now, in some pieces."""
+        held, rows = self._held[layer], self.pages.rows
+        begin = count = self._counts[layer]
+        for piece in pieces:
+            done = 0
+            while done < len(piece):
+                number, at = divmod(count, rows)
+                if number == len(held):
+                    held.append(self.pages.take())
+                taken = min(len(piece) - done, rows - at)
+                held[number][at : at + taken].copy_(piece[done : done + taken])
+                done, count = done + taken, count + taken
+        self._counts[layer] = count
+        return self._pieces(layer, begin, count)
+
+    def in_order(
+        self, layer: int, starts: Sequence[int], lengths: Sequence[int], scratch: NDArray[np.uint8]
+    ) -> Iterator[NDArray[np.uint8]]:
+        """The bytes of one layer with the items in another order, in pieces that are gone when the next one is asked for.
+
+        Args:
+            layer: one of the layers.
+            starts: per item in the wanted order its first token.
+            lengths: per item its tokens.
+            scratch: `[some, bytes of a token]`, where small pieces are put together.
+        """
+        filled = 0
+        for start, stop in _runs(starts, lengths):
+            for piece in self._pieces(layer, start, stop):
+                raw = piece.view(torch.uint8).numpy()
+                if filled + len(raw) > len(scratch):
+                    yield scratch[:filled]
+                    filled = 0
+                if len(raw) > len(scratch):
+                    yield raw
+                    continue
+                scratch[filled : filled + len(raw)] = raw
+                filled += len(raw)
+        yield scratch[:filled]
+
+    def free(self) -> None:
+        """Give the pages back; nothing is left."""
+        for held in self._held.values():
+            self.pages.give(held)
+            held.clear()
+        self._counts = dict.fromkeys(self.layers, 0)
+
+    def _pieces(self, layer: int, start: int, stop: int) -> Iterator[Tensor]:
+        held, rows = self._held[layer], self.pages.rows
+        while start < stop:
+            number, at = divmod(start, rows)
+            taken = min(stop - start, rows - at)
+            yield held[number][at : at + taken]
+            start += taken
+
+
+def _runs(starts: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Beginnings and ends; neighbours that stay neighbours as one.
+
+    >>> list(_runs([4, 6, 0], [2, 3, 4]))
+    [(4, 9), (0, 4)]
+    """
+    begin = end = 0
+    for start, length in zip(starts, lengths, strict=True):
+        if start != end:
+            if end > begin:
+                yield begin, end
+            begin = start
+        end = start + length
+    if end > begin:
+        yield begin, end
