@@ -33,6 +33,7 @@ def train(folder: Path, images: np.ndarray, labels: np.ndarray) -> None:
     """A ViT of 4 x 4 patches that tells odd from even, saved as transformers saves models."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     config = transformers.ViTConfig(
         hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128, image_size=28, patch_size=7,

@@ -35,6 +35,7 @@ def train(folder: Path, files: list[tuple[Path, int, str, int]]) -> None:
     from scipy.io import wavfile
     from scipy.signal import resample_poly
 
+    transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     speakers = sorted({speaker for _, _, speaker, _ in files})
     extractor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=False)

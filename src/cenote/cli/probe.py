@@ -278,7 +278,7 @@ def leaderboard(comparison: Comparison, width: int) -> Table:
             f"{r.metric:.3f}",
             f"{r.interval[0]:.3f}-{r.interval[1]:.3f}",
             "" if t is None else f"{t.difference:+.3f}",
-            "" if t is None else f"{t.p_adjusted:.2g}",
+            "" if t is None else ("<0.001" if t.p_adjusted < 0.001 else f"{t.p_adjusted:.2g}"),
             f"{r.parameters:,}",
             f"{r.latency_ms:.3f}",
         ]

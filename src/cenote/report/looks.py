@@ -173,12 +173,13 @@ def shares_per_head(weights: Float[ndarray, "heads tokens"]) -> Float[ndarray, "
 
 
 def effective_tokens(shares: Float[ndarray, "tokens"]) -> float:
-    """exp of the entropy: an even weight over n tokens gives n.
+    """exp of the entropy: an even weight over n tokens gives n, also where a part of the weight lies elsewhere.
 
-    >>> round(effective_tokens(np.array([0.5, 0.5, 0.0])), 6)
-    2.0
+    >>> round(effective_tokens(np.array([0.5, 0.5, 0.0])), 6), round(effective_tokens(np.array([0.2, 0.2, 0.0])), 6)
+    (2.0, 2.0)
     """
     used = shares[shares > 0]
+    used = used / used.sum()
     return float(np.exp(-(used * np.log(used)).sum())) if used.size else 0.0
 
 
