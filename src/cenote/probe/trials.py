@@ -28,6 +28,16 @@ OnShare = Callable[[str, float], None]
 LOOK_SECONDS = 0.2
 """Between two looks at how far the processes are."""
 
+WORKER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    # mapped pages of the data are no leak, for which loky would start a process anew
+    "LOKY_MAX_MEMORY_LEAK_SIZE": "1e18",
+    # each step frees what the next one asks for: glibc keeps it, instead of fetching the same pages from the system again
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "MALLOC_TRIM_THRESHOLD_": str(2**28),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -116,9 +126,7 @@ def run_in_processes(trials: Sequence[Trial], workers: int, on_share: OnShare) -
             warnings.warn(f"training one at a time: {folder} cannot hold the data ({error.strerror})", stacklevel=2)
             yield from run_in_turn(trials, on_share)
             return
-        # mapped pages of the data are no leak, for which loky would start a process anew
-        env = {"OMP_NUM_THREADS": "1", "LOKY_MAX_MEMORY_LEAK_SIZE": "1e18"}
-        pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(file, shares_file), env=env)
+        pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(file, shares_file), env=WORKER_ENVIRONMENT)
         finished = False
         try:
             shares = _mapped(shares_file)

@@ -1,7 +1,7 @@
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cenote.core.hidden import hidden_scores
 from cenote.core.sets import Tokens
 from cenote.core.tokenwise import tokenwise
 from cenote.pool.base import Pool, Pooled
@@ -39,7 +39,4 @@ class ABMIL(Pool):
 
     def scores(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows heads"]:
         """Unnormalised score of each token."""
-        hidden = torch.tanh(self.tanh(x))
-        if self.gate is not None:
-            hidden = hidden * torch.sigmoid(self.gate(x))
-        return self.score(hidden)
+        return hidden_scores(x, self.tanh, self.gate, self.score)
