@@ -3,9 +3,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import cenote
+from cenote.core import InputError
 from cenote.features.dataset import TokenDataset
 from cenote.probe import training
 from cenote.probe.metrics import accuracy, auroc, mean_average_precision, r2
@@ -55,6 +56,39 @@ def test_training_together_equals_training_one_by_one(name: str) -> None:
         alone = one_by_one(toy, name, seed, trained.learning_rate, epochs)
         test = toy.indices("test")
         torch.testing.assert_close(probe(toy.x[test]), alone(toy.x[test]), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "times"), [("statistics", 1), ("simpool", 8)])
+def test_a_pool_without_parameters_pools_each_item_once(
+    name: str, times: int, ragged: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = 0
+    batch = type(ragged).batch
+
+    def counted(data: TokenDataset, items: Tensor) -> tuple[Tensor, Tensor | None]:
+        nonlocal sets
+        sets += len(items)
+        return batch(data, items)
+
+    monkeypatch.setattr(type(ragged), "batch", counted)
+    recipe = dataclasses.replace(QUICK, epochs=8, least_steps=1, patience=8)
+    training.train(lambda: build_probe(name, ragged), ragged, accuracy, (0, 1), recipe)
+    assert sets == times * (len(ragged.indices("train")) + len(ragged.indices("val")))
+
+
+def test_pools_without_parameters_draw_nothing_at_random(ragged: TokenDataset) -> None:
+    fixed = 0
+    for name in METHODS:
+        try:
+            probe = build_probe(name, ragged).train()
+        except InputError:
+            continue
+        if any(True for _ in probe.pool.parameters()) or any(True for _ in probe.pool.buffers()):
+            continue
+        x, mask = ragged.batch(torch.arange(6))
+        assert torch.equal(probe.pooled(x, mask), probe.pooled(x, mask)), name
+        fixed += 1
+    assert fixed > 5
 
 
 @pytest.mark.usefixtures("float64")
