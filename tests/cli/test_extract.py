@@ -114,5 +114,5 @@ def test_missing_labels_are_told_before_the_model_runs(cenote: Run, photos: Path
         file.rename(photos / f"{i}.png")
     code, _, err = cenote("probe", photos, "--backbone", vit, "--out", tmp_path / "out")
     assert code == 2
-    assert "label_column: no column is called label" in err
+    assert "labels: the data hold none; give a CSV file" in err
     assert not (tmp_path / "out").exists()

@@ -227,6 +227,9 @@ def test_corrupt_image_among_good_ones(tmp_path: Path, photos: Photos, vit: Mode
     assert not finished_shards(out), "the model ran before the error"
     done = extract(items, vit, out, replace(OPTIONS, skip_bad=True))
     assert [name for name, _ in done.skipped] == ["cat/003.png", "dog/004.png"]
+    # why they were left out is kept in the store, in words that are the same each time
+    extract(items, vit, tmp_path / "again", replace(OPTIONS, skip_bad=True))
+    assert content(tmp_path / "again") == content(out)
     data = read(out)
     assert len(data) == 10
     assert {"cat/003.png", "dog/004.png"}.isdisjoint(data.ids)

@@ -152,7 +152,7 @@ def run(
     from cenote.scale import extract as extracted
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"))
-    with Bars(*columns, console=console, transient=True) as bars:
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task("reading", total=len(items), told="")
 
         def on_progress(now: Progress) -> None:

@@ -104,11 +104,15 @@ def probe(
     recipe = Recipe(epochs=epochs or recipe.epochs, patience=patience or recipe.patience)
     title = None
     if backbone is not None:
-        from cenote.features.reading import require_labels
+        from cenote.features.reading import EMBEDDED, require_labels
         from cenote.scale import ModelSpec, Options
 
         spec = ModelSpec(backbone, kind, revision, device, precision, max_length, trust_remote_code, allow_pickle)
         options = Options(None if layers is None else "all", dtype, None, batch, None, skip_bad)  # type: ignore[arg-type]
+        if data in EMBEDDED and not Path(data).exists():
+            raise InputError(
+                f"data: with --backbone, name a folder or file of raw images, sounds or texts; {data} are tokens already"
+            )
         title = Path(data).stem
 
         def check(items: RawItems) -> None:
@@ -147,7 +151,7 @@ def probe(
         TimeElapsedColumn(),
         TextColumn("{task.fields[told]}"),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("starting", total=count, told="")
         pace = Pace(count)
 
@@ -262,12 +266,12 @@ def leaderboard(comparison: Comparison, width: int) -> Table:
     source = "of Wilcoxon's signed ranks, " if comparison.provenance.get("significance") == "wilcoxon" else ""
     table = Table(
         title=f"{comparison.dataset['name']}: {comparison.metric_name} on {comparison.dataset['items']['test']} test items",
-        caption=f"* no other method is both better and faster; p {source}adjusted by Holm's method",
+        caption=f"intervals of 95 %; p {source}adjusted by Holm's method; * no other method is both better and faster",
         box=rich.box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
     table.add_column("method", no_wrap=True)
-    columns = [comparison.metric_name, "95 % interval", f"vs {comparison.baseline}", "p adj.", "params", "ms/item"]
+    columns = [comparison.metric_name, "interval", f"vs {comparison.baseline}", "p adj.", "params", "ms/item"]
     for heading in columns + (["multiply-adds", "train s"] if wide else []):
         table.add_column(heading, justify="right", no_wrap=True)
     tests = {t.first: t for t in comparison.against_baseline}

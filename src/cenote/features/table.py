@@ -42,7 +42,7 @@ def read_csv(path: Path, names: Sequence[str] | None = None) -> dict[str, list[s
     if names is not None:
         lines = [(0, list(names)), *lines]
     if len(lines) < 2:
-        raise InputError(f"labels: {path} holds no item; expected a header line such as id,label and a line per item")
+        raise InputError(f"{path}: holds no item; expected a header line such as id,label and a line per item")
     names = [name.strip() for name in lines[0][1]]
     if len(set(names)) < len(names):
         raise InputError(f"labels: {path} names a column twice: {', '.join(names)}; give each a name of its own")
@@ -103,8 +103,10 @@ def label_columns(columns: Mapping[str, Column], wanted: str | Sequence[str] | N
     rest = [name for name in columns if name not in others]
     if len(rest) == 1 or (rest and all(number(cell) is not None for name in rest for cell in columns[name])):
         return rest
+    if not columns:
+        raise InputError("labels: the data hold none; give a CSV file with a line per item, its id and its label")
     raise InputError(
-        f"label_column: no column is called {', '.join(LABEL_NAMES)}; the columns are {', '.join(columns) or 'none'}; "
+        f"label_column: no column is called {', '.join(LABEL_NAMES)}; the columns are {', '.join(columns)}; "
         f"name the one that holds the label (several: separated by commas)"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -155,4 +156,6 @@ def _other(data: bytes) -> tuple[Any, int]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    # an address in memory is another one each time; what is said of an item is kept in the store
+    said = re.sub(r" ?<[^<>]* object at 0x[0-9a-f]+>", "", str(error)).strip()
+    return (said.splitlines() or [type(error).__name__])[0]
