@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cenote.core import hidden as module
 from cenote.core.hidden import hidden_scores
+from cenote.core.tokenwise import tokenwise
 
 
 class Network(nn.Module):
@@ -99,6 +100,17 @@ def test_members_together(gated: bool, scores: int, bias: bool, own_tokens: bool
         torch.testing.assert_close(
             torch.func.vmap(call, in_dims=(0, 0 if own_tokens else None))(stacked, tokens), wanted
         )
+
+
+@NETWORKS
+def test_hidden_layers_that_are_computed_again(gated: bool, scores: int, bias: bool) -> None:
+    network, x = Network(gated, scores, bias), torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *network.parameters()]
+    given, wanted = tokenwise(network, x, rows_at_once=5), network.plain(x)
+    torch.testing.assert_close(given, wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(given.sin().sum(), inputs), torch.autograd.grad(wanted.sin().sum(), inputs)
+    )
 
 
 def test_half_precision_and_few_numbers_go_the_plain_way(

@@ -101,7 +101,8 @@ class _HiddenScores(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * (1 + ctx.count)
-        inputs, halves = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        saved = ctx.saved_tensors
+        inputs, halves = saved[: ctx.count], saved[ctx.count :]
         if torch.is_grad_enabled():
             # somebody differentiates the gradient: say the same in steps that torch can differentiate
             return None, *_differentiable(inputs, upstream, ctx.needs_input_grad[1:])
