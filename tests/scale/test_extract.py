@@ -2,8 +2,13 @@
 
 import json
 import pickle
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -243,6 +248,59 @@ def test_sounds_beside_others_keep_their_tokens(tmp_path: Path) -> None:
     data = stored(tmp_path / "store", labelled=False)
     for i, item in enumerate(items.items):
         assert torch.allclose(data.item(i), backbone([item.read().content]).layers[2][0], atol=1e-5)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_two_batches_at_once_give_the_store_of_one_after_the_other(
+    kind: str, tmp_path: Path, items: RawItems, vit: ModelSpec, bert: ModelSpec
+) -> None:
+    """With two threads each computes batches of its own; which one computed what cannot be told from the store."""
+    lines = [" ".join(["one two three four five six"] * (1 + i % 4)) for i in range(40)]
+    raw, model = (items, vit) if kind == "image" else (texts(tmp_path / "t", lines, ["a", "b"] * 20), bert)
+    options = Options(layers="all", batch=2, items_per_shard=16)
+    with threads(1):
+        extract(raw, model, tmp_path / "one", options)
+    with threads(2):
+        extract(raw, model, tmp_path / "two", options)
+        assert torch.get_num_threads() == 2
+        with ThreadPoolExecutor(1) as fresh:
+            assert fresh.submit(torch.get_num_threads).result() == 2
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_what_one_of_two_threads_cannot_do_is_told(tmp_path: Path, items: RawItems, vit: ModelSpec) -> None:
+    backbone: Any = vit.load()
+    twin = backbone.twin()
+    assert {p.data_ptr() for p in twin.model.parameters()} == {p.data_ptr() for p in backbone.model.parameters()}
+    assert twin.model is not backbone.model
+
+    asked = Event()
+    states = backbone.states
+
+    def refuses(*_: object) -> None:
+        asked.set()
+        raise InputError("one of two")
+
+    def waits(*arguments: object) -> object:
+        asked.wait(60)
+        return states(*arguments)
+
+    twin.states, backbone.states = refuses, waits
+    backbone.twin = lambda: twin
+    with threads(2), pytest.raises(InputError, match="one of two"):
+        extract(items, vit, tmp_path / "store", Options(batch=1, items_per_shard=20), backbone=backbone)
+    assert not list((tmp_path / "store" / "shards").glob("*"))
+    extract(items, vit, tmp_path / "store", Options(batch=1, items_per_shard=20))
 
 
 def test_estimate(tmp_path: Path, photos: Photos, vit: ModelSpec) -> None:

@@ -117,6 +117,10 @@ class Backbone(ABC):
         """The model's own forward and nothing else: what extraction is measured against."""
         return self.states(prepared)
 
+    def twin(self) -> Backbone | None:
+        """The same model for a second thread, with the same weights in memory; `None` where there is none to be had."""
+        return None
+
     @abstractmethod
     def to(self, device: str) -> Backbone:
         """The same on another device."""

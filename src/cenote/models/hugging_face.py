@@ -6,6 +6,7 @@ model names is kept.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import logging
@@ -144,6 +145,17 @@ class HuggingFaceBackbone(Backbone):
         self.model = self.model.to(device)
         self.device = next(self.model.parameters()).device
         return self
+
+    def twin(self) -> HuggingFaceBackbone | None:
+        """On a CPU: a model keeps tables for the length that it saw last, so that two threads need one each."""
+        if self.device.type != "cpu":
+            return None
+        other = copy.copy(self)
+        try:
+            other.model = copy.deepcopy(self.model, {id(weight): weight for weight in self.model.parameters()})
+        except Exception:  # a model's own code may hold anything
+            return None
+        return other
 
     @torch.inference_mode()
     def forward(self, prepared: Prepared) -> Any:

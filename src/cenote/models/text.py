@@ -76,15 +76,14 @@ class TextBackbone(HuggingFaceBackbone):
             truncation=True,
             max_length=self.max_length,
             padding="longest" if self.masks_padding else "max_length",
-            return_tensors="pt",
             return_attention_mask=True,
         )
+        inputs = {name: torch.tensor(numbers) for name, numbers in made.items()}
         # only what fills the whole length can have been cut
-        full = [
-            text for text, mask in zip(texts, made["attention_mask"], strict=True) if int(mask.sum()) >= self.max_length
-        ]
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        full = [text for text, length in zip(texts, lengths, strict=True) if length >= self.max_length]
         whole = self.tokenizer(full, truncation=False, verbose=False)["input_ids"] if full else []
-        return Prepared(dict(made), sum(len(ids) > self.max_length for ids in whole))
+        return Prepared(inputs, sum(len(ids) > self.max_length for ids in whole))
 
     def arguments(self, prepared: Prepared) -> dict[str, Tensor]:
         """Without the mask, where the model was trained without one."""

@@ -35,7 +35,7 @@ from cenote.features.store import (
 from cenote.features.store.manifest import MANIFEST
 from cenote.features.store.shards import DTYPES, open_shard, remove_unfinished
 from cenote.features.validate import Problems
-from cenote.models import Backbone, Layout, chosen_layers
+from cenote.models import Backbone, Layout, Prepared, chosen_layers
 from cenote.scale.engine import Engine, LocalEngine
 from cenote.scale.job import Job, ModelSpec, Shard, shards
 from cenote.scale.libraries import versions
@@ -286,13 +286,23 @@ def _fitting(items: RawItems, backbone: Backbone, layout: Layout, layers: tuple[
         lengths = []
         for item in _spread(items.items, SAMPLED_FOR_SIZE):
             try:
-                states = backbone([item.read().content], layers[:1])
+                prepared = backbone.prepare([item.read().content])
             except UnreadableError:
                 continue
-            lengths.append(states.layers[layers[0]].shape[1] if states.mask is None else int(states.mask.sum()))
+            lengths.append(_tokens(backbone, prepared, layers[0]))
         tokens = sum(lengths) / max(len(lengths), 1) or 1.0
     per_item = tokens * layout.dims[layers[0]] * _itemsize(options.dtype) * len(layers)
     return min(max(2 ** int(math.log2(max(SHARD_BYTES / per_item, 1))), FEWEST_ITEMS), MOST_ITEMS)
+
+
+def _tokens(backbone: Backbone, prepared: Prepared, layer: int) -> int:
+    mask = prepared.inputs.get("attention_mask") if backbone.layout.kind == "text" else None
+    if mask is None:
+        states = backbone.states(prepared, (layer,))
+        if states.mask is None:
+            return states.layers[layer].shape[1]
+        mask = states.mask
+    return int(mask.sum())
 
 
 def _changed(store: Path, before: Manifest, now: Manifest, items: RawItems) -> str:
@@ -354,10 +364,12 @@ def _all_readable(items: RawItems, manifest: Manifest, kept: set[int], old_bad: 
     for name, reason in old_bad:
         problems.add("unreadable", f"item {name!r} was left out by an earlier run: it {reason}; {hint}")
     with ThreadPoolExecutor(READERS) as readers:
+        # a text lies in memory: asking other threads would take longer than to look
+        ask = map if items.kind == "text" else readers.map
         for shard in shards(items, manifest, kept):
             for start in range(0, len(shard.items), READ_AT_ONCE):
                 part = shard.items[start : start + READ_AT_ONCE]
-                for item, why in zip(part, readers.map(_unreadable, part), strict=True):
+                for item, why in zip(part, ask(_unreadable, part), strict=True):
                     if why is not None:
                         problems.add("unreadable", f"item {item.id!r} {why}; {hint}")
     problems.raise_any()

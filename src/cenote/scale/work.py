@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import accumulate
+from threading import Event, Lock
 from typing import Any
 
 import torch
@@ -50,6 +52,9 @@ class Worker:
         self.pages = Pages(job.manifest.dim, self.dtype)
         # a pooled store has no prefix tokens any more; the model has
         self.pool = token_pool(job.manifest.pooled, job.manifest.dim, self.backbone.layout.prefix_tokens)
+        # two batches at a time keep two halves of the threads busier than one batch keeps all of them
+        other = self.backbone.twin() if torch.get_num_threads() > 1 else None
+        self.lanes = [self.backbone] if other is None else [self.backbone, other]
 
     def __call__(self, shard: Shard, on_items: OnItems = lambda _: None) -> ShardEntry:
         """Compute one shard and write it; nothing is there until all of it is.
@@ -76,20 +81,34 @@ class Worker:
         read: dict[int, bytes] = {}
         skipped: list[tuple[str, str]] = []
         places: dict[int, tuple[int, int]] = {}
-        tokens, count, cut = Collected(self.pages, self.job.manifest.layers), 0, 0
-        for positions, prepared in _ahead(self._batches(items, read, skipped)):
-            cut += prepared.cut
-            found = self.backbone.states(prepared, self.job.manifest.layers)
-            real = None if self.pool is not None or found.mask is None else _Real(found.mask)
-            lengths = self._lengths(found, real)
-            for layer, states in found.layers.items():
-                kept = self._kept(states, found.mask, real)
-                if not all(_finite(piece) for piece in tokens.add(layer, kept)):
-                    self._refuse(items, positions, self._kept(states, found.mask, real), lengths)
-            for position, length in zip(positions, lengths, strict=True):
-                places[position] = (count, length)
-                count += length
-            on_items(len(positions))
+        tokens, cut = Collected(self.pages, self.job.manifest.layers), 0
+        batches = _ahead(self._batches(items, read, skipped))
+        one, stopped = Lock(), Event()
+
+        def work(backbone: Backbone) -> None:
+            nonlocal cut
+            try:
+                while not stopped.is_set():
+                    with one:
+                        if (batch := next(batches, None)) is None:
+                            return
+                    positions, prepared = batch
+                    lengths, begin = self._compute(backbone, prepared, tokens, [items[i].id for i in positions])
+                    with one:
+                        cut += prepared.cut
+                        places.update(
+                            zip(
+                                positions,
+                                zip(accumulate(lengths[:-1], initial=begin), lengths, strict=True),
+                                strict=True,
+                            )
+                        )
+                        on_items(len(positions))
+            except BaseException:
+                stopped.set()
+                raise
+
+        _in_lanes(work, self.lanes)
         order = sorted(read)
         return Rows(
             ids=[items[i].id for i in order],
@@ -100,6 +119,20 @@ class Worker:
             skipped=skipped,
             shortened=cut,
         )
+
+    def _compute(
+        self, backbone: Backbone, prepared: Prepared, tokens: Collected, names: Sequence[str]
+    ) -> tuple[list[int], int]:
+        """Put the tokens of a batch among the others: how many of each item, and where they begin."""
+        found = backbone.states(prepared, self.job.manifest.layers)
+        real = None if self.pool is not None or found.mask is None else _Real(found.mask)
+        lengths = self._lengths(found, real)
+        begin = tokens.reserve(sum(lengths))
+        for layer, states in found.layers.items():
+            kept = self._kept(states, found.mask, real)
+            if not all(_finite(piece) for piece in tokens.put(layer, begin, kept)):
+                self._refuse(names, self._kept(states, found.mask, real), lengths)
+        return lengths, begin
 
     def _batches(
         self, items: Sequence[Item], read: dict[int, bytes], skipped: list[tuple[str, str]]
@@ -158,14 +191,12 @@ class Worker:
         items, tokens = next(iter(found.layers.values())).shape[:2]
         return [tokens if self.pool is None else 1] * items
 
-    def _refuse(
-        self, items: Sequence[Item], positions: Sequence[int], kept: Iterable[Tensor], lengths: list[int]
-    ) -> None:
+    def _refuse(self, names: Sequence[str], kept: Iterable[Tensor], lengths: list[int]) -> None:
         of_items = torch.cat([piece.to(self.dtype) for piece in kept]).split(lengths)
-        for position, tokens in zip(positions, of_items, strict=True):
+        for name, tokens in zip(names, of_items, strict=True):
             if not _finite(tokens):
                 raise InputError(
-                    f"item {items[position].id!r}: its tokens hold NaN, or numbers beyond the range of "
+                    f"item {name!r}: its tokens hold NaN, or numbers beyond the range of "
                     f"{self.job.manifest.dtype}; take bfloat16 or float32 with --dtype, or leave the item out"
                 )
 
@@ -218,19 +249,47 @@ class _Pooled(nn.Module):
 
 
 def of_like_length(contents: dict[int, Any], size: int, equal: bool) -> list[list[int]]:
-    """Batches of items of similar length, or of exactly one length; the same for the same items."""
+    """Batches of items of similar length, or of exactly one length; the same for the same items.
+
+    The longest come first: memory that held them holds the others, and threads that end a shard together wait for short ones.
+    """
     lengths = {place: _length(content) for place, content in contents.items()}
     order = sorted(contents, key=lambda place: (lengths[place], place))
     if not equal:
-        return [order[i : i + size] for i in range(0, len(order), size)]
+        return [order[i : i + size] for i in range(0, len(order), size)][::-1]
     of_length: dict[Any, list[int]] = defaultdict(list)
     for place in order:
         of_length[lengths[place]].append(place)
-    return [group[i : i + size] for group in of_length.values() for i in range(0, len(group), size)]
+    return [group[i : i + size] for group in of_length.values() for i in range(0, len(group), size)][::-1]
 
 
 def _length(content: Any) -> tuple[int, int]:
     return (len(content), 0) if isinstance(content, str) else (len(content[0]), content[1])
+
+
+def _in_lanes(work: Callable[[Backbone], None], lanes: Sequence[Backbone]) -> None:
+    """Do the work in several threads at once, this one among them, which share the cores."""
+    if len(lanes) == 1:
+        work(lanes[0])
+        return
+    before = torch.get_num_threads()
+    each = before // len(lanes)
+
+    def beside(backbone: Backbone) -> None:
+        # a thread takes the process's number when it first asks, so it must ask before it is told its own
+        torch.get_num_threads()
+        torch.set_num_threads(each)
+        work(backbone)
+
+    torch.set_num_threads(each)
+    try:
+        with ThreadPoolExecutor(len(lanes) - 1) as threads:
+            others = [threads.submit(beside, backbone) for backbone in lanes[1:]]
+            work(lanes[0])
+        for other in others:
+            other.result()
+    finally:
+        torch.set_num_threads(before)
 
 
 def _ahead(batches: Iterator[Any]) -> Iterator[Any]:

@@ -25,8 +25,9 @@ def test_any_order_gives_the_bytes_of_one_piece(lengths, dtype, scratch_rows, ra
     count = 0
     for batch in lengths:
         made = [torch.randn(n, 3) for n in batch]
+        begin = tokens.reserve(sum(batch))
         for layer, factor in ((2, 1.0), (5, -2.0)):
-            where = list(tokens.add(layer, (piece * factor for piece in made)))
+            where = list(tokens.put(layer, begin, (piece * factor for piece in made)))
             assert torch.equal(
                 torch.cat([torch.empty(0, 3), *where]), torch.cat([torch.empty(0, 3), *made]).mul(factor).to(dtype)
             )
@@ -48,7 +49,9 @@ def test_pages_are_used_again() -> None:
     for _ in range(3):
         tokens = Collected(pages, [0, 1])
         # each piece begins a page
-        taken.append({next(tokens.add(layer, [torch.randn(7, 3)])).data_ptr() for layer in (0, 1) for _ in range(5)})
+        begins = [tokens.reserve(7) for _ in range(5)]
+        x = torch.randn(7, 3)
+        taken.append({next(tokens.put(layer, at, [x])).data_ptr() for layer in (0, 1) for at in begins})
         tokens.free()
     assert len(taken[0]) == 10
     assert taken[0] == taken[1] == taken[2]
@@ -59,7 +62,7 @@ def test_a_token_wider_than_a_page() -> None:
     pages = Pages(dim=2**18, dtype=torch.float32)
     tokens = Collected(pages, [0])
     x = torch.randn(3, 2**18)
-    assert torch.equal(torch.cat(list(tokens.add(0, [x]))), x)
+    assert torch.equal(torch.cat(list(tokens.put(0, tokens.reserve(3), [x]))), x)
     scratch = np.empty((1, pages.token), dtype=np.uint8)
     assert (
         b"".join(p.tobytes() for p in tokens.in_order(0, [2, 0, 1], [1, 1, 1], scratch))

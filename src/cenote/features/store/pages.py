@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from threading import Lock
 
 import numpy as np
 import torch
@@ -81,23 +82,31 @@ class Collected:
         self.pages = pages
         self.layers = tuple(layers)
         self._held: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-        self._counts = dict.fromkeys(layers, 0)
+        self._count = 0
+        self._one = Lock()
 
-    def add(self, layer: int, pieces: Iterable[Float[Tensor, "tokens dim"]]) -> Iterator[Float[Tensor, "some dim"]]:
-        """Put tokens behind those that are there, converted in the same copy; gives back where they are now, in some pieces."""
-        held, rows = self._held[layer], self.pages.rows
-        begin = count = self._counts[layer]
+    def reserve(self, count: int) -> int:
+        """Room for so many tokens at every layer, for one thread to fill: where it begins."""
+        with self._one:
+            begin = self._count
+            self._count += count
+            for held in self._held.values():
+                while len(held) * self.pages.rows < self._count:
+                    held.append(self.pages.take())
+        return begin
+
+    def put(
+        self, layer: int, begin: int, pieces: Iterable[Float[Tensor, "tokens dim"]]
+    ) -> Iterator[Float[Tensor, "some dim"]]:
+        """Put tokens where room was made, converted in the same copy; gives back where they are now, in some pieces."""
+        at = begin
         for piece in pieces:
             done = 0
-            while done < len(piece):
-                number, at = divmod(count, rows)
-                if number == len(held):
-                    held.append(self.pages.take())
-                taken = min(len(piece) - done, rows - at)
-                held[number][at : at + taken].copy_(piece[done : done + taken])
-                done, count = done + taken, count + taken
-        self._counts[layer] = count
-        return self._pieces(layer, begin, count)
+            for place in self._pieces(layer, at, at + len(piece)):
+                place.copy_(piece[done : done + len(place)])
+                done += len(place)
+            at += done
+        return self._pieces(layer, begin, at)
 
     def in_order(
         self, layer: int, starts: Sequence[int], lengths: Sequence[int], scratch: NDArray[np.uint8]
@@ -129,7 +138,7 @@ class Collected:
         for held in self._held.values():
             self.pages.give(held)
             held.clear()
-        self._counts = dict.fromkeys(self.layers, 0)
+        self._count = 0
 
     def _pieces(self, layer: int, start: int, stop: int) -> Iterator[Tensor]:
         held, rows = self._held[layer], self.pages.rows

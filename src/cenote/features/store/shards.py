@@ -12,6 +12,7 @@ import mmap
 import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -28,7 +29,7 @@ SHARDS = "shards"
 NAME = re.compile(r"part-(\d{6,})-([0-9a-f]{16})\.arrow")
 UNFINISHED = ".unfinished-"
 HASHED = 16
-SCRATCH = 2**20
+SCRATCH, WORTH_A_THREAD = 2**20, 2**16
 DTYPES: dict[Dtype, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -130,8 +131,8 @@ def write_shard(store: Path, number: int, key: str, rows: Rows, dtype: Dtype) ->
     batch = pa.record_batch(columns).replace_schema_metadata(about)
     temporary = folder / f"{UNFINISHED}{number:06d}-{os.uname().nodename}-{os.getpid()}"
     try:
-        with temporary.open("wb") as raw:
-            file = _Hashed(raw, layers)
+        with temporary.open("wb") as raw, ThreadPoolExecutor(1) as beside:
+            file = _Hashed(raw, layers, beside)
             with pa.ipc.new_file(file, batch.schema) as writer:
                 writer.write_batch(batch)
             raw.flush()
@@ -247,12 +248,13 @@ class _Layers:
 
 
 class _Hashed:
-    """A file that hashes what goes through it, so that nothing is read again."""
+    """A file that hashes what goes through it, so that nothing is read again; large pieces while they are written."""
 
     closed = False
 
-    def __init__(self, file: IO[bytes], layers: _Layers) -> None:
+    def __init__(self, file: IO[bytes], layers: _Layers, beside: Executor) -> None:
         self.file = file
+        self.beside = beside
         self.layers = layers
         self.digest = hashlib.sha256()
         self.written = 0
@@ -260,9 +262,16 @@ class _Hashed:
     def write(self, data: Any) -> int:
         begin = self.written
         for piece in self.layers.written_for(data):
-            self.digest.update(piece)
-            self.file.write(piece)
-            self.written += piece.nbytes if isinstance(piece, np.ndarray) else len(piece)
+            size = piece.nbytes if isinstance(piece, np.ndarray) else len(piece)
+            if size < WORTH_A_THREAD:
+                self.digest.update(piece)
+                self.file.write(piece)
+            else:
+                hashed = self.beside.submit(self.digest.update, piece)
+                self.file.write(piece)
+                # the next piece lies in the same place
+                hashed.result()
+            self.written += size
         return self.written - begin
 
     def tell(self) -> int:
