@@ -143,6 +143,26 @@ def test_the_same_table_from_a_sweep_with_a_worker_killed(tmp_path: Path, cluste
     assert numbers(again) == numbers(here)
 
 
+def test_the_same_table_from_a_sweep_with_a_node_killed(cluster: Any) -> None:
+    data, methods, recipe = digits(), "mean,max,gem,abmil", Recipe(epochs=3)
+    here = compare(data, methods, seeds=2, recipe=recipe)
+    # there are two nodes of one CPU, so one of two workers lives on each
+    node = next(iter(cluster.worker_nodes))
+    trained: list[str] = []
+
+    def remove(name: str, share: float) -> None:
+        if share == 1.0:
+            trained.append(name)
+        if len(trained) == 1 and node in cluster.worker_nodes:
+            cluster.remove_node(node, allow_graceful=False)
+
+    there = compare(data, methods, seeds=2, recipe=recipe, engine=RaySweep(workers=2), on_method=remove)
+    assert node not in cluster.worker_nodes
+    assert sorted(trained) == ["abmil", "gem", "max", "mean"]
+    assert numbers(there) == numbers(here)
+    assert there.pairs == here.pairs
+
+
 def test_a_sweep_tells_how_far_its_trials_are(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     class Slow(Trial):
         def run(self, on_share: OnShare = lambda _name, _share: None) -> Cell:
