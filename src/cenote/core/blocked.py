@@ -22,6 +22,9 @@ from cenote.core.sets import LARGE_SET, PaddedTokens, Tokens
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """What `scaled_dot_product_attention` calls on a CPU; it also returns the logsumexp, by which parts of a set are joined."""
 
+SOFTMAX_BACKWARD = torch.ops.aten._softmax_backward_data
+"""`a (da - sum a da)` in one step."""
+
 LEAST_PART = 1024
 """Tokens of a set that one thread reads, at least, where several share a set."""
 
@@ -251,5 +254,5 @@ def _gradient(
         through_sum = through_sum if value_factor is None else through_sum * value_factor.unsqueeze(1)
         da = through_sum if da is None else da + through_sum
     assert da is not None
-    ds = weights * (da - (weights * da).sum(-1, keepdim=True))
+    ds = SOFTMAX_BACKWARD(da, weights, -1, weights.dtype)
     return ds if key_factor is None else ds * key_factor.unsqueeze(1)
