@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -103,7 +105,37 @@ def test_members_together(gated: bool, scores: int, bias: bool, own_tokens: bool
 
 
 @NETWORKS
-def test_hidden_layers_that_are_computed_again(gated: bool, scores: int, bias: bool) -> None:
+def test_hidden_layers_of_many_tokens_are_computed_again(
+    gated: bool, scores: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, x = Network(gated, scores, bias), torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *network.parameters()]
+    kept = held_bytes(lambda: network(x))
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 8)
+    assert held_bytes(lambda: network(x)) == kept - 9 * 8 * 8 * (2 if gated else 1)
+    given, wanted = network(x), network.plain(x)
+    torch.testing.assert_close(given, wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(given.sin().sum(), inputs), torch.autograd.grad(wanted.sin().sum(), inputs)
+    )
+
+
+def held_bytes(call: Callable[[], Tensor]) -> int:
+    """Bytes of the tensors that the backward pass is left with."""
+    held = 0
+
+    def pack(t: Tensor) -> Tensor:
+        nonlocal held
+        held += t.numel() * t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        call()
+    return held
+
+
+@NETWORKS
+def test_checkpoints_around_them(gated: bool, scores: int, bias: bool) -> None:
     network, x = Network(gated, scores, bias), torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
     inputs = [x, *network.parameters()]
     given, wanted = tokenwise(network, x, rows_at_once=5), network.plain(x)

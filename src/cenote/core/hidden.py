@@ -3,12 +3,12 @@
     s_n = W h_n,   h_n = tanh(V x_n + b)   or, gated,   h_n = tanh(V x_n + b) * sigmoid(U x_n + c)
 
 The hidden layer of all tokens is far larger than the caches, and what is done to it, forward and backward, are ten light steps.
-In pieces each step finds in the cache what the last one left there.
+In pieces each step finds in the cache what the last one left there, and of many tokens no hidden layer need be kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cenote.core.memory import CACHED_BYTES
+from cenote.core.tokenwise import ROWS_AT_ONCE, tokenwise
 
 LEAST_NUMBERS = 2**16
 """Hidden numbers below which the pieces would cost more than they save."""
@@ -35,10 +36,10 @@ def hidden_scores(
     weights = [tanh.weight, tanh.bias, *([] if gate is None else [gate.weight, gate.bias]), score.weight]
     rows = x.shape[:-1].numel()
     if not _gains(x, rows * tanh.out_features, weights):
-        scores = _plain(x, *weights)
+        scores = tokenwise(lambda some: _plain(some, *weights), x)
     else:
         flat = x.reshape(1, rows, x.shape[-1])
-        keep = torch.is_grad_enabled()
+        keep = torch.is_grad_enabled() and rows <= ROWS_AT_ONCE
         scores = _HiddenScores.apply(keep, flat, *(w.unsqueeze(0) for w in weights))[0]  # type: ignore[no-untyped-call]
         scores = scores.view(*x.shape[:-1], -1)
     return scores if score.bias is None else scores + score.bias
@@ -68,7 +69,7 @@ SIGMOID_BACKWARD = torch.ops.aten.sigmoid_backward.grad_input
 class _HiddenScores(torch.autograd.Function):
     """Of several members at once, one after another: `x [1 or members, rows, dim]`, `weights [members, ...]`.
 
-    Gives the scores and, with `keep`, the members' hidden layers for the backward pass.
+    Gives the scores and, with `keep`, the members' hidden layers, which the backward pass else computes again.
     """
 
     @staticmethod
@@ -80,12 +81,9 @@ class _HiddenScores(torch.autograd.Function):
         step = _rows_at_once(score)
         product, *scratch = (x.new_empty((min(step, rows), score.shape[2])) for _ in range(1 + len(halves)))
         for member, piece in _pieces(members, rows, step):
-            tokens, out = x[min(member, len(x) - 1), piece], scores[member, piece]
+            out = scores[member, piece]
             hidden = [h[member, piece] for h in halves] if keep else [t[: len(out)] for t in scratch]
-            for half, weight, bias, activate in zip(
-                hidden, maps[::2], maps[1::2], (torch.tanh_, torch.sigmoid_), strict=False
-            ):
-                activate(torch.addmm(bias[member], tokens, weight[member].mT, out=half))
+            _fill(hidden, x[min(member, len(x) - 1), piece], maps, member)
             gated = hidden[0] if len(hidden) == 1 else torch.mul(*hidden, out=product[: len(out)])
             torch.mm(gated, score[member].mT, out=out)
         return scores, *halves
@@ -110,11 +108,16 @@ class _HiddenScores(torch.autograd.Function):
         grad_x = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
         grads = [torch.zeros_like(w) for w in (*maps, score)]
         step = _rows_at_once(score)
-        scratch = [x.new_empty((min(step, x.shape[1]), score.shape[2])) for _ in range(2)]
+        kept = halves[0].shape[1] == x.shape[1]
+        scratch = [x.new_empty((min(step, x.shape[1]), score.shape[2])) for _ in range(2 if kept else 2 + len(halves))]
         for member, piece in _pieces(len(score), x.shape[1], step):
             of_x = min(member, len(x) - 1)
-            hidden, ds = [h[member, piece] for h in halves], upstream[member, piece]
-            first, second = (t[: len(ds)] for t in scratch)
+            ds = upstream[member, piece]
+            first, second, *hidden = (t[: len(ds)] for t in scratch)
+            if kept:
+                hidden = [h[member, piece] for h in halves]
+            else:
+                _fill(hidden, x[of_x, piece], maps, member)
             gated = hidden[0] if len(hidden) == 1 else torch.mul(*hidden, out=first)
             grads[-1][member].addmm_(ds.mT, gated)
             # one column times one row is no work for a product of matrices
@@ -146,6 +149,12 @@ class _HiddenScores(torch.autograd.Function):
             keep, x, *(every(w, d) for w, d in zip(weights, in_dims[2:], strict=True))
         )
         return tuple(t.unflatten(0, (members, -1)) for t in joined), (0,) * len(joined)
+
+
+def _fill(hidden: list[Tensor], tokens: Tensor, maps: Sequence[Tensor], member: int) -> None:
+    """Compute the halves of a member's hidden layer."""
+    for half, weight, bias, activate in zip(hidden, maps[::2], maps[1::2], (torch.tanh_, torch.sigmoid_), strict=False):
+        activate(torch.addmm(bias[member], tokens, weight[member].mT, out=half))
 
 
 def _differentiable(

@@ -3,7 +3,6 @@ from torch import Tensor, nn
 
 from cenote.core.hidden import hidden_scores
 from cenote.core.sets import Tokens
-from cenote.core.tokenwise import tokenwise
 from cenote.pool.base import Pool, Pooled
 
 
@@ -34,7 +33,7 @@ class ABMIL(Pool):
         self.score = nn.Linear(hidden, heads, bias=False)
 
     def pool(self, tokens: Tokens) -> Pooled:
-        weights = tokens.softmax(tokenwise(self.scores, tokens.values))
+        weights = tokens.softmax(self.scores(tokens.values))
         return Pooled(tokens.weighted_sum(weights).flatten(1), weights)
 
     def scores(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows heads"]:
