@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cenote.probe.cells import Cell
-from cenote.probe.trials import OnShare, Trial
+from cenote.probe.trials import OnShare, Trial, without_pictures
 from cenote.scale.cluster import connect, room, spread
 from cenote.scale.libraries import everything, require
 
@@ -42,7 +42,7 @@ class RaySweep:
             return
         remote = self.ray.remote(_Prober)
         # one object: trials share their data
-        reference = self.ray.put(list(trials))
+        reference = self.ray.put([without_pictures(trial) for trial in trials])
         board = self.ray.remote(_Board).options(num_cpus=0, max_restarts=-1).remote()
         finished: set[int] = set()
         asked: list[Any] = []
