@@ -169,6 +169,20 @@ def test_flash_is_left_where_weights_gradients_or_norms_need_more(monkeypatch, f
     assert not flash_calls
 
 
+def test_flash_is_left_for_many_queries_over_sets_that_fit_the_cache(monkeypatch, flash_calls):
+    x, mask, query, settings = case(False, True, False)
+    monkeypatch.setattr(blocked, "FLASH_QUERIES", HEADS * QUERIES - 1)
+    with torch.no_grad():
+        wanted = run(x, mask, query, settings, False, monkeypatch)
+        found = run(x, mask, query, settings, True, monkeypatch, need_weights=False)
+        assert not flash_calls
+        monkeypatch.setattr(blocked, "CACHED_BYTES", x[0].numel() * x.element_size() - 1)
+        too_large = run(x, mask, query, settings, True, monkeypatch, need_weights=False)
+    assert flash_calls
+    torch.testing.assert_close(found.output, wanted.output, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(too_large.output, wanted.output, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_flash_under_vmap(shared, monkeypatch, flash_calls):
     x, mask, query, settings = case(False, True, False)

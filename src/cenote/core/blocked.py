@@ -4,7 +4,8 @@
 
 with factors `f`, `g` of the tokens (the inverse deviations of folded LayerNorms). The backward pass goes in the same blocks and
 keeps nothing but `a`; tokens that need a gradient take the plain way through torch. Where nobody wants `a`, and there are no
-factors, torch's own flash attention reads each token once: keys and values are both the tokens.
+factors, torch's own flash attention reads each token once: keys and values are both the tokens. With many queries over sets that
+fit the cache, the blocks are faster.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from cenote.core.sets import LARGE_SET, PaddedTokens, Tokens
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """What `scaled_dot_product_attention` calls on a CPU; it also returns the logsumexp, by which parts of a set are joined."""
+
+FLASH_QUERIES = 48
+"""Above so many queries, blocks of sets that fit the cache are faster than flash attention."""
 
 SOFTMAX_BACKWARD = torch.ops.aten._softmax_backward_data
 """`a (da - sum a da)` in one step."""
@@ -79,7 +83,8 @@ def pool_frozen(
     """
     x = tokens.values
     plain = key_factor is None and value_factor is None and x.stride(-1) == 1
-    keep = need_weights or torch.is_grad_enabled() or not plain
+    flash = queries.shape[-2] <= FLASH_QUERIES or x.shape[1:].numel() * x.element_size() > CACHED_BYTES
+    keep = need_weights or torch.is_grad_enabled() or not (plain and flash)
     pooled, weights = _PoolFrozen.apply(  # type: ignore[no-untyped-call]
         queries, x, tokens.mask, key_factor, value_factor, keep
     )
