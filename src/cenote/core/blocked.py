@@ -4,8 +4,8 @@
 
 with factors `f`, `g` of the tokens (the inverse deviations of folded LayerNorms). The backward pass goes in the same blocks and
 keeps nothing but `a`; tokens that need a gradient take the plain way through torch. Where nobody wants `a`, and there are no
-factors, torch's own flash attention reads each token once: keys and values are both the tokens. With many queries over sets that
-fit the cache, the blocks are faster.
+factors, torch's own flash attention reads each token once: keys and values are both the tokens. With many queries over sets
+that fit the cache, the blocks are faster.
 """
 
 from __future__ import annotations
