@@ -21,6 +21,9 @@ from cenote.core.tokenwise import ROWS_AT_ONCE, tokenwise
 LEAST_NUMBERS = 2**16
 """Hidden numbers below which the pieces would cost more than they save."""
 
+TANH_BACKWARD = torch.ops.aten.tanh_backward.grad_input
+SIGMOID_BACKWARD = torch.ops.aten.sigmoid_backward.grad_input
+
 
 def hidden_scores(
     x: Float[Tensor, "*rows dim"], tanh: nn.Linear, gate: nn.Linear | None, score: nn.Linear
@@ -60,10 +63,6 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor, *others: Tensor) -> Tensor:
     if len(others) > 1:
         hidden = hidden * torch.sigmoid(nn.functional.linear(x, *others[:2]))
     return nn.functional.linear(hidden, others[-1])
-
-
-TANH_BACKWARD = torch.ops.aten.tanh_backward.grad_input
-SIGMOID_BACKWARD = torch.ops.aten.sigmoid_backward.grad_input
 
 
 class _HiddenScores(torch.autograd.Function):

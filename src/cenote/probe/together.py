@@ -15,7 +15,6 @@ from torch.overrides import TorchFunctionMode
 
 _MATMULS = (torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.bmm, Tensor.mm, Tensor.__matmul__)
 
-
 WIDE = 64
 """Columns of a map that make a product per member as fast as one for all."""
 

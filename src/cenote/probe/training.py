@@ -115,6 +115,7 @@ def _train(
     optimiser = CosineAdamW(
         ensemble.leaves(), recipe.learning_rates, recipe.weight_decay, recipe.epochs * passes * batches
     )
+    ensemble.pool_once(data, torch.cat([train_items, val_items]), recipe.tokens_at_once)
     order = torch.Generator().manual_seed(seeds[0])
     y_val = data.y[val_items].numpy()
     ones = torch.ones(1, len(val_items), dtype=torch.float64).numpy()
@@ -239,11 +240,7 @@ class _Ensemble:
         buffers = _stack([dict(p.named_buffers()) for p in seeded])
         self.buffers = {k: v.repeat(self.rates, *[1] * (v.dim() - 1)) for k, v in buffers.items()}
         self.normalises_batches = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.pool.modules())
-        # what a pool without parameters makes of frozen tokens never changes
-        state = [*self.pool.parameters(), *self.pool.buffers()]
-        self.once = not state and not self.normalises_batches
         self.vectors: Tensor | None = None
-        self.known = torch.empty(0, dtype=torch.bool)
         # what a graph pool does follows from the data, which vmap cannot batch
         self.copies: list[nn.Module] = []
         self.together = not isinstance(self.pool, GraphPool)
@@ -252,6 +249,18 @@ class _Ensemble:
     def leaves(self) -> list[list[Tensor]]:
         return [[v for v in of_rate.values() if v.requires_grad] for of_rate in self.parameters]
 
+    @torch.no_grad()
+    def pool_once(self, data: TokenDataset, items: Tensor, tokens_at_once: int) -> None:
+        """Keep what a pool without parameters makes of these items: of frozen tokens it never changes."""
+        if self.normalises_batches or [*self.pool.parameters(), *self.pool.buffers()]:
+            return
+        for _, part in pieces(data, items, tokens_at_once):
+            x, mask = data.batch(part)
+            pooled = self.base.pooled(_float(x), mask)
+            if self.vectors is None:
+                self.vectors = pooled.new_empty(len(data), pooled.shape[1])
+            self.vectors[part] = pooled
+
     def train(self) -> None:
         self.training = True
         self.pool.train()
@@ -259,8 +268,8 @@ class _Ensemble:
     def logits(self, data: TokenDataset, items: Tensor, tokens_at_once: int) -> Float[Tensor, "members batch outputs"]:
         """Of one batch, with gradients when training; the normalisation sees the whole batch, whatever its pieces."""
         p = {k: torch.cat([of_rate[k] for of_rate in self.parameters]) for k in self.parameters[0]}
-        if self.once:
-            pooled = self._pooled_once(data, items, tokens_at_once).expand(self.members, -1, -1)
+        if self.vectors is not None:
+            pooled = self.vectors[items].expand(self.members, -1, -1)
         else:
             pooled = self._pooled_in_pieces(p, data, items, tokens_at_once)
         z = self._normalised(pooled)
@@ -276,22 +285,6 @@ class _Ensemble:
         pooled = torch.cat([self._pooled(p, *data.batch(part)) for _, part in parts], 1)
         back = torch.cat([where for where, _ in parts]).argsort()
         return pooled[:, back]
-
-    @torch.no_grad()
-    def _pooled_once(self, data: TokenDataset, items: Tensor, tokens_at_once: int) -> Float[Tensor, "batch width"]:
-        """Vectors that are kept from the first time that an item is seen."""
-        if self.vectors is None:
-            self.known = torch.zeros(len(data), dtype=torch.bool)
-        new = items[~self.known[items]]
-        for _, part in pieces(data, new, tokens_at_once):
-            x, mask = data.batch(part)
-            pooled = self.base.pooled(_float(x), mask)
-            if self.vectors is None:
-                self.vectors = pooled.new_empty(len(data), pooled.shape[1])
-            self.vectors[part] = pooled
-        self.known[new] = True
-        assert self.vectors is not None
-        return self.vectors[items]
 
     @torch.no_grad()
     def predict(self, data: TokenDataset, items: Tensor, recipe: Recipe) -> Float[Tensor, "members items outputs"]:
@@ -318,6 +311,8 @@ class _Ensemble:
         x, mask = tokens.values, getattr(tokens, "mask", None)
         parameters = {k.removeprefix("pool."): v for k, v in p.items() if k.startswith("pool.")}
         buffers = {k.removeprefix("pool."): v for k, v in self.buffers.items() if k.startswith("pool.")}
+        if not parameters and not buffers:
+            return self.pool(x, mask).flatten(1).expand(self.members, -1, -1)
 
         def run(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
             return torch.func.functional_call(self.pool, (parameters, buffers), (x, mask)).flatten(1)
