@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from cenote.catalog import create, method
 from cenote.core import InputError, as_tokens, files
+from cenote.core.masks import without_first
 
 FORMAT = 1
 CARD, STATE, BACKBONE = "pooled.json", "pooled.safetensors", "backbone"
@@ -219,14 +219,6 @@ def attended(pool: Any, x: Tensor, mask: Tensor | None, drop: int) -> tuple[Tens
     if not reads_layers(pool):
         return pool.attend(as_tokens(x, mask).drop_first(drop))
     return pool.attend(x, without_first(x, mask, drop))
-
-
-def without_first(x: Float[Tensor, "batch layers tokens dim"], mask: Tensor | None, drop: int) -> Tensor | None:
-    """The mask of a stack of layers, False on the first `drop` real tokens too."""
-    if not drop:
-        return mask
-    mask = torch.ones(x.shape[0], x.shape[2], dtype=torch.bool, device=x.device) if mask is None else mask
-    return mask & (mask.cumsum(1) > drop)
 
 
 def width_of(config: Any) -> int:

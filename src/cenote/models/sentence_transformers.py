@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from cenote.core import Bags, InputError, Tokens, as_tokens, files
-from cenote.models.pooled import embedding_width, named_pool, reads_layers, without_first
+from cenote.core.masks import without_first
+from cenote.models.pooled import embedding_width, named_pool, reads_layers
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.catalog import create, method
 from cenote.core import InputError, Tokens, as_tokens
 from cenote.core.graphs import Graphs
+from cenote.core.masks import without_first
 from cenote.features.dataset import TokenDataset
 from cenote.features.layered import layers_of
 from cenote.pool.base import Pool, Pooled
@@ -92,10 +92,7 @@ class LayerProbe(Probe):
 
     def seen(self, x: Any, mask: Bool[Tensor, "batch tokens"] | None = None) -> Any:
         """The stack, with tokens that the pool is not to see masked."""
-        if self.hidden:
-            real = torch.ones(x.shape[0], x.shape[2], dtype=torch.bool, device=x.device) if mask is None else mask
-            mask = real & (real.cumsum(1) > self.hidden)
-        return Stack(x, mask)
+        return Stack(x, without_first(x, mask, self.hidden))
 
     def attend(self, x: Any, mask: Bool[Tensor, "batch tokens"] | None = None) -> Pooled:
         """As of a pool of tokens; the weights of a token are summed over its layers."""

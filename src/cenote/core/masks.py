@@ -1,0 +1,46 @@
+"""What a mask alone tells: True on real tokens, with padding anywhere."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor
+
+
+def real_tokens(
+    x: Shaped[Tensor, "batch *features"], mask: Bool[Tensor, "batch tokens"] | None, tokens: int = 1
+) -> Bool[Tensor, "batch tokens"]:
+    """The mask of `x`; without one every token is real.
+
+    Args:
+        x: features of padded sets.
+        mask: True on real tokens.
+        tokens: the dimension of `x` that counts them; of a stack of layers 2.
+
+    Example:
+        >>> real_tokens(torch.zeros(1, 3, 8), None)
+        tensor([[True, True, True]])
+    """
+    return torch.ones((x.shape[0], x.shape[tokens]), dtype=torch.bool, device=x.device) if mask is None else mask
+
+
+def positions(mask: Bool[Tensor, "*sets tokens"]) -> Int[Tensor, "*sets tokens"]:
+    """The number of each token among the real ones of its set, from 0; of padded slots -1.
+
+    Example:
+        >>> positions(torch.tensor([[False, True, False, True]]))
+        tensor([[-1,  0, -1,  1]])
+    """
+    return (mask.cumsum(-1) - 1).masked_fill(~mask, -1)
+
+
+def without_first(
+    x: Shaped[Tensor, "batch layers tokens dim"], mask: Bool[Tensor, "batch tokens"] | None, count: int
+) -> Bool[Tensor, "batch tokens"] | None:
+    """The mask of a stack of layers, False on the first `count` real tokens of each set too.
+
+    Example:
+        >>> without_first(torch.zeros(1, 6, 3, 8), None, 1)
+        tensor([[False,  True,  True]])
+    """
+    return positions(real_tokens(x, mask, tokens=2)) >= count if count else mask
