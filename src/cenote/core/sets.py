@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from cenote.core import segments
+from cenote.core import masks, segments
 from cenote.core.errors import InputError
 from cenote.core.moments import set_variance
 from cenote.core.segments import accumulation_dtype, flush_tiny
@@ -235,8 +235,7 @@ class PaddedTokens(Tokens):
     def positions(self) -> Int[Tensor, "batch tokens"]:
         if self.mask is None:
             return torch.arange(self.values.shape[1], device=self.values.device).expand(self.batch, -1)
-        # counted among the real tokens, so that padding may stand anywhere
-        return (self.mask.cumsum(1) - 1).masked_fill(~self.mask, -1)
+        return masks.positions(self.mask)
 
     def token(self, index: int) -> Float[Tensor, "batch dim"]:
         tokens = self.values.shape[1]
@@ -339,10 +338,9 @@ class Bags(Tokens):
         if x.dim() != 3:
             raise InputError(f"x: expected [batch, tokens, dim], got shape {tuple(x.shape)}")
         _require_mask(x, mask)
-        if mask is None:
-            mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        offsets = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
-        return cls(x[mask], offsets)
+        real = masks.real_tokens(x, mask)
+        offsets = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0))
+        return cls(x[real], offsets)
 
     def to_padded(self) -> tuple[Float[Tensor, "batch tokens dim"], Bool[Tensor, "batch tokens"]]:
         """`(x, mask)`, padded with zeros to the longest set."""

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from cenote.core.dense import dense_attention
 from cenote.core.errors import InputError
+from cenote.core.masks import positions, real_tokens
 from cenote.core.sets import PaddedTokens
 from cenote.core.widths import largest_divisor, require_divides
 from cenote.pool.attention.adaptive_noise_pooling import AdaptiveNoisePool, Query
@@ -201,7 +202,8 @@ class Attenuator(PaddedPool):
             if mask is not None:
                 mask = torch.cat([mask.new_ones(x.shape[0], self.cls_token.shape[1]), mask], 1)
         if self.query_emb is not None:
-            x = x + self.query_emb.weight[(~_first(x, mask)).long()]
+            real = real_tokens(x[:1], mask)  # without a mask one set speaks for all
+            x = x + self.query_emb.weight[(positions(real) != 0).long()]
         before = x
         for layer in self.layers:
             before, x = x, layer(x, mask)
@@ -216,13 +218,6 @@ class Attenuator(PaddedPool):
             return x.new_zeros((x.shape[0], x.shape[1] - learned, 1))
         last: AttenuatorLayer = self.layers[-1]  # type: ignore[assignment]
         return last.seen(x, mask, self.cls_index)[:, learned:]
-
-
-def _first(x: Tensor, mask: Bool[Tensor, "batch tokens"] | None) -> Bool[Tensor, "*batch tokens"]:
-    """Which slot holds the first real token of each set."""
-    if mask is None:
-        return torch.arange(x.shape[1], device=x.device) == 0
-    return mask & (mask.cumsum(1) == 1)
 
 
 def _small_normal(module: nn.Module) -> None:

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from cenote.core.errors import InputError
+from cenote.core.masks import real_tokens
 
 ADAM = partial(Adam, lr=1e-4)
 
@@ -80,7 +80,7 @@ class FASet:
     def base_step(self, batch: Batch) -> float:
         """Stage 1: one step of all but the attention, on the single elements; the loss before it."""
         x, target, mask = batch
-        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        real = real_tokens(x, mask)
         owner = real.nonzero()[:, 0]
         with self._frozen(self._attention_parameters):
             self.model.train()

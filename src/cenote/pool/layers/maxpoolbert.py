@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cenote.core.attention import cross_attention
 from cenote.core.errors import InputError
+from cenote.core.masks import positions, real_tokens
 from cenote.core.sets import PaddedTokens
 from cenote.core.widths import largest_divisor, require_divides
 from cenote.pool.layers.base import LayerPool, LayersPooled, layer_tokens
@@ -206,5 +207,4 @@ def first_token(
     x: Float[Tensor, "batch layers tokens dim"], mask: Bool[Tensor, "batch tokens"] | None
 ) -> Float[Tensor, "batch tokens"]:
     """1 on the first real token of each set, else 0."""
-    real = torch.ones(x.shape[0], x.shape[2], dtype=torch.bool, device=x.device) if mask is None else mask
-    return (real & (real.cumsum(1) == 1)).to(x.dtype)
+    return (positions(real_tokens(x, mask, tokens=2)) == 0).to(x.dtype)

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.masks import real_tokens
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import PaddedTokens, Tokens
 from cenote.core.tokenwise import tokenwise
@@ -200,7 +201,7 @@ class AttentiveMimicking(nn.Module):
         return self.agreement.agreement(means).squeeze(-1)
 
     def _form(self, ngrams: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        real = torch.ones_like(ngrams, dtype=torch.bool) if mask is None else mask
+        real = real_tokens(ngrams, mask)
         if self.ngrams is None:
             return torch.zeros_like(real.any(1, keepdim=True)), self._weight().new_zeros(ngrams.shape[0], self.dim)
         embedded = self.ngrams(ngrams.masked_fill(~real, 0))

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.masks import real_tokens
 from cenote.core.sets import PaddedTokens, as_tokens
 from cenote.pool.attention.abmil import ABMIL
 from cenote.pool.base import Pool
@@ -145,7 +146,7 @@ class IndexSetPool(nn.Module, ABC):
             _require_span(name, span, x)
         if heads is not None and heads.shape != x.shape[:2]:
             raise InputError(f"heads: expected shape {tuple(x.shape[:2])} to match x, got {tuple(heads.shape)}")
-        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        real = real_tokens(x, mask)
         if x.shape[1] == 0:
             sets, fallback = real.unsqueeze(1).expand(-1, self.parts, -1), real.new_ones(x.shape[0])
         else:

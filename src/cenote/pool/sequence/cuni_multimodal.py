@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cenote.core.attention import cross_attention
 from cenote.core.errors import InputError
+from cenote.core.masks import real_tokens
 from cenote.core.sets import PaddedTokens
 from cenote.core.widths import require_divides
 
@@ -296,10 +297,7 @@ class FlatMemories(Memories):
     def combine(
         self, queries: Float[Tensor, "batch queries dim"], memories: Sequence[Tensor], masks: Masks
     ) -> MemoriesAttended:
-        real = [
-            torch.ones(memory.shape[:2], dtype=torch.bool, device=memory.device) if mask is None else mask
-            for memory, mask in zip(memories, masks, strict=True)
-        ]
+        real = [real_tokens(memory, mask) for memory, mask in zip(memories, masks, strict=True)]
         found, weights = self.joint_attention(self.norm(queries), torch.cat(list(memories), 1), torch.cat(real, 1))
         by_memory = weights.split([memory.shape[1] for memory in memories], -1)
         return MemoriesAttended(queries + self.dropout(found), tuple(by_memory))

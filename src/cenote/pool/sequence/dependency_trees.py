@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from cenote.core.errors import InputError
+from cenote.core.masks import positions
 
 ROOT, PADDING = -1, -2
 
@@ -157,7 +158,7 @@ class Trees:
         hangs = hangs & self.real.gather(1, heads.clamp(min=0)) if tokens else hangs
         is_root = self.real & ~hangs
         # where no word is a root, none reaches it
-        first_root = is_root & (is_root.cumsum(1) == 1)
+        first_root = positions(is_root) == 0
         root = torch.where(first_root, slots, 0).sum(1, keepdim=True)
         parents = torch.where(hangs, heads.clamp(min=0), root.expand_as(heads))
         self._parents = (parents.unsqueeze(-1) == slots) & self.real.unsqueeze(-1) & ~first_root.unsqueeze(-1)

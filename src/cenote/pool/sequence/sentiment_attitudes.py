@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.masks import real_tokens
 from cenote.core.sets import PaddedTokens, Tokens, as_tokens
 from cenote.core.tokenwise import tokenwise
 from cenote.pool.base import Pool, Pooled
@@ -383,7 +384,7 @@ class PiecewiseMaxPool(nn.Module):
         _require_indices("entities", entities, tokens, 2)
         first, second = entities.amin(1, keepdim=True), entities.amax(1, keepdim=True)
         slots = torch.arange(x.shape[1], device=x.device)
-        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        real = real_tokens(x, mask)
         pieces = (slots <= first, (slots > first) & (slots <= second), slots > second)
         y = torch.cat([PaddedTokens(tokens.values, piece & real).max() for piece in pieces], -1)
         return torch.tanh(y) if self.tanh else y

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.masks import real_tokens
 from cenote.pool.sequence.sta_v2a.onsets import StaV2aOnsets
 from cenote.pool.sequence.sta_v2a.prompt import StaV2aPrompt
 
@@ -68,8 +69,7 @@ def append_prompt(
             f"text, tokens: expected [batch, number, width] of the same batch and width, "
             f"got {tuple(text.shape)} and {tuple(tokens.shape)}"
         )
-    if text_mask is None:
-        text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+    text_mask = real_tokens(text, text_mask)
     if text_mask.shape != text.shape[:2] or text_mask.dtype != torch.bool:
         raise InputError(
             f"text_mask: expected bool {tuple(text.shape[:2])}, got {text_mask.dtype} {tuple(text_mask.shape)}"
