@@ -57,6 +57,7 @@ def test_images(tmp_path: Path, family: str) -> None:
     assert list(states.layers) == [0, 2, 3]
     assert states.layers[2].shape == (2, 16 + prefix, 32)
     assert states.mask is None
+    assert backbone.lengths([photo(0), photo(1)], 3) == [16 + prefix] * 2
     assert states.attentions is not None
     assert [tuple(a.shape) for a in states.attentions] == [(2, 4, 16 + prefix, 16 + prefix)] * 3
     assert torch.allclose(states.attentions[0].sum(-1), torch.ones(()), atol=1e-5)
@@ -122,6 +123,21 @@ def test_texts(tmp_path: Path, family: str) -> None:
     assert int(real.sum()) == alone.layers[3].shape[1]
     for layer in (1, 3):
         assert torch.allclose(together.layers[layer][0, real], alone.layers[layer][0], atol=1e-5)
+    assert_lengths(backbone, ["a b c", "d e f g h i j"])
+
+
+def assert_lengths(backbone: Backbone, items: list[Any]) -> None:
+    """As many tokens are counted of an item, alone or among others, as the model gives it."""
+    for layer in range(backbone.layout.blocks + 1):
+        given = [backbone([item], layers=[layer]).layers[layer].shape[1] for item in items]
+        assert backbone.lengths(items, layer) == given
+        assert [backbone.lengths([item], layer) for item in items] == [[length] for length in given]
+
+
+def test_texts_are_counted_without_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load(str(tiny.bert(tmp_path)))
+    monkeypatch.setattr(backbone, "states", None)
+    assert backbone.lengths(["a b c", "d"], 0) == [5, 3]
 
 
 @pytest.mark.parametrize("model", ["CLIPModel", "SiglipModel"])
@@ -150,6 +166,7 @@ def test_a_text_model_without_a_mask_sees_its_own_padding(tmp_path: Path) -> Non
     states = backbone.states(prepared)
     assert states.mask is not None
     assert int(states.mask.sum()) == 4
+    assert backbone.lengths(["a b", "a b c"], 0) == [4, 5]
 
 
 @pytest.mark.parametrize("model", ["Wav2Vec2Model", "HubertModel", "WavLMModel"])
@@ -158,6 +175,7 @@ def test_waveforms(tmp_path: Path, model: str) -> None:
     assert (backbone.layout.kind, backbone.layout.prefix_tokens, backbone.layout.grid) == ("audio", 0, None)
     assert not backbone.equal_sizes
     assert_no_mate_matters(backbone, tolerance=1e-4)
+    assert_lengths(backbone, [(np.zeros(4000, np.float32), 16000), (np.zeros(9000, np.float32), 16000)])
 
 
 def test_waveforms_without_a_mask_stay_among_their_like(tmp_path: Path) -> None:
@@ -188,6 +206,7 @@ def test_spectrograms(tmp_path: Path) -> None:
     half = backbone([(np.zeros(8000, np.float32), 16000)])
     assert half.mask is not None
     assert int(half.mask.sum()) == 25
+    assert backbone.lengths([(np.zeros(8000, np.float32), 16000)], 2) == [25]
     assert backbone.prepare([(np.zeros(20000, np.float32), 16000)]).cut == 1
 
 

@@ -113,6 +113,12 @@ class Backbone(ABC):
             InputError: where there is no such layer, or the model has no attention weights to give.
         """
 
+    def lengths(self, items: Sequence[Any], layer: int) -> list[int]:
+        """How many real tokens each item has in a hidden state."""
+        states = self.states(self.prepare(items), (layer,))
+        x = states.layers[layer]
+        return [x.shape[1]] * x.shape[0] if states.mask is None else states.mask.sum(1).tolist()
+
     def forward(self, prepared: Prepared) -> Any:
         """The model's own forward and nothing else: what extraction is measured against."""
         return self.states(prepared)

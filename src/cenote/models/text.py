@@ -85,6 +85,10 @@ class TextBackbone(HuggingFaceBackbone):
         whole = self.tokenizer(full, truncation=False, verbose=False)["input_ids"] if full else []
         return Prepared(inputs, sum(len(ids) > self.max_length for ids in whole))
 
+    def lengths(self, items: Sequence[Any], layer: int) -> list[int]:  # noqa: ARG002 - the same in every layer
+        """How many real tokens each text has, counted by the tokenizer alone."""
+        return self.prepare(items).inputs["attention_mask"].sum(1).tolist()
+
     def arguments(self, prepared: Prepared) -> dict[str, Tensor]:
         """Without the mask, where the model was trained without one."""
         found = super().arguments(prepared)

@@ -35,7 +35,7 @@ from cenote.features.store import (
 from cenote.features.store.manifest import MANIFEST
 from cenote.features.store.shards import DTYPES, open_shard, remove_unfinished
 from cenote.features.validate import Problems
-from cenote.models import Backbone, Layout, Prepared, chosen_layers
+from cenote.models import Backbone, Layout, chosen_layers
 from cenote.scale.engine import Engine, LocalEngine
 from cenote.scale.job import Job, ModelSpec, Shard, shards
 from cenote.scale.libraries import versions
@@ -286,23 +286,13 @@ def _fitting(items: RawItems, backbone: Backbone, layout: Layout, layers: tuple[
         lengths = []
         for item in _spread(items.items, SAMPLED_FOR_SIZE):
             try:
-                prepared = backbone.prepare([item.read().content])
+                content = item.read().content
             except UnreadableError:
                 continue
-            lengths.append(_tokens(backbone, prepared, layers[0]))
+            lengths += backbone.lengths([content], layers[0])
         tokens = sum(lengths) / max(len(lengths), 1) or 1.0
     per_item = tokens * layout.dims[layers[0]] * _itemsize(options.dtype) * len(layers)
     return min(max(2 ** int(math.log2(max(SHARD_BYTES / per_item, 1))), FEWEST_ITEMS), MOST_ITEMS)
-
-
-def _tokens(backbone: Backbone, prepared: Prepared, layer: int) -> int:
-    mask = prepared.inputs.get("attention_mask") if backbone.layout.kind == "text" else None
-    if mask is None:
-        states = backbone.states(prepared, (layer,))
-        if states.mask is None:
-            return states.layers[layer].shape[1]
-        mask = states.mask
-    return int(mask.sum())
 
 
 def _changed(store: Path, before: Manifest, now: Manifest, items: RawItems) -> str:
