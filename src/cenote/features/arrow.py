@@ -199,6 +199,10 @@ class File:
         self.is_parquet = path.suffix.lower() in PARQUET
         with told(self.path):
             self.schema = self._parquet().schema_arrow if self.is_parquet else self._ipc().schema
+        if len(set(self.schema.names)) < len(self.schema.names):
+            raise InputError(
+                f"{path}: names a column twice: {', '.join(self.schema.names)}; give each a name of its own"
+            )
 
     def rows(self) -> int:
         """Number of items."""
@@ -326,7 +330,7 @@ def holds_cells(kind: Any) -> bool:
     t, leaf = pa.types, _leaf(kind)
     if t.is_dictionary(leaf):
         leaf = leaf.value_type
-    is_text = t.is_string(leaf) or t.is_large_string(leaf)
+    is_text = t.is_string(leaf) or t.is_large_string(leaf) or t.is_string_view(leaf)
     return _depth(kind) < 2 and (is_text or t.is_boolean(leaf) or t.is_integer(leaf) or t.is_floating(leaf))
 
 

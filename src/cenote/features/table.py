@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from itertools import count, takewhile
 from pathlib import Path
@@ -19,7 +20,10 @@ LONGEST_CELL = 2**31 - 1
 
 
 def read_csv(path: Path, names: Sequence[str] | None = None) -> dict[str, list[str]]:
-    """Columns of a CSV file with a header line; separated by commas, or as the header shows by tabs or semicolons.
+    """Columns of a CSV file with a header line; separated by commas, or as the header shows by tabs, semicolons or bars.
+
+    A quoted cell may hold line ends. Where every line of a file separated by tabs has a cell per column, quotes stand for
+    themselves, unless they enclose the cell.
 
     Args:
         path: the file.
@@ -36,9 +40,9 @@ def read_csv(path: Path, names: Sequence[str] | None = None) -> dict[str, list[s
         raise InputError(
             f"labels: {path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
         ) from error
-    head = text.split("\n", 1)[0]
-    separator = next((s for s in ("\t", ",", ";") if s in head), ",")
-    lines = _lines(path, text, separator)
+    head = re.sub(r'"[^"\n]*"', "", text).lstrip("\n").split("\n", 1)[0]
+    separator = next((s for s in ("\t", ",", ";", "|") if s in head), ",")
+    lines = (_plain_lines(text, names) if separator == "\t" else None) or _lines(path, text, separator)
     if names is not None:
         lines = [(0, list(names)), *lines]
     if len(lines) < 2:
@@ -48,9 +52,10 @@ def read_csv(path: Path, names: Sequence[str] | None = None) -> dict[str, list[s
         raise InputError(f"labels: {path} names a column twice: {', '.join(names)}; give each a name of its own")
     for number, row in lines[1:]:
         if len(row) != len(names):
+            hint = "is a quote not closed?" if any("\n" in cell for cell in row) else ""
             raise InputError(
                 f"labels: {path}, line {number}: {len(row)} cells under {len(names)} column names; "
-                f"put cells that hold {separator!r} in quotes"
+                + (hint or f"put cells that hold {separator!r} in quotes")
             )
     return {name: [row[i].strip() for _, row in lines[1:]] for i, name in enumerate(names)}
 
@@ -58,13 +63,44 @@ def read_csv(path: Path, names: Sequence[str] | None = None) -> dict[str, list[s
 def _lines(path: Path, text: str, separator: str) -> list[tuple[int, list[str]]]:
     """Lines with something in them, and their numbers; a quoted cell may hold line ends and be long."""
     before = csv.field_size_limit(LONGEST_CELL)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    start = 1
     try:
-        return [(reader.line_num, row) for row in reader if any(row)]
+        lines = []
+        for row in reader:
+            if any(row):
+                lines.append((start, row))
+            start = reader.line_num + 1
+        return lines
     except csv.Error as error:
-        raise InputError(f"labels: {path}, line {reader.line_num}: {error}; is a quote not closed?") from error
+        loose = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        lines = [(loose.line_num, row) for row in loose if any(row)]
+        # characters beside a quote do no harm while every cell ends on its line
+        if not any("\n" in cell for _, row in lines for cell in row):
+            return lines
+        raise InputError(
+            f"labels: {path}, line {start}: {error}; a quote in a cell is not closed, or not doubled"
+        ) from error
     finally:
         csv.field_size_limit(before)
+
+
+def _plain_lines(text: str, names: Sequence[str] | None) -> list[tuple[int, list[str]]] | None:
+    """Lines whose quotes stand for themselves; `None` where they have not all as many cells as there are columns."""
+    lines = [(number, line.split("\t")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    columns = len(names) if names is not None else len(lines[0][1]) if lines else 0
+    if any(len(row) != columns for _, row in lines):
+        return None
+    return [(number, [_unquoted(cell) for cell in row]) for number, row in lines]
+
+
+def _unquoted(cell: str) -> str:
+    """
+    >>> _unquoted('"a ""b"" c"'), _unquoted('"a" and "b"'), _unquoted('"')
+    ('a "b" c', '"a" and "b"', '"')
+    """
+    inside = cell[1:-1].replace('""', "") if len(cell) > 1 and cell[0] == cell[-1] == '"' else '"'
+    return cell if '"' in inside else cell[1:-1].replace('""', '"')
 
 
 def find(columns: Mapping[str, Column], wanted: str | None, usual: Sequence[str], argument: str) -> str | None:

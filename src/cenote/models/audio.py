@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from cenote.models.base import Identity, Kind, Prepared
@@ -106,7 +105,7 @@ class AudioBackbone(HuggingFaceBackbone):
 
 
 def _at_rate(samples: Any, rate: int, wanted: int) -> Any:
-    values = torch.as_tensor(samples, dtype=torch.float32).numpy()
+    values = np.asarray(samples, dtype=np.float32)
     if rate == wanted:
         return values
     from scipy.signal import resample_poly

@@ -15,6 +15,10 @@ import numpy as np
 from cenote.core import InputError
 from cenote.features.raw.items import Audio, UnreadableError
 
+HIGHEST_RATE = 1_000_000
+LOUDEST = 2.0**31
+"""Of floating-point samples: those of whole numbers, stored as they were, are no larger."""
+
 
 def decode_image(data: bytes) -> Any:
     """A `PIL.Image` in RGB, turned as its EXIF tag says, transparent parts on white.
@@ -75,6 +79,8 @@ def decode_audio(data: bytes) -> Audio:
         raise UnreadableError("holds no sound: its length is 0")
     if not np.isfinite(samples).all():
         raise UnreadableError("holds NaN or infinite samples")
+    if np.abs(samples).max() > LOUDEST:
+        raise UnreadableError(f"holds samples of up to {np.abs(samples).max():.3g}; those of a sound are from -1 to 1")
     return Audio(np.ascontiguousarray(samples, dtype=np.float32), rate)
 
 
@@ -110,9 +116,13 @@ def _told() -> Iterator[None]:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # PIL refuses what is twice as large as what it warns of
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             yield
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, Warning, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        pixels = "".join(re.findall(r"\((\d+) pixels\)", str(error))) or "too many"
+        raise UnreadableError(f"has {pixels} pixels, which PIL refuses to decode; save it smaller") from error
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, Warning) as error:
         raise UnreadableError(f"is no whole image: {_first_line(error)}") from error
 
 
@@ -131,8 +141,8 @@ def _wav(data: bytes) -> tuple[Any, int]:
         raise UnreadableError(f"is no whole wav file: {_first_line(error)}") from error
     except Exception as error:  # struct.error, raised where the header ends early
         raise UnreadableError(f"is no whole wav file: {_first_line(error)}") from error
-    if rate <= 0:
-        raise UnreadableError(f"claims a rate of {rate} samples a second")
+    if not 0 < rate <= HIGHEST_RATE:
+        raise UnreadableError(f"claims a rate of {rate:,} samples a second; from 1 to {HIGHEST_RATE:,} are taken")
     if samples.dtype == np.uint8:
         return (samples.astype(np.float32) - 128) / 128, int(rate)
     if np.issubdtype(samples.dtype, np.integer):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from cenote.features.raw.decode import check_image, decode_audio, decode_image
 from cenote.features.raw.items import Item, Kind, RawItems, Read, UnreadableError, digest_of
 from cenote.features.splits import WORDS
 from cenote.features.table import ID_NAMES, Column, find, read_csv
-from cenote.features.validate import Problems, check_ids
+from cenote.features.validate import Problems, check_ids, some
 
 LABELS = "labels.csv"
 SUFFIXES: dict[Kind, tuple[str, ...]] = {
@@ -63,19 +66,64 @@ class FileItem(Item):
             return True
 
 
-def media_files(folder: Path, kind: Kind) -> list[Path]:
-    """The files of one kind in a folder and its subfolders, hidden ones left out, in the order of their names."""
-    found = [
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in SUFFIXES[kind]
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    ]
-    return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
+def files_below(folder: Path) -> list[Path]:
+    """The files in a folder and its subfolders, hidden ones left out, in the order of their names.
+
+    Links to folders are followed, but for those that lead back to a folder that they lie in.
+
+    Raises:
+        InputError: where a subfolder cannot be read.
+    """
+    return sorted(_walk(folder, ()), key=lambda file: file.relative_to(folder).as_posix())
 
 
-def open_media(folder: Path, kind: Kind, labels: Path | None = None, id_column: str | None = None) -> RawItems:
+def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise InputError(
+            f"data: cannot read the folder {folder} ({error.strerror}); allow it, or take it out"
+        ) from error
+    for entry in found:
+        mode = _mode(entry)
+        if mode == stat.S_IFDIR:
+            yield from _walk(Path(entry.path), (*above, real))
+        # a link that leads nowhere is an item that cannot be read, and told as such
+        elif mode in (stat.S_IFREG, None):
+            yield Path(entry.path)
+
+
+def _mode(entry: os.DirEntry[str]) -> int | None:
+    try:
+        if entry.is_symlink():
+            return stat.S_IFMT(entry.stat().st_mode)
+        return stat.S_IFDIR if entry.is_dir() else stat.S_IFREG if entry.is_file() else 0
+    except OSError:
+        return None
+
+
+def media_files(files: list[Path], kind: Kind) -> list[Path]:
+    """Those of one kind."""
+    return [file for file in files if file.suffix.lower() in SUFFIXES[kind]]
+
+
+def kinds_of_files(files: list[Path]) -> str:
+    """How many there are of which suffix.
+
+    >>> kinds_of_files([Path("a.heic"), Path("b.HEIC"), Path("README")])
+    '2 .heic, 1 without suffix'
+    """
+    counts = Counter(file.suffix.lower() or "without suffix" for file in files)
+    return some(f"{count} {name}" for name, count in counts.most_common())
+
+
+def open_media(
+    folder: Path, below: list[Path], kind: Kind, labels: Path | None = None, id_column: str | None = None
+) -> RawItems:
     """The images or sounds of a folder.
 
     Labels come from `labels`, from `labels.csv` in the folder, or from the names of the subfolders; where all files lie in
@@ -83,6 +131,7 @@ def open_media(folder: Path, kind: Kind, labels: Path | None = None, id_column: 
 
     Args:
         folder: with files in it or in subfolders.
+        below: all of these files.
         kind: image or audio.
         labels: CSV file with a column that names each file by its path in the folder, its name, or either without extension.
         id_column: that column; default `id`, `file`, ...
@@ -90,17 +139,24 @@ def open_media(folder: Path, kind: Kind, labels: Path | None = None, id_column: 
     Raises:
         InputError: where there is no such file, or rows and files do not fit each other.
     """
-    files = media_files(folder, kind)
+    files = media_files(below, kind)
     if not files:
         raise InputError(f"{folder}: holds no {', '.join(SUFFIXES[kind])} file")
     names = [file.relative_to(folder).as_posix() for file in files]
-    suffixes = ", ".join(sorted({f.suffix.lower() for f in files}))
     csv = labels or (folder / LABELS if (folder / LABELS).is_file() else None)
+    suffixes = ", ".join(sorted({f.suffix.lower() for f in files}))
+    others = [f for f in below if f.suffix.lower() not in SUFFIXES[kind] and f != csv]
+    aside = f"; not read: {kinds_of_files(others)}" if others else ""
+    in_words = f"folder of {suffixes} files{aside}"
+    problems = Problems(str(folder))
+    _check_names(names, problems)
+    problems.raise_any()
     if csv is None:
+        if id_column is not None:
+            raise InputError(f"id_column: {folder} has no {LABELS}, and none was named; leave the column out")
         columns: dict[str, Column] = _from_folders(names)
         items = [FileItem(name, path, kind) for name, path in zip(names, files, strict=True)]
-        return RawItems(kind, f"folder of {suffixes} files", items, columns)
-    problems = Problems(str(folder))
+        return RawItems(kind, in_words, items, columns)
     table = read_csv(csv)
     id_name = find(table, id_column, ID_NAMES, "id_column")
     if id_name is None:
@@ -112,7 +168,16 @@ def open_media(folder: Path, kind: Kind, labels: Path | None = None, id_column: 
     of_row = matched(table[id_name], files, folder, csv.name, problems)
     problems.raise_any()
     rows = [FileItem(name, path, kind) for name, path in zip(table[id_name], of_row, strict=True) if path is not None]
-    return RawItems(kind, f"folder of {suffixes} files", rows, table, used=frozenset({id_name}))
+    return RawItems(kind, in_words, rows, table, used=frozenset({id_name}))
+
+
+def _check_names(names: list[str], problems: Problems) -> None:
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(name).decode("utf-8", "backslashreplace")
+            problems.add("name", f"the name of the file {shown} is no UTF-8 text; rename it")
 
 
 def _from_folders(names: list[str]) -> dict[str, Column]:

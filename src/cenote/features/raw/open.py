@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import get_args
 
 from cenote.core import InputError
-from cenote.features.raw.files import media_files, open_media
+from cenote.features import arrow
+from cenote.features.raw.files import SUFFIXES, files_below, kinds_of_files, media_files, open_media
 from cenote.features.raw.items import Kind, RawItems
+from cenote.features.raw.tables import SUFFIXES as TABLES
 from cenote.features.raw.tables import open_table, table_files
 from cenote.features.table import ID_NAMES, Column, find, read_csv
 from cenote.features.validate import Problems, check_ids
@@ -47,33 +49,62 @@ def open_raw(
     if limit is not None and limit < 1:
         raise InputError(f"limit: expected at least 1 item, got {limit}")
     csv = None if labels is None else Path(labels)
-    found = _kinds(where)
-    chosen = kind or (next(iter(found)) if len(found) == 1 else None)
-    if chosen is None or (kind is not None and found and kind not in found and "table" not in found):
-        held = ", ".join(f"{count} {name}" for name, count in found.items()) or "nothing that can be read"
-        raise InputError(
-            f"data: {where} holds {held}; "
-            + ("name one with kind" if len(found) > 1 else "expected image, audio or text")
-        )
-    if where.is_dir() and chosen in ("image", "audio") and chosen in found:
-        items = open_media(where, chosen, csv, id_column)  # type: ignore[arg-type]
+    if where.is_dir() and (where / "manifest.json").is_file() and (where / "shards").is_dir():
+        raise InputError(f"data: {where} is a feature store already; probe it as it is, without a model")
+    below = files_below(where) if where.is_dir() else []
+    media = {kind: found for kind in SUFFIXES if (found := len(media_files(below, kind)))}
+    if kind is None and len(media) > 1:
+        held = ", ".join(f"{count} {name}" for name, count in media.items())
+        raise InputError(f"data: {where} holds {held}; name one with kind")
+    chosen = kind if kind in media else None if kind is not None or not media else next(iter(media))
+    if chosen is not None:
+        for argument, given in (("column", column), ("names", names)):
+            if given is not None:
+                raise InputError(
+                    f"{argument}: {where} is a folder of {chosen} files, which have no columns; leave it out"
+                )
+        items = open_media(where, below, chosen, csv, id_column)
     else:
-        items = open_table(where, column=column, names=names, id_column=None if csv else id_column)
+        tables = [file for file, _ in table_files(where)]
+        if kind in SUFFIXES and where.is_dir():
+            # files of text hold neither images nor sounds
+            tables = [file for file in tables if file.suffix.lower() in arrow.SUFFIXES]
+        if not tables:
+            raise InputError(f"data: {_unreadable(where, below, kind)}")
+        items = open_table(where, kind=kind, column=column, names=names, id_column=None if csv else id_column)
         if csv is not None:
             items = _joined(items, csv, id_column)
+        if kind is not None and items.kind != kind:
+            raise InputError(
+                f"kind: {where} was to hold {kind}, but {items.format} is {items.kind}; name another column"
+            )
+    if not len(items):
+        raise InputError(f"data: {where} holds no item")
     problems = Problems(str(where))
     check_ids([item.id for item in items.items], problems)
     problems.raise_any()
     return items if limit is None else _first(items, limit)
 
 
-def _kinds(path: Path) -> dict[str, int]:
-    if path.is_file():
-        return {"table": 1}
-    counts = {"image": len(media_files(path, "image")), "audio": len(media_files(path, "audio"))}
-    if not any(counts.values()):
-        counts["table"] = len(table_files(path))
-    return {name: count for name, count in counts.items() if count}
+def _unreadable(where: Path, below: Sequence[Path], kind: str | None) -> str:
+    """Why nothing can be made of a file or folder, and what can be done."""
+    if where.is_file():
+        suffix = where.suffix.lower()
+        if any(suffix in of_kind for of_kind in SUFFIXES.values()):
+            return f"{where} is a single file; name the folder that it lies in"
+        hint = {".json": "; write a line per object and call it .jsonl", ".xlsx": "; save it as CSV"}.get(suffix, "")
+        return f"{where} is no {', '.join(TABLES)} file{hint}"
+    lower = [f for f in below if f.suffix.lower() in TABLES]
+    if lower and (kind is None or kind == "text"):
+        return (
+            f"the tables and texts of {where} lie in its subfolders ({lower[0].relative_to(where)}, ...); name one of these "
+            f"folders, or make one table of them, with a line per item: text,label"
+        )
+    held = kinds_of_files(list(below)) or "no file"
+    wanted = ", ".join(SUFFIXES[kind]) if kind in SUFFIXES else ", ".join(s for of in SUFFIXES.values() for s in of)
+    return f"{where} holds nothing that can be read ({held}); expected {wanted}" + (
+        "" if kind in SUFFIXES else f", {', '.join(TABLES)}"
+    )
 
 
 def _first(items: RawItems, limit: int) -> RawItems:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -39,7 +39,10 @@ class TextItem(Item):
     def read(self) -> Read:
         if self.text is None or not self.text.strip():
             raise UnreadableError("holds no text")
-        return Read(self.text, digest_of(self.text.encode()))
+        try:
+            return Read(self.text, digest_of(self.text.encode()))
+        except UnicodeEncodeError as error:
+            raise UnreadableError(f"holds half a character, {self.text[error.start]!a}") from error
 
     def stamp(self) -> str:
         return "missing" if self.text is None else digest_of(self.text.encode("utf-8", "surrogatepass")).hex()
@@ -144,6 +147,7 @@ def table_files(path: Path) -> list[tuple[Path, str | None]]:
 def open_table(
     path: Path,
     *,
+    kind: str | None = None,
     column: str | None = None,
     names: Sequence[str] | None = None,
     id_column: str | None = None,
@@ -152,6 +156,7 @@ def open_table(
 
     Args:
         path: a file or folder; of files called train, dev, test, ... the name gives the split.
+        kind: of the items, where columns of several kinds are there.
         column: the one with the text, image or sound; default: the only one that can be it.
         names: of the columns of CSV files that have no header line.
         id_column: default `id`, ..., else items are numbered.
@@ -162,6 +167,9 @@ def open_table(
     files = table_files(path)
     if not files:
         raise InputError(f"{path}: is no {', '.join(SUFFIXES)} file, and no folder of such files")
+    suffixes = sorted({file.suffix.lower() for file, _ in files})
+    if names is not None and not set(suffixes) & set(CSV):
+        raise InputError(f"names: only CSV files come without the names of their columns; {path} is {suffixes[0]}")
     tables = [_read(file, names) for file, _ in files]
     for (file, _), table in zip(files[1:], tables[1:], strict=True):
         if list(table) != list(tables[0]):
@@ -170,13 +178,15 @@ def open_table(
                 f"put only files of one data set into a folder"
             )
     kinds = _media_columns(files[0][0])
-    chosen = _chosen(path, tables[0], kinds, column)
+    chosen = _chosen(path, tables[0], kinds, column, kind)
     lengths = [_rows(file, table) for (file, _), table in zip(files, tables, strict=True)]
     plain = {n: [c for t in tables for c in t[n]] for n in tables[0] if n != chosen and n not in kinds}
     if all(split is not None for _, split in files) and SPLIT_NAME not in plain:
         plain[SPLIT_NAME] = [split for (_, split), rows in zip(files, lengths, strict=True) for _ in range(rows)]
     id_name = find(plain, id_column, ID_NAMES, "id_column")
     ids = [str(i) for i in range(sum(lengths))] if id_name is None else [str(c) for c in plain[id_name]]
+    if set(suffixes) & set(JSONL):
+        _check_characters(path, plain)
     items: list[Item] = []
     if chosen in kinds:
         places = [(file, row) for (file, _), rows in zip(files, lengths, strict=True) for row in range(rows)]
@@ -184,14 +194,21 @@ def open_table(
     else:
         bare = names is not None and files[0][0].suffix.lower() in CSV
         place = f"{BARE}{list(tables[0]).index(chosen)}:{len(tables[0])}" if bare else chosen
-        cells = ((file, row, c) for (file, _), t in zip(files, tables, strict=True) for row, c in enumerate(t[chosen]))
+        cells = [(file, row, c) for (file, _), t in zip(files, tables, strict=True) for row, c in enumerate(t[chosen])]
+        odd = next((cell for cell in cells if isinstance(cell[2], list | dict)), None)
+        if odd is not None:
+            inside = "a list" if isinstance(odd[2], list) else f"an object of {some(odd[2])}"
+            raise InputError(
+                f"column: {chosen!r} of {odd[0]} holds {inside} in row {odd[1]}, expected a text; name another column, or "
+                f"make one of texts"
+            )
         items += [
             TextItem(i, None if is_missing(c) else str(c), file, place, row)
             for i, (file, row, c) in zip(ids, cells, strict=True)
         ]
     return RawItems(
         kinds.get(chosen, "text"),
-        f"column {chosen} of {len(files)} {files[0][0].suffix} file{'s' if len(files) > 1 else ''}",
+        f"column {chosen} of {len(files)} {', '.join(suffixes)} file{'s' if len(files) > 1 else ''}",
         items,
         plain,
         class_names=_class_names(files[0][0]),
@@ -202,7 +219,8 @@ def open_table(
 def _read(file: Path, names: Sequence[str] | None) -> dict[str, Column]:
     suffix = file.suffix.lower()
     if suffix in LINES:
-        return {"text": [line for line in _text(file).splitlines() if line.strip()]}
+        # not splitlines, which also ends lines at characters that stand in texts
+        return {"text": [line for line in _text(file).split("\n") if line.strip()]}
     if suffix in CSV:
         return dict(read_csv(file, names))
     if suffix in JSONL:
@@ -222,11 +240,13 @@ def _rows(file: Path, table: dict[str, Column]) -> int:
     return len(next(iter(table.values())))
 
 
-def _chosen(path: Path, table: dict[str, Column], kinds: dict[str, Kind], wanted: str | None) -> str:
+def _chosen(path: Path, table: dict[str, Column], kinds: dict[str, Kind], wanted: str | None, kind: str | None) -> str:
     if wanted is not None:
         if wanted not in table:
             raise InputError(f"column: {path} has no column {wanted!r}; its columns are {', '.join(table)}")
         return wanted
+    if kind is not None:
+        kinds = {name: of for name, of in kinds.items() if of == kind}
     if len(kinds) == 1:
         return next(iter(kinds))
     for name in TEXT_NAMES:
@@ -238,8 +258,22 @@ def _chosen(path: Path, table: dict[str, Column], kinds: dict[str, Kind], wanted
         return texts[0]
     raise InputError(
         f"column: {path} has {'several columns' if texts or kinds else 'no column'} that may hold the items; its columns are "
-        f"{some(table)}; name one" + ("" if texts or kinds else "; a CSV file without a header line needs column names")
+        f"{some(table) or 'none of texts, numbers, images or sounds'}; name one, or, of a CSV file without a header line, "
+        f"all of them with names"
     )
+
+
+def _check_characters(path: Path, columns: Mapping[str, Column]) -> None:
+    """JSON can hold halves of characters, which nothing else can."""
+    for name, cells in columns.items():
+        for row, cell in enumerate(cells):
+            if isinstance(cell, str):
+                try:
+                    cell.encode()
+                except UnicodeEncodeError as error:
+                    raise InputError(
+                        f"{path}: column {name!r} holds half a character, {cell[error.start]!a}, in row {row}; correct it"
+                    ) from error
 
 
 def _text(file: Path) -> str:
@@ -259,9 +293,13 @@ def _json_lines(file: Path) -> dict[str, Column]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise InputError(f"{file}, line {number}: is not JSON ({error}); correct it or take it out") from error
+            raise InputError(
+                f"{file}, line {number}: is not JSON ({error}); expected an object on each line: correct it or take it out"
+            ) from error
         if not isinstance(row, dict):
-            raise InputError(f"{file}, line {number}: expected an object with named values, got {line[:40]!r}")
+            raise InputError(
+                f"{file}, line {number}: expected an object with named values, got {line[:40]!r}; write one on each line"
+            )
         rows.append(row)
     if not rows:
         raise InputError(f"{file}: holds no item")
