@@ -92,7 +92,7 @@ def test_wrong_input(cenote: Run, photos: Path, vit: Path, tmp_path: Path) -> No
     for arguments, message in (
         (["--backbone", vit, "--engine", "abacus"], "engine: expected local or ray"),
         (["--backbone", vit, "--layers", "9"], "layers: there is no layer 9"),
-        (["--backbone", vit, "--dtype", "int8"], "dtype: expected one of"),
+        (["--backbone", vit, "--dtype", "int8"], "dtype: expected 'float16', "),
         (["--backbone", vit, "--pool-at-extract", "abmil"], "has weights that must be trained first"),
         (["--backbone", tmp_path / "nowhere"], "there is no folder"),
     ):

@@ -321,7 +321,7 @@ def test_prefix_and_grid_that_do_not_fit(folder: Path) -> None:
 
 def test_fractions_and_task_that_are_none(folder: Path) -> None:
     assert "fractions: expected three positive shares" in told(folder, fractions=(0.8, 0.2, 0.0))
-    assert "task: expected one of binary, multiclass, multilabel, regression, got 'ranking'" in told(
+    assert "task: expected 'binary', 'multiclass', 'multilabel' or 'regression', got 'ranking'" in told(
         folder, task="ranking"
     )
 

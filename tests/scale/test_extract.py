@@ -334,7 +334,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, items: RawItems, vit: Mode
         extract(items, bert, out)
     with pytest.raises(InputError, match="layers: there is no layer 7"):
         extract(items, vit, out, Options(layers=7))
-    with pytest.raises(InputError, match="dtype: expected one of"):
+    with pytest.raises(InputError, match="dtype: expected 'float16', "):
         extract(items, vit, out, Options(dtype="int8"))  # type: ignore[arg-type]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")

@@ -154,7 +154,7 @@ def test_smoke_run_decides_nothing() -> None:
 
 
 def test_unknown_size_is_named() -> None:
-    with pytest.raises(InputError, match="size: expected one of smoke, small, full, got 'large'"):
+    with pytest.raises(InputError, match="size: expected 'smoke', 'small' or 'full', got 'large'"):
         _study(0.5)(0, "large")  # type: ignore[arg-type]
 
 

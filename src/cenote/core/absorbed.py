@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_one_of
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import Bags, PaddedTokens, Tokens
 
@@ -409,8 +410,7 @@ def _require(tokens: Tokens, queries: Tensor, bias: Tensor | None, normalise: st
         raise InputError(
             f"bias: expected one number per token, shape {tuple(tokens.values.shape[:-1])}, got {tuple(bias.shape)}"
         )
-    if normalise not in ("none", "keys", "values", "both"):
-        raise InputError(f"normalise: expected 'none', 'keys', 'values' or 'both', got {normalise!r}")
+    require_one_of(("none", "keys", "values", "both"), normalise=normalise)
 
 
 def _power_of_2(n: int) -> int:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from cenote.core import absorbed, blocked
 from cenote.core.errors import InputError
 from cenote.core.moments import token_moments
+from cenote.core.requirements import require_one_of
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import PaddedTokens, Tokens
 
@@ -97,8 +98,7 @@ def cross_attention(
     Raises:
         InputError: where widths and heads do not fit together.
     """
-    if plan not in ("auto", "absorbed", "projected"):
-        raise InputError(f"plan: expected 'auto', 'absorbed' or 'projected', got {plan!r}")
+    require_one_of(("auto", "absorbed", "projected"), plan=plan)
     if query.dim() not in (2, 3) or (query.dim() == 3 and query.shape[0] != tokens.batch):
         raise InputError(
             f"query: expected [queries, width] for all sets or [{tokens.batch}, queries, width] for each, "

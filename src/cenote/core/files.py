@@ -1,10 +1,14 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and folders of what was saved."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from cenote.core.errors import InputError
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -22,3 +26,14 @@ def write_whole(path: Path, content: bytes | str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def require_format(folder: Path, card: Mapping[str, Any], known: int) -> None:
+    """Raise `InputError` unless the card of what was saved in a folder names the format that is known.
+
+    >>> require_format(Path("best"), {"format": 2}, 1)
+    Traceback (most recent call last):
+    cenote.core.errors.InputError: best: was saved in format 2; this cenote reads 1
+    """
+    if card.get("format") != known:
+        raise InputError(f"{folder}: was saved in format {card.get('format')}; this cenote reads {known}")

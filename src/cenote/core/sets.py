@@ -18,6 +18,7 @@ from torch import Tensor
 from cenote.core import masks, segments
 from cenote.core.errors import InputError
 from cenote.core.moments import set_variance
+from cenote.core.requirements import require_floating
 from cenote.core.segments import accumulation_dtype, flush_tiny
 
 
@@ -484,8 +485,7 @@ def as_tokens(
             )
         _require_mask(x, mask)
         tokens = PaddedTokens(x, mask)
-    if not tokens.values.is_floating_point():
-        raise InputError(f"x: expected floating point features, got {tokens.values.dtype}; use x.float()")
+    require_floating(tokens.values)
     if dim is not None and tokens.dim != dim:
         raise InputError(f"x: expected tokens of width {dim}, got {tokens.dim}; build the pool with dim={tokens.dim}")
     return tokens

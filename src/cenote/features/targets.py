@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cenote.core import InputError
+from cenote.core.requirements import require_one_of
 from cenote.features.dataset import Task
 from cenote.features.table import Column, is_missing, number
 from cenote.features.validate import Problems, some
@@ -59,8 +60,8 @@ def target(
     Raises:
         InputError: where the task is no task, or cannot be decided.
     """
-    if task is not None and task not in get_args(Task):
-        raise InputError(f"task: expected one of {', '.join(get_args(Task))}, got {task!r}")
+    if task is not None:
+        require_one_of(get_args(Task), task=task)
     before = len(problems)
     columns = {name: _named(cells, names.get(name)) for name, cells in columns.items()}
     chosen = task or decided(columns)

@@ -7,6 +7,7 @@ from typing import get_args
 import torch
 
 from cenote.core import InputError
+from cenote.core.requirements import require_one_of
 from cenote.models.base import Backbone, Kind
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,10 +39,9 @@ def load(
     Raises:
         InputError: where there is no such model, or it cannot be used, saying why.
     """
-    if kind is not None and kind not in get_args(Kind):
-        raise InputError(f"kind: expected one of {', '.join(get_args(Kind))}, got {kind!r}")
-    if precision not in PRECISIONS:
-        raise InputError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if kind is not None:
+        require_one_of(get_args(Kind), kind=kind)
+    require_one_of(PRECISIONS, precision=precision)
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:

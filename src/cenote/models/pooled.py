@@ -169,8 +169,7 @@ class Pooled(nn.Module):
             state = load_file(folder / STATE)
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"{folder}: holds no model of Pooled.save_pretrained ({error})") from error
-        if card.get("format") != FORMAT:
-            raise InputError(f"{folder}: was saved in format {card.get('format')}; this cenote reads {FORMAT}")
+        files.require_format(folder, card, FORMAT)
         backbone = _transformers().AutoModel.from_pretrained(folder / BACKBONE, **of_backbone)
         model = cls(backbone, card["method"], card["prefix_tokens"], card["outputs"], **card["settings"])
         missing, unexpected = model.load_state_dict(state, strict=False)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least
 from cenote.core.sets import Bags, PaddedTokens, Tokens, as_tokens
 
 
@@ -60,8 +60,7 @@ class Pool(nn.Module, ABC):
 
     def __init__(self, dim: int, out_dim: int | None = None) -> None:
         super().__init__()
-        if dim < 1:
-            raise InputError(f"dim: expected a positive token width, got {dim}")
+        require_at_least(1, dim=dim)
         self.dim = dim
         self.out_dim = dim if out_dim is None else out_dim
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cenote.core import InputError
+from cenote.core.requirements import require_at_least
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.learning_rates or any(lr <= 0 for lr in self.learning_rates):
             raise InputError(f"learning_rates: expected positive numbers, got {self.learning_rates}")
-        for name in ("epochs", "least_steps", "patience", "batch_size", "tokens_at_once"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        require_at_least(1, epochs=self.epochs, least_steps=self.least_steps, patience=self.patience)
+        require_at_least(1, batch_size=self.batch_size, tokens_at_once=self.tokens_at_once)
 
     def items_per_step(self, items: int) -> int:
         """Batch size for so many training items.

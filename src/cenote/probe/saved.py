@@ -139,8 +139,7 @@ def load(folder: str | Path) -> SavedProbe:
         ) from None
     except (SafetensorError, ValueError, OSError) as error:
         raise InputError(f"{folder}: the saved probe cannot be read ({error}); run cenote probe again") from None
-    if card.get("format") != FORMAT:
-        raise InputError(f"{folder}: was saved in format {card.get('format')}; this cenote reads {FORMAT}")
+    files.require_format(folder, card, FORMAT)
     pool = create(card["method"], dim=card["dim"], **card["arguments"])
     probe = probe_of(pool, card["outputs"], card["prefix_tokens"])
     try:

@@ -19,6 +19,7 @@ import torch
 
 import cenote.core.files as files
 from cenote.core import InputError
+from cenote.core.requirements import require_one_of
 from cenote.features.raw import Item, RawItems, UnreadableError
 from cenote.features.store import (
     Dtype,
@@ -138,8 +139,7 @@ def planned(items: RawItems, backbone: Backbone, options: Options) -> Manifest:
         InputError: where options do not fit the model or the items.
     """
     layout = backbone.layout
-    if options.dtype not in get_args(Dtype):
-        raise InputError(f"dtype: expected one of {', '.join(get_args(Dtype))}, got {options.dtype!r}")
+    require_one_of(get_args(Dtype), dtype=options.dtype)
     if options.batch < 1 or (options.items_per_shard is not None and options.items_per_shard < 1):
         raise InputError("batch, items_per_shard: expected 1 or more")
     if not len(items):

@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cenote.core import InputError
+from cenote.core.requirements import require_one_of
 
 Size = Literal["smoke", "small", "full"]
 Holds = Literal["holds", "does not hold", "not decidable at this scale"]
@@ -236,8 +237,7 @@ def study(run: Callable[[int, Size], Findings]) -> Callable[[int, Size], Verdict
 
     @functools.wraps(run)
     def timed(seed: int, size: Size) -> Verdict:
-        if size not in SIZES:
-            raise InputError(f"size: expected one of {', '.join(SIZES)}, got {size!r}")
+        require_one_of(SIZES, size=size)
         claim, rule = claim_and_rule(sys.modules[run.__module__].__doc__ or "")
         start = time.process_time()
         with torch.random.fork_rng():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least, require_one_of
 from cenote.core.sets import PaddedTokens, Tokens
 from cenote.core.tokenwise import tokenwise
 from cenote.pool.attention.blocks import SelfAttention, require_square, require_tokens
@@ -50,12 +50,9 @@ class ABMILP(PaddedPool):
         self, dim: int, self_attention: AppliesTo = "both", activation: Activation = "tanh", depth: int = 2
     ) -> None:
         super().__init__(dim)
-        if self_attention not in ("none", "map", "both"):
-            raise InputError(f"self_attention: expected 'none', 'map' or 'both', got {self_attention!r}")
-        if activation not in ("tanh", "relu"):
-            raise InputError(f"activation: expected 'tanh' or 'relu', got {activation!r}")
-        if depth < 1:
-            raise InputError(f"depth: expected at least 1 linear map, got {depth}")
+        require_one_of(("none", "map", "both"), self_attention=self_attention)
+        require_one_of(("tanh", "relu"), activation=activation)
+        require_at_least(1, depth=depth)
         self.self_attention = self_attention
         self.pairwise = self_attention != "none"
         self.activation = activation

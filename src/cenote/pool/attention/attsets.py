@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from cenote.core.by_sets import by_sets
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import PaddedTokens, Tokens, as_tokens
 from cenote.core.tokenwise import tokenwise
@@ -39,7 +40,8 @@ class AttSets(Pool):
 
     def __init__(self, dim: int, outputs: int = 1, tanh: bool = False) -> None:
         super().__init__(dim, outputs * dim)
-        self.outputs = _positive("outputs", outputs)
+        require_at_least(1, outputs=outputs)
+        self.outputs = outputs
         self.tanh = tanh
         self.score = nn.Linear(dim, outputs * dim)
         nn.init.xavier_uniform_(self.score.weight)
@@ -115,7 +117,8 @@ class AttSetsConv(nn.Module):
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise InputError(f"kernel_size: expected an odd number, so that the size is kept, got {kernel_size}")
         self.channels = channels
-        self.outputs = _positive("outputs", outputs)
+        require_at_least(1, outputs=outputs)
+        self.outputs = outputs
         self.space = space
         self.tanh = tanh
         conv = nn.Conv2d if space == 2 else nn.Conv3d
@@ -154,9 +157,3 @@ class AttSetsConv(nn.Module):
         scores = self.score(views.values.unflatten(2, x.shape[2:]).flatten(0, 1))
         scores = torch.tanh(scores) if self.tanh else scores
         return views.softmax(scores.flatten(1).unflatten(0, x.shape[:2])).unflatten(2, (self.outputs, -1))
-
-
-def _positive(name: str, count: int) -> int:
-    if count < 1:
-        raise InputError(f"{name}: expected at least 1, got {count}")
-    return count

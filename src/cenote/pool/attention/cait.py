@@ -3,7 +3,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cenote.core.attention import Latents, cross_attention
-from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least
 from cenote.core.sets import Tokens
 from cenote.core.widths import largest_divisor, require_divides
 from cenote.pool.attention.blocks import MLP
@@ -53,8 +53,7 @@ class CaiTPool(Pool):
         super().__init__(dim)
         heads = largest_divisor(dim, 4) if heads is None else heads
         require_divides("heads", heads, dim)
-        if depth < 1:
-            raise InputError(f"depth: expected at least 1 block, got {depth}")
+        require_at_least(1, depth=depth)
         self.heads = heads
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.blocks = nn.ModuleList(

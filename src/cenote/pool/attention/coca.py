@@ -3,7 +3,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cenote.core.attention import cross_attention
-from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least
 from cenote.core.sets import Tokens
 from cenote.pool.attention.blocks import split_projection
 from cenote.pool.base import Pooled, QueryPool
@@ -48,9 +48,7 @@ class CoCaPool(QueryPool):
         feedforward: float | None = None,
     ) -> None:
         super().__init__(dim, out_dim)
-        for name, size in (("heads", heads), ("head_dim", head_dim), ("queries", queries)):
-            if size < 1:
-                raise InputError(f"{name}: expected at least 1, got {size}")
+        require_at_least(1, heads=heads, head_dim=head_dim, queries=queries)
         self.heads = heads
         self.vectors = queries
         self.img_queries = nn.Parameter(torch.randn(queries, self.out_dim))

@@ -3,7 +3,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cenote.core.errors import InputError
+from cenote.core.requirements import require_one_of
 from cenote.core.sets import Tokens
 from cenote.core.tokenwise import tokenwise
 from cenote.pool.base import Pool, Pooled
@@ -40,8 +40,7 @@ class DeepSet(Pool):
         reduce: Literal["mean", "sum", "max"] = "mean",
     ) -> None:
         super().__init__(dim, out_dim)
-        if reduce not in ("mean", "sum", "max"):
-            raise InputError(f"reduce: expected 'mean', 'sum' or 'max', got {reduce!r}")
+        require_one_of(("mean", "sum", "max"), reduce=reduce)
         self.vectors = seeds
         kinds: dict[str, type[MeanPool | SumPool | MaxPool]] = {"mean": MeanPool, "sum": SumPool, "max": MaxPool}
         self.inside = kinds[reduce](hidden)

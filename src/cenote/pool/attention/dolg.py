@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cenote.core.errors import InputError
+from cenote.core.requirements import require_one_of
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import Tokens
 from cenote.pool.attention.blocks import TokenBatchNorm
@@ -46,8 +46,7 @@ class DolgPool(Pool):
 
     def __init__(self, dim: int, hidden: int | None = None, activation: Activation = "relu", eps: float = 1e-5) -> None:
         super().__init__(dim, hidden)
-        if activation not in ("relu", "leaky_relu"):
-            raise InputError(f"activation: expected 'relu' or 'leaky_relu', got {activation!r}")
+        require_one_of(("relu", "leaky_relu"), activation=activation)
         self.activation = activation
         self.conv1 = nn.Linear(dim, self.out_dim, bias=False)
         self.bn = TokenBatchNorm(self.out_dim, eps=eps)

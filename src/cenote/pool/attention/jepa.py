@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from cenote.core.attention import cross_attention
-from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least
 from cenote.core.sets import Tokens
 from cenote.core.widths import largest_divisor, require_divides
 from cenote.pool.attention.blocks import MLP, TransformerBlock, split_projection
@@ -52,8 +52,7 @@ class JepaPool(QueryPool):
         super().__init__(dim)
         self.heads = largest_divisor(dim, 16) if heads is None else heads
         require_divides("heads", self.heads, dim)
-        if depth < 1:
-            raise InputError(f"depth: expected at least 1 block, got {depth}")
+        require_at_least(1, depth=depth)
         self.vectors = queries
         self.complete_block = complete_block
         self.query_tokens = nn.Parameter(torch.zeros(1, queries, dim))

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least
 
 REDUCTIONS: dict[str, Callable[..., np.ndarray]] = {
     "avg": np.mean,
@@ -38,9 +39,7 @@ def knn_centroid_vectors(
 
     Source: Brothers, "Robust Noise Attenuation via Adaptive Pooling of Transformer Outputs", ICML 2025.
     """
-    for name, size in (("samples", samples), ("vectors", vectors), ("dim", dim)):
-        if size < 1:
-            raise InputError(f"{name}: expected a positive number, got {size}")
+    require_at_least(1, samples=samples, vectors=vectors, dim=dim)
     stream = seed if isinstance(seed, np.random.RandomState) else np.random.RandomState(seed)
     return np.stack([_one_set(stream, vectors, dim) for _ in range(samples)])
 

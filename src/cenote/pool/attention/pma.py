@@ -2,7 +2,7 @@ import torch
 from torch import nn
 
 from cenote.core.attention import Plan
-from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least
 from cenote.core.sets import Tokens
 from cenote.core.tokenwise import tokenwise
 from cenote.pool.attention.set_attention import MAB, Variant
@@ -43,8 +43,7 @@ class PMA(QueryPool):
         plan: Plan = "auto",
     ) -> None:
         super().__init__(dim)
-        if seeds < 1:
-            raise InputError(f"seeds: expected at least one seed vector, got {seeds}")
+        require_at_least(1, seeds=seeds)
         self.vectors = seeds
         self.plan = plan
         self.S = nn.Parameter(torch.empty(1, seeds, dim))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from cenote.core.attention import Latents, Plan, cross_attention
 from cenote.core.dense import dense_attention
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least, require_one_of
 from cenote.core.sets import PaddedTokens, Tokens, as_tokens
 from cenote.core.widths import largest_divisor, require_divides
 
@@ -51,8 +52,7 @@ class MAB(nn.Module):
         super().__init__()
         self.heads = largest_divisor(dim_v, 4) if heads is None else heads
         require_divides("heads", self.heads, dim_v)
-        if variant not in ("code", "paper"):
-            raise InputError(f"variant: expected 'code' or 'paper', got {variant!r}")
+        require_one_of(("code", "paper"), variant=variant)
         if variant == "paper" and dim_q != dim_v:
             raise InputError(
                 f"variant: 'paper' adds the raw queries to the result, so their width {dim_q} must be {dim_v}; "
@@ -163,8 +163,7 @@ class ISAB(nn.Module):
         variant: Variant = "code",
     ) -> None:
         super().__init__()
-        if inducing < 1:
-            raise InputError(f"inducing: expected at least one inducing point, got {inducing}")
+        require_at_least(1, inducing=inducing)
         self.I = nn.Parameter(torch.empty(1, inducing, dim_out))
         nn.init.xavier_uniform_(self.I)
         self.mab0 = MAB(dim_out, dim_in, dim_out, heads, ln, variant)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from cenote.core.errors import InputError
+from cenote.core.requirements import require_positive
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import Tokens, as_tokens
 from cenote.core.tokenwise import tokenwise
@@ -40,8 +40,7 @@ class SmoothedMaxPool(Pool):
 
     def __init__(self, dim: int, tau: float = 0.1) -> None:
         super().__init__(dim)
-        if not tau > 0:
-            raise InputError(f"tau: expected a temperature above 0, got {tau}")
+        require_positive(tau=tau)
         self.tau = tau
 
     def pool(self, tokens: Tokens) -> Pooled:

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_one_of, require_positive
 from cenote.pool.bags.midam import AttentionStatistic
 
 Init = Literal["first_value", "authors"]
@@ -49,8 +50,7 @@ class MIDAMLoss(nn.Module, ABC):
             raise InputError(f"bags: expected at least one bag of each class, got {bags}")
         if not 0 < gamma <= 1:
             raise InputError(f"gamma: expected a share above 0 to 1, got {gamma}")
-        if init not in ("first_value", "authors"):
-            raise InputError(f"init: expected 'first_value' or 'authors', got {init!r}")
+        require_one_of(("first_value", "authors"), init=init)
         self.bags = bags
         self.margin = margin
         self.gamma = gamma
@@ -144,8 +144,7 @@ class MIDAMSmoothedMaxLoss(MIDAMLoss):
         exact_alpha: bool = False,
     ) -> None:
         super().__init__(bags, margin, gamma, init, exact_alpha)
-        if not tau > 0:
-            raise InputError(f"tau: expected a temperature above 0, got {tau}")
+        require_positive(tau=tau)
         self.tau = tau
         self.register_buffer("log_s", torch.full((bags,), float("-inf")))
 

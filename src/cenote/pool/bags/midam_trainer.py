@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least
 from cenote.core.sets import Bags
 from cenote.core.tokenwise import ROWS_AT_ONCE
 from cenote.pool.bags.midam import BagScorer
@@ -54,8 +55,7 @@ class TwoClassBatches:
         self, y: Tensor, positives: int = 8, negatives: int = 8, generator: torch.Generator | None = None
     ) -> None:
         y = y.flatten()
-        if min(positives, negatives) < 1:
-            raise InputError(f"positives, negatives: expected at least one of each, got {positives} and {negatives}")
+        require_at_least(1, positives=positives, negatives=negatives)
         self.members = [(y == c).nonzero().squeeze(1) for c in (1, 0)]
         if not all(len(m) for m in self.members) or sum(map(len, self.members)) < len(y):
             raise InputError(f"y: expected labels 0 and 1, both of them there; got {y.unique().tolist()[:10]}")
@@ -157,8 +157,7 @@ class MIDAMTrainer:
     ) -> None:
         if not len(bags) == len(y) == optimizer.loss.bags:
             raise InputError(f"bags: {len(bags)} of them, {len(y)} labels, {optimizer.loss.bags} estimates in the loss")
-        if instances < 1:
-            raise InputError(f"instances: expected at least one per bag, got {instances}")
+        require_at_least(1, instances=instances)
         self.model = model
         self.optimizer = optimizer
         self.loss = optimizer.loss

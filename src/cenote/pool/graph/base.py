@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.graphs import Graphs, check_edges
+from cenote.core.requirements import require_at_least, require_floating
 from cenote.core.segments import accumulation_dtype
 from cenote.pool.graph.precision import in_double
 
@@ -94,8 +95,7 @@ class GraphPool(nn.Module, ABC):
 
     def __init__(self, dim: int, out_dim: int | None = None) -> None:
         super().__init__()
-        if dim < 1:
-            raise InputError(f"dim: expected a positive node width, got {dim}")
+        require_at_least(1, dim=dim)
         self.dim = dim
         self.out_dim = dim if out_dim is None else out_dim
 
@@ -199,8 +199,7 @@ def _check_features(x: Tensor, dim: int | None) -> None:
     if not isinstance(x, Tensor) or x.dim() != 2:
         came = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise InputError(f"x: expected a tensor [nodes, dim] or cenote.core.Graphs, got {came}")
-    if not x.is_floating_point():
-        raise InputError(f"x: expected floating point features, got {x.dtype}; use x.float()")
+    require_floating(x)
     if dim is not None and x.shape[1] != dim:
         raise InputError(f"x: expected nodes of width {dim}, got {x.shape[1]}; build the pool with dim={x.shape[1]}")
 

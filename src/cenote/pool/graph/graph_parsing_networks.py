@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from cenote.core.errors import InputError
 from cenote.core.graphs import undirected
+from cenote.core.requirements import require_one_of
 from cenote.pool.graph.base import (
     Attr,
     Batch,
@@ -110,8 +110,7 @@ class GraphParsingPool(GraphPool):
     ) -> None:
         super().__init__(dim, hidden)
         self.precise = precise
-        if readout not in ("last", "levels"):
-            raise InputError(f"readout: expected 'last' or 'levels', got {readout!r}")
+        require_one_of(("last", "levels"), readout=readout)
         self.readout = readout
         self.encoder = encoder
         self.input = mlp(dim, hidden, hidden, input_layers, dropout, activate_last) if encoder is None else None

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least
 from cenote.pool.graph.base import sum_by
 
 ATOM_KINDS = (119, 5, 12, 12, 10, 6, 6, 2, 2)
@@ -55,8 +56,7 @@ class MoleculeEncoder(nn.Module):
         dropout: float = 0.3,
     ) -> None:
         super().__init__()
-        if layers < 1:
-            raise InputError(f"layers: expected at least one convolution, got {layers}")
+        require_at_least(1, layers=layers)
         self.atoms = KindEmbedding("x", atom_kinds, hidden)
         self.convs = nn.ModuleList([BondConv(hidden, bond_kinds) for _ in range(layers)])
         self.norms = nn.ModuleList([nn.BatchNorm1d(hidden) for _ in range(layers)])

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from cenote.core.errors import InputError
 from cenote.core.graphs import undirected
+from cenote.core.requirements import require_at_least, require_rate
 from cenote.pool.graph.base import GraphLevel, sum_by
 from cenote.pool.graph.layers import mlp
 from cenote.pool.graph.precision import ranks
@@ -78,10 +78,8 @@ class EdgeScores(nn.Module):
         self, dim: int, layers: int = 2, dropout: float = 0.0, edge_dropout: float = 0.0, self_loops: bool = False
     ) -> None:
         super().__init__()
-        if not 0 <= edge_dropout < 1:
-            raise InputError(f"edge_dropout: expected a share from 0 to below 1, got {edge_dropout}")
-        if layers < 1:
-            raise InputError(f"layers: expected at least one layer that scores, got {layers}")
+        require_rate(edge_dropout=edge_dropout)
+        require_at_least(1, layers=layers)
         self.mlp = mlp(dim, dim, 1, layers, dropout, activate_last=False)
         self.edge_dropout = edge_dropout
         self.self_loops = self_loops

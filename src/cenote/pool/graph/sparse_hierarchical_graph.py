@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least, require_one_of
 from cenote.pool.graph.base import Graph, GraphClassifier, GraphLevel, GraphPool, GraphPooled, mean_by
 from cenote.pool.graph.geometric import geometric
 from cenote.pool.graph.precision import ranks
@@ -72,8 +73,7 @@ class TopK(nn.Module):
             raise InputError(f"ratio: expected a share of the nodes, above 0 to 1, got {ratio}; for a number give k")
         if k is not None and k < 1:
             raise InputError(f"k: expected at least one node to keep, got {k}")
-        if gate not in GATES:
-            raise InputError(f"gate: expected 'tanh' or 'sigmoid', got {gate!r}")
+        require_one_of(GATES, gate=gate)
         self.ratio = ratio
         self.k = k
         self.gate = gate
@@ -158,8 +158,7 @@ class SparseHierarchicalPool(GraphPool):
     ) -> None:
         super().__init__(dim, 2 * hidden)
         self.precise = precise
-        if blocks < 1:
-            raise InputError(f"blocks: expected at least one, got {blocks}")
+        require_at_least(1, blocks=blocks)
         self.convs = nn.ModuleList([MeanConv(hidden if i else dim, hidden) for i in range(blocks)])
         self.pools = nn.ModuleList([TopK(hidden, ratio, k, gate, min_score) for _ in range(blocks)])
 

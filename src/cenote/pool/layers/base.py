@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least, require_floating
 from cenote.core.sets import PaddedTokens
 
 
@@ -89,8 +90,7 @@ class LayerPool(nn.Module, ABC):
 
     def __init__(self, dim: int, layers: int | None = None, out_dim: int | None = None) -> None:
         super().__init__()
-        if dim < 1:
-            raise InputError(f"dim: expected a positive token width, got {dim}")
+        require_at_least(1, dim=dim)
         if layers is not None and layers < 1:
             raise InputError(f"layers: expected at least one layer, got {layers}")
         self.dim = dim
@@ -134,8 +134,7 @@ class LayerPool(nn.Module, ABC):
             )
         if x.dim() != 4:
             raise InputError(f"x: expected [batch, layers, tokens, dim], got shape {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise InputError(f"x: expected floating point features, got {x.dtype}; use x.float()")
+        require_floating(x)
         if x.shape[-1] != self.dim:
             raise InputError(
                 f"x: expected tokens of width {self.dim}, got {x.shape[-1]}; build the pool with dim={x.shape[-1]}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cenote.core.attention import cross_attention
 from cenote.core.errors import InputError
 from cenote.core.masks import positions, real_tokens
+from cenote.core.requirements import require_rate
 from cenote.core.sets import PaddedTokens
 from cenote.core.widths import largest_divisor, require_divides
 from cenote.pool.layers.base import LayerPool, LayersPooled, layer_tokens
@@ -99,8 +100,7 @@ class CLSAttention(LayerPool):
         super().__init__(dim)
         self.heads = largest_divisor(dim, 4) if heads is None else heads
         require_divides("heads", self.heads, dim)
-        if not 0 <= dropout < 1:
-            raise InputError(f"dropout: expected a share from 0 to below 1, got {dropout}")
+        require_rate(dropout=dropout)
         self.residual = residual
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core.attention import cross_attention
-from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least, require_one_of
 from cenote.core.sets import PaddedTokens, Tokens
 from cenote.pool.attention.blocks import split_projection
 from cenote.pool.base import Pool, Pooled
@@ -43,9 +43,7 @@ class TrainableLatents(nn.Module):
     def __init__(self, dim: int, latents: int = 768, heads: int = 32, head_dim: int | None = None) -> None:
         super().__init__()
         head_dim = max(1, dim // 2) if head_dim is None else head_dim
-        for name, size in (("dim", dim), ("latents", latents), ("heads", heads), ("head_dim", head_dim)):
-            if size < 1:
-                raise InputError(f"{name}: expected at least 1, got {size}")
+        require_at_least(1, dim=dim, latents=latents, heads=heads, head_dim=head_dim)
         self.heads = heads
         self.latents = nn.Parameter(torch.randn(latents, dim))
         self.norm_latents = nn.LayerNorm(dim)
@@ -113,8 +111,7 @@ class MultiLayerTrainable(LayerPool):
         head_dim: int | None = None,
     ) -> None:
         super().__init__(dim, layers)
-        if tokens not in ("last", "mean"):
-            raise InputError(f"tokens: expected 'last' or 'mean', got {tokens!r}")
+        require_one_of(("last", "mean"), tokens=tokens)
         self.tokens = tokens
         self.permutation_invariant = tokens == "mean"
         self.layer_embedding = nn.Parameter(torch.randn(layers, dim))

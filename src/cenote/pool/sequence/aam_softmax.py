@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least
 from cenote.core.widths import require_divides
 
 
@@ -42,8 +43,7 @@ class AamSoftmax(nn.Module):
     def __init__(self, dim: int, classes: int, heads: int = 1, margin: float = 0.2, scale: float = 30.0) -> None:
         super().__init__()
         require_divides("heads", heads, dim)
-        if classes < 1:
-            raise InputError(f"classes: expected a positive number of speakers, got {classes}")
+        require_at_least(1, classes=classes)
         if not 0 <= margin < math.pi:
             raise InputError(f"margin: expected an angle from 0 to pi, got {margin}")
         self.margin = margin

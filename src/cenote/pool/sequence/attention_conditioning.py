@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least
 from cenote.core.sets import Tokens, as_tokens
 from cenote.pool.base import Pooled
 
@@ -39,9 +40,7 @@ class ConditionedAttention(nn.Module, ABC):
 
     def __init__(self, dim: int, features: int, scored: int) -> None:
         super().__init__()
-        for name, size in (("dim", dim), ("features", features)):
-            if size < 1:
-                raise InputError(f"{name}: expected a positive width, got {size}")
+        require_at_least(1, dim=dim, features=features)
         self.dim = self.out_dim = dim
         self.features = features
         self.score = nn.Linear(scored, 1)

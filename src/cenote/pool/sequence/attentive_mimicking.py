@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.masks import real_tokens
+from cenote.core.requirements import require_at_least, require_one_of
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import PaddedTokens, Tokens
 from cenote.core.tokenwise import tokenwise
@@ -133,10 +134,8 @@ class AttentiveMimicking(nn.Module):
         safe: bool = True,
     ) -> None:
         super().__init__()
-        if combinator not in ("gated", "single", "form", "context"):
-            raise InputError(f"combinator: expected 'gated', 'single', 'form' or 'context', got {combinator!r}")
-        if dim < 1 or ngrams < 1:
-            raise InputError(f"dim, ngrams: expected at least 1 each, got {dim} and {ngrams}")
+        require_one_of(("gated", "single", "form", "context"), combinator=combinator)
+        require_at_least(1, dim=dim, ngrams=ngrams)
         self.dim = dim
         self.combinator = combinator
         reads_contexts = combinator != "form"

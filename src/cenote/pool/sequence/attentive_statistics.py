@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cenote.core.by_sets import by_sets
-from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least, require_one_of, require_positive
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import Tokens
 from cenote.core.widths import require_divides
@@ -68,12 +68,9 @@ class AttentiveStatisticsPool(Pool):
         eps: float = 1e-5,
         dropout: float = 0.0,
     ) -> None:
-        if queries < 1 or hidden < 1:
-            raise InputError(f"queries, hidden: expected positive numbers, got {queries} and {hidden}")
-        if activation not in ("tanh", "relu"):
-            raise InputError(f"activation: expected 'tanh' or 'relu', got {activation!r}")
-        if eps <= 0:
-            raise InputError(f"eps: expected a positive floor of the variance, got {eps}")
+        require_at_least(1, queries=queries, hidden=hidden)
+        require_one_of(("tanh", "relu"), activation=activation)
+        require_positive(eps=eps)
         super().__init__(dim, 2 * queries * dim)
         self.heads = dim if heads is None else heads
         require_divides("heads", self.heads, dim)

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_one_of, require_positive
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import PaddedTokens, Tokens, as_tokens
 from cenote.core.tokenwise import tokenwise
@@ -71,10 +72,8 @@ class AttentiveTemporalPool(Pool):
         hidden: int | None = None,
         eps: float = 1e-4,
     ) -> None:
-        if statistics not in ("mean", "mean_std"):
-            raise InputError(f"statistics: expected 'mean' or 'mean_std', got {statistics!r}")
-        if eps <= 0:
-            raise InputError(f"eps: expected a positive number, got {eps}")
+        require_one_of(("mean", "mean_std"), statistics=statistics)
+        require_positive(eps=eps)
         super().__init__(dim, dim if statistics == "mean" else 2 * dim)
         self.statistics = statistics
         self.eps = eps

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.masks import real_tokens
+from cenote.core.requirements import require_at_least, require_one_of
 from cenote.core.sets import PaddedTokens, as_tokens
 from cenote.pool.attention.abmil import ABMIL
 from cenote.pool.base import Pool
@@ -83,11 +84,9 @@ class IndexSetPool(nn.Module, ABC):
 
     def __init__(self, dim: int, parts: int, reduce: Reduce = "max", hidden: int = 64) -> None:
         super().__init__()
-        if dim < 1:
-            raise InputError(f"dim: expected a positive width, got {dim}")
+        require_at_least(1, dim=dim)
         reductions: dict[str, type[Pool]] = {"max": MaxPool, "mean": MeanPool}
-        if reduce not in (*reductions, "attention"):
-            raise InputError(f"reduce: expected 'max', 'mean' or 'attention', got {reduce!r}")
+        require_one_of((*reductions, "attention"), reduce=reduce)
         self.dim = dim
         self.parts = parts
         self.out_dim = parts * dim
@@ -204,8 +203,7 @@ class DynamicPool(IndexSetPool):
     """
 
     def __init__(self, dim: int, pieces: Literal[3, 5] = 3, reduce: Reduce = "max", hidden: int = 64) -> None:
-        if pieces not in (3, 5):
-            raise InputError(f"pieces: expected 3 or 5, got {pieces}")
+        require_one_of((3, 5), pieces=pieces)
         super().__init__(dim, pieces, reduce, hidden)
 
     def index_sets(self, sentences: RelationSentences) -> IndexSets:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cenote.core.attention import cross_attention
 from cenote.core.errors import InputError
 from cenote.core.masks import real_tokens
+from cenote.core.requirements import require_at_least, require_one_of, require_rate
 from cenote.core.sets import PaddedTokens
 from cenote.core.widths import require_divides
 
@@ -112,13 +113,11 @@ class Memories(nn.Module, ABC):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        if memories < 1:
-            raise InputError(f"memories: expected at least one memory, got {memories}")
+        require_at_least(1, memories=memories)
         self.head_counts = [heads] * memories if isinstance(heads, int) else list(heads)
         if len(self.head_counts) != memories:
             raise InputError(f"heads: expected one number or {memories}, one per memory, got {len(self.head_counts)}")
-        if not 0 <= dropout < 1:
-            raise InputError(f"dropout: expected a share from 0 to below 1, got {dropout}")
+        require_rate(dropout=dropout)
         self.dim = self.out_dim = dim
         self.memories = memories
         self.bias = bias
@@ -415,8 +414,7 @@ class Imagination(nn.Module):
         self, dim: int, image_dim: int = 2048, hidden: int | None = None, activation: Literal["tanh", "relu"] = "tanh"
     ) -> None:
         super().__init__()
-        if activation not in ("tanh", "relu"):
-            raise InputError(f"activation: expected 'tanh' or 'relu', got {activation!r}")
+        require_one_of(("tanh", "relu"), activation=activation)
         self.dim = dim
         self.out_dim = image_dim
         self.activation = activation
@@ -463,8 +461,7 @@ def imagination_loss(
         raise InputError(
             f"image: expected [batch, image_dim] as predicted, got {tuple(image.shape)} for {tuple(predicted.shape)}"
         )
-    if reduction not in ("sum", "mean"):
-        raise InputError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
+    require_one_of(("sum", "mean"), reduction=reduction)
     cosines = F.normalize(predicted, dim=-1) @ F.normalize(image, dim=-1).T
     others = ~torch.eye(len(image), dtype=torch.bool, device=image.device)
     hinge = (margin - cosines.diagonal().unsqueeze(1) + cosines).clamp(min=0) * others

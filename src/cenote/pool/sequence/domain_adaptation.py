@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least
 
 
 def adapt_logits(
@@ -74,8 +75,7 @@ class LinearCalibration(nn.Module):
 
     def __init__(self, dim: int, diagonal: bool = False) -> None:
         super().__init__()
-        if dim < 1:
-            raise InputError(f"dim: expected a positive width, got {dim}")
+        require_at_least(1, dim=dim)
         self.diagonal = diagonal
         self.scale = nn.Parameter(torch.ones(dim) if diagonal else torch.eye(dim))
         self.bias = nn.Parameter(torch.zeros(dim))

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cenote.core import segments
-from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least, require_one_of, require_positive
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import Bags, PaddedTokens, Tokens
 from cenote.pool.base import Pool, Pooled
@@ -63,17 +63,11 @@ class DraspPool(Pool):
         project: bool = False,
         eps: float = 1e-5,
     ) -> None:
-        for name, value, known in (
-            ("statistics", statistics, ("mean", "mean_std")),
-            ("branches", branches, ("both", "coarse", "fine")),
-            ("fusion", fusion, ("scalars", "sigmoid", "concat")),
-        ):
-            if value not in known:
-                raise InputError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-        if segment < 1:
-            raise InputError(f"segment: expected a positive number of frames, got {segment}")
-        if eps <= 0:
-            raise InputError(f"eps: expected a positive floor of the variance, got {eps}")
+        require_one_of(("mean", "mean_std"), statistics=statistics)
+        require_one_of(("both", "coarse", "fine"), branches=branches)
+        require_one_of(("scalars", "sigmoid", "concat"), fusion=fusion)
+        require_at_least(1, segment=segment)
+        require_positive(eps=eps)
         width = dim if statistics == "mean" else 2 * dim
         joined = 2 * width if branches == "both" and fusion == "concat" else width
         super().__init__(dim, dim if project else joined)

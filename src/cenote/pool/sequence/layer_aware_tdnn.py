@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_one_of
 from cenote.core.sets import PaddedTokens, Tokens
 from cenote.core.widths import largest_divisor, require_divides
 from cenote.pool.attention.blocks import TokenBatchNorm
@@ -199,8 +200,7 @@ class LayerAwareTDNN(LayerPool):
         dropout: float = 0.1,
     ) -> None:
         super().__init__(dim, layers, out_dim)
-        if front not in ("ecapa", "d3net", None):
-            raise InputError(f"front: expected 'ecapa', 'd3net' or None, got {front!r}")
+        require_one_of(("ecapa", "d3net", None), front=front)
         require_divides("loss_heads", loss_heads, out_dim)
         self.loss_heads = loss_heads
         self.permutation_invariant = front is None

@@ -128,8 +128,7 @@ class Mimic:
         try:
             card: dict[str, Any] = json.loads((folder / "mimic.json").read_text("utf-8"))
             state = load_file(folder / "mimic.safetensors")
-            if card.get("format") != FORMAT:
-                raise InputError(f"{folder}: was saved in format {card.get('format')}; this cenote reads {FORMAT}")
+            files.require_format(folder, card, FORMAT)
             known = WordVectors(card["words"], state.pop("vectors"))
             ngrams = LetterNgrams(card["ngrams"], card["shortest"], card["longest"])
             model = AttentiveMimicking(

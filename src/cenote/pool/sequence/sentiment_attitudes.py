@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.masks import real_tokens
+from cenote.core.requirements import require_at_least
 from cenote.core.sets import PaddedTokens, Tokens, as_tokens
 from cenote.core.tokenwise import tokenwise
 from cenote.pool.base import Pool, Pooled
@@ -100,9 +101,7 @@ class LinAttention(Pool):
 
     def __init__(self, dim: int, rows: int = 30, hidden: int = 350) -> None:
         super().__init__(dim)
-        for name, size in (("rows", rows), ("hidden", hidden)):
-            if size < 1:
-                raise InputError(f"{name}: expected at least 1, got {size}")
+        require_at_least(1, rows=rows, hidden=hidden)
         self.vectors = rows
         self.map = nn.Linear(dim, hidden, bias=False)
         self.score = nn.Linear(hidden, rows, bias=False)
@@ -180,9 +179,7 @@ class MLPAttention(nn.Module):
 
     def __init__(self, dim: int, keys: int = 2, hidden: int = 10) -> None:
         super().__init__()
-        for name, size in (("dim", dim), ("keys", keys), ("hidden", hidden)):
-            if size < 1:
-                raise InputError(f"{name}: expected at least 1, got {size}")
+        require_at_least(1, dim=dim, keys=keys, hidden=hidden)
         self.dim = dim
         self.keys = keys
         self.out_dim = keys * dim

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_one_of
 from cenote.pool.base import Pooled
 from cenote.pool.spatial.base import WindowPool
 from cenote.pool.spatial.edscw import EDSCWPool1d, EDSCWPool2d, EDSCWPool3d, Similarity
@@ -137,8 +138,7 @@ class AdaUnpool(nn.Module):
         preserve: Literal["sum", "mean"] = "sum",
     ) -> None:
         super().__init__()
-        if preserve not in ("sum", "mean"):
-            raise InputError(f"preserve: expected 'sum' or 'mean', got {preserve!r}")
+        require_one_of(("sum", "mean"), preserve=preserve)
         self.windows = Windows.of(self.dims, kernel_size, stride, padding, ceil_mode)
         self.preserve = preserve
 

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least
 from cenote.pool.spatial.attentive_feature_aggregation import (
     AFASpatialAttention,
     BinaryAFA,
@@ -110,8 +111,7 @@ class AFADLAUp(nn.Module):
                 f"scales: expected one for each of at least two maps, each a multiple of the one before, got {given} for "
                 f"channels {tuple(channels)}"
             )
-        if fused < 1:
-            raise InputError(f"fused: expected at least one node, got {fused}")
+        require_at_least(1, fused=fused)
         nodes, have, at = [], list(channels), list(given)
         for j in range(len(channels) - 2, -1, -1):
             nodes.append(AFAIDAUp(have[j:], [s // at[j] for s in at[j:]], fuse=fuse))

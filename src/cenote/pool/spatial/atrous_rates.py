@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least
 
 COVERAGE = 0.55
 
@@ -101,9 +102,7 @@ def recommend_rates(
     if isinstance(input_size, tuple):
         down, across = (recommend_rates(n, output_stride, branches, coverage) for n in _pair("input_size", input_size))
         return tuple(zip(down, across, strict=True))
-    for name, number in (("input_size", input_size), ("output_stride", output_stride), ("branches", branches)):
-        if number < 1:
-            raise InputError(f"{name}: expected a positive number, got {number}")
+    require_at_least(1, input_size=input_size, output_stride=output_stride, branches=branches)
     if coverage <= 0:
         raise InputError(f"coverage: expected a positive share of the map's side, got {coverage}")
     largest = round(coverage * -(-input_size // output_stride))

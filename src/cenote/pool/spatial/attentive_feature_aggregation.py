@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_one_of
 from cenote.core.sets import as_tokens
 
 Activation = Literal["sigmoid", "abs", "relu"]
@@ -76,8 +77,7 @@ class AFASpatialAttention(nn.Module):
         self, in_channels: int, out_channels: int = 1, hidden: int | None = None, activation: Activation = "sigmoid"
     ) -> None:
         super().__init__()
-        if activation not in ("sigmoid", "abs", "relu"):
-            raise InputError(f"activation: expected 'sigmoid', 'abs' or 'relu', got {activation!r}")
+        require_one_of(("sigmoid", "abs", "relu"), activation=activation)
         hidden = in_channels if hidden is None else hidden
         self.activation = activation
         self.inner = conv_norm_relu(in_channels, hidden, 3)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_floating
 from cenote.core.segments import accumulation_dtype
 from cenote.pool.spatial.windows import Size, Windows
 
@@ -57,8 +58,7 @@ class WindowPool(nn.Module, ABC):
         if not isinstance(x, Tensor) or x.dim() not in (self.dims + 1, self.dims + 2):
             came = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise InputError(f"x: expected a tensor [batch, channels, {axes}] or [channels, {axes}], got {came}")
-        if not x.is_floating_point():
-            raise InputError(f"x: expected floating point features, got {x.dtype}; use x.float()")
+        require_floating(x)
         self.windows.output_size(x.shape[-self.dims :])
         return (x if x.dim() == self.dims + 2 else x.unsqueeze(0)).to(accumulation_dtype(x.dtype))
 

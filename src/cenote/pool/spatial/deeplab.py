@@ -9,6 +9,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_one_of
 from cenote.pool.spatial.dense_crf import DenseCRF, unary_from_probabilities
 
 LARGE = (6, 12, 18, 24)
@@ -88,8 +89,7 @@ class MultiScale(nn.Module):
         super().__init__()
         if not scales or min(scales) <= 0:
             raise InputError(f"scales: expected at least one positive number, got {tuple(scales)}")
-        if fuse not in ("max", "mean"):
-            raise InputError(f"fuse: expected 'max' or 'mean', got {fuse!r}")
+        require_one_of(("max", "mean"), fuse=fuse)
         self.net = net
         self.scales = tuple(scales)
         self.fuse = fuse

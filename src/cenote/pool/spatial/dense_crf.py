@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_one_of
 from cenote.pool.spatial.permutohedral import PermutohedralLattice
 
 Method = Literal["auto", "exact", "lattice"]
@@ -77,10 +78,8 @@ class DenseCRF(nn.Module):
         self.smoothness_sigma = _per_axis("smoothness_sigma", smoothness_sigma)
         if iterations < 0:
             raise InputError(f"iterations: expected 0 or more, got {iterations}")
-        if method not in ("auto", "exact", "lattice"):
-            raise InputError(f"method: expected 'auto', 'exact' or 'lattice', got {method!r}")
-        if normalization not in ("symmetric", "before", "after", "none"):
-            raise InputError(f"normalization: expected 'symmetric', 'before', 'after' or 'none', got {normalization!r}")
+        require_one_of(("auto", "exact", "lattice"), method=method)
+        require_one_of(("symmetric", "before", "after", "none"), normalization=normalization)
         self.iterations = iterations
         self.method = method
         self.normalization = normalization

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cenote.core.errors import InputError
+from cenote.core.requirements import require_one_of, require_positive
 from cenote.pool.spatial.weighted import Cell, Grad, LeanWindowPool, Owned
 from cenote.pool.spatial.windows import Size
 
@@ -48,8 +48,7 @@ class EDSCWPool(LeanWindowPool):
         similarity: Similarity = "channel",
     ) -> None:
         super().__init__(kernel_size, stride, padding, ceil_mode, grad)
-        if similarity not in ("channel", "vector"):
-            raise InputError(f"similarity: expected 'channel' or 'vector', got {similarity!r}")
+        require_one_of(("channel", "vector"), similarity=similarity)
         self.similarity = similarity
         self.channels_apart = similarity == "channel"
 
@@ -105,8 +104,7 @@ class IDWPool(LeanWindowPool):
         eps: float = 1e-6,
     ) -> None:
         super().__init__(kernel_size, stride, padding, ceil_mode, grad)
-        if eps <= 0:
-            raise InputError(f"eps: expected a positive distance, got {eps}")
+        require_positive(eps=eps)
         self.eps = eps
 
     def score(self, a: Cell, context: Cell) -> Owned:

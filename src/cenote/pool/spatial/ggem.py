@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cenote.core.errors import InputError
 from cenote.core.powermean import power_mean
+from cenote.core.requirements import require_one_of
 from cenote.core.sets import Tokens
 from cenote.core.widths import largest_divisor, require_divides
 from cenote.pool.base import Pool, Pooled
@@ -51,8 +51,7 @@ class GGeM(Pool):
         super().__init__(dim)
         self.groups = largest_divisor(dim, 12) if groups is None else groups
         require_divides("groups", self.groups, dim)
-        if negatives not in ("clamp", "shift", "abs_sign"):
-            raise InputError(f"negatives: expected 'clamp', 'shift' or 'abs_sign', got {negatives!r}")
+        require_one_of(("clamp", "shift", "abs_sign"), negatives=negatives)
         self.negatives = negatives
         self.eps = eps
         self.p = nn.Parameter(torch.full((self.groups,), float(p)), requires_grad=learnable)

@@ -6,6 +6,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import PaddedTokens, Tokens, as_tokens
 from cenote.core.widths import require_divides
@@ -56,11 +57,9 @@ class GramianPool(Pool):
         gram_layer: bool = False,
     ) -> None:
         super().__init__(dim)
-        if branches < 1:
-            raise InputError(f"branches: expected at least 1, got {branches}")
+        require_at_least(1, branches=branches)
         r = min(192, dim) if gram_dim is None else gram_dim
-        if r < 1:
-            raise InputError(f"gram_dim: expected a positive width, got {r}")
+        require_at_least(1, gram_dim=r)
         self.vectors = branches
         self.gram_dim = r
         size = r * (r + 1) // 2

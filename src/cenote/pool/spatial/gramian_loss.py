@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_one_of
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Reduction = Literal["mean", "batchmean"]
@@ -24,8 +25,7 @@ def divergence_from_mean(
     """
     if logits.dim() != 3:
         raise InputError(f"logits: expected [batch, branches, classes], got {tuple(logits.shape)}")
-    if reduction not in ("mean", "batchmean"):
-        raise InputError(f"reduction: expected 'mean' or 'batchmean', got {reduction!r}")
+    require_one_of(("mean", "batchmean"), reduction=reduction)
     together = logits.mean(1, keepdim=True).log_softmax(-1).detach().expand_as(logits)
     divergence = F.kl_div(logits.log_softmax(-1), together, reduction="none", log_target=True).sum(-1).mean(0)
     return divergence / logits.shape[-1] if reduction == "mean" else divergence

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least, require_one_of
 from cenote.pool.spatial.shared import SharedWindowPool
 from cenote.pool.spatial.unit import Constraint, in_unit_interval, unit_parameter
 from cenote.pool.spatial.windows import Size
@@ -143,10 +144,8 @@ class TreePool(SharedWindowPool):
         leaves: Literal["random", "mean"] = "random",
     ) -> None:
         super().__init__(kernel_size, stride, padding, ceil_mode, channels, regions)
-        if levels < 1:
-            raise InputError(f"levels: expected at least 1, got {levels}")
-        if leaves not in ("random", "mean"):
-            raise InputError(f"leaves: expected 'random' or 'mean', got {leaves!r}")
+        require_at_least(1, levels=levels)
+        require_one_of(("random", "mean"), leaves=leaves)
         self.levels = levels
         self.leaves = self._first_filters(2 ** (levels - 1))
         if leaves == "mean":

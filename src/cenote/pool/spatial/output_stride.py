@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least
 
 Net = TypeVar("Net", bound=nn.Module)
 Steps = tuple[int, int]
@@ -54,8 +55,7 @@ def to_output_stride(net: Net, output_stride: int, example: Float[Tensor, "batch
         pooling that is called as a function is not seen, and an average pooling that would have to be dilated has no module
         in PyTorch.
     """
-    if output_stride < 1:
-        raise InputError(f"output_stride: expected a positive number, got {output_stride}")
+    require_at_least(1, output_stride=output_stride)
     net = copy.deepcopy(net).eval()
     factors = _factors(net, output_stride, example)
     modules = dict(net.named_modules())

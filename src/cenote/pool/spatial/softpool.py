@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cenote.core.errors import InputError
+from cenote.core.requirements import require_one_of, require_positive
 from cenote.pool.spatial.weighted import Cell, Grad, LeanWindowPool, Owned
 from cenote.pool.spatial.windows import Size
 
@@ -57,10 +57,8 @@ class SoftPool(LeanWindowPool):
         clamp_output: bool = False,
     ) -> None:
         super().__init__(kernel_size, stride, padding, ceil_mode, grad)
-        if weights not in ("channel", "shared"):
-            raise InputError(f"weights: expected 'channel' or 'shared', got {weights!r}")
-        if temperature <= 0:
-            raise InputError(f"temperature: expected a positive number, got {temperature}")
+        require_one_of(("channel", "shared"), weights=weights)
+        require_positive(temperature=temperature)
         self.weights = weights
         self.channels_apart = weights == "channel"
         self.temperature = temperature

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cenote.core.errors import InputError
+from cenote.core.requirements import require_one_of
 
 Constraint = Literal["sigmoid", "clamp"]
 
@@ -17,8 +17,7 @@ NEAREST = 1e-4
 
 def unit_parameter(value: Float[Tensor, "*any"], constraint: Constraint, learnable: bool = True) -> nn.Parameter:
     """The parameter whose `in_unit_interval` is `value` clamped to [0, 1] (a sigmoid gets no nearer to 0 or 1 than 1e-4)."""
-    if constraint not in ("sigmoid", "clamp"):
-        raise InputError(f"constraint: expected 'sigmoid' or 'clamp', got {constraint!r}")
+    require_one_of(("sigmoid", "clamp"), constraint=constraint)
     value = value.detach().clone().clamp(0, 1)
     return nn.Parameter(value.logit(NEAREST) if constraint == "sigmoid" else value, requires_grad=learnable)
 

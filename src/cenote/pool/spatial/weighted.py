@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cenote.core.errors import InputError
+from cenote.core.requirements import require_one_of
 from cenote.pool.base import Pooled
 from cenote.pool.spatial.base import WindowPool
 from cenote.pool.spatial.windows import Size, sum_of_products
@@ -45,8 +45,7 @@ class WeightedWindowPool(WindowPool):
         grad: Grad = "full",
     ) -> None:
         super().__init__(kernel_size, stride, padding, ceil_mode)
-        if grad not in ("full", "weights"):
-            raise InputError(f"grad: expected 'full' or 'weights', got {grad!r}")
+        require_one_of(("full", "weights"), grad=grad)
         self.grad = grad
 
     @abstractmethod

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_positive
 
 
 def query_bank_normalise(
@@ -41,8 +42,7 @@ def query_bank_normalise(
         raise InputError(
             f"bank: expected [bank queries, {similarity.shape[1]}] with at least one query, got shape {tuple(bank.shape)}"
         )
-    if beta <= 0:
-        raise InputError(f"beta: expected a positive number, got {beta}")
+    require_positive(beta=beta)
     if not 1 <= top_k <= bank.shape[1]:
         raise InputError(f"top_k: expected between 1 and the number of items {bank.shape[1]}, got {top_k}")
     retrieved = torch.zeros(bank.shape[1], dtype=torch.bool, device=bank.device)

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_positive
 from cenote.core.sets import PaddedTokens, as_tokens
 from cenote.core.widths import largest_divisor, require_divides
 
@@ -72,8 +73,7 @@ class DiCoSA(nn.Module):
         super().__init__()
         self.blocks = largest_divisor(dim, 8) if blocks is None else blocks
         require_divides("blocks", self.blocks, dim)
-        if temp <= 0:
-            raise InputError(f"temp: expected a positive temperature, got {temp}")
+        require_positive(temp=temp)
         for name, count in (("normaliser", normaliser), ("texts_at_once", texts_at_once)):
             if count is not None and count < 1:
                 raise InputError(f"{name}: expected at least 1, got {count}")

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least
 from cenote.core.sets import PaddedTokens, as_tokens
 from cenote.core.widths import largest_divisor, require_divides
 
@@ -36,8 +37,7 @@ class TemporalTransformer(nn.Module):
 
     def __init__(self, dim: int, layers: int = 4, heads: int | None = None, frames: int = 77) -> None:
         super().__init__()
-        if layers < 1 or frames < 1:
-            raise InputError(f"layers: expected at least one layer and one frame, got {layers} and {frames}")
+        require_at_least(1, layers=layers, frames=frames)
         heads = largest_divisor(dim, max(1, dim // 64)) if heads is None else heads
         self.position_embedding = nn.Parameter(0.01 * torch.randn(frames, dim))
         self.layers = nn.ModuleList(_Layer(dim, heads) for _ in range(layers))

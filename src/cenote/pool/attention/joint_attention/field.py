@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_one_of
 from cenote.core.tokenwise import ROWS_AT_ONCE, tokenwise
 
 Depth = Literal["shallow", "middle", "deep"]
@@ -37,8 +38,7 @@ class FieldHead(nn.Module):
 
     def __init__(self, dim: int, hidden: int | None = None, depth: Depth = "middle") -> None:
         super().__init__()
-        if depth not in HIDDEN_LAYERS:
-            raise InputError(f"depth: expected one of {', '.join(HIDDEN_LAYERS)}, got {depth!r}")
+        require_one_of(HIDDEN_LAYERS, depth=depth)
         hidden = dim if hidden is None else hidden
         self.first = nn.Linear(dim + 2, hidden)
         self.middle = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(HIDDEN_LAYERS[depth]))

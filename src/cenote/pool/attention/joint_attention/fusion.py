@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_one_of
 
 FusionKind = Literal["mid", "early", "scalar_weight", "simple_average"]
 
@@ -39,8 +40,7 @@ class JointAttentionFusion(nn.Module):
 
     def __init__(self, kind: FusionKind = "mid", sigmoid: bool = False) -> None:
         super().__init__()
-        if kind not in get_args(FusionKind):
-            raise InputError(f"kind: expected one of {', '.join(get_args(FusionKind))}, got {kind!r}")
+        require_one_of(get_args(FusionKind), kind=kind)
         self.kind = kind
         self.sigmoid = sigmoid
         if kind == "mid":

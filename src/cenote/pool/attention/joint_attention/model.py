@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_one_of
 from cenote.pool.attention.joint_attention.field import Depth, FieldHead, mean_map
 from cenote.pool.attention.joint_attention.pool import Embedding, Encoded, JointAttentionPool
 
@@ -77,8 +78,7 @@ class JointAttention(nn.Module):
         sigmoid: bool = False,
     ) -> None:
         super().__init__()
-        if aggregation not in get_args(Aggregation):
-            raise InputError(f"aggregation: expected one of {', '.join(get_args(Aggregation))}, got {aggregation!r}")
+        require_one_of(get_args(Aggregation), aggregation=aggregation)
         if not use or not set(use) <= set(get_args(Attribute)):
             raise InputError(f"use: expected some of {', '.join(get_args(Attribute))}, got {use}")
         if actions < 0 or (actions == 0 and use == ("action",)):

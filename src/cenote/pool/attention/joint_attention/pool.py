@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least, require_one_of
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import PaddedTokens, as_tokens
 from cenote.core.widths import largest_divisor, require_divides
@@ -66,10 +66,8 @@ class JointAttentionPool(PaddedPool):
         embedding: Embedding = "mlp",
     ) -> None:
         super().__init__(dim, width)
-        if layers < 1:
-            raise InputError(f"layers: expected at least 1, got {layers}")
-        if embedding not in ("mlp", "linear"):
-            raise InputError(f"embedding: expected 'mlp' or 'linear', got {embedding!r}")
+        require_at_least(1, layers=layers)
+        require_one_of(("mlp", "linear"), embedding=embedding)
         heads = largest_divisor(width, 2) if heads is None else heads
         further = [nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)] if embedding == "mlp" else []
         self.embedding = nn.Sequential(nn.Linear(dim, width), *further)

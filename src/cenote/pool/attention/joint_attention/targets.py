@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cenote.core.errors import InputError
+from cenote.core.requirements import require_positive
 
 
 def gaussian_target(
@@ -29,8 +29,7 @@ def gaussian_target(
 
     Source: Nakatani, Kawashima, Ukita, ICCV 2023. Train with the mean squared error.
     """
-    if sigma <= 0:
-        raise InputError(f"sigma: expected a positive number of pixels, got {sigma}")
+    require_positive(sigma=sigma)
     height, width = size
     across = torch.arange(width, device=points.device) - points[..., :1] * width
     down = torch.arange(height, device=points.device) - points[..., 1:] * height

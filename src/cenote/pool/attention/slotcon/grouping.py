@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from cenote.core.errors import InputError
+from cenote.core.requirements import require_positive
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import Tokens, as_tokens
 from cenote.pool.base import Pool, Pooled
@@ -53,9 +53,7 @@ class SemanticGrouping(Pool):
 
     def __init__(self, dim: int, slots: int = 256, temp: float = 0.07, eps: float = 1e-6) -> None:
         super().__init__(dim)
-        for name, value in (("slots", slots), ("temp", temp), ("eps", eps)):
-            if value <= 0:
-                raise InputError(f"{name}: expected a positive number, got {value}")
+        require_positive(slots=slots, temp=temp, eps=eps)
         self.vectors = slots
         self.temp = temp
         self.eps = eps

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_positive
 from cenote.pool.attention.slotcon.grouping import Grouped, SemanticGrouping
 from cenote.pool.attention.slotcon.views import View, inverse_augment
 
@@ -88,9 +89,7 @@ class SlotCon(nn.Module):
         for name, share in shares.items():
             if not 0 <= share <= 1:
                 raise InputError(f"{name}: expected a number between 0 and 1, got {share}")
-        for name, temperature in (("student_temp", student_temp), ("tau", tau)):
-            if temperature <= 0:
-                raise InputError(f"{name}: expected a positive temperature, got {temperature}")
+        require_positive(student_temp=student_temp, tau=tau)
         self.student_temp = student_temp
         self.teacher_temp = teacher_temp
         self.momentum = momentum

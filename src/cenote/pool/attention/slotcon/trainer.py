@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least, require_rate
 from cenote.pool.attention.slotcon.lars import LARS
 from cenote.pool.attention.slotcon.model import SlotCon, SlotConLosses
 from cenote.pool.attention.slotcon.views import TwoCrops
@@ -52,10 +53,8 @@ class SlotConTrainer:
         optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
         batch: int = 512,
     ) -> None:
-        if steps < 1:
-            raise InputError(f"steps: expected at least 1, got {steps}")
-        if not 0 <= warm_up < 1:
-            raise InputError(f"warm_up: expected a share of the steps below 1, got {warm_up}")
+        require_at_least(1, steps=steps)
+        require_rate(warm_up=warm_up)
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.model = model
         self.views = views

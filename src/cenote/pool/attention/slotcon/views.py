@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least
 
 
 class View(NamedTuple):
@@ -113,8 +114,7 @@ class TwoCrops:
         least_overlap: float = 0.01,
         augment: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        if size < 1:
-            raise InputError(f"size: expected a positive number of pixels, got {size}")
+        require_at_least(1, size=size)
         if not 0 < scale[0] <= scale[1] <= 1:
             raise InputError(f"scale: expected 0 < least <= largest <= 1, got {scale}")
         if not 0 < ratio[0] <= ratio[1]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from cenote.core.errors import InputError
+from cenote.core.requirements import require_one_of
 from cenote.pool.attention.tree_cross_attention.retreever import ReTreever
 
 Task = Literal["classification", "regression", "gaussian"]
@@ -67,10 +67,8 @@ class TreeObjective:
         rl_weight: float = 1.0,
         entropy_bonus: float = 0.01,
     ) -> None:
-        if task not in get_args(Task):
-            raise InputError(f"task: expected one of {', '.join(get_args(Task))}, got {task!r}")
-        if reward not in get_args(Reward):
-            raise InputError(f"reward: expected 'acc' or 'nce', got {reward!r}")
+        require_one_of(get_args(Task), task=task)
+        require_one_of(get_args(Reward), reward=reward)
         self.task = task
         self.reward = reward
         self.ca_weight = ca_weight

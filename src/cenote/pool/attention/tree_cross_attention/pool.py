@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least, require_one_of
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import PaddedTokens
 from cenote.pool.attention.tree_cross_attention.search import TreeCrossAttention
@@ -54,10 +54,8 @@ class TreeCrossAttentionPool(PaddedPool):
         order: Order = "projection",
     ) -> None:
         super().__init__(dim)
-        if queries < 1:
-            raise InputError(f"queries: expected at least 1, got {queries}")
-        if order not in ("projection", "none"):
-            raise InputError(f"order: expected 'projection' or 'none', got {order!r}")
+        require_at_least(1, queries=queries)
+        require_one_of(("projection", "none"), order=order)
         self.vectors = queries
         self.permutation_invariant = order == "projection"
         tca = TreeCrossAttention(dim, heads, dim_feedforward, branch_factor, num_aggregation_layers, bptt)

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import PaddedTokens, as_tokens
 from cenote.core.widths import largest_divisor
@@ -87,10 +88,8 @@ class TreeCrossAttention(nn.Module):
         bptt: bool = False,
     ) -> None:
         super().__init__()
-        if branch_factor < 2:
-            raise InputError(f"branch_factor: expected at least 2, got {branch_factor}")
-        if num_aggregation_layers < 1:
-            raise InputError(f"num_aggregation_layers: expected at least 1, got {num_aggregation_layers}")
+        require_at_least(2, branch_factor=branch_factor)
+        require_at_least(1, num_aggregation_layers=num_aggregation_layers)
         self.dim = dim
         self.branch_factor = branch_factor
         self.bptt = bptt

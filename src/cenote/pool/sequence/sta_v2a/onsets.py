@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import PaddedTokens, as_tokens
 
@@ -79,11 +80,10 @@ class StaV2aOnsets(nn.Module):
         latent_frames: int = 256,
     ) -> None:
         super().__init__()
-        sizes = {"dim": dim, "hidden": hidden, "out_dim": out_dim, "condition": condition}
-        sizes |= {"fps": fps, "latent_rate": latent_rate, "latent_frames": latent_frames}
-        for name, value in (*sizes.items(), *(("windows", w) for w in windows)):
-            if value < 1:
-                raise InputError(f"{name}: expected a positive number, got {value}")
+        require_at_least(1, dim=dim, hidden=hidden, out_dim=out_dim, condition=condition)
+        require_at_least(1, fps=fps, latent_rate=latent_rate, latent_frames=latent_frames)
+        for window in windows:
+            require_at_least(1, windows=window)
         self.dim = dim
         self.windows = tuple(windows)
         self.fps = fps
@@ -151,8 +151,7 @@ def window_mean(
         >>> window_mean(torch.tensor([[[1.0], [3.0], [8.0]]]), 1).flatten().tolist()
         [1.0, 2.0, 5.5]
     """
-    if half_width < 1:
-        raise InputError(f"half_width: expected at least 1, got {half_width}")
+    require_at_least(1, half_width=half_width)
     tokens = PaddedTokens(x, mask)
     real = torch.ones_like(x[..., :1]) if mask is None else mask.unsqueeze(-1).to(x.dtype)
     wide = accumulation_dtype(x.dtype)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_rate
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import Tokens
 from cenote.core.tokenwise import tokenwise
@@ -51,8 +52,7 @@ class FactorGraphAttention(Pool):
 
     def __init__(self, dim: int, dropout: float = 0.5, always_dropout: bool = False) -> None:
         super().__init__(dim)
-        if not 0 <= dropout < 1:
-            raise InputError(f"dropout: expected a share from 0 to below 1, got {dropout}")
+        require_rate(dropout=dropout)
         self.dropout = dropout
         self.always_dropout = always_dropout
         self.unary = nn.Linear(dim, dim)

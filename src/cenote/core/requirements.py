@@ -1,0 +1,72 @@
+"""What many arguments must be. Arguments come by their names, which the messages give back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from cenote.core.errors import InputError
+
+
+def require_at_least(least: int | float, **given: int | float) -> None:
+    """Raise `InputError` unless each number is `least` or more.
+
+    >>> require_at_least(1, heads=8, depth=0)
+    Traceback (most recent call last):
+    cenote.core.errors.InputError: depth: expected at least 1, got 0
+    """
+    for name, number in given.items():
+        if not number >= least:
+            raise InputError(f"{name}: expected at least {least}, got {number}")
+
+
+def require_positive(**given: int | float) -> None:
+    """Raise `InputError` unless each number is above 0.
+
+    >>> require_positive(eps=0.0)
+    Traceback (most recent call last):
+    cenote.core.errors.InputError: eps: expected a positive number, got 0.0
+    """
+    for name, number in given.items():
+        if not number > 0:
+            raise InputError(f"{name}: expected a positive number, got {number}")
+
+
+def require_rate(**given: int | float) -> None:
+    """Raise `InputError` unless each number is a share that can be left out, as of dropout.
+
+    >>> require_rate(dropout=1.0)
+    Traceback (most recent call last):
+    cenote.core.errors.InputError: dropout: expected a share from 0 to below 1, got 1.0
+    """
+    for name, share in given.items():
+        if not 0 <= share < 1:
+            raise InputError(f"{name}: expected a share from 0 to below 1, got {share}")
+
+
+def require_one_of(known: Iterable[Any], **given: Any) -> None:
+    """Raise `InputError` unless each argument is one of the known values.
+
+    >>> require_one_of(("mean", "sum", "max"), reduce="median")
+    Traceback (most recent call last):
+    cenote.core.errors.InputError: reduce: expected 'mean', 'sum' or 'max', got 'median'
+    """
+    known = tuple(known)
+    for name, value in given.items():
+        if value not in known:
+            *others, last = map(repr, known)
+            expected = f"{', '.join(others)} or {last}" if others else last
+            raise InputError(f"{name}: expected {expected}, got {value!r}")
+
+
+def require_floating(x: Tensor) -> None:
+    """Raise `InputError` unless the features `x` are floating point numbers.
+
+    >>> require_floating(torch.arange(3))
+    Traceback (most recent call last):
+    cenote.core.errors.InputError: x: expected floating point features, got torch.int64; use x.float()
+    """
+    if not x.is_floating_point():
+        raise InputError(f"x: expected floating point features, got {x.dtype}; use x.float()")
