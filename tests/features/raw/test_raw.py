@@ -284,7 +284,7 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds 1 image, 1 audio; name one with kind"):
         open_raw(tmp_path / "both")
     assert len(open_raw(tmp_path / "both", kind="audio")) == 1
-    with pytest.raises(InputError, match="kind: expected one of"):
+    with pytest.raises(InputError, match="kind: expected 'image', 'audio' or 'text', got"):
         open_raw(tmp_path / "both", kind="smell")
     with pytest.raises(InputError, match="limit: expected at least 1"):
         open_raw(tmp_path / "both", kind="audio", limit=0)
