@@ -15,6 +15,7 @@ from cenote.core import InputError
 from cenote.features import digits
 from cenote.features.raw import RawItems, Read
 from cenote.features.raw.files import FileItem
+from cenote.features.store.shards import finished_shards
 from cenote.probe import Comparison, Recipe, compare
 from cenote.probe.cells import Cell
 from cenote.probe.trials import OnShare, Trial
@@ -101,6 +102,27 @@ def test_the_same_store_on_two_nodes_with_a_worker_and_a_node_killed(
 
     with pytest.raises(InputError, match=r"item 'cat/001.png' is no whole image"):
         extract(items, vit, tmp_path / "broken", OPTIONS, engine=Breaking(workers=1))
+
+
+def test_a_shard_that_brings_down_its_workers_ends_the_run(
+    tmp_path: Path, items: RawItems, vit: ModelSpec, cluster: Any
+) -> None:
+    class Deadly(FileItem):
+        def read(self) -> Read:
+            os.kill(os.getpid(), signal.SIGKILL)
+            return super().read()
+
+    def deadly(item: FileItem) -> FileItem:
+        return Deadly(item.id, item.path, item.kind) if item.id == items.items[9].id else item
+
+    store, options = tmp_path / "store", replace(OPTIONS, skip_bad=True)
+    with pytest.raises(InputError, match=r"shard 4 was lost with its worker 5 times; what is finished is kept"):
+        extract(with_items(items, deadly), vit, store, options, engine=RayEngine(workers=2))
+    finished = set(finished_shards(store))
+    assert 4 not in finished
+    # the same command goes on where that item is gone from the way
+    done = extract(items, vit, store, options)
+    assert (done.kept, done.computed) == (len(finished), 10 - len(finished))
 
 
 def numbers(comparison: Comparison) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ def connect(address: str) -> Any:
     if not ray.is_initialized():
         _reachable(address)
         try:
-            ray.init(address=address, log_to_driver=False)
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"address: no Ray cluster at {address!r} ({str(error).splitlines()[0]}); start one with ray start --head"
@@ -120,7 +120,7 @@ def spread(
                 except (RayActorError, ActorUnavailableError) as error:
                     stillborn += 1
                     if stillborn >= attempts:
-                        raise InputError(f"engine: no worker can be started ({_reason(error)})") from error
+                        raise InputError(f"engine: no worker can be started ({reason(error)})") from error
                     hire()
             else:
                 actor, task = running.pop(reference)
@@ -133,7 +133,7 @@ def spread(
                     lost[key] = lost.get(key, 0) + 1
                     if lost[key] >= attempts:
                         raise InputError(
-                            f"{key} was lost with its worker {attempts} times ({_reason(error)}); what is finished is "
+                            f"{key} was lost with its worker {attempts} times ({reason(error)}); what is finished is "
                             f"kept: look at the workers' logs, and run the same command again"
                         ) from error
                     again.append(task)
@@ -150,7 +150,7 @@ def spread(
             ray.kill(actor)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The last line that names an exception, as an actor that cannot import something ends with it; else the first one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     named = [line for line in lines[1:] if line.partition(":")[0].endswith(("Error", "Exception"))]
