@@ -42,6 +42,7 @@ class AudioBackbone(HuggingFaceBackbone):
         )
         self.masks_padding = bool(getattr(self.extractor, "return_attention_mask", False))
         self.equal_sizes = self.is_waveform and not self.masks_padding
+        self.shortest = _shortest(model) if self.is_waveform else 1
         super().__init__(model, identity, notes)
 
     def kind(self) -> Kind:
@@ -53,7 +54,7 @@ class AudioBackbone(HuggingFaceBackbone):
 
     def prepare(self, items: Sequence[Any]) -> Prepared:
         """At the model's rate, normalised, padded as the model's own settings say."""
-        sounds = [_at_rate(samples, rate, self.rate) for samples, rate in items]
+        sounds = [self._long_enough(_at_rate(samples, rate, self.rate)) for samples, rate in items]
         options: dict[str, Any] = {"sampling_rate": self.rate, "return_tensors": "pt"}
         if self.is_waveform:
             options["padding"] = True
@@ -67,6 +68,10 @@ class AudioBackbone(HuggingFaceBackbone):
         longest = getattr(self.extractor, "n_samples", None)
         cut = 0 if not isinstance(longest, int) else sum(len(s) > longest for s in sounds)
         return Prepared({k: v for k, v in made.items() if isinstance(v, Tensor)}, cut)
+
+    def _long_enough(self, sound: Any) -> Any:
+        # what is shorter than one frame gives one token all the same
+        return np.pad(sound, (0, max(self.shortest - len(sound), 0)))
 
     def mask(self, prepared: Prepared, output: Any) -> Tensor | None:
         given = prepared.inputs.get("attention_mask")
@@ -102,6 +107,15 @@ class AudioBackbone(HuggingFaceBackbone):
     def settings(self) -> Mapping[str, Any]:
         kept = {k: v for k, v in self.extractor.to_dict().items() if k != "mel_filters"}
         return plain({"extractor": type(self.extractor).__name__, **kept})
+
+
+def _shortest(model: Any) -> int:
+    """Samples that the convolutions of a model of waveforms need for one frame."""
+    kernels, strides = (getattr(model.config, f"conv_{what}", ()) for what in ("kernel", "stride"))
+    length = 1
+    for kernel, stride in reversed(list(zip(kernels, strides, strict=False))):
+        length = (length - 1) * stride + kernel
+    return length
 
 
 def _at_rate(samples: Any, rate: int, wanted: int) -> Any:

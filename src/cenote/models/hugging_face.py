@@ -71,12 +71,26 @@ def load(
                 use_safetensors=None if allow_pickle else True,
                 dtype=precision,
                 output_loading_info=True,
+                # told below, with the names
+                ignore_mismatched_sizes=True,
             )
-        except (
-            ValueError, OSError, RuntimeError, KeyError, ImportError, TypeError, SafetensorError, UnpicklingError,
-        ) as error:  # fmt: skip
+        except (SafetensorError, UnpicklingError) as error:
+            raise InputError(
+                f"backbone: {name}: its weights cannot be read ({_why(error, trust_remote_code)}); is the file whole, and no "
+                f"pointer of Git LFS? fetch it again"
+            ) from error
+        except (ValueError, OSError, RuntimeError, KeyError, ImportError, TypeError) as error:
             raise InputError(f"backbone: {name}: {_why(error, trust_remote_code)}") from error
+        except Exception as error:
+            if not trust_remote_code:
+                raise
+            raise InputError(
+                f"backbone: {name}: its own Python code failed ({type(error).__name__}: {_why(error, True)})"
+            ) from error
+    _require_fitting(name, info)
     chosen = _kind(model, kind, name)
+    if max_length is not None and chosen != "text":
+        raise InputError(f"max_length: cuts texts, and {name} takes {chosen}; leave it out")
     part, attribute = _tower(model, chosen)
     identity = Identity(
         name=name,
@@ -354,6 +368,16 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"backbone: {path} is no JSON file ({error})") from error
+
+
+def _require_fitting(name: str, info: Mapping[str, Any]) -> None:
+    odd = sorted(info.get("mismatched_keys", ()))
+    if odd:
+        key, stored, wanted = odd[0]
+        raise InputError(
+            f"backbone: {name}: its weights do not fit its config.json: {key} is {list(stored)} in the file, and should be "
+            f"{list(wanted)}" + (f", and {len(odd) - 1} more" if len(odd) > 1 else "") + "; take both from one model"
+        )
 
 
 def _loading_notes(info: Mapping[str, Any], attribute: str) -> list[str]:

@@ -27,7 +27,11 @@ def model_folder(
     if folder.is_dir():
         if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
             raise InputError(f"backbone: {folder} is a folder without config.json; expected one of a saved model")
+        if revision is not None:
+            raise InputError(f"revision: {folder} is a local folder, and has only one; leave revision out")
         return folder.resolve(), None
+    if folder.is_file():
+        raise InputError(f"backbone: {folder} is a file; name the folder of the saved model")
     if name.startswith((".", "/", "~")):
         raise InputError(f"backbone: there is no folder {name}")
     try:
@@ -72,7 +76,9 @@ def require_safetensors(folder: Path, pickles: bool) -> list[Path]:
             f"backbone: {folder} has its weights in {pickled[0].name} only, a pickle, which can run code when it is read; "
             f"save them as safetensors, or allow it with --allow-pickle (read with weights_only)"
         )
-    raise InputError(f"backbone: {folder} holds no .safetensors file")
+    raise InputError(
+        f"backbone: {folder} holds no .safetensors file; save the model there with save_pretrained, or fetch it again"
+    )
 
 
 def weights_sha256(files: list[Path]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cenote.core import InputError
 from cenote.models.base import Identity, Kind, Prepared
 from cenote.models.hugging_face import BIGGER_THAN_ANY, HuggingFaceBackbone, plain, processor
 
@@ -40,6 +41,11 @@ class TextBackbone(HuggingFaceBackbone):
         lower_case: bool = False,
     ) -> None:
         self.tokenizer = processor("AutoTokenizer", folder, trust_remote_code, "texts")
+        if len(self.tokenizer) <= len(set(self.tokenizer.all_special_ids)):
+            # transformers makes such a one where there are no files to read it from
+            raise InputError(
+                f"backbone: the tokenizer of {folder} knows no word; save the model's tokenizer into the folder"
+            )
         self.lower_case = lower_case
         notes = list(notes)
         if self.tokenizer.pad_token_id is None:
@@ -60,6 +66,18 @@ class TextBackbone(HuggingFaceBackbone):
         if not known and max_length is None:
             notes.append(f"neither model nor tokenizer says how long a text may be: cut at {LONGEST_UNKNOWN} tokens")
         self.max_length = min([max_length or BIGGER_THAN_ANY, *known]) if known or max_length else LONGEST_UNKNOWN
+        special = self.tokenizer.num_special_tokens_to_add()
+        if self.max_length <= special:
+            raise InputError(
+                f"max_length: {special} of the tokens of every text are special ones such as [CLS], so that {self.max_length} "
+                f"leave none for the text; give {special + 1} or more"
+            )
+        embeddings = _embeddings(model)
+        self.words_known = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
+        if self.words_known is not None and len(self.tokenizer) > self.words_known:
+            notes.append(
+                f"its tokenizer has {len(self.tokenizer):,} tokens, the model {self.words_known:,}: do they fit?"
+            )
         super().__init__(model, identity, notes)
 
     def kind(self) -> Kind:
@@ -79,6 +97,12 @@ class TextBackbone(HuggingFaceBackbone):
             return_attention_mask=True,
         )
         inputs = {name: torch.tensor(numbers) for name, numbers in made.items()}
+        if self.words_known is not None and int(inputs["input_ids"].max()) >= self.words_known:
+            number = int(inputs["input_ids"].max())
+            raise InputError(
+                f"backbone: the tokenizer gives token {number} ({self.tokenizer.convert_ids_to_tokens(number)!r}), but the "
+                f"model knows {self.words_known} only; save the tokenizer that belongs to it into its folder"
+            )
         # only what fills the whole length can have been cut
         lengths = inputs["attention_mask"].sum(1).tolist()
         full = [text for text, length in zip(texts, lengths, strict=True) if length >= self.max_length]
@@ -122,3 +146,10 @@ class TextBackbone(HuggingFaceBackbone):
     def words(self, text: str) -> list[str]:
         """The pieces that the tokens stand for."""
         return list(self.tokenizer.convert_ids_to_tokens(self.prepare([text]).inputs["input_ids"][0].tolist()))
+
+
+def _embeddings(model: Any) -> Any:
+    try:
+        return model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
