@@ -1,6 +1,7 @@
 """Requirements that many arguments share."""
 
 import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from cenote.core import InputError
 from cenote.core.requirements import (
+    require_all_positive,
     require_at_least,
     require_floating,
     require_one_of,
@@ -21,6 +23,7 @@ from cenote.core.requirements import (
     [
         (lambda **given: require_at_least(2, **given), (2, 2.5, math.inf), (1, 1.99, -math.inf, math.nan)),
         (require_positive, (1e-30, 1, math.inf), (0, -1e-30, math.nan)),
+        (require_all_positive, ([1], (2, 0.5)), ((), (1, 0), (1, -1e-30), (math.nan,))),
         (require_rate, (0, 0.5, 1 - 1e-9), (-1e-9, 1, math.nan)),
         (lambda **given: require_one_of((3, None), **given), (3, None), (0, "3", "")),
     ],
@@ -31,7 +34,7 @@ def test_what_fits_passes_and_what_does_not_is_named(
     for value in fits:
         require(here=value, there=value)
     for value in does_not:
-        with pytest.raises(InputError, match=rf"^there: expected .*, got {value!r}$"):
+        with pytest.raises(InputError, match=rf"^there: expected .*, got {re.escape(repr(value))}$"):
             require(here=fits[0], there=value)
 
 

@@ -34,6 +34,19 @@ def require_positive(**given: int | float) -> None:
             raise InputError(f"{name}: expected a positive number, got {number}")
 
 
+def require_all_positive(**given: Iterable[int | float]) -> None:
+    """Raise `InputError` unless each argument holds numbers, all of them above 0.
+
+    >>> require_all_positive(rates=(6, 0))
+    Traceback (most recent call last):
+    cenote.core.errors.InputError: rates: expected at least one number, all of them positive, got (6, 0)
+    """
+    for name, numbers in given.items():
+        held = tuple(numbers)
+        if not held or not all(number > 0 for number in held):
+            raise InputError(f"{name}: expected at least one number, all of them positive, got {held}")
+
+
 def require_rate(**given: int | float) -> None:
     """Raise `InputError` unless each number is a share that can be left out, as of dropout.
 

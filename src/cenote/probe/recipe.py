@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cenote.core import InputError
-from cenote.core.requirements import require_at_least
+from cenote.core.requirements import require_all_positive, require_at_least
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,7 @@ class Recipe:
     tokens_at_once: int = 32768
 
     def __post_init__(self) -> None:
-        if not self.learning_rates or any(lr <= 0 for lr in self.learning_rates):
-            raise InputError(f"learning_rates: expected positive numbers, got {self.learning_rates}")
+        require_all_positive(learning_rates=self.learning_rates)
         require_at_least(1, epochs=self.epochs, least_steps=self.least_steps, patience=self.patience)
         require_at_least(1, batch_size=self.batch_size, tokens_at_once=self.tokens_at_once)
 

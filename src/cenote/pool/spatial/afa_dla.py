@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
-from cenote.core.requirements import require_at_least
+from cenote.core.requirements import require_all_positive, require_at_least
 from cenote.pool.spatial.attentive_feature_aggregation import (
     AFASpatialAttention,
     BinaryAFA,
@@ -202,8 +202,7 @@ class AFASegmenter(nn.Module):
         self.classifier = nn.Conv2d(channels[0], classes, 1)
         self.auxiliary = nn.ModuleList(nn.Conv2d(c, classes, 1) for c in self.neck.out_channels)
         self.scales = tuple(sorted(scales))
-        if not self.scales or self.scales[0] <= 0:
-            raise InputError(f"scales: expected at least one positive number, got {tuple(scales)}")
+        require_all_positive(scales=self.scales)
 
     def forward(
         self, x: Float[Tensor, "batch in_channels height width"]

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
-from cenote.core.requirements import require_at_least
+from cenote.core.requirements import require_all_positive, require_at_least
 
 COVERAGE = 0.55
 
@@ -148,8 +148,7 @@ def sweep_rates(
 
     Source: Kim et al., "Resolution-Aware Design of Atrous Rates", 2023.
     """
-    if not multipliers or min(multipliers) < 1:
-        raise InputError(f"multipliers: expected positive integers, got {tuple(multipliers)}")
+    require_all_positive(multipliers=multipliers)
     side = -(-input_size // output_stride)
     rates = tuple(tuple(g * i for i in range(1, branches + 1)) for g in multipliers)
     scores = tuple(float(score(r)) for r in rates)

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
-from cenote.core.requirements import require_one_of
+from cenote.core.requirements import require_all_positive, require_one_of
 from cenote.pool.spatial.dense_crf import DenseCRF, unary_from_probabilities
 
 LARGE = (6, 12, 18, 24)
@@ -50,8 +50,7 @@ class DeepLabASPP(nn.Module):
         dropout: float = 0.5,
     ) -> None:
         super().__init__()
-        if not rates or min(rates) < 1:
-            raise InputError(f"rates: expected at least one positive rate, got {tuple(rates)}")
+        require_all_positive(rates=rates)
         self.rates = tuple(rates)
         self.branches = nn.ModuleList(_branch(in_channels, classes, r, hidden, dropout) for r in rates)
 
@@ -87,8 +86,7 @@ class MultiScale(nn.Module):
         self, net: nn.Module, scales: Sequence[float] = (0.5, 0.75, 1.0), fuse: Literal["max", "mean"] = "max"
     ) -> None:
         super().__init__()
-        if not scales or min(scales) <= 0:
-            raise InputError(f"scales: expected at least one positive number, got {tuple(scales)}")
+        require_all_positive(scales=scales)
         require_one_of(("max", "mean"), fuse=fuse)
         self.net = net
         self.scales = tuple(scales)

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_all_positive
 from cenote.core.sets import as_tokens
 from cenote.pool.spatial.atrous_rates import recommend_rates
 from cenote.pool.spatial.deeplab import upsampled
@@ -215,8 +216,7 @@ class DeepLabV3(nn.Module):
         self, x: Float[Tensor, "batch in_channels height width"], scales: Sequence[float] = (1.0,), flip: bool = False
     ) -> Float[Tensor, "batch classes height width"]:
         """Class probabilities, the mean over scales of the input (0.5 to 1.75 in the paper) and over mirror images."""
-        if not scales or min(scales) <= 0:
-            raise InputError(f"scales: expected at least one positive number, got {tuple(scales)}")
+        require_all_positive(scales=scales)
         size, parts = x.shape[2:], []
         for s in scales:
             scaled = x if s == 1 else F.interpolate(x, scale_factor=s, mode="bilinear")

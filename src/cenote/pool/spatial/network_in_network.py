@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_all_positive
 from cenote.core.sets import as_tokens
 
 Build = Callable[[], nn.Module]
@@ -58,8 +59,7 @@ class MLPConv(nn.Module):
         final_relu: bool = True,
     ) -> None:
         super().__init__()
-        if not widths or min(widths) < 1:
-            raise InputError(f"widths: expected at least one positive number of channels, got {tuple(widths)}")
+        require_all_positive(widths=widths)
         layers: list[nn.Module] = []
         before = in_channels
         for i, width in enumerate(widths):
