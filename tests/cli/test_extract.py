@@ -116,3 +116,42 @@ def test_missing_labels_are_told_before_the_model_runs(cenote: Run, photos: Path
     assert code == 2
     assert "labels: the data hold none; give a CSV file" in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers", "9"], "layers: there is no layer 9"),
+        (["--layers", "1 2"], "layers: expected last, all, or numbers"),
+        (["--layers", "0,3-1"], "layers: expected last, all, or numbers"),
+        (["--metric", "smell"], "metric: 'smell' does not fit a binary task"),
+        (["--significance", "none"], "significance: expected bootstrap or wilcoxon"),
+        (["--grid", "9x9"], "grid: with --backbone, the model says how its tokens lie"),
+        (["--prefix-tokens", "2"], "prefix-tokens: with --backbone, the model says"),
+        (["--vectors", "x"], "vectors: with --backbone, the model says"),
+    ],
+)
+def test_what_a_probe_cannot_do_is_told_before_the_model_runs(
+    cenote: Run, photos: Path, vit: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    code, _, err = cenote("probe", photos, "--backbone", vit, "--out", tmp_path / "out", *arguments)
+    assert (code, err.startswith("error: ")) == (2, True)
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_finds_what_the_run_would(cenote: Run, photos: Path, vit: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    for out, message in (("file", "is a file"), ("file/tokens", "is a file"), ("full", "not empty")):
+        for dry in ([], ["--dry-run"]):
+            code, _, err = cenote("extract", photos, "--backbone", vit, "--out", tmp_path / out, *dry)
+            assert code == 2
+            assert message in err
+    cenote("extract", photos, "--backbone", vit, "--out", tmp_path / "tokens")
+    command = ("extract", photos, "--backbone", vit, "--out", tmp_path / "tokens", "--dry-run")
+    assert cenote(*command)[0] == 0
+    code, _, err = cenote(*command, "--layers", "all")
+    assert code == 2
+    assert "layers: [3] in the store, [0, 1, 2, 3] now" in err

@@ -16,6 +16,7 @@ from cenote.core import InputError
 
 if TYPE_CHECKING:
     from cenote.features.raw import RawItems
+    from cenote.models import Layout
     from cenote.scale import Extracted, ModelSpec, Options, Progress
 
 LISTED = 20
@@ -117,8 +118,9 @@ def from_raw(
     engine: str = "local",
     address: str = "auto",
     check: Callable[[RawItems], None] = lambda _: None,
+    on_model: Callable[[Layout], None] = lambda _: None,
 ) -> str:
-    """The store of raw data, made where it is not there yet; `check` sees the items before the model does."""
+    """The store of raw data, made where it is not there yet; `check` sees the items and `on_model` the model before all."""
     from dataclasses import replace
 
     from cenote.features.raw import open_raw
@@ -135,7 +137,7 @@ def from_raw(
         )
     console.print(f"{len(items):,} items: {items.format}", highlight=False)
     check(items)
-    report(run(items, replace(spec, kind=items.kind), out, options, console, engine, address), console)
+    report(run(items, replace(spec, kind=items.kind), out, options, console, engine, address, on_model), console)
     return str(out)
 
 
@@ -147,6 +149,7 @@ def run(
     console: Console,
     engine: str = "local",
     address: str = "auto",
+    on_model: Callable[[Layout], None] = lambda _: None,
 ) -> Extracted:
     """Extract with a line that tells rate and time left."""
     from cenote.scale import extract as extracted
@@ -171,6 +174,7 @@ def run(
                 engine=chosen_engine(engine, address),
                 on_progress=on_progress,
                 on_message=on_message,
+                on_model=on_model,
             )
         except KeyboardInterrupt:
             sys.stderr.write(f"interrupted: finished shards are kept in {out}; run the same command again to go on\n")

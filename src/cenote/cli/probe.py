@@ -19,6 +19,7 @@ from cenote.core import InputError
 
 if TYPE_CHECKING:
     from cenote.features.raw import RawItems
+    from cenote.models import Layout
     from cenote.probe import Comparison
     from cenote.probe.compare import Engine
 
@@ -105,6 +106,8 @@ def probe(
     title = None
     if backbone is not None:
         from cenote.features.reading import EMBEDDED, require_labels
+        from cenote.models.base import layer_numbers
+        from cenote.probe.compare import judged_by
         from cenote.scale import ModelSpec, Options
 
         spec = ModelSpec(backbone, kind, revision, device, precision, max_length, trust_remote_code, allow_pickle)
@@ -113,15 +116,23 @@ def probe(
             raise InputError(
                 f"data: with --backbone, name a folder or file of raw images, sounds or texts; {data} are tokens already"
             )
+        for option, given in (("grid", grid), ("prefix-tokens", prefix_tokens or None), ("vectors", vectors)):
+            if given is not None:
+                raise InputError(f"{option}: with --backbone, the model says how its tokens lie; leave it out")
         title = Path(data).stem
 
         def check(items: RawItems) -> None:
-            require_labels(
+            found = require_labels(
                 items, task=task, label_column=label, group_column=group, split_column=split, seed=split_seed
             )
+            judged_by(found, metric, significance)
+
+        def on_model(layout: Layout) -> None:
+            layer_numbers(layers, range(layout.blocks + 1))
 
         data = raw.from_raw(
-            data, spec, out / "features", options, console, labels, id_column, column, names, limit, engine, address, check
+            data, spec, out / "features", options, console, labels, id_column, column, names, limit, engine, address, check,
+            on_model,
         )  # fmt: skip
         labels = id_column = None
     with console.status(f"reading {data}"):

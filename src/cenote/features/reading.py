@@ -15,7 +15,7 @@ from cenote.core import Bags, InputError
 from cenote.core.graphs import Graphs
 from cenote.features import splits, targets
 from cenote.features.arrow import open_arrow, shards_of
-from cenote.features.dataset import SPLITS, TokenDataset
+from cenote.features.dataset import SPLITS, Task, TokenDataset
 from cenote.features.dgcnn import dgcnn_file, open_dgcnn
 from cenote.features.embedded import digit_bags, digits
 from cenote.features.folder import LABELS, open_folder, token_files
@@ -182,8 +182,8 @@ def require_labels(
     split_column: str | None = None,
     fractions: Sequence[float] = splits.FRACTIONS,
     seed: int = 0,
-) -> None:
-    """That raw items have labels, groups and splits which `read` will accept, before hours are spent on their tokens.
+) -> Task:
+    """The task of raw items, whose labels, groups and splits `read` will accept: told before hours are spent on tokens.
 
     Raises:
         InputError: as `read` would.
@@ -191,8 +191,10 @@ def require_labels(
     problems = Problems("data")
     ids = [item.id for item in items.items]
     source = Source(items.format, ids, items.columns, lambda _: None, items.class_names, items.used)
-    _judged(source, task, label_column, group_column, split_column, fractions, seed, problems)
+    made, _, _ = _judged(source, task, label_column, group_column, split_column, fractions, seed, problems)
     problems.raise_any()
+    assert made is not None
+    return made.task
 
 
 def _from_store(

@@ -195,13 +195,15 @@ def layer_numbers(wanted: str | int | Sequence[int] | None, held: Sequence[int])
 
 def _parsed(text: str, held: Sequence[int]) -> list[int]:
     numbers: list[int] = []
-    for part in text.replace(" ", "").split(","):
+    for part in map(str.strip, text.split(",")):
         first, dash, last = part.rpartition("-") if not part.startswith("-") else ("", "", part)
         try:
             if ":" in part:
                 begin, end = (int(edge) if edge else None for edge in part.split(":"))
                 numbers += held[slice(begin, end)]
             elif dash and first:
+                if int(first) > int(last):
+                    raise ValueError(part)
                 numbers += range(int(first), int(last) + 1)
             else:
                 numbers.append(int(part))

@@ -19,7 +19,7 @@ import cenote.core.files as files
 from cenote.core import InputError
 from cenote.core.memory import return_freed_blocks
 from cenote.features import facts
-from cenote.features.dataset import SPLITS, TokenDataset
+from cenote.features.dataset import SPLITS, Task, TokenDataset
 from cenote.probe import statistics, training, verdict
 from cenote.probe.cells import Cell, cell_key, load_cell, save_cell
 from cenote.probe.columns import BASELINE, Column, Layers, chosen_methods, columns_of
@@ -99,15 +99,7 @@ def compare(
     seed_numbers = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     if not seed_numbers:
         raise InputError(f"seeds: expected at least one, got {seeds}")
-    name_of_metric = metric_name(data.task, metric)
-    if significance not in get_args(statistics.Significance):
-        raise InputError(f"significance: expected bootstrap or wilcoxon, got {significance!r}")
-    if significance == "wilcoxon" and name_of_metric not in SHARES:
-        fitting = [m for m in FITTING[data.task] if m in SHARES]
-        raise InputError(
-            f"significance: wilcoxon compares what each item adds to the metric, and {name_of_metric} ranks items against "
-            f"each other; use bootstrap{''.join(f', or metric {m!r}' for m in fitting)}"
-        )
+    name_of_metric = judged_by(data.task, metric, significance)
     for split in SPLITS:
         if not len(data.indices(split)):
             raise InputError(f"data: no item is in the {split} split; it needs train, val and test items")
@@ -171,6 +163,24 @@ def compare(
         save_best(folder / "best", comparison, winner, cells[winner.name].probe(_builder(winner), best_seed))
         files.write_whole(folder / "comparison.json", comparison.to_json())
     return comparison
+
+
+def judged_by(task: Task, metric: str | None = None, significance: str = "bootstrap") -> str:
+    """The metric that methods are compared by.
+
+    Raises:
+        InputError: where it does not fit the task, or the source of p-values does not fit the metric.
+    """
+    name = metric_name(task, metric)
+    if significance not in get_args(statistics.Significance):
+        raise InputError(f"significance: expected bootstrap or wilcoxon, got {significance!r}")
+    if significance == "wilcoxon" and name not in SHARES:
+        fitting = [m for m in FITTING[task] if m in SHARES]
+        raise InputError(
+            f"significance: wilcoxon compares what each item adds to the metric, and {name} ranks items against each other; "
+            f"use bootstrap{''.join(f', or metric {m!r}' for m in fitting)}"
+        )
+    return name
 
 
 def _remembered(data: TokenDataset) -> Callable[[TokenDataset], str]:

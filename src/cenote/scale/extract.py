@@ -171,9 +171,19 @@ def planned(items: RawItems, backbone: Backbone, options: Options) -> Manifest:
 def estimate(
     items: RawItems, spec: ModelSpec, out: Path, options: Options, backbone: Backbone | None = None
 ) -> Estimate:
-    """Items, tokens, bytes and time, from a timed sample of items spread over all; nothing is written."""
+    """Items, tokens, bytes and time, from a timed sample of items spread over all; nothing is written.
+
+    Raises:
+        InputError: where `extract` with the same arguments would, so far as can be told before it runs.
+    """
+    _require_usable(out)
     backbone = backbone or spec.load()
+    before = read_manifest(out) if (out / MANIFEST).exists() else None
+    if before is not None and options.items_per_shard is None:
+        options = replace(options, items_per_shard=before.items_per_shard)
     manifest = planned(items, backbone, options)
+    if before is not None and before.key() != manifest.key():
+        raise InputError(_changed(out, before, manifest, items))
     worker = Worker(Job(out, spec, manifest, skip_bad=True), backbone)
     sample = _spread(items.items, SAMPLED_FOR_TIME)
     worker.rows(sample[: min(len(sample), manifest.batch)])
@@ -184,8 +194,7 @@ def estimate(
         raise InputError(f"data: none of {len(sample)} sampled items can be read; the first: {rows.skipped[0]}")
     share = len(items) / len(rows.ids)
     tokens = round(sum(rows.lengths) * share)
-    folder = next(f for f in (out, *out.absolute().parents) if f.exists())
-    free = os.statvfs(folder)
+    free = os.statvfs(_lowest(out))
     return Estimate(
         items=len(items),
         tokens=tokens,
@@ -207,6 +216,7 @@ def extract(
     backbone: Backbone | None = None,
     on_progress: OnProgress = lambda _: None,
     on_message: Callable[[str], None] = lambda _: None,
+    on_model: Callable[[Layout], None] = lambda _: None,
 ) -> Extracted:
     """Extract token features into a store, or go on where an earlier call stopped.
 
@@ -223,6 +233,7 @@ def extract(
         backbone: the model, if it is loaded already.
         on_progress: called after every batch.
         on_message: called with what a person should know.
+        on_model: called with what the model gives, before anything is written; what it raises ends the extraction.
 
     Raises:
         InputError: where the store was made from another model, other items or with other options (each difference is named),
@@ -231,11 +242,11 @@ def extract(
     start = time.perf_counter()
     options = options or Options()
     store = Path(out)
-    if store.exists() and (not store.is_dir() or (not is_store(store) and _foreign(store))):
-        raise InputError(f"out: {store} is no feature store and not empty; name another folder")
+    _require_usable(store)
     # with an engine elsewhere, this machine needs the model for its layout alone, and may have no GPU
     is_here = engine is None or isinstance(engine, LocalEngine)
     backbone = backbone or (spec if is_here else replace(spec, device="cpu")).load()
+    on_model(backbone.layout)
     for note in backbone.layout.notes:
         on_message(f"{backbone.identity.name}: {note}")
     before = read_manifest(store) if (store / MANIFEST).exists() else None
@@ -427,6 +438,22 @@ def _alone(store: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _require_usable(store: Path) -> None:
+    """The folder can be a store, as far as can be told without writing to it."""
+    there = _lowest(store)
+    if not there.is_dir():
+        raise InputError(f"out: cannot make {store}: {there} is a file; name another folder")
+    if not os.access(there, os.W_OK):
+        raise InputError(f"out: cannot make {store}: {there} may not be written to; name another folder")
+    if there == store and not is_store(store) and _foreign(store):
+        raise InputError(f"out: {store} is no feature store and not empty; name another folder")
+
+
+def _lowest(path: Path) -> Path:
+    """The path, or the lowest of the folders above it that is there."""
+    return next(f for f in (path, *path.absolute().parents) if f.exists())
 
 
 def _make(store: Path) -> None:
