@@ -155,3 +155,27 @@ def test_a_dry_run_finds_what_the_run_would(cenote: Run, photos: Path, vit: Path
     code, _, err = cenote(*command, "--layers", "all")
     assert code == 2
     assert "layers: [3] in the store, [0, 1, 2, 3] now" in err
+
+
+def test_names_with_brackets_and_colons_are_printed_as_they_are(
+    cenote: Run, photos: Path, vit: Path, tmp_path: Path
+) -> None:
+    (photos / "dark" / "a[b] [").mkdir()
+    (photos / "dark" / "a[b] [" / "x].png").write_bytes(b"no image")
+    (photos / "dark" / "c[").mkdir()
+    (photos / "dark" / "c[" / "red]:smile:.png").write_bytes(b"no image")
+    odd = tmp_path / "my [" / "bold] data"
+    odd.parent.mkdir()
+    photos.rename(odd)
+    vit.rename(tmp_path / "vit[red]")
+    command = (odd, "--backbone", tmp_path / "vit[red]", "--skip-bad")
+    code, out, _ = cenote("extract", *command, "--out", tmp_path / "tokens[" / "red]")
+    assert code == 0
+    assert "dark/a[b] [/x].png: is no whole image" in out
+    assert "dark/c[/red]:smile:.png: is no whole image" in out
+    assert "tokens[/red] (1 shards made" in out
+    assert "vit[red]" in cenote("models", "show", tmp_path / "vit[red]")[1]
+    code, out, _ = cenote("probe", *command, "--out", tmp_path / "report[" / "red]", *QUICK)
+    assert code == 0
+    assert "bold] data: AUROC on" in out
+    assert "report[/red]/report.html" in out

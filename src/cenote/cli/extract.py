@@ -11,7 +11,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
+from rich.text import Text
 
+from cenote.cli.console import say
 from cenote.core import InputError
 
 if TYPE_CHECKING:
@@ -84,20 +86,20 @@ def extract(
 
     known_engine(engine)
     console = Console()
-    with console.status(f"listing {data}"):
+    with console.status(Text(f"listing {data}")):
         items = open_raw(
             data, kind=kind, labels=labels, column=column, names=split_names(names), id_column=id_column, limit=limit
         )
     spec = ModelSpec(backbone, items.kind, revision, device, precision, max_length, trust_remote_code, allow_pickle)
     options = Options(layers, dtype, pool_at_extract, batch, items_per_shard, skip_bad)  # type: ignore[arg-type]
-    console.print(f"{len(items):,} items: {items.format}", highlight=False)
+    say(console, f"{len(items):,} items: {items.format}")
     if dry_run:
         with console.status("timing a sample"):
             found = estimate(items, spec, out, options)
-        console.print(
+        say(
+            console,
             f"{found.items:,} items, {found.tokens:,} tokens, {sized(found.bytes)} in {found.shards} shards, "
             f"about {clock(found.seconds)} on this machine ({found.sampled} items timed); {sized(found.free_bytes)} are free",
-            highlight=False,
         )
         return
     done = run(items, spec, out, options, console, engine, address)
@@ -125,7 +127,7 @@ def from_raw(
 
     from cenote.features.raw import open_raw
 
-    with console.status(f"listing {data}"):
+    with console.status(Text(f"listing {data}")):
         items = open_raw(
             data,
             kind=spec.kind,
@@ -135,7 +137,7 @@ def from_raw(
             id_column=id_column,
             limit=limit,
         )
-    console.print(f"{len(items):,} items: {items.format}", highlight=False)
+    say(console, f"{len(items):,} items: {items.format}")
     check(items)
     report(run(items, replace(spec, kind=items.kind), out, options, console, engine, address, on_model), console)
     return str(out)
@@ -163,7 +165,7 @@ def run(
             bars.update(bar, description="extracting", completed=now.done, told=told)
 
         def on_message(text: str) -> None:
-            console.print(text, highlight=False)
+            say(console, text)
 
         try:
             return extracted(
@@ -185,20 +187,20 @@ def report(done: Extracted, console: Console) -> None:
     """What was done, and what was left out."""
     shards = done.manifest.shards or ()
     rate = f", {sum(s.rows for s in shards) / done.seconds:.1f} items/s" if done.computed and not done.kept else ""
-    console.print(
+    say(
+        console,
         f"{sum(s.rows for s in shards):,} items, {sum(s.tokens for s in shards):,} tokens, "
         f"{sized(sum(s.bytes for s in shards))}: {done.store} ({done.computed} shards made, {done.kept} kept, "
         f"{clock(done.seconds)}{rate})",
-        highlight=False,
     )
     if cut := sum(s.shortened for s in shards):
-        console.print(f"{cut:,} items were longer than the model takes, and were cut", highlight=False)
+        say(console, f"{cut:,} items were longer than the model takes, and were cut")
     if done.skipped:
-        console.print(f"{len(done.skipped):,} unreadable items were left out:", highlight=False)
+        say(console, f"{len(done.skipped):,} unreadable items were left out:")
         for name, why in done.skipped[:LISTED]:
-            console.print(f"  {name}: {why}", highlight=False)
+            say(console, f"  {name}: {why}")
         if len(done.skipped) > LISTED:
-            console.print(f"  ... and {len(done.skipped) - LISTED:,} more", highlight=False)
+            say(console, f"  ... and {len(done.skipped) - LISTED:,} more")
 
 
 def chosen_engine(name: str, address: str) -> Any:

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
+from cenote.cli.console import say
 from cenote.core.errors import InputError
 
 
@@ -49,18 +51,18 @@ def mimic(
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise InputError(f"--out: {out} cannot be written; name a file in a folder that exists")
     trained = model is not None and (model / "mimic.json").is_file()
-    with console.status(f"reading {vectors}"):
+    with console.status(Text(f"reading {vectors}")):
         known = WordVectors.read(vectors, most_vectors)
         wanted = None if words is None else read_words(words)
-    console.print(f"{len(known):,} vectors of width {known.dim}: {vectors}", highlight=False)
-    with console.status(f"reading {text}"):
+    say(console, f"{len(known):,} vectors of width {known.dim}: {vectors}")
+    with console.status(Text(f"reading {text}")):
         wanted = words_without_vector(text, known, at_least) if wanted is None else wanted
     if trained:
         assert model is not None
         made = Mimic.load(model)
         if made.known.words != known.words or not made.known.vectors.equal(known.vectors):
             raise InputError(f"--model: {model} was trained with other vectors than {vectors}; name an empty folder")
-        console.print(f"not trained again: model of {model}", highlight=False)
+        say(console, f"not trained again: model of {model}")
     else:
         columns = (TextColumn("training"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as progress:
@@ -76,9 +78,7 @@ def mimic(
                 seed=seed,
                 on_progress=lambda share: progress.update(bar, completed=share),
             )
-        console.print(
-            f"loss {made.losses[0]:.4g} in the first epoch, {made.losses[-1]:.4g} in the last", highlight=False
-        )
+        say(console, f"loss {made.losses[0]:.4g} in the first epoch, {made.losses[-1]:.4g} in the last")
         if model is not None:
             made.save(model)
     with console.status(f"{len(wanted):,} words"):
@@ -87,7 +87,7 @@ def mimic(
     both = known.joined(new) if together else new
     both.save(out)
     alone = sum(not c for c in found.values())
-    console.print(
+    say(
+        console,
         f"{len(new):,} words, {alone:,} of them from their letters alone, as the text shows them in no context: {out}",
-        highlight=False,
     )

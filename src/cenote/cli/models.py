@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 app = typer.Typer(no_args_is_help=True, help="Models that give tokens.")
 WIDE = 120
@@ -50,7 +51,7 @@ def show(
 
 def _table(facts: dict[str, Any]) -> Table:
     who, lie = facts["identity"], facts["layout"]
-    table = Table(show_header=False, title=str(who["name"]))
+    table = Table(show_header=False, title=Text(str(who["name"]), "table.title"))
     grid = "none" if lie["grid"] is None else f"{lie['grid'][0]} x {lie['grid'][1]}"
     shapes = list(zip(lie["tokens"], lie["dims"], strict=True))
     rows = [
@@ -68,7 +69,7 @@ def _table(facts: dict[str, Any]) -> Table:
         *(("note", note) for note in lie["notes"]),
     ]
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 

@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cenote.cli.console import say
+
 TOKENS_LISTED = 5
 
 
@@ -50,4 +52,4 @@ def predict(
             share = " ".join(f"{w:.3f}" for w in top.values.tolist())
         table.writerow([name, saved.word(scores), *(f"{s:.6g}" for s in scores.tolist()), looked, share])
     files.write_whole(out, text.getvalue())
-    Console().print(f"{len(items)} predictions: {out}", highlight=False)
+    say(Console(), f"{len(items)} predictions: {out}")

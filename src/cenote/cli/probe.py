@@ -13,8 +13,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 import cenote.cli.extract as raw
+from cenote.cli.console import say
 from cenote.core import InputError
 
 if TYPE_CHECKING:
@@ -135,7 +137,7 @@ def probe(
             on_model,
         )  # fmt: skip
         labels = id_column = None
-    with console.status(f"reading {data}"):
+    with console.status(Text(f"reading {data}")):
         items = features.read(
             data,
             labels=labels,
@@ -152,7 +154,7 @@ def probe(
         )
     if title is not None:
         items = replace(items, name=title)
-    console.print(features.describe(items), highlight=False)
+    say(console, features.describe(items))
 
     count = len(columns_of(items, methods, layers)[0])
     start = time.perf_counter()
@@ -189,13 +191,13 @@ def probe(
     page = write(out)
     console.print(leaderboard(comparison, console.width))
     for name, why in comparison.skipped.items():
-        console.print(f"skipped {name}: {why}", highlight=False)
+        say(console, f"skipped {name}: {why}")
     if comparison.localisation:
         found = sorted(comparison.localisation.items(), key=lambda pair: -pair[1])
         scores = ", ".join(f"{name} {score:.3f}" for name, score in found)
-        console.print(f"weights find the labelled tokens (AUROC within items): {scores}", highlight=False)
-    console.print(f"\n[bold]{comparison.sentence}[/bold]", highlight=False)
-    console.print(f"{time.perf_counter() - start:.0f} s; report: {page}", highlight=False)
+        say(console, f"weights find the labelled tokens (AUROC within items): {scores}")
+    console.print(Text(f"\n{comparison.sentence}", "bold"))
+    say(console, f"{time.perf_counter() - start:.0f} s; report: {page}")
     if not comparison.complete:
         sys.stderr.write(
             f"interrupted: kept {len(comparison.results)} of {count} methods in {out}; "
@@ -276,7 +278,10 @@ def leaderboard(comparison: Comparison, width: int) -> Table:
     wide = width >= 100
     source = "of Wilcoxon's signed ranks, " if comparison.provenance.get("significance") == "wilcoxon" else ""
     table = Table(
-        title=f"{comparison.dataset['name']}: {comparison.metric_name} on {comparison.dataset['items']['test']} test items",
+        title=Text(
+            f"{comparison.dataset['name']}: {comparison.metric_name} on {comparison.dataset['items']['test']} test items",
+            "table.title",
+        ),
         caption=f"intervals of 95 %; p {source}adjusted by Holm's method; * no other method is both better and faster",
         box=rich.box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),

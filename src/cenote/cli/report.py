@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cenote.cli.console import say
+
 
 def report(
     out: Annotated[Path, typer.Argument(help="Folder of results that cenote probe wrote.")] = Path("cenote-out"),
@@ -15,4 +17,4 @@ def report(
     """Rebuild report.html from what cenote probe left in a folder; nothing is trained."""
     from cenote.report import write
 
-    Console().print(f"report: {write(out)}", highlight=False, soft_wrap=True)
+    say(Console(), f"report: {write(out)}")
