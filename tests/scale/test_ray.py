@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,18 +28,27 @@ pytestmark = pytest.mark.slow
 OPTIONS = Options(items_per_shard=2, batch=2)
 
 
-@pytest.fixture
-def cluster() -> Iterator[Any]:
+@contextmanager
+def two_nodes(**environment: str) -> Iterator[Any]:
     ray = pytest.importorskip("ray", reason="cenote[ray] is not installed")
     from ray.cluster_utils import Cluster
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     cluster.add_node(num_cpus=1)
-    ray.init(address=cluster.address, log_to_driver=False, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    environment = {"OMP_NUM_THREADS": "1", **environment}
+    ray.init(address=cluster.address, log_to_driver=False, runtime_env={"env_vars": environment})
+    try:
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    with two_nodes() as cluster:
+        yield cluster
 
 
 def with_items(items: RawItems, make: Callable[[FileItem], FileItem]) -> RawItems:
@@ -256,6 +266,18 @@ def test_other_libraries_elsewhere_are_told(
         extract(items, vit, tmp_path / "store", OPTIONS, engine=RayEngine(workers=1))
     with pytest.raises(InputError, match=told):
         compare(digits(), "mean", seeds=1, engine=RaySweep(workers=1))
+
+
+def test_machines_without_cenote_are_told(tmp_path: Path, items: RawItems, vit: ModelSpec) -> None:
+    package = tmp_path / "elsewhere" / "cenote"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('no cenote on this machine')")
+    told = r"engine: no worker can be started \(.*ImportError: no cenote on this machine\)"
+    with two_nodes(PYTHONPATH=str(package.parent)):
+        with pytest.raises(InputError, match=told):
+            extract(items, vit, tmp_path / "store", OPTIONS, engine=RayEngine(workers=1))
+        with pytest.raises(InputError, match=told):
+            compare(digits(), "mean", seeds=1, engine=RaySweep(workers=1))
 
 
 def test_no_cluster() -> None:

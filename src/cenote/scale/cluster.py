@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -152,7 +153,8 @@ def spread(
 
 def reason(error: Exception) -> str:
     """The last line that names an exception, as an actor that cannot import something ends with it; else the first one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip() for line in plain.splitlines() if line.strip()] or [type(error).__name__]
     named = [line for line in lines[1:] if line.partition(":")[0].endswith(("Error", "Exception"))]
     return f"{lines[0]} {named[-1]}" if named else lines[0]
 
