@@ -15,8 +15,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--slow"):
         return
     for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+        if (slow := item.get_closest_marker("slow")) is not None:
+            (why,) = slow.args
+            item.add_marker(pytest.mark.skip(reason=f"slow ({why}); run with --slow"))
 
 
 @pytest.fixture

@@ -29,6 +29,15 @@ def transformers() -> Any:
     return found
 
 
+def timm() -> Any:
+    """The library; the test is skipped where it is not installed, or lies beside a torchvision made for another torch."""
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"timm cannot be imported ({error}); install it and a torchvision built for this torch")
+    return timm
+
+
 def images(folder: Path) -> None:
     transformers().ViTImageProcessor(size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
 

@@ -126,7 +126,7 @@ def test_noise_takes_the_share_that_was_asked_for() -> None:
     assert np.mean([s.noise.float().mean() for s in found]) == pytest.approx(languages.NOISE, abs=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("trains for 40 seconds")
 def test_the_commands_run(data_dir: Path, tmp_path: Path) -> None:
     common = ["--out", str(tmp_path), "--runs", str(tmp_path / "runs"), "--size", "smoke", "--seeds", "2"]
     recordings.main(["--data", str(data_dir / "fsdd"), *common])

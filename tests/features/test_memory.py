@@ -12,7 +12,7 @@ from .test_formats import save_item
 
 LONG, SHORT, SMALL, DIM = 100_000, 20, 500, 384
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.slow("170 MB go through the disk for each format"),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
 ]
 

@@ -375,8 +375,7 @@ def test_timm_folder_without_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_timm_vits(
     tmp_path: Path, architecture: str, settings: dict[str, Any], prefix: int, grid: tuple[int, int]
 ) -> None:
-    # where torchvision is missing, timm cannot be imported
-    timm = pytest.importorskip("timm", exc_type=ImportError)
+    timm = tiny.timm()
     settings = {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 2, **settings}
     made = timm.create_model(architecture, **settings).eval()
     timm.models.save_for_hf(made, tmp_path, model_args=settings, safe_serialization=True)
@@ -404,7 +403,7 @@ def test_timm_vits(
     ],
 )
 def test_timm_stages(tmp_path: Path, architecture: str, settings: dict[str, Any], channels_last: bool) -> None:
-    timm = pytest.importorskip("timm", exc_type=ImportError)
+    timm = tiny.timm()
     made = timm.create_model(architecture, **settings).eval()
     timm.models.save_for_hf(made, tmp_path, model_args=settings, safe_serialization=True)
     backbone = load(str(tmp_path))

@@ -45,7 +45,7 @@ def shard_file(store: Path, number: int) -> Path:
     return finished_shards(store)[number].path
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow("20 runs are killed"))])
 def test_killed_at_random_moments(
     tmp_path: Path, items: RawItems, vit: ModelSpec, reference: dict[str, bytes], kills: int
 ) -> None:

@@ -24,7 +24,7 @@ from cenote.scale import ModelSpec, Options, Progress, RayEngine, RaySweep, extr
 
 from .conftest import content
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow("starts clusters of Ray")
 OPTIONS = Options(items_per_shard=2, batch=2)
 
 

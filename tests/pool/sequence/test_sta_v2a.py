@@ -167,9 +167,9 @@ def test_alignment_counts_hits_of_generated_onsets() -> None:
     assert aa_align([1.0], [0.99, 1.01]) == 2.0
 
 
-@pytest.mark.slow  # librosa compiles for 15 seconds
+@pytest.mark.slow("librosa compiles for 15 seconds")
 def test_onsets_of_a_sound_are_found() -> None:
-    pytest.importorskip("librosa")
+    pytest.importorskip("librosa", reason="cenote[audio] is not installed")
     rate, times = 16_000, [0.5, 1.2, 2.0]
     audio = 1e-4 * np.random.default_rng(0).standard_normal(3 * rate).astype(np.float32)
     for t in times:
@@ -188,7 +188,7 @@ def test_onsets_of_a_sound_are_found() -> None:
 
 @pytest.fixture
 def unet():
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="cenote[diffusers] is not installed")
     torch.manual_seed(0)
     return diffusers.UNet2DConditionModel(
         sample_size=8,

@@ -93,12 +93,13 @@ class StaV2a(nn.Module):
     Raises:
         InputError: where diffusers is not installed, or the prompt's width is not that of the U-Net's cross-attention.
 
-    Example:
-        >>> from diffusers import UNet2DConditionModel  # doctest: +SKIP
-        >>> unet = UNet2DConditionModel.from_pretrained("folder/unet")  # doctest: +SKIP
-        >>> model = StaV2a(unet, StaV2aPrompt(512, width=1024), StaV2aOnsets(512))  # doctest: +SKIP
-        >>> loss = model.loss(latents, text, video, scheduler)  # doctest: +SKIP
-        >>> latents = model.generate(text, video, scheduler)  # doctest: +SKIP
+    ```python
+    from diffusers import UNet2DConditionModel
+
+    model = StaV2a(UNet2DConditionModel.from_pretrained("folder/unet"), StaV2aPrompt(512, width=1024), StaV2aOnsets(512))
+    loss = model.loss(latents, text, video, scheduler)
+    latents = model.generate(text, video, scheduler)
+    ```
 
     Source: "STA-V2A: Video-to-Audio Generation with Semantic and Temporal Alignment", ICASSP 2025.
 
