@@ -1,4 +1,6 @@
 import csv
+import errno
+import io
 import json
 import os
 import signal
@@ -9,7 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from cenote.cli.probe import leaderboard
+from cenote.probe import Comparison
 from tests.cli.program import Run
 
 QUICK = ["--methods", "mean,abmil", "--seeds", "1", "--epochs", "3"]
@@ -189,3 +194,25 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(bags: Path, tmp_path: Path) -> No
     assert "Traceback" not in err
     assert not json.loads((out / "comparison.json").read_text())["complete"]
     assert (out / "report.html").exists()
+
+
+def test_a_narrow_terminal_gets_a_table_of_fewer_columns(cenote: Run, bags: Path, tmp_path: Path) -> None:
+    cenote("probe", bags, "--out", tmp_path / "out", "--methods", "mean,max", "--seeds", "1", "--epochs", "2")
+    found = Comparison.load(tmp_path / "out")
+    for width, last in ((120, "train s"), (80, "ms/item"), (48, "p adj."), (20, "AUROC")):
+        table = leaderboard(found, width)
+        assert [c.header for c in table.columns][-1] == last
+        text = io.StringIO()
+        Console(width=width, file=text).print(table)
+        assert "…" not in text.getvalue()
+
+
+def test_a_full_disk_behind_the_output_is_told(
+    cenote: Run, bags: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("cenote.cli.probe.say", full)
+    code, _, err = cenote("probe", bags, "--out", tmp_path / "out", *QUICK)
+    assert (code, err) == (2, "error: a disk is full (where the output goes to); make room\n")

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from cenote.models import Layout
     from cenote.probe import Comparison
     from cenote.probe.compare import Engine
+    from cenote.probe.results import PairTest
+
+
+WIDE = 100
+"""Columns of a terminal that has room for the whole table."""
 
 
 def probe(
@@ -274,9 +279,25 @@ def parsed_grid(text: str | None) -> tuple[int, int] | None:
 
 
 def leaderboard(comparison: Comparison, width: int) -> Table:
-    """The results as a table for a terminal of so many columns, best first."""
-    wide = width >= 100
+    """The results as a table for a terminal of so many columns, best first; what does not fit is left out."""
     source = "of Wilcoxon's signed ranks, " if comparison.provenance.get("significance") == "wilcoxon" else ""
+    tests = {t.first: t for t in comparison.against_baseline}
+    columns: dict[str, list[str]] = {
+        "method": [f"{r.method}{' *' if r.method in comparison.pareto else ''}" for r in comparison.results],
+        comparison.metric_name: [f"{r.metric:.3f}" for r in comparison.results],
+        "interval": [f"{r.interval[0]:.3f}-{r.interval[1]:.3f}" for r in comparison.results],
+        f"vs {comparison.baseline}": [_difference(tests.get(r.method)) for r in comparison.results],
+        "p adj.": [_adjusted(tests.get(r.method)) for r in comparison.results],
+        "params": [f"{r.parameters:,}" for r in comparison.results],
+        "ms/item": [f"{r.latency_ms:.3f}" for r in comparison.results],
+        "multiply-adds": [f"{r.multiply_adds:,}" for r in comparison.results],
+        "train s": [f"{r.seconds:.1f}" for r in comparison.results],
+    }
+    if width < WIDE:
+        del columns["multiply-adds"], columns["train s"]
+    for name in ("params", "ms/item", "interval", "p adj.", f"vs {comparison.baseline}"):
+        if sum(max(map(len, (head, *cells))) + 1 for head, cells in columns.items()) + 1 > width:
+            columns.pop(name)
     table = Table(
         title=Text(
             f"{comparison.dataset['name']}: {comparison.metric_name} on {comparison.dataset['items']['test']} test items",
@@ -286,21 +307,17 @@ def leaderboard(comparison: Comparison, width: int) -> Table:
         box=rich.box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("method", no_wrap=True)
-    columns = [comparison.metric_name, "interval", f"vs {comparison.baseline}", "p adj.", "params", "ms/item"]
-    for heading in columns + (["multiply-adds", "train s"] if wide else []):
-        table.add_column(heading, justify="right", no_wrap=True)
-    tests = {t.first: t for t in comparison.against_baseline}
-    for r in comparison.results:
-        t = tests.get(r.method)
-        row = [
-            f"{r.method}{' *' if r.method in comparison.pareto else ''}",
-            f"{r.metric:.3f}",
-            f"{r.interval[0]:.3f}-{r.interval[1]:.3f}",
-            "" if t is None else f"{t.difference:+.3f}",
-            "" if t is None else ("<0.001" if t.p_adjusted < 0.001 else f"{t.p_adjusted:.2g}"),
-            f"{r.parameters:,}",
-            f"{r.latency_ms:.3f}",
-        ]
-        table.add_row(*row, *([f"{r.multiply_adds:,}", f"{r.seconds:.1f}"] if wide else []))
+    for name in columns:
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
     return table
+
+
+def _difference(test: PairTest | None) -> str:
+    # adding 0 takes the sign from a zero
+    return "" if test is None else f"{round(test.difference, 3) + 0.0:+.3f}"
+
+
+def _adjusted(test: PairTest | None) -> str:
+    return "" if test is None else "<0.001" if test.p_adjusted < 0.001 else f"{test.p_adjusted:.2g}"
