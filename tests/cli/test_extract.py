@@ -1,5 +1,6 @@
 """`cenote extract`, `cenote models show`, `cenote probe --backbone`."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -179,3 +180,23 @@ def test_names_with_brackets_and_colons_are_printed_as_they_are(
     assert code == 0
     assert "bold] data: AUROC on" in out
     assert "report[/red]/report.html" in out
+
+
+def test_what_may_not_be_read_is_named(cenote: Run, vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "reviews.csv"
+    table.write_text("text\ngood\n")
+    read_text = Path.read_text
+
+    def refusing(self: Path, *arguments: object, **options: object) -> str:
+        if self == table:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return read_text(self, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "read_text", refusing)
+    code, _, err = cenote("extract", table, "--backbone", vit, "--out", tmp_path / "tokens")
+    assert (code, err) == (2, f"error: {table}: Permission denied; allow it, or name another\n")
+    (vit / "model.safetensors").unlink()
+    (vit / "model.safetensors").symlink_to("gone")
+    code, _, err = cenote("models", "show", vit)
+    assert code == 2
+    assert "model.safetensors may not be read, or is a link that leads nowhere" in err

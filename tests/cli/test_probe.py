@@ -215,4 +215,4 @@ def test_a_full_disk_behind_the_output_is_told(
 
     monkeypatch.setattr("cenote.cli.probe.say", full)
     code, _, err = cenote("probe", bags, "--out", tmp_path / "out", *QUICK)
-    assert (code, err) == (2, "error: a disk is full (where the output goes to); make room\n")
+    assert (code, err) == (2, "error: the output: No space left on device; make room\n")

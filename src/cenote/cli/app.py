@@ -28,6 +28,17 @@ app.command("show")(catalog.show)
 app.add_typer(models.app, name="models")
 
 
+REMEDIES = {
+    errno.EACCES: "allow it, or name another",
+    errno.EPERM: "allow it, or name another",
+    errno.EROFS: "name a place that can be written to",
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.ENAMETOOLONG: "name a shorter one",
+}
+"""Failures of the machine that a person can do something about, wherever they turn up."""
+
+
 def main() -> None:
     """Entry point: exit code 2 and one message for wrong input, 130 after Ctrl-C."""
     try:
@@ -36,9 +47,10 @@ def main() -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in REMEDIES:
             raise
-        sys.stderr.write(f"error: a disk is full ({error.filename or 'where the output goes to'}); make room\n")
+        where = "the output" if error.filename is None else error.filename
+        sys.stderr.write(f"error: {where}: {error.strerror}; {REMEDIES[error.errno]}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

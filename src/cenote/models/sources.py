@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -66,6 +67,11 @@ def require_safetensors(folder: Path, pickles: bool) -> list[Path]:
         InputError: where there are none, or only pickles and these are not allowed.
     """
     safe = sorted(folder.glob("*.safetensors"))
+    for file in safe:
+        if not os.access(file, os.R_OK):
+            raise InputError(
+                f"backbone: {file} may not be read, or is a link that leads nowhere; allow it, or fetch it again"
+            )
     if safe:
         return safe
     pickled = sorted(file for pattern in PICKLED for file in folder.glob(pattern))
