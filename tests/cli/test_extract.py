@@ -200,3 +200,26 @@ def test_what_may_not_be_read_is_named(cenote: Run, vit: Path, tmp_path: Path, m
     code, _, err = cenote("models", "show", vit)
     assert code == 2
     assert "model.safetensors may not be read, or is a link that leads nowhere" in err
+
+
+def test_items_none_of_which_can_be_read(cenote: Run, photos: Path, vit: Path, tmp_path: Path) -> None:
+    for file in photos.rglob("*.png"):
+        file.write_bytes(b"no image")
+    command = ("extract", photos, "--backbone", vit, "--out", tmp_path / "tokens", "--skip-bad")
+    for more in (["--dry-run"], []):
+        code, _, err = cenote(*command, *more)
+        assert code == 2
+        assert "error: data: none of 30 " in err
+        assert "items can be read; the first, 'bright/1.png', is no whole image" in err
+
+
+def test_a_tilde_is_the_home_folder(
+    cenote: Run, photos: Path, vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(vit)
+    assert cenote("extract", "~/photos", "--backbone", vit, "--out=~/tokens")[0] == 0
+    assert (tmp_path / "tokens" / "items.parquet").is_file()
+    assert cenote("probe", "~/tokens", "--out=~/report", *QUICK)[0] == 0
+    assert (tmp_path / "report" / "report.html").is_file()
+    assert not (vit / "~").exists()

@@ -93,3 +93,11 @@ def test_sounds_shorter_than_a_frame_give_one_token(tmp_path: Path, masked: bool
         assert states.mask is not None
         assert states.mask.sum(1).tolist()[0] == 1
         assert torch.isfinite(states.layers[2]).all()
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = tiny.vit(tmp_path) / "model.safetensors"
+    save_file({k: v * float("nan") for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    assert "its output for the sample holds NaN or infinite numbers" in load(str(tmp_path)).layout.notes

@@ -191,7 +191,8 @@ def estimate(
     rows = worker.rows(sample)
     seconds = time.perf_counter() - start
     if not rows.ids:
-        raise InputError(f"data: none of {len(sample)} sampled items can be read; the first: {rows.skipped[0]}")
+        name, why = rows.skipped[0]
+        raise InputError(f"data: none of {len(sample)} sampled items can be read; the first, {name!r}, {why}")
     share = len(items) / len(rows.ids)
     tokens = round(sum(rows.lengths) * share)
     free = os.statvfs(_lowest(out))
@@ -284,6 +285,8 @@ def extract(
         seconds = time.perf_counter() - start
         _write_times(store, computed, seconds)
     bad = [bad for shard in finished_shards(store).values() for bad in _skipped(shard)]
+    if len(bad) == len(items):
+        raise InputError(f"data: none of {len(items):,} items can be read; the first, {bad[0][0]!r}, {bad[0][1]}")
     return Extracted(store, complete, len(written), len(kept), remade, tuple(bad), seconds)
 
 

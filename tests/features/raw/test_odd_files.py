@@ -115,6 +115,24 @@ def test_texts_in_subfolders(tmp_path: Path) -> None:
         open_raw(tmp_path)
 
 
+def test_splits_beside_other_folders_are_no_classes(tmp_path: Path) -> None:
+    for folder in ("train/cat", "train/dog", "test/cat", "test/dog", "extra/cat"):
+        photo(tmp_path / folder / "1.png")
+    with pytest.raises(InputError, match="holds test, train, which are splits, and extra, which is none"):
+        open_raw(tmp_path)
+    for vehicle in ("bus", "train"):
+        photo(tmp_path / "vehicles" / vehicle / "old" / "1.png")
+    assert open_raw(tmp_path / "vehicles").columns == {"label": ["bus", "train"]}
+
+
+def test_a_file_beside_the_folders_that_are_classes_is_told(tmp_path: Path) -> None:
+    for name in ("cat/1.png", "dog/1.png", "logo.png"):
+        photo(tmp_path / name)
+    items = open_raw(tmp_path)
+    assert not items.columns
+    assert items.format == "folder of .png files; no labels, as logo.png lie beside the subfolders"
+
+
 def test_a_store_is_no_raw_data(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     (tmp_path / "manifest.json").write_text("{}")

@@ -154,7 +154,10 @@ def open_media(
     if csv is None:
         if id_column is not None:
             raise InputError(f"id_column: {folder} has no {LABELS}, and none was named; leave the column out")
-        columns: dict[str, Column] = _from_folders(names)
+        columns: dict[str, Column] = _from_folders(folder, names)
+        beside = [name for name in names if "/" not in name]
+        if 0 < len(beside) < len(names):
+            in_words += f"; no labels, as {some(beside)} lie beside the subfolders"
         items = [FileItem(name, path, kind) for name, path in zip(names, files, strict=True)]
         return RawItems(kind, in_words, items, columns)
     table = read_csv(csv)
@@ -180,9 +183,17 @@ def _check_names(names: list[str], problems: Problems) -> None:
             problems.add("name", f"the name of the file {shown} is no UTF-8 text; rename it")
 
 
-def _from_folders(names: list[str]) -> dict[str, Column]:
+def _from_folders(folder: Path, names: list[str]) -> dict[str, Column]:
     parts = [name.split("/")[:-1] for name in names]
     columns: dict[str, Column] = {}
+    first = dict.fromkeys(p[0] for p in parts if len(p) > 1)
+    splits = [name for name in first if name.lower() in WORDS and not name.isdigit()]
+    others = [name for name in first if name not in splits]
+    if len({WORDS[name.lower()] for name in splits}) > 1 and others:
+        raise InputError(
+            f"data: {folder} holds {some(splits)}, which are splits, and {some(others)}, which {'are' if others[1:] else 'is'} "
+            f"none; take one or the other elsewhere, or name the labels of all files in a CSV file"
+        )
     if all(p and p[0].lower() in WORDS and not p[0].isdigit() for p in parts):
         columns["split"] = [p[0] for p in parts]
         parts = [p[1:] for p in parts]
