@@ -135,6 +135,24 @@ def test_a_shard_that_brings_down_its_workers_ends_the_run(
     assert (done.kept, done.computed) == (len(finished), 10 - len(finished))
 
 
+def test_a_trial_that_brings_down_its_workers_ends_the_sweep(tmp_path: Path, cluster: Any) -> None:
+    class Deadly(Trial):
+        def run(self, on_share: OnShare = lambda _name, _share: None) -> Cell:
+            if self.name == "max":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().run(on_share)
+
+    class Sweep(RaySweep):
+        def __call__(self, trials: Sequence[Trial], on_share: OnShare) -> Iterator[tuple[Trial, Cell]]:
+            yield from super().__call__([Deadly(t.column, t.metric, t.seeds, t.recipe) for t in trials], on_share)
+
+    with pytest.raises(
+        InputError, match=r"trial max was lost with its worker 5 times \(.*\); what is finished is kept"
+    ):
+        compare(digits(), "mean,max", seeds=1, recipe=Recipe(epochs=1), out=tmp_path, engine=Sweep(workers=1))
+    assert [file.stem for file in (tmp_path / "cells").glob("*.safetensors")] == ["mean"]
+
+
 def numbers(comparison: Comparison) -> list[dict[str, Any]]:
     """The table, without what a clock said."""
     timed = ("latency_ms", "seconds")
@@ -272,11 +290,13 @@ def test_machines_without_cenote_are_told(tmp_path: Path, items: RawItems, vit: 
     package = tmp_path / "elsewhere" / "cenote"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError('no cenote on this machine')")
-    told = r"engine: no worker can be started \(.*ImportError: no cenote on this machine\)"
+    missing = r"ImportError: no cenote on this machine\)"
     with two_nodes(PYTHONPATH=str(package.parent)):
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=rf"engine: no worker can be started \(.*{missing}"):
             extract(items, vit, tmp_path / "store", OPTIONS, engine=RayEngine(workers=1))
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(
+            InputError, match=rf"engine: a machine of the cluster lacks what trial mean needs \({missing}"
+        ):
             compare(digits(), "mean", seeds=1, engine=RaySweep(workers=1))
 
 

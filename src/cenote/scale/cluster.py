@@ -1,22 +1,16 @@
-"""What every job on a Ray cluster needs: to find the cluster, and to give out tasks until all are done."""
+"""What every job on a Ray cluster needs: to find the cluster, and to say what went wrong there."""
 
 from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 from cenote.core import InputError
 
 ATTEMPTS = 5
+"""How often a piece of work may be begun, when its workers die of it."""
 CONNECT_SECONDS = 10
-LOOK_SECONDS = 0.5
-"""Between two calls of `meanwhile`."""
-AHEAD = 2
-"""Tasks that wait at each actor, so that it never waits for the driver."""
-
-Task = TypeVar("Task")
 
 
 def connect(address: str) -> Any:
@@ -43,112 +37,27 @@ def room(ray: Any, cpus: int, on_gpu: bool = False) -> int:
     return max(1, int(held.get("GPU", 0)) if on_gpu else int(held.get("CPU", 1)) // cpus)
 
 
-def spread(
-    ray: Any,
-    make: Callable[[], Any],
-    todo: Iterator[Task],
-    name: Callable[[Task], str],
-    workers: int,
-    attempts: int = ATTEMPTS,
-    meanwhile: Callable[[], None] | None = None,
-) -> Iterator[tuple[Task, Any]]:
-    """Give tasks to actors until all are done; what a dead actor held is given to others.
-
-    Args:
-        ray: the module.
-        make: a new actor, with methods `ready()` and `compute(task)`.
-        todo: the tasks; read as actors become free.
-        name: of a task, for messages; no two tasks share one.
-        workers: how many actors.
-        attempts: how often a task may be lost, and how often in a row a new actor may die before it is ready.
-        meanwhile: called again and again while none has finished.
-
-    Yields:
-        Each task with what `compute` gave, as they finish.
+def answer(ray: Any, reference: Any, name: str) -> Any:
+    """What a task gave.
 
     Raises:
-        InputError: as a worker raised it, or where a task, or a new actor, was lost too often.
+        InputError: as the task raised it, or where the task was lost too often, or a machine cannot import what it needs.
     """
-    from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
-
-    again: list[Task] = []
-    lost: dict[str, int] = {}
-    stillborn = 0
-    # an actor gets tasks when it stands: one that waits for room on a smaller cluster must not hold any
-    coming: dict[Any, Any] = {}
-    load: dict[Any, int] = {}
-    running: dict[Any, tuple[Any, Task]] = {}
-
-    def hire() -> None:
-        actor = make()
-        coming[actor.ready.remote()] = actor
-
-    def answer(reference: Any) -> Any:
-        try:
-            return ray.get(reference)
-        except RayTaskError as error:
-            if isinstance(error.cause, InputError):
-                raise InputError(str(error.cause)) from error
-            raise
-
-    def give(actor: Any) -> bool:
-        if not again:
-            more = next(todo, None)
-            if more is None:
-                return False
-            again.append(more)
-        task = again.pop()
-        running[actor.compute.remote(task)] = actor, task
-        load[actor] += 1
-        return True
-
-    first = next(todo, None)
-    again += [] if first is None else [first]
-    for _ in range(workers if again else 0):
-        hire()
+    errors = ray.exceptions
     try:
-        while again or running:
-            known, _ = ray.wait([*running, *coming], num_returns=1, timeout=LOOK_SECONDS if meanwhile else None)
-            if meanwhile and not known:
-                meanwhile()
-                continue
-            reference = known[0]
-            if reference in coming:
-                actor = coming.pop(reference)
-                try:
-                    answer(reference)
-                    load[actor], stillborn = 0, 0
-                except (RayActorError, ActorUnavailableError) as error:
-                    stillborn += 1
-                    if stillborn >= attempts:
-                        raise InputError(f"engine: no worker can be started ({reason(error)})") from error
-                    hire()
-            else:
-                actor, task = running.pop(reference)
-                if actor in load:
-                    load[actor] -= 1
-                try:
-                    found = answer(reference)
-                except (RayActorError, ActorUnavailableError) as error:
-                    key = name(task)
-                    lost[key] = lost.get(key, 0) + 1
-                    if lost[key] >= attempts:
-                        raise InputError(
-                            f"{key} was lost with its worker {attempts} times ({reason(error)}); what is finished is "
-                            f"kept: look at the workers' logs, and run the same command again"
-                        ) from error
-                    again.append(task)
-                    # all that it held fails, one by one; it is replaced once
-                    if load.pop(actor, None) is not None:
-                        hire()
-                else:
-                    yield task, found
-            for actor in load:
-                while load[actor] < AHEAD and give(actor):
-                    pass
-    finally:
-        for actor in [*load, *coming.values()]:
-            ray.kill(actor)
+        return ray.get(reference)
+    except errors.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise InputError(str(error.cause)) from error
+        if isinstance(error.cause, ImportError):
+            missing = f"{type(error.cause).__name__}: {error.cause}"
+            raise InputError(f"engine: a machine of the cluster lacks what {name} needs ({missing})") from error
+        raise
+    except (errors.WorkerCrashedError, errors.NodeDiedError, errors.OutOfMemoryError) as error:
+        raise InputError(
+            f"{name} was lost with its worker {ATTEMPTS} times ({reason(error)}); what is finished is kept: look at the "
+            f"workers' logs, and run the same command again"
+        ) from error
 
 
 def reason(error: Exception) -> str:

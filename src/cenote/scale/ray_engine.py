@@ -12,11 +12,14 @@ from typing import Any
 from cenote.core import InputError
 from cenote.core.memory import freed_blocks_returned
 from cenote.features.store import ShardEntry
-from cenote.scale.cluster import AHEAD, ATTEMPTS, connect, reason, room
+from cenote.scale.cluster import ATTEMPTS, connect, reason, room
 from cenote.scale.engine import OnShard
 from cenote.scale.job import Job, Shard
 from cenote.scale.libraries import everything, require
 from cenote.scale.work import OnItems, Worker
+
+AHEAD = 2
+"""Shards that wait at each actor, so that it never waits for the driver."""
 
 
 class RayEngine:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from cenote.probe.cells import Cell
 from cenote.probe.trials import OnShare, Trial, without_pictures
-from cenote.scale.cluster import connect, room, spread
+from cenote.scale.cluster import ATTEMPTS, answer, connect, room
 from cenote.scale.libraries import everything, require
 
-TELL_SECONDS = 0.5
-"""Between two messages of a trial."""
+TELL_SECONDS = LOOK_SECONDS = 0.5
+"""Between two messages of a trial, and between two looks for them."""
 
 
 class RaySweep:
@@ -40,41 +41,45 @@ class RaySweep:
         """Cells as they finish."""
         if not trials:
             return
-        remote = self.ray.remote(_Prober)
+        ray = self.ray
         # one object: trials share their data
-        reference = self.ray.put([without_pictures(trial) for trial in trials])
-        board = self.ray.remote(_Board).options(num_cpus=0, max_restarts=-1).remote()
-        finished: set[int] = set()
+        shared = [ray.put([without_pictures(trial) for trial in trials])]
+        board = ray.remote(_Board).options(num_cpus=0, max_restarts=-1).remote()
+        task = ray.remote(_task()).options(num_cpus=self.cpus, max_retries=ATTEMPTS - 1)
+        todo = iter(range(len(trials)))
+        running: dict[Any, int] = {}
         asked: list[Any] = []
+
+        def give(count: int) -> None:
+            for number in islice(todo, count):
+                running[task.remote(shared, number, self.cpus, everything(), board)] = number
 
         def look() -> None:
             """Say what has come to be known since the last look; nobody waits for the board, and it may be gone."""
-            if asked and self.ray.wait(asked, timeout=0)[0]:
+            if asked and ray.wait(asked, timeout=0)[0]:
                 try:
-                    news = self.ray.get(asked.pop())
-                except self.ray.exceptions.RayError:
+                    news = ray.get(asked.pop())
+                except ray.exceptions.RayError:
                     return
-                for number in sorted(set(news) - finished):
+                for number in sorted(set(news) & set(running.values())):
                     on_share(trials[number].name, news[number])
             if not asked:
                 asked.append(board.news.remote())
 
-        done: Iterator[tuple[int, Any]] = spread(
-            self.ray,
-            lambda: remote.options(num_cpus=self.cpus, max_restarts=0).remote(
-                reference, self.cpus, everything(), board
-            ),
-            iter(range(len(trials))),
-            lambda number: f"trial {trials[number].name}",
-            min(self.workers or room(self.ray, self.cpus), len(trials)),
-            meanwhile=look,
-        )
+        give(self.workers or room(ray, self.cpus))
         try:
-            for number, cell in done:
-                finished.add(number)
-                yield trials[number], cell
+            while running:
+                done, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_SECONDS)
+                look()
+                for reference in done:
+                    trial = trials[running.pop(reference)]
+                    cell = answer(ray, reference, f"trial {trial.name}")
+                    give(1)
+                    yield trial, cell
         finally:
-            self.ray.kill(board)
+            for reference in running:
+                ray.cancel(reference, force=True)
+            ray.kill(board)
 
 
 class _Board:
@@ -93,32 +98,31 @@ class _Board:
         return news
 
 
-class _Prober:
-    """Lives on a node of the cluster, and holds the data."""
+def _task() -> Callable[..., Cell]:
+    """`_computed`, found in `cenote` where it runs: where that is missing, it is an error of the task, which tells more."""
 
-    def __init__(self, trials: Sequence[Trial], threads: int, libraries: Mapping[str, str], board: Any) -> None:
-        import torch
+    def compute(*arguments: Any) -> Cell:
+        from cenote.scale.sweep import _computed
 
-        torch.set_num_threads(threads)
-        self.trials = trials
-        self.libraries = libraries
-        self.board = board
+        return _computed(*arguments)
 
-    def ready(self) -> None:
-        """That it stands, and has the same libraries."""
-        require(self.libraries)
+    return compute
 
-    def compute(self, number: int) -> Cell:
-        """One trial."""
-        return self.trials[number].run(self._told(number))
 
-    def _told(self, number: int) -> Callable[[str, float], None]:
-        last = time.monotonic()
+def _computed(shared: Sequence[Any], number: int, threads: int, libraries: Mapping[str, str], board: Any) -> Cell:
+    """One trial, where it is given to."""
+    import ray
+    import torch
 
-        def tell(_name: str, share: float) -> None:
-            nonlocal last
-            if time.monotonic() - last >= TELL_SECONDS:
-                last = time.monotonic()
-                self.board.tell.remote(number, share)
+    require(libraries)
+    torch.set_num_threads(threads)
+    trials: Sequence[Trial] = ray.get(shared[0])
+    last = time.monotonic()
 
-        return tell
+    def tell(_name: str, share: float) -> None:
+        nonlocal last
+        if time.monotonic() - last >= TELL_SECONDS:
+            last = time.monotonic()
+            board.tell.remote(number, share)
+
+    return trials[number].run(tell)
