@@ -64,6 +64,13 @@ def test_probe_then_predict_then_report(cenote: Run, bags: Path, tmp_path: Path)
     assert (out / "report.html").exists()
 
 
+def test_errors_name_flags_as_they_are_typed(cenote: Run, bags: Path, tmp_path: Path) -> None:
+    for flag in ("--label", "--group"):
+        code, _, err = cenote("probe", bags, flag, "stage", "--out", tmp_path / "out")
+        assert code == 2
+        assert err.startswith(f"error: {flag}: there is no column 'stage'")
+
+
 def test_labels_of_tokens_are_found_by_weights(cenote: Run, bags: Path, tmp_path: Path) -> None:
     (bags / "token_labels").mkdir()
     for i in range(1, 60, 2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 
 import typer
@@ -39,12 +40,21 @@ REMEDIES = {
 """Failures of the machine that a person can do something about, wherever they turn up."""
 
 
+def _with_flags(message: str) -> str:
+    """Arguments of Python that have a shorter name as flags, by that.
+
+    >>> _with_flags("id_column: no column is called 'file'; name one with id_column")
+    "--id: no column is called 'file'; name one with --id"
+    """
+    return re.sub(r"\b(label|id|group|split)_column\b", r"--\1", message)
+
+
 def main() -> None:
     """Entry point: exit code 2 and one message for wrong input, 130 after Ctrl-C."""
     try:
         app()
     except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {_with_flags(str(error))}\n")
         sys.exit(2)
     except OSError as error:
         if error.errno not in REMEDIES:
