@@ -32,7 +32,7 @@ def connect(address: str) -> Any:
 
 
 def room(ray: Any, cpus: int, on_gpu: bool = False) -> int:
-    """For how many actors the cluster has room."""
+    """For how many workers the cluster has room."""
     held = ray.cluster_resources()
     return max(1, int(held.get("GPU", 0)) if on_gpu else int(held.get("CPU", 1)) // cpus)
 
