@@ -204,9 +204,10 @@ def stages(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
 
     import torch
 
+    from cenote.core.memory import HeldMemory
     from cenote.features.raw import open_raw
     from cenote.features.store.pages import Collected
-    from cenote.scale import ModelSpec, Options, engine, extract, work
+    from cenote.scale import ModelSpec, Options, extract, work
 
     spec, items = ModelSpec(minilm()), open_raw(sst2(data_dir, folder, TEXTS))
     backbone: Any = spec.load()
@@ -229,7 +230,7 @@ def stages(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
     metered(Collected, "put", "converted, padding dropped, kept")
     metered(work, "_finite", "looked for NaN and infinity")
     metered(work.Worker, "write", "put in order, written, flushed (hashing aside)")
-    metered(engine, "return_holes", "holes given back")
+    metered(HeldMemory, "settle", "holes looked for, and given back")
     metered(importlib.import_module("cenote.scale.extract"), "planned", "planned")
     with tempfile.TemporaryDirectory() as out:
         extract(items, spec, Path(out) / "warm", Options(layers="all"), backbone=backbone)

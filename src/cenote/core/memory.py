@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-MOST_KEPT = 2**25
-"""glibc raises its threshold up to here by itself, and keeps twice as much at the heap's end."""
+M_MMAP_THRESHOLD = -3
+STATM = Path("/proc/self/statm")
 
 CACHED_BYTES = 5 * 2**19
 """What is read twice fits in the caches of two cores; larger pieces were slower, smaller ones wait for each other."""
@@ -21,27 +19,10 @@ def return_freed_blocks(above: int = 2**20) -> bool:
     them as one: reading a huge set piece by piece would then take as much memory as reading it whole. For the whole
     process; does nothing, and says so by `False`, where the C library is another.
     """
-    return _told(M_MMAP_THRESHOLD, above)
-
-
-@contextmanager
-def freed_blocks_returned(above: int = 2**22) -> Iterator[bool]:
-    """For as long as this lasts, blocks above so many bytes go back to the system as soon as they are freed.
-
-    For work on pieces of many sizes, whose blocks would tear the heap into holes that few of them fit in. Smaller blocks
-    stay in the heap, which keeps its end: to give that back and fetch it again with every block would take longest. After
-    it, glibc keeps what it would after large blocks were freed.
-
-    Example:
-        >>> with freed_blocks_returned() as done:
-        ...     done in (True, False)
-        True
-    """
-    done = return_freed_blocks(above) and _told(M_TRIM_THRESHOLD, 2 * MOST_KEPT)
     try:
-        yield done
-    finally:
-        return_freed_blocks(MOST_KEPT)
+        return bool(ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, above))
+    except (OSError, AttributeError):
+        return False
 
 
 def return_holes() -> bool:
@@ -56,8 +37,32 @@ def return_holes() -> bool:
     return True
 
 
-def _told(what: int, value: int) -> bool:
-    try:
-        return bool(ctypes.CDLL("libc.so.6").mallopt(what, value))
-    except (OSError, AttributeError):
+class HeldMemory:
+    """Keeps a process from holding more and more for pieces of work whose sizes vary, without asking at each of them.
+
+    Blocks of many sizes tear the heap into holes. To give these back after every piece takes long, as the next one fetches
+    the same pages again; so that is done only where more is held than ever was while the first pieces were worked on.
+    """
+
+    def __init__(self) -> None:
+        self.most = 0
+        self.learning = True
+
+    def settle(self) -> bool:
+        """Between two pieces: whether holes were given back. Where there is no `/proc` of Linux, they never are."""
+        held = _resident_pages()
+        if self.learning:
+            self.most = max(self.most, held)
+        elif held > self.most:
+            returned = return_holes()
+            # what is in use may have grown: not again until there is more of it
+            self.most = max(self.most, _resident_pages() * 102 // 100)
+            return returned
         return False
+
+
+def _resident_pages() -> int:
+    try:
+        return int(STATM.read_text().split()[1])
+    except OSError:
+        return 0

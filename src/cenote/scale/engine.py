@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-from cenote.core.memory import freed_blocks_returned, return_holes
 from cenote.features.store import ShardEntry
 from cenote.models import Backbone
 from cenote.scale.job import Job, Shard
@@ -52,10 +51,9 @@ class LocalEngine:
         worker: Worker | None = None
         writing: Future[ShardEntry] | None = None
         # whatever ends this early, the shard that is being written is finished first
-        with freed_blocks_returned(), ThreadPoolExecutor(1) as writer:
+        with ThreadPoolExecutor(1) as writer:
             for shard in todo:
                 worker = worker or Worker(job, self.backbone)
-                return_holes()
                 rows = worker.rows(shard.items, on_items)
                 if writing is not None:
                     on_shard(writing.result())

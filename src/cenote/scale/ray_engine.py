@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import Any
 
 from cenote.core import InputError
-from cenote.core.memory import freed_blocks_returned
 from cenote.features.store import ShardEntry
 from cenote.scale.cluster import ATTEMPTS, connect, reason, room
 from cenote.scale.engine import OnShard
@@ -103,8 +102,7 @@ class _Computing:
             shard: Shard = ray.cloudpickle.loads(row["shard"])
             self._require_few_attempts(shard)
             self.worker = self.worker or Worker(self.job)
-            with freed_blocks_returned():
-                return {"error": "", **asdict(self.worker(shard))}
+            return {"error": "", **asdict(self.worker(shard))}
         except InputError as error:
             return {"error": str(error), **asdict(ShardEntry("", "", 0, 0, 0, 0, 0))}
 

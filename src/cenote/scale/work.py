@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cenote.catalog import create
 from cenote.core import InputError
+from cenote.core.memory import HeldMemory
 from cenote.features.raw import Item, Read, UnreadableError
 from cenote.features.store import Rows, ShardEntry, write_shard
 from cenote.features.store.pages import Collected, Pages
@@ -52,6 +53,7 @@ class Worker:
         self.pages = Pages(job.manifest.dim, self.dtype)
         # a pooled store has no prefix tokens any more; the model has
         self.pool = token_pool(job.manifest.pooled, job.manifest.dim, self.backbone.layout.prefix_tokens)
+        self.held, self.computed = HeldMemory(), 0
         # two batches at a time keep two halves of the threads busier than one batch keeps all of them
         other = self.backbone.twin() if torch.get_num_threads() > 1 else None
         self.lanes = [self.backbone] if other is None else [self.backbone, other]
@@ -90,6 +92,7 @@ class Worker:
             try:
                 while not stopped.is_set():
                     with one:
+                        self.held.settle()
                         if (batch := next(batches, None)) is None:
                             return
                     positions, prepared = batch
@@ -109,6 +112,9 @@ class Worker:
                 raise
 
         in_lanes(work, self.lanes)
+        # one shard may be written while the next is computed
+        self.computed += 1
+        self.held.learning = self.computed < 2
         order = sorted(read)
         return Rows(
             ids=[items[i].id for i in order],
