@@ -1,6 +1,7 @@
 """What extraction costs beside the model itself, how its memory grows, and what reading from the store costs.
 
     python -m benchmarks.extraction [overhead] [stages] [memory] [reading] [--data-dir ../shared/data] [--json FILE]
+                                     [--texts N]
 
 overhead  The bare model's forward on prepared batches of 32 against `cenote.scale.extract` of the same items from the files
           to the finished store in shards of the default size, preprocessing, checksums and fsync included, and beside them
@@ -106,7 +107,7 @@ def in_turn(*ways: Callable[[], float]) -> list[list[float]]:
     return [list(column) for column in zip(*rounds, strict=True)]
 
 
-def overhead(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
+def overhead(data_dir: Path, folder: Path, texts: int = TEXTS) -> list[dict[str, Any]]:
     """Extraction against the model's forward alone."""
     import torch
 
@@ -115,8 +116,8 @@ def overhead(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
     from cenote.scale.work import in_lanes, of_like_length
 
     cases = [
-        ("MiniLM, SST-2 sentences, output", minilm(), sst2(data_dir, folder, TEXTS), "last"),
-        ("MiniLM, SST-2 sentences, all 7 layers", minilm(), sst2(data_dir, folder, TEXTS), "all"),
+        ("MiniLM, SST-2 sentences, output", minilm(), sst2(data_dir, folder, texts), "last"),
+        ("MiniLM, SST-2 sentences, all 7 layers", minilm(), sst2(data_dir, folder, texts), "all"),
         (
             "ViT-S/16, JPEG crops of 256 x 256, output",
             random_vit(folder / "vit", **VIT_S),
@@ -340,6 +341,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
     parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--texts", type=int, default=TEXTS, help="sentences of overhead")
     parser.add_argument("--child", nargs=2, metavar=("MODEL", "DATA"))
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -350,9 +352,10 @@ def main() -> None:
     for part in arguments.parts or PARTS:
         import torch
 
+        options = {"texts": arguments.texts} if part == "overhead" else {}
         with tempfile.TemporaryDirectory() as folder:
             found[part] = {
-                "rows": PARTS[part](arguments.data_dir, Path(folder)),
+                "rows": PARTS[part](arguments.data_dir, Path(folder), **options),
                 "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
                 "load": round(os.getloadavg()[0], 2),
             }
