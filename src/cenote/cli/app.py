@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import sys
 
@@ -49,10 +50,20 @@ def _with_flags(message: str) -> str:
     return re.sub(r"\b(label|id|group|split)_column\b", r"--\1", message)
 
 
+def _at_home(argument: str) -> str:
+    """The home folder for a leading `~`, which a shell leaves as it is in `--out=~/tokens`.
+
+    >>> _at_home("--out=tokens"), _at_home("--out=~/tokens") == "--out=" + os.path.expanduser("~/tokens")
+    ('--out=tokens', True)
+    """
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{option}{equals}{os.path.expanduser(value)}"
+
+
 def main() -> None:
     """Entry point: exit code 2 and one message for wrong input, 130 after Ctrl-C."""
     try:
-        app()
+        app(args=[_at_home(argument) for argument in sys.argv[1:]])
     except InputError as error:
         sys.stderr.write(f"error: {_with_flags(str(error))}\n")
         sys.exit(2)

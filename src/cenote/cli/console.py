@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 from rich.text import Text
 
@@ -15,12 +13,3 @@ def say(console: Console, text: str, style: str = "") -> None:
     runs[/1]/:x: is kept as it is
     """
     console.print(Text(text, style), soft_wrap=True)
-
-
-def at_home(path: str) -> str:
-    """The same path, with the home folder for a leading `~`, which a shell leaves as it is in `--out=~/tokens`.
-
-    >>> at_home("tokens"), at_home("~/tokens") == str(Path.home() / "tokens")
-    ('tokens', True)
-    """
-    return str(Path(path).expanduser()) if path.startswith("~") else path

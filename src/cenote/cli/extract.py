@@ -13,7 +13,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from cenote.cli.console import at_home, say
+from cenote.cli.console import say
 from cenote.core import InputError
 
 if TYPE_CHECKING:
@@ -86,7 +86,6 @@ def extract(
 
     known_engine(engine)
     console = Console()
-    data, out, labels = at_home(data), Path(at_home(str(out))), None if labels is None else Path(at_home(str(labels)))
     with console.status(Text(f"listing {data}")):
         items = open_raw(
             data, kind=kind, labels=labels, column=column, names=split_names(names), id_column=id_column, limit=limit

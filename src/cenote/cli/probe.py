@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 import cenote.cli.extract as raw
-from cenote.cli.console import at_home, say
+from cenote.cli.console import say
 from cenote.core import InputError
 
 if TYPE_CHECKING:
@@ -102,7 +102,6 @@ def probe(
 ) -> None:
     """Train probes with every pooling on labelled token features; say which wins, by how much, at what cost."""
     console = Console()
-    data, out, labels = at_home(data), Path(at_home(str(out))), None if labels is None else Path(at_home(str(labels)))
     import cenote.features as features
     from cenote.probe import Recipe, compare
     from cenote.probe.columns import chosen_methods, columns_of

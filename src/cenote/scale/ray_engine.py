@@ -98,10 +98,11 @@ class _Computing:
         import ray
 
         try:
-            require(self.libraries)
             shard: Shard = ray.cloudpickle.loads(row["shard"])
             self._require_few_attempts(shard)
-            self.worker = self.worker or Worker(self.job)
+            if self.worker is None:
+                require(self.libraries)
+                self.worker = Worker(self.job)
             return {"error": "", **asdict(self.worker(shard))}
         except InputError as error:
             return {"error": str(error), **asdict(ShardEntry("", "", 0, 0, 0, 0, 0))}

@@ -49,10 +49,11 @@ class RaySweep:
         todo = iter(range(len(trials)))
         running: dict[Any, int] = {}
         asked: list[Any] = []
+        libraries = everything()
 
         def give(count: int) -> None:
             for number in islice(todo, count):
-                running[task.remote(shared, number, self.cpus, everything(), board)] = number
+                running[task.remote(shared, number, self.cpus, libraries, board)] = number
 
         def look() -> None:
             """Say what has come to be known since the last look; nobody waits for the board, and it may be gone."""
