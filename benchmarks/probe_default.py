@@ -25,7 +25,7 @@ def main() -> None:
     import torch
 
     from cenote.features import digits
-    from cenote.probe import compare
+    from cenote.jobs.probe import compare
 
     comparison = compare(digits(), "fast", seeds=3)
     found = {

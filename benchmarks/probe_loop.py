@@ -29,10 +29,10 @@ from benchmarks.timing import machine
 
 from cenote.features import digits
 from cenote.features.dataset import TokenDataset
-from cenote.probe import compare
-from cenote.probe.module import Probe, build_probe
-from cenote.probe.recipe import Recipe
-from cenote.probe.training import logical_batches, predict
+from cenote.jobs.probe import compare
+from cenote.jobs.probe.module import Probe, build_probe
+from cenote.jobs.probe.recipe import Recipe
+from cenote.jobs.probe.training import logical_batches, predict
 
 
 def one_by_one(

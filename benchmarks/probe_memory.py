@@ -24,7 +24,7 @@ def run(method: str) -> None:
     import cenote.features  # noqa: F401
     from cenote.core import Bags
     from cenote.features.dataset import TokenDataset
-    from cenote.probe import Recipe, compare
+    from cenote.jobs.probe import Recipe, compare
 
     torch.set_num_threads(2)
     warm = torch.ones(200, 200)
@@ -58,7 +58,7 @@ def main() -> None:
     if arguments.child:
         run(arguments.child)
         return
-    from cenote.probe.compare import chosen_methods
+    from cenote.jobs.probe.job import chosen_methods
 
     for method in chosen_methods(arguments.methods):
         command = [sys.executable, "-m", "benchmarks.probe_memory", "--child", method]

@@ -23,7 +23,7 @@ from benchmarks import efficient_probing, latent_attention
 from benchmarks.timing import machine
 from torch.profiler import ProfilerActivity, profile
 
-from cenote.probe.cost import OperationCounter
+from cenote.jobs.probe.cost import OperationCounter
 
 SIDE = 2048
 LARGEST = 4

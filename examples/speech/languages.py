@@ -28,8 +28,8 @@ from examples.speech.front import LogMel, StreamingTdnn, read_wav
 from scipy.signal import resample_poly
 from torch import Tensor, nn
 
+from cenote.jobs.probe.statistics import holm, interval, two_sided_p
 from cenote.pool import AttentiveTemporalPool
-from cenote.probe.statistics import holm, interval, two_sided_p
 
 NAME = "speech-languages"
 SENTENCES: dict[str, list[str]] = tomllib.loads(Path(__file__).with_name("sentences.toml").read_text("utf-8"))

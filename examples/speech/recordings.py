@@ -26,8 +26,8 @@ from scipy.signal import resample_poly
 from torch import Tensor, nn
 
 import cenote
+from cenote.jobs.probe.statistics import holm, interval, two_sided_p
 from cenote.pool import AamSoftmax
-from cenote.probe.statistics import holm, interval, two_sided_p
 
 NAME = "speech-recordings"
 POOLS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -1,16 +1,17 @@
 """cenote: everything that stands between a model's tokens and an answer."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cenote.catalog import create, find, method, methods, systems
 from cenote.core import Bags, InputError
+from cenote.core.moved import Moved
+from cenote.core.version import __version__
 
 if TYPE_CHECKING:
-    from cenote.probe import load
-    from cenote.probe.estimators import ProbeClassifier, ProbeRegressor
-
-__version__ = "0.1.0"
+    from cenote.bridges.scikit_learn import ProbeClassifier, ProbeRegressor
+    from cenote.jobs.probe import load
 
 __all__ = [
     "Bags",
@@ -28,11 +29,22 @@ __all__ = [
 
 # these need scikit-learn or scipy, or are whole floors: imported when they are first named
 _LATER = {
-    "ProbeClassifier": "cenote.probe.estimators",
-    "ProbeRegressor": "cenote.probe.estimators",
-    "load": "cenote.probe",
+    "ProbeClassifier": "cenote.bridges.scikit_learn",
+    "ProbeRegressor": "cenote.bridges.scikit_learn",
+    "load": "cenote.jobs.probe",
 }
-_FLOORS = ("core", "features", "pool", "probe", "report", "study", "testing")
+_FLOORS = ("compare", "core", "features", "jobs", "pool", "report", "study", "testing")
+
+sys.meta_path.insert(
+    0,
+    Moved(
+        {
+            "cenote.models.sentence_transformers": "cenote.bridges.sentence_transformers",
+            "cenote.probe.estimators": "cenote.bridges.scikit_learn",
+            "cenote.probe": "cenote.jobs.probe",
+        }
+    ),  # type: ignore[arg-type]
+)
 
 
 def __getattr__(name: str) -> Any:

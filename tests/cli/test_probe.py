@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from cenote.cli.probe import leaderboard
-from cenote.probe import Comparison
+from cenote.jobs.probe import Comparison
 from tests.cli.program import Run
 
 QUICK = ["--methods", "mean,abmil", "--seeds", "1", "--epochs", "3"]

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cenote.catalog import methods as catalog_methods
-from cenote.probe import Comparison, MethodResult, PairTest, verdict
-from cenote.probe.statistics import holm, pareto
+from cenote.jobs.probe import Comparison, MethodResult, PairTest, verdict
+from cenote.jobs.probe.statistics import holm, pareto
 
 POOLS = list(catalog_methods(room="pool", kind="sets"))
 CLASSES = ("heron", "kingfisher", "motmot", "trogon", "jacana")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import cenote.report
-from cenote.probe import Comparison, Recipe, compare
+from cenote.jobs.probe import Comparison, Recipe, compare
 from cenote.report.layers import layer_map
 from tests.report.factory import make_comparison
 from tests.report.test_page import page

@@ -9,7 +9,7 @@ import pytest
 
 import cenote.report
 from cenote.core import InputError
-from cenote.probe import Comparison
+from cenote.jobs.probe import Comparison
 from cenote.report.attention import Attention
 from cenote.report.leaderboard import leaderboard
 from cenote.report.matrix import matrix

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.jobs.extract.conftest import content
 
 from cenote.core import InputError
 from cenote.features import digits
 from cenote.features.raw import RawItems, Read
 from cenote.features.raw.files import FileItem
 from cenote.features.store.shards import finished_shards
-from cenote.probe import Comparison, Recipe, compare
-from cenote.probe.cells import Cell
-from cenote.probe.trials import OnShare, Trial
-from cenote.scale import ModelSpec, Options, Progress, RayEngine, RaySweep, extract
-
-from .conftest import content
+from cenote.jobs.extract import ModelSpec, Options, Progress, extract
+from cenote.jobs.probe import Comparison, Recipe, compare
+from cenote.jobs.probe.cells import Cell
+from cenote.jobs.probe.trials import OnShare, Trial
+from cenote.scale import RayEngine, RaySweep
 
 pytestmark = pytest.mark.slow("starts clusters of Ray")
 OPTIONS = Options(items_per_shard=2, batch=2)
@@ -272,7 +272,8 @@ def test_raw_images_to_a_table_by_the_command(
 def test_other_libraries_elsewhere_are_told(
     tmp_path: Path, items: RawItems, vit: ModelSpec, cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cenote.scale import libraries, ray_engine, sweep
+    from cenote.core import libraries
+    from cenote.scale import ray_engine, sweep
 
     def other() -> dict[str, str]:
         return {**libraries.everything(), "torch": "1.0"}

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cenote.jobs.probe import Probe
 from cenote.pool import EfficientProbing
-from cenote.probe import Probe
 from cenote.study import training
 from cenote.study.training import Together, cross_entropy, epochs, fit
 

@@ -18,8 +18,8 @@ from cenote.core import InputError
 
 if TYPE_CHECKING:
     from cenote.features.raw import RawItems
+    from cenote.jobs.extract import Extracted, ModelSpec, Options, Progress
     from cenote.models import Layout
-    from cenote.scale import Extracted, ModelSpec, Options, Progress
 
 LISTED = 20
 ENGINES = ("local", "ray")
@@ -82,7 +82,7 @@ def extract(
 ) -> None:
     """Turn raw images, sound or text into a store of token features."""
     from cenote.features.raw import open_raw
-    from cenote.scale import ModelSpec, Options, estimate
+    from cenote.jobs.extract import ModelSpec, Options, estimate
 
     known_engine(engine)
     console = Console()
@@ -154,7 +154,7 @@ def run(
     on_model: Callable[[Layout], None] = lambda _: None,
 ) -> Extracted:
     """Extract with a line that tells rate and time left."""
-    from cenote.scale import extract as extracted
+    from cenote.jobs.extract import extract as extracted
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"))
     with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:

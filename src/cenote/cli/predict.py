@@ -25,7 +25,7 @@ def predict(
     import cenote.core.files as files
     import cenote.features as features
     from cenote.core import InputError
-    from cenote.probe import load
+    from cenote.jobs.probe import load
 
     saved = load(best)
     items = features.read(

@@ -21,10 +21,10 @@ from cenote.core import InputError
 
 if TYPE_CHECKING:
     from cenote.features.raw import RawItems
+    from cenote.jobs.probe import Comparison
+    from cenote.jobs.probe.job import Engine
+    from cenote.jobs.probe.result import PairTest
     from cenote.models import Layout
-    from cenote.probe import Comparison
-    from cenote.probe.compare import Engine
-    from cenote.probe.results import PairTest
 
 
 WIDE = 100
@@ -103,8 +103,8 @@ def probe(
     """Train probes with every pooling on labelled token features; say which wins, by how much, at what cost."""
     console = Console()
     import cenote.features as features
-    from cenote.probe import Recipe, compare
-    from cenote.probe.columns import chosen_methods, columns_of
+    from cenote.jobs.probe import Recipe, compare
+    from cenote.jobs.probe.arms import chosen_methods, columns_of
 
     chosen_methods(methods)
     raw.known_engine(engine)
@@ -113,9 +113,9 @@ def probe(
     title = None
     if backbone is not None:
         from cenote.features.reading import EMBEDDED, require_labels
+        from cenote.jobs.extract import ModelSpec, Options
+        from cenote.jobs.probe.job import judged_by
         from cenote.models.base import layer_numbers
-        from cenote.probe.compare import judged_by
-        from cenote.scale import ModelSpec, Options
 
         spec = ModelSpec(backbone, kind, revision, device, precision, max_length, trust_remote_code, allow_pickle)
         options = Options(None if layers is None else "all", dtype, None, batch, None, skip_bad)  # type: ignore[arg-type]

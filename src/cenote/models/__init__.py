@@ -2,6 +2,5 @@
 
 from cenote.models.base import Backbone, Identity, Layout, Prepared, States, chosen_layers
 from cenote.models.load import load
-from cenote.models.pooled import Pooled
 
-__all__ = ["Backbone", "Identity", "Layout", "Pooled", "Prepared", "States", "chosen_layers", "load"]
+__all__ = ["Backbone", "Identity", "Layout", "Prepared", "States", "chosen_layers", "load"]

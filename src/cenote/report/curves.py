@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from cenote.probe.results import Comparison
+from cenote.jobs.probe.result import Comparison
 from cenote.report.axes import Axis
 
 WIDTH, HEIGHT, EDGE = 200, 96, 6

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cenote.probe.results import Comparison
+from cenote.jobs.probe.result import Comparison
 
 NOTHING = "–"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from cenote.probe.results import Comparison, MethodResult
+from cenote.jobs.probe.result import Comparison, MethodResult
 from cenote.report.leaderboard import SIGNIFICANT
 
 

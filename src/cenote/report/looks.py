@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from numpy import ndarray
 
 from cenote.core import InputError
-from cenote.probe.results import Comparison
+from cenote.jobs.probe.result import Comparison
 from cenote.report.attention import Attention, Item
 
 if TYPE_CHECKING:

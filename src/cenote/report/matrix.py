@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from cenote.probe.results import Comparison, PairTest
+from cenote.jobs.probe.result import Comparison, PairTest
 from cenote.report.leaderboard import SIGNIFICANT
 
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 import cenote.core.files as files
 from cenote.core import InputError
-from cenote.probe.results import Comparison
+from cenote.jobs.probe.result import Comparison
 from cenote.report import formats
 from cenote.report.attention import Attention
 from cenote.report.curves import HEIGHT, WIDTH, curves
@@ -69,12 +69,12 @@ def render(comparison: Comparison, attention: Attention | None = None) -> str:
     """The page as text: below 3 MB, with no reference to anything outside itself.
 
     Args:
-        comparison: from `cenote.probe.compare`.
+        comparison: from `cenote.jobs.probe.compare`.
         attention: what the probes looked at. Where the page would grow too large, fewer of its items are drawn.
 
     Example:
         >>> from cenote.features import digits
-        >>> comparison = cenote.probe.compare(digits(), ["mean", "max"], seeds=1)
+        >>> comparison = cenote.jobs.probe.compare(digits(), ["mean", "max"], seeds=1)
         >>> cenote.report.render(comparison).splitlines()[0]
         '<!doctype html>'
     """

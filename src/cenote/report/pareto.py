@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cenote.probe.results import Comparison, MethodResult
+from cenote.jobs.probe.result import Comparison, MethodResult
 from cenote.report.axes import Axis
 from cenote.report.formats import Units, significant
 

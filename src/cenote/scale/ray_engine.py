@@ -10,12 +10,12 @@ from dataclasses import asdict
 from typing import Any
 
 from cenote.core import InputError
+from cenote.core.libraries import everything, require
 from cenote.features.store import ShardEntry
+from cenote.jobs.extract.engine import OnShard
+from cenote.jobs.extract.spec import Job, Shard
+from cenote.jobs.extract.work import OnItems, Worker
 from cenote.scale.cluster import ATTEMPTS, connect, reason, room
-from cenote.scale.engine import OnShard
-from cenote.scale.job import Job, Shard
-from cenote.scale.libraries import everything, require
-from cenote.scale.work import OnItems, Worker
 
 AHEAD = 2
 """Shards that wait at each actor, so that it never waits for the driver."""

@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from cenote.probe.cells import Cell
-from cenote.probe.trials import OnShare, Trial, without_pictures
+from cenote.core.libraries import everything, require
+from cenote.jobs.probe.cells import Cell
+from cenote.jobs.probe.trials import OnShare, Trial, without_pictures
 from cenote.scale.cluster import ATTEMPTS, answer, connect, room
-from cenote.scale.libraries import everything, require
 
 TELL_SECONDS = LOOK_SECONDS = 0.5
 """Between two messages of a trial, and between two looks for them."""
 
 
 class RaySweep:
-    """Trains the columns of a comparison on a cluster: `cenote.probe.compare(..., engine=RaySweep())`.
+    """Trains the columns of a comparison on a cluster: `cenote.jobs.probe.compare(..., engine=RaySweep())`.
 
     A trial gives the same cell wherever it is trained, on machines that round alike; the machine that asked for the comparison
     keeps the cells, resumes from them, and measures latencies itself. Tokens in a feature store are read where the trial

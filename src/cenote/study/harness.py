@@ -28,6 +28,7 @@ from torch import Tensor
 
 from cenote.core import InputError
 from cenote.core.requirements import require_one_of
+from cenote.core.version import __version__
 
 Size = Literal["smoke", "small", "full"]
 Holds = Literal["holds", "does not hold", "not decidable at this scale"]
@@ -359,6 +360,4 @@ def _undecided(found: Findings) -> Findings:
 def _provenance() -> dict[str, str]:
     import platform
 
-    import cenote
-
-    return {"cenote": cenote.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {"cenote": __version__, "torch": torch.__version__, "python": platform.python_version()}

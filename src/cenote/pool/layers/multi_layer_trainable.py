@@ -97,7 +97,7 @@ class MultiLayerTrainable(LayerPool):
         The paper's five designs, by name (`-small`: few latents, for models of a few hundred channels), are: of a causal model
         `last` (1), `last-token-trainable-small` (2) and `multi-layer-last-token-small` (3); of a bidirectional one
         `last-layer-trainable-small` (4) and `multi-layer-trainable-small` (5). Which of the two a model is, is the model's
-        matter. `cenote.probe.across` has the paper's test of their differences, Wilcoxon's over data sets; `cenote probe`
+        matter. `cenote.jobs.probe.across` has the paper's test of their differences, Wilcoxon's over data sets; `cenote probe`
         tests those on one data set, over its test items.
     """
 

@@ -1,0 +1,1 @@
+"""cenote inside other libraries: one file each, which imports the library where it is used."""

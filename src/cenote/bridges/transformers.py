@@ -1,0 +1,269 @@
+"""A transformers model with any cenote pool on top: one module that trains, saves and loads."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from cenote.catalog import create, method
+from cenote.core import InputError, as_tokens, files
+from cenote.core.masks import without_first
+
+FORMAT = 1
+CARD, STATE, BACKBONE = "pooled.json", "pooled.safetensors", "backbone"
+
+
+class PooledModel(nn.Module):
+    """`y = pool(h_1 ... h_N)`, with `h` the last hidden states of a transformers model (of a layer pool: all of them).
+
+    Args:
+        backbone: a transformers model that gives `last_hidden_state`.
+        pool: name of a pool as in `cenote list`, built for the backbone's width, or a pool.
+        prefix_tokens: leading tokens ([CLS], registers) that a pool made for patches alone does not see. 0 shows it every
+            token, which is what poolings of text do.
+        outputs: width of a linear layer on the pooled vector, which gives `logits`; `None`: no such layer.
+        settings: of a pool that is named.
+
+    Raises:
+        InputError: naming the argument, what came and what was expected.
+
+    ```python
+    from transformers import AutoModel
+
+    model = PooledModel(AutoModel.from_pretrained("answerdotai/ModernBERT-base"), "simpool", outputs=2)
+    model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+    ```
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        pool: str | nn.Module = "mean",
+        prefix_tokens: int = 0,
+        outputs: int | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        _transformers()
+        config: Any = getattr(backbone, "config", None)
+        dim = width_of(config)
+        if prefix_tokens < 0:
+            raise InputError(f"prefix_tokens: expected 0 or more leading tokens, got {prefix_tokens}")
+        self.backbone = backbone
+        self.method = pool if isinstance(pool, str) else None
+        self.settings = settings
+        if isinstance(pool, str):
+            self.pool = named_pool(pool, dim, getattr(config, "num_hidden_layers", None), settings)
+        elif settings:
+            raise InputError(
+                f"{', '.join(settings)}: settings are of a pool that is named; give them to the pool itself"
+            )
+        else:
+            self.pool = pool
+        if getattr(self.pool, "dim", dim) != dim:
+            raise InputError(f"pool: is made for tokens of width {self.pool.dim}, and the backbone gives {dim}")
+        self.prefix_tokens = prefix_tokens
+        width = embedding_width(self.pool)
+        self.head = None if outputs is None else nn.Linear(width, outputs)
+
+    @property
+    def config(self) -> Any:
+        """The backbone's."""
+        return self.backbone.config
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of the embedding."""
+        return embedding_width(self.pool)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        input_values: Tensor | None = None,
+        input_features: Tensor | None = None,
+        labels: Tensor | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """Run the backbone and pool.
+
+        Args:
+            input_ids, token_type_ids, pixel_values, input_values, input_features, inputs: of the backbone. The usual ones have
+                names here because `Trainer` hands over only columns that are named.
+            attention_mask: of the backbone; also says which tokens are real.
+            labels: with `outputs`, what the loss is computed on: whole numbers (cross-entropy), or floats (mean squared error).
+
+        Returns:
+            `PooledOutput(loss, logits, embedding, weights)`, a transformers `ModelOutput`; what there is not is `None`.
+        """
+        layered = reads_layers(self.pool)
+        named = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "pixel_values": pixel_values,
+            "input_values": input_values,
+            "input_features": input_features,
+        }
+        inputs |= {k: v for k, v in named.items() if v is not None} | {"return_dict": True}
+        hidden = self.backbone(**inputs, **({"output_hidden_states": True} if layered else {}))
+        x = torch.stack(tuple(hidden.hidden_states)[1:], 1) if layered else hidden.last_hidden_state
+        mask = inputs.get("attention_mask")
+        if mask is None or mask.shape != (x.shape[0], x.shape[-2]) or (x.dim() == 4 and not layered):
+            mask = None
+        output, weights = attended(self.pool, x, None if mask is None else mask.bool(), self._dropped())
+        embedding = output.flatten(1)
+        logits = None if self.head is None else self.head(embedding)
+        return _output_class()(loss=_loss(logits, labels), logits=logits, embedding=embedding, weights=weights)
+
+    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
+        """Write the backbone in its own format and the pool as safetensors beside it; `from_pretrained` reads both.
+
+        Raises:
+            InputError: where the pool was not given by its name, which is how it is built again.
+        """
+        if self.method is None:
+            raise InputError(
+                "pool: was given as a module; name it as in cenote list to save it, or save its state_dict"
+            )
+        folder = Path(folder)
+        backbone: Any = self.backbone
+        backbone.save_pretrained(folder / BACKBONE)
+        state = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("backbone.")}
+        files.write_whole(folder / STATE, save(state))
+        card = {
+            "format": FORMAT,
+            "method": self.method,
+            "settings": self.settings,
+            "prefix_tokens": self.prefix_tokens,
+            "outputs": None if self.head is None else self.head.out_features,
+        }
+        files.write_whole(folder / CARD, json.dumps(card, indent=1))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **of_backbone: Any) -> PooledModel:
+        """Read what `save_pretrained` wrote.
+
+        Args:
+            folder: with the three parts.
+            of_backbone: arguments of `AutoModel.from_pretrained`.
+
+        Raises:
+            InputError: naming the folder and what is wrong with it.
+        """
+        folder = Path(folder)
+        try:
+            card: dict[str, Any] = json.loads((folder / CARD).read_text("utf-8"))
+            state = load_file(folder / STATE)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"{folder}: holds no model of PooledModel.save_pretrained ({error})") from error
+        files.require_format(folder, card, FORMAT)
+        backbone = _transformers().AutoModel.from_pretrained(folder / BACKBONE, **of_backbone)
+        model = cls(backbone, card["method"], card["prefix_tokens"], card["outputs"], **card["settings"])
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        wrong = [*(k for k in missing if not k.startswith("backbone.")), *unexpected]
+        if wrong:
+            raise InputError(f"{folder}: {STATE} does not fit {CARD} ({', '.join(wrong)}); save the model again")
+        return model.eval()
+
+    def _dropped(self) -> int:
+        return self.prefix_tokens if getattr(self.pool, "prefix", "keep") == "drop" else 0
+
+
+def named_pool(name: str, dim: int, layers: int | None, settings: dict[str, Any]) -> nn.Module:
+    """A pool by its name, told the width and, where it wants to know, the number of layers.
+
+    Raises:
+        InputError: where it is no pool of tokens or layers, or needs to know more.
+    """
+    entry = method(name)
+    if entry.room != "pool" or entry.kind not in ("sets", "layers"):
+        raise InputError(
+            f"pool: {name} pools {entry.kind} in {entry.room}; name a pool of sets or layers (cenote list)"
+        )
+    wanted = inspect.signature(entry.load()).parameters
+    known: dict[str, Any] = {"dim": dim, **(entry.settings or {}), **settings}
+    if "layers" in wanted and layers is not None:
+        known.setdefault("layers", layers)
+    missing = [k for k, p in wanted.items() if p.default is p.empty and k not in known and p.kind is not p.VAR_KEYWORD]
+    if missing:
+        raise InputError(f"pool: {name} must be told {', '.join(missing)}; give {missing[0]}=... as well")
+    return create(name, **known)
+
+
+def reads_layers(pool: nn.Module) -> bool:
+    """Whether a pool takes the stack of all layers."""
+    return hasattr(pool, "min_layers")
+
+
+def embedding_width(pool: Any) -> int:
+    """Width of what a pool gives, several vectors side by side."""
+    return pool.out_dim * getattr(pool, "vectors", 1)
+
+
+def attended(pool: Any, x: Tensor, mask: Tensor | None, drop: int) -> tuple[Tensor, Tensor | None]:
+    """Output and weights of a pool of sets or of layers, without the first `drop` tokens."""
+    if not reads_layers(pool):
+        return pool.attend(as_tokens(x, mask).drop_first(drop))
+    return pool.attend(x, without_first(x, mask, drop))
+
+
+def width_of(config: Any) -> int:
+    """Width of the hidden states of a transformers model.
+
+    Raises:
+        InputError: where its config does not say.
+    """
+    for name in ("hidden_size", "d_model", "n_embd"):
+        if isinstance(width := getattr(config, name, None), int):
+            return width
+    sizes = getattr(config, "hidden_sizes", None)
+    if sizes:
+        return int(sizes[-1])
+    raise InputError("backbone: its config does not say how wide its hidden states are; give a transformers model")
+
+
+def _loss(logits: Tensor | None, labels: Tensor | None) -> Tensor | None:
+    if labels is None:
+        return None
+    if logits is None:
+        raise InputError("labels: came without a layer that predicts them; build PooledModel with outputs=...")
+    if labels.is_floating_point():
+        return F.mse_loss(logits, labels.view_as(logits))
+    return F.cross_entropy(logits, labels)
+
+
+@cache
+def _output_class() -> Any:
+    from transformers.utils.generic import ModelOutput
+
+    @dataclass
+    class PooledOutput(ModelOutput):
+        """What a `PooledModel` gives; see its `forward`."""
+
+        loss: Any = None
+        logits: Any = None
+        embedding: Any = None
+        weights: Any = None
+
+    return PooledOutput
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError("transformers is not installed; install it with: pip install 'cenote[models]'") from error
+    return transformers

@@ -1,0 +1,28 @@
+"""Raw items and a model -> a feature store.
+
+`extract` cuts the raw items into shards, finds out which are finished, and hands the others to an `Engine`. A shard is a fixed
+range of items; whoever computes it, the same file comes out under the same name, written in one step. So an engine only
+decides who computes which shard, and nothing that it does wrong can damage a store.
+"""
+
+from cenote.jobs.extract.engine import Engine, LocalEngine
+from cenote.jobs.extract.job import Estimate, Extracted, Options, Progress, estimate, extract, planned
+from cenote.jobs.extract.spec import Job, ModelSpec, Shard, shards
+from cenote.jobs.extract.work import Worker
+
+__all__ = [
+    "Engine",
+    "Estimate",
+    "Extracted",
+    "Job",
+    "LocalEngine",
+    "ModelSpec",
+    "Options",
+    "Progress",
+    "Shard",
+    "Worker",
+    "estimate",
+    "extract",
+    "planned",
+    "shards",
+]

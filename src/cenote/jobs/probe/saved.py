@@ -1,0 +1,159 @@
+"""A trained probe in a folder that says how to rebuild it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+import cenote.core.files as files
+from cenote.catalog import create
+from cenote.core import Bags, InputError
+from cenote.features.dataset import Task, TokenDataset
+from cenote.features.graph_view import with_edges
+from cenote.features.layered import at_layer, layers_of, with_layers
+from cenote.jobs.probe.arms import Column
+from cenote.jobs.probe.module import GraphProbe, Probe, probe_of, sized_arguments
+from cenote.jobs.probe.result import Comparison
+from cenote.pool.base import Pooled
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SavedProbe:
+    """A trained probe with the names of its outputs.
+
+    Attributes:
+        probe: the module, in eval mode.
+        method: name of its pool.
+        task: what it was trained for.
+        classes: names of its classes, labels or targets.
+        dim: width of the tokens that it takes.
+        prefix_tokens: leading tokens of its data that are not patches.
+        layers: numbers of the layers that it reads, of data that number them: one for a pool of tokens.
+    """
+
+    probe: Probe
+    method: str
+    task: Task
+    classes: tuple[str, ...]
+    dim: int
+    prefix_tokens: int
+    layers: tuple[int, ...] = ()
+
+    def view(self, data: TokenDataset) -> TokenDataset:
+        """New data as the probe reads them: its layer, its stack of layers, or its graphs.
+
+        Raises:
+            InputError: where the data do not hold them.
+        """
+        if isinstance(self.probe, GraphProbe):
+            return with_edges(data)
+        held = layers_of(data)
+        if not self.layers or (held == () and len(self.layers) == 1):
+            return data
+        missing = [n for n in self.layers if n not in held]
+        if missing:
+            raise InputError(
+                f"data: the probe reads layers {', '.join(map(str, self.layers))}, and {missing} are not there"
+            )
+        return at_layer(data, self.layers[0]) if len(self.layers) == 1 else with_layers(data, self.layers)
+
+    @torch.no_grad()
+    def scores(
+        self, x: Float[Tensor, "batch tokens dim"] | Bags, mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Float[Tensor, "batch outputs"]:
+        """Probabilities of the classes or labels (binary: of both classes); targets of a regression."""
+        logits = self.probe(x, mask)
+        if self.task == "multiclass":
+            return logits.softmax(-1)
+        if self.task == "binary":
+            p = logits.sigmoid()
+            return torch.cat([1 - p, p], -1)
+        return logits.sigmoid() if self.task == "multilabel" else logits
+
+    def word(self, scores: Float[Tensor, "outputs"]) -> str:
+        """One item's scores as a prediction in words: class, labels separated by `;`, or numbers."""
+        if self.task in ("binary", "multiclass"):
+            return self.classes[int(scores.argmax())]
+        if self.task == "multilabel":
+            return ";".join(c for c, s in zip(self.classes, scores.tolist(), strict=True) if s > 0.5)
+        return ";".join(f"{s:.6g}" for s in scores.tolist())
+
+    @torch.no_grad()
+    def attend(
+        self, x: Float[Tensor, "batch tokens dim"] | Bags, mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Pooled:
+        """The pooled vectors and what they took from each token that the pool is shown (prefix dropped where it drops it)."""
+        return self.probe.attend(x, mask)
+
+
+def save_best(folder: Path, comparison: Comparison, column: Column, probe: Probe) -> None:
+    """Write the winning probe as `probe.safetensors` beside `probe.json`."""
+    pool, data = probe.pool, column.data
+    result = comparison[comparison.winner]
+    card = {
+        "format": FORMAT,
+        "method": column.method.name,
+        "arguments": sized_arguments(column.method.name, data),
+        "layers": list(column.layers),
+        "dim": data.dim,
+        "outputs": data.outputs,
+        "prefix_tokens": data.prefix_tokens,
+        "task": data.task,
+        "classes": list(data.classes),
+        "metric": {"name": comparison.metric_name, "test": result.metric, "interval": result.interval},
+        "trained_on": comparison.provenance.get("data_sha256"),
+        "versions": comparison.provenance.get("versions"),
+        "pool": type(pool).__name__,
+    }
+    state = {k: v.contiguous() for k, v in probe.state_dict().items()}
+    files.write_whole(folder / "probe.safetensors", save(state, metadata={"card": json.dumps(card)}))
+    files.write_whole(folder / "probe.json", json.dumps(card, indent=1))
+
+
+def load(folder: str | Path) -> SavedProbe:
+    """Rebuild the probe that `cenote probe` left in `OUT/best`.
+
+    Args:
+        folder: holds `probe.json` and `probe.safetensors`.
+
+    Raises:
+        InputError: naming the folder and what is wrong with it.
+    """
+    folder = Path(folder)
+    try:
+        card: dict[str, Any] = json.loads((folder / "probe.json").read_text("utf-8"))
+        state = load_file(folder / "probe.safetensors")
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{folder}: holds no saved probe ({Path(error.filename).name} is missing); name OUT/best"
+        ) from None
+    except (SafetensorError, ValueError, OSError) as error:
+        raise InputError(f"{folder}: the saved probe cannot be read ({error}); run cenote probe again") from None
+    files.require_format(folder, card, FORMAT)
+    pool = create(card["method"], dim=card["dim"], **card["arguments"])
+    probe = probe_of(pool, card["outputs"], card["prefix_tokens"])
+    try:
+        probe.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(
+            f"{folder}: probe.safetensors does not fit probe.json ({error}); run cenote probe again"
+        ) from None
+    return SavedProbe(
+        probe.eval(),
+        card["method"],
+        card["task"],
+        tuple(card["classes"]),
+        card["dim"],
+        card["prefix_tokens"],
+        tuple(card.get("layers", ())),
+    )

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cenote.bridges.transformers import PooledModel
+from cenote.core import InputError
+from cenote.pool import MaxPool, SimPool
+
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'cenote[models]'")
+
+
+def backbone() -> Any:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32
+    )
+    return transformers.BertModel(config).eval()
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, 40, (3, 7), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": (torch.arange(7) < torch.tensor([[7], [4], [1]])).long()}
+
+
+def test_pools_the_last_hidden_states() -> None:
+    body, batch = backbone(), inputs()
+    hidden = body(**batch).last_hidden_state
+    out = PooledModel(body, "mean")(**batch)
+    for i, n in enumerate((7, 4, 1)):
+        torch.testing.assert_close(out.embedding[i], hidden[i, :n].mean(0))
+        torch.testing.assert_close(out.weights[i, 0], (torch.arange(7) < n) / n)
+    assert out.to_tuple()[0] is out.embedding
+    assert isinstance(out, transformers.utils.ModelOutput)
+    own = MaxPool(16)
+    torch.testing.assert_close(PooledModel(body, own)(**batch).embedding, own(hidden, batch["attention_mask"].bool()))
+
+
+def test_prefix_tokens_are_kept_from_pools_of_patches() -> None:
+    body, batch = backbone(), inputs()
+    hidden = body(**batch).last_hidden_state
+    out = PooledModel(body, "mean", prefix_tokens=1)(**batch)
+    torch.testing.assert_close(out.embedding[1], hidden[1, 1:4].mean(0))
+    torch.testing.assert_close(PooledModel(body, "cls", prefix_tokens=1)(**batch).embedding, hidden[:, 0])
+
+
+def test_layer_pools_read_all_layers() -> None:
+    body, batch = backbone(), inputs()
+    states = body(**batch, output_hidden_states=True).hidden_states
+    out = PooledModel(body, "max-cls", last=2)(**batch)
+    torch.testing.assert_close(out.embedding, torch.maximum(states[-1][:, 0], states[-2][:, 0]))
+    assert PooledModel(body, "weighted-layer-sum")(**batch).weights.shape == (3, 1, 3, 7)
+
+
+@pytest.mark.parametrize("name", ["mean", "simpool", "weighted-layer-sum", "pma"])
+def test_saves_and_loads(name: str, tmp_path: Path) -> None:
+    model, batch = PooledModel(backbone(), name, outputs=2).eval(), inputs()
+    model.save_pretrained(tmp_path)
+    again = PooledModel.from_pretrained(tmp_path)
+    first, second = model(**batch), again(**batch)
+    torch.testing.assert_close(second.embedding, first.embedding)
+    torch.testing.assert_close(second.logits, first.logits)
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_trains_with_trainer(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 40, (64, 6), generator=g)
+    labels = torch.arange(64) % 2
+    ids[labels == 1, 3] = 1
+    data = [
+        {"input_ids": i, "attention_mask": torch.ones(6, dtype=torch.long), "labels": y}
+        for i, y in zip(ids, labels, strict=True)
+    ]
+    model = PooledModel(backbone(), "simpool", outputs=2)
+    before = {k: v.clone() for k, v in model.pool.state_dict().items()}
+    settings = transformers.TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=16, num_train_epochs=8, learning_rate=1e-2, report_to=[],
+        save_strategy="epoch", save_total_limit=1, use_cpu=True, disable_tqdm=True, seed=0, logging_strategy="no",
+    )  # fmt: skip
+    trainer = transformers.Trainer(model=model, args=settings, train_dataset=data, eval_dataset=data)
+    start = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < start / 2
+    assert any(not torch.equal(v, before[k]) for k, v in model.pool.state_dict().items())
+    assert list(tmp_path.glob("checkpoint-*/model.safetensors"))
+
+
+def test_losses() -> None:
+    batch = inputs()
+    model = PooledModel(backbone(), "mean", outputs=1)
+    y = torch.tensor([0.5, 1.0, 2.0])
+    out = model(**batch, labels=y)
+    torch.testing.assert_close(out.loss, (out.logits[:, 0] - y).square().mean())
+    with pytest.raises(InputError, match="outputs"):
+        PooledModel(backbone(), "mean")(**batch, labels=y)
+
+
+def test_wrong_input_is_named(tmp_path: Path) -> None:
+    body = backbone()
+    with pytest.raises(InputError, match="no method is called"):
+        PooledModel(body, "meen")
+    with pytest.raises(InputError, match="pools maps"):
+        PooledModel(body, "softpool")
+    with pytest.raises(InputError, match="width 8"):
+        PooledModel(body, SimPool(8))
+    with pytest.raises(InputError, match="settings"):
+        PooledModel(body, SimPool(16), heads=2)
+    with pytest.raises(InputError, match="prefix_tokens"):
+        PooledModel(body, prefix_tokens=-1)
+    with pytest.raises(InputError, match="name it"):
+        PooledModel(body, SimPool(16)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="holds no model"):
+        PooledModel.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="config"):
+        PooledModel(torch.nn.Linear(2, 2))
