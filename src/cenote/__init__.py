@@ -3,28 +3,15 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cenote.catalog import create, find, method, methods, systems
+from cenote.catalog import ROOMS, create, find, method, methods, systems
 from cenote.core import Bags, InputError
 
 if TYPE_CHECKING:
-    from cenote.probe import load
-    from cenote.probe.estimators import ProbeClassifier, ProbeRegressor
+    from cenote.probe import load as load
+    from cenote.probe.estimators import ProbeClassifier as ProbeClassifier
+    from cenote.probe.estimators import ProbeRegressor as ProbeRegressor
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "Bags",
-    "InputError",
-    "ProbeClassifier",
-    "ProbeRegressor",
-    "__version__",
-    "create",
-    "find",
-    "load",
-    "method",
-    "methods",
-    "systems",
-]
 
 # these need scikit-learn or scipy, or are whole floors: imported when they are first named
 _LATER = {
@@ -32,7 +19,20 @@ _LATER = {
     "ProbeRegressor": "cenote.probe.estimators",
     "load": "cenote.probe",
 }
-_FLOORS = ("core", "features", "pool", "probe", "report", "study", "testing")
+_FLOORS = ("catalog", "core", "features", "models", *ROOMS, "probe", "report", "scale", "study", "testing")
+
+__all__ = [
+    "Bags",
+    "InputError",
+    "__version__",
+    "create",
+    "find",
+    "method",
+    "methods",
+    "systems",
+    *_LATER,
+    *_FLOORS,
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -41,3 +41,7 @@ def __getattr__(name: str) -> Any:
     if name in _FLOORS:
         return import_module(f"cenote.{name}")
     raise AttributeError(f"module 'cenote' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
