@@ -9,6 +9,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
 import types
 from collections import Counter
 from pathlib import Path
@@ -21,7 +22,8 @@ from cenote.catalog.names import read
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "cenote"
-GROUND = ("core", "catalog", "models", "features", "testing")
+LAYERS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"][0]["layers"]
+GROUND = LAYERS[LAYERS.index(" | ".join(ROOMS)) + 1 :]
 NAMES = [(room, name, path) for room in ROOMS for name, path in public(room).items()]
 
 

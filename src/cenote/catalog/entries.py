@@ -198,13 +198,14 @@ def find(text: str) -> list[System]:
 def _instead(name: str) -> str:
     """What to do with a name that builds nothing; the slug of a system and the name of a class lead to what they have."""
     known = _methods()
-    if builders := [m.name for m in known.values() if name in (m.slug, m.path.rpartition(".")[2])]:
-        return f"what cenote builds of it by name: {', '.join(builders)}"
-    for s in systems():
-        if s.slug == name:
-            return f"of this system cenote has {', '.join(s.classes)}" if s.classes else "this system is planned"
-    if name in places():
-        return f"import {places()[name]}, which no name builds"
+    if names := [m.name for m in known.values() if name in (m.slug, m.path.rpartition(".")[2])]:
+        return f"the names that build it, or parts of it, are {', '.join(names)}"
+    listed = next((s.classes for s in systems() if s.slug == name), None)
+    if listed == ():
+        return "it is a published system that is planned"
+    if paths := listed or [path for key, path in places().items() if key == name]:
+        room, found = paths[0].split(".")[1], [path.rpartition(".")[2] for path in paths]
+        return f"no name builds it, but there is `from cenote.{room} import {', '.join(found)}`"
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"did you mean {', '.join(near)}?" if near else "`cenote list` prints all names"
 
