@@ -70,12 +70,7 @@ def test_what_a_room_does_not_have_is_an_attribute_error() -> None:
     with pytest.raises(ImportError, match="cannot import name 'SimPol'"):
         exec("from cenote.pool import SimPol")
     assert not hasattr(cenote.pool, "_private")
-    assert not hasattr(cenote.pool, "not.a.name")
     assert not hasattr(cenote.reduce, "SimPool")
-
-
-def test_modules_of_a_room_are_reached_through_it() -> None:
-    assert cenote.pool.attention.simpool.SimPool is cenote.pool.SimPool
 
 
 def test_the_package_shows_what_is_public_and_nothing_else() -> None:

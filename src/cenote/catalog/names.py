@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 import tomllib
 from collections.abc import Callable
@@ -55,14 +54,11 @@ def lazy(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     def __getattr__(name: str) -> Any:
         if name == "__all__":
             return list(public(room))
-        if name.isidentifier() and not name.startswith("_"):
-            path = public(room).get(name)
-            if path is not None:
-                # kept, so that it is looked up once
-                return vars(sys.modules[package]).setdefault(name, load(path))
-            if importlib.util.find_spec(f"{package}.{name}") is not None:
-                return importlib.import_module(f"{package}.{name}")
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        path = None if name.startswith("_") else public(room).get(name)
+        if path is None:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        # kept, so that it is looked up once
+        return vars(sys.modules[package]).setdefault(name, load(path))
 
     def __dir__() -> list[str]:
         return list(public(room))
