@@ -3,7 +3,7 @@
 #   make probe   the built-in data through every fast pooling: leaderboard here, report in cenote-out/report.html
 #   make test    the quick test suite
 #   make lint    style, types, import floors
-#   make pages   the generated pages of docs/methods
+#   make pages   what is generated from the catalog: the pages of docs/methods, the stubs of the rooms
 #   make docs    the documentation, into site/
 #   make bench   every benchmark, one after the other; writes docs/benchmarks.md
 #
@@ -41,6 +41,7 @@ lint: $(DEV)
 	$(BIN)/lint-imports
 
 pages: $(PACKAGE)
+	$(BIN)/python scripts/build_stubs.py
 	$(BIN)/python scripts/build_method_pages.py
 
 docs: $(DOCS) pages

@@ -5,7 +5,6 @@ python scripts/build_method_pages.py [--check]
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import cenote
-from cenote.catalog import Method, System
+from cenote.catalog import Method, System, load
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FOLDER = DOCS / "methods"
@@ -194,11 +193,6 @@ def table(headings: Any, rows: Any) -> list[str]:
 
 def one_line(path: str) -> str:
     return (inspect.getdoc(load(path)) or "").split("\n\n")[0].replace("\n", " ")
-
-
-def load(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
 
 
 def finished(lines: list[str]) -> str:

@@ -27,7 +27,8 @@ def test_wheel_holds_code_and_data(tmp_path: Path) -> None:
         for p in SOURCE.rglob("*")
         if p.is_file() and "__pycache__" not in p.parts
     }
-    assert {"cenote/catalog/systems.toml", "cenote/catalog/methods.toml", "cenote/py.typed"} <= wanted.keys()
+    assert {"cenote/catalog/systems.toml", "cenote/catalog/methods.toml"} <= wanted.keys()
+    assert {"cenote/py.typed", "cenote/pool/__init__.pyi"} <= wanted.keys()
     assert any(name.endswith(".safetensors") for name in wanted)
     assert {name: packed.get(name) for name in wanted} == wanted
     elsewhere = {name.split("/")[0] for name in packed} - {"cenote"}

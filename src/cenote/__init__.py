@@ -4,28 +4,15 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cenote.catalog import create, find, method, methods, systems
+from cenote.catalog import ROOMS, create, find, method, methods, systems
 from cenote.core import Bags, InputError
 from cenote.core.moved import Moved
 from cenote.core.version import __version__
 
 if TYPE_CHECKING:
-    from cenote.bridges.scikit_learn import ProbeClassifier, ProbeRegressor
-    from cenote.jobs.probe import load
-
-__all__ = [
-    "Bags",
-    "InputError",
-    "ProbeClassifier",
-    "ProbeRegressor",
-    "__version__",
-    "create",
-    "find",
-    "load",
-    "method",
-    "methods",
-    "systems",
-]
+    from cenote.bridges.scikit_learn import ProbeClassifier as ProbeClassifier
+    from cenote.bridges.scikit_learn import ProbeRegressor as ProbeRegressor
+    from cenote.jobs.probe import load as load
 
 # these need scikit-learn or scipy, or are whole floors: imported when they are first named
 _LATER = {
@@ -33,23 +20,40 @@ _LATER = {
     "ProbeRegressor": "cenote.bridges.scikit_learn",
     "load": "cenote.jobs.probe",
 }
-_FLOORS = ("compare", "core", "features", "jobs", "pool", "report", "study", "testing")
-
-sys.meta_path.insert(
-    0,
-    Moved(
-        {
-            "cenote.models.sentence_transformers": "cenote.bridges.sentence_transformers",
-            "cenote.probe.estimators": "cenote.bridges.scikit_learn",
-            "cenote.probe": "cenote.jobs.probe",
-        }
-    ),  # type: ignore[arg-type]
+_FLOORS = (
+    *("bridges", "catalog", "compare", "core", "features", "jobs", "models"),
+    *ROOMS,
+    *("report", "scale", "study", "testing"),
 )
+_MOVED = {
+    "cenote.models.sentence_transformers": "cenote.bridges.sentence_transformers",
+    "cenote.probe.estimators": "cenote.bridges.scikit_learn",
+    "cenote.probe": "cenote.jobs.probe",
+}
+
+__all__ = [
+    "Bags",
+    "InputError",
+    "__version__",
+    "create",
+    "find",
+    "method",
+    "methods",
+    "systems",
+    *_LATER,
+    *_FLOORS,
+]
+
+sys.meta_path.insert(0, Moved(_MOVED))  # type: ignore[arg-type]
 
 
 def __getattr__(name: str) -> Any:
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)
-    if name in _FLOORS:
+    if name in _FLOORS or f"cenote.{name}" in _MOVED:
         return import_module(f"cenote.{name}")
     raise AttributeError(f"module 'cenote' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

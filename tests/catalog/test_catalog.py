@@ -10,8 +10,9 @@ import sys
 import pytest
 
 import cenote
-from cenote.catalog import Method, System
+from cenote.catalog import Method, System, load
 from cenote.catalog.entries import Status
+from cenote.catalog.names import places
 from cenote.core import InputError
 
 ROOMS = {
@@ -31,11 +32,7 @@ ROOMS = {
 SYSTEMS = cenote.systems()
 METHODS = cenote.methods()
 PATHS = sorted({p for s in SYSTEMS for p in s.classes} | {m.path for m in METHODS})
-
-
-def load(path: str) -> type:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+HELPERS = sorted({*places().values()} - {*PATHS})
 
 
 def by_slug(s: System) -> str:
@@ -94,6 +91,11 @@ def test_what_the_catalog_names_imports_and_is_documented(path: str) -> None:
         assert "Args:" in text or "Attributes:" in text, f"{path}: the docstring does not say what its arguments are"
         for p in takes:
             assert re.search(rf"\b{re.escape(p.name)}\b", text), f"{path}: the docstring does not mention {p.name}"
+
+
+@pytest.mark.parametrize("path", HELPERS)
+def test_what_is_public_besides_has_a_docstring(path: str) -> None:
+    assert inspect.getdoc(load(path)), f"{path} has no docstring"
 
 
 @pytest.mark.parametrize("system", SYSTEMS, ids=by_slug)
@@ -176,6 +178,34 @@ def test_a_wrong_name_is_told_its_neighbours() -> None:
         cenote.create("simpol", dim=8)
     with pytest.raises(InputError, match="`cenote list` prints all names"):
         cenote.create("qqqqqqqq", dim=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "leads_to"),
+    [
+        ("SimPool", "the names that build it, or parts of it, are simpool"),
+        ("deeplab", "are deeplab-aspp, dense-crf"),
+        ("attention-conditioning", "`from cenote.pool import AttentionalConcat, AttentionalGate, AttentionalAffine"),
+        ("SlotCon", "no name builds it, but there is `from cenote.pool import SlotCon`"),
+        ("Pool", "`from cenote.pool import Pool`"),
+    ],
+)
+def test_a_slug_and_a_class_that_no_name_builds_lead_to_what_there_is(name: str, leads_to: str) -> None:
+    with pytest.raises(InputError, match=re.escape(leads_to)):
+        cenote.method(name)
+
+
+def test_a_planned_system_is_said_to_be_planned() -> None:
+    planned = next(s.slug for s in SYSTEMS if not s.classes)
+    with pytest.raises(InputError, match="a published system that is planned"):
+        cenote.method(planned)
+
+
+def test_every_other_slug_leads_somewhere() -> None:
+    for s in SYSTEMS:
+        if s.slug not in {m.name for m in METHODS}:
+            with pytest.raises(InputError, match=r"the names that build it|there is `from cenote\.|that is planned"):
+                cenote.method(s.slug)
 
 
 IMPORT = """

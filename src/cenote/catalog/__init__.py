@@ -1,5 +1,6 @@
-"""What exists: the published systems and the methods that can be built by name."""
+"""What exists: the published systems, the methods that can be built by name, and the public names of the rooms."""
 
 from cenote.catalog.entries import Method, System, create, find, method, methods, systems
+from cenote.catalog.names import ROOMS, lazy, load, public
 
-__all__ = ["Method", "System", "create", "find", "method", "methods", "systems"]
+__all__ = ["ROOMS", "Method", "System", "create", "find", "lazy", "load", "method", "methods", "public", "systems"]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import importlib.util
-import tomllib
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from typing import Any, Literal
 
+from cenote.catalog.names import load, places, read
 from cenote.core.errors import InputError
 
 Status = Literal["complete", "no study yet", "planned"]
@@ -27,6 +25,7 @@ class System:
         code: the authors' repository, `None` where none was found.
         room: where it lives, `pool/attention` for example.
         classes: dotted paths of our classes and functions.
+        also: dotted paths of what only helps them and is public too: a base, what a call returns, a reader of files.
         licence: of the authors' repository, as found there; `None` where nobody looked. No code of theirs is in cenote.
         legal: what a user should know besides, `None` for nearly all.
         when, cost: for people: when to use it, and what it takes; `None` where nobody has written it yet.
@@ -40,6 +39,7 @@ class System:
     code: str | None
     room: str
     classes: tuple[str, ...]
+    also: tuple[str, ...] = ()
     licence: str | None = None
     legal: str | None = None
     when: str | None = None
@@ -85,13 +85,13 @@ class Method:
 
     def load(self) -> type[Any]:
         """The class itself."""
-        return _load(self.path)
+        return load(self.path)
 
 
 @cache
 def systems() -> tuple[System, ...]:
     """All 119 published systems, by row."""
-    rows = _read("systems.toml")["system"]
+    rows = read("systems.toml")["system"]
     return tuple(
         System(
             row=r["row"],
@@ -102,6 +102,7 @@ def systems() -> tuple[System, ...]:
             code=r.get("code"),
             room=r["room"],
             classes=tuple(r.get("classes", ())),
+            also=tuple(r.get("also", ())),
             licence=r.get("licence"),
             legal=r.get("legal"),
             when=r.get("when"),
@@ -113,7 +114,28 @@ def systems() -> tuple[System, ...]:
 
 @cache
 def _methods() -> dict[str, Method]:
-    return {r["name"]: Method(**r) for r in _read("methods.toml")["method"]}
+    """The room and the system of a method follow from its class."""
+    owners = {path: s.slug for s in systems() for path in s.classes}
+    known = {}
+    for row in read("methods.toml")["method"]:
+        said = row["class"]
+        path = said if "." in said else places().get(said)
+        if path is None:
+            raise InputError(
+                f"methods.toml: no system lists the class {said!r} of the method {row['name']!r}; list its dotted path in "
+                f"systems.toml, or give the dotted path here"
+            )
+        known[row["name"]] = Method(
+            name=row["name"],
+            path=path,
+            room=path.split(".")[1],
+            kind=row["kind"],
+            summary=row["summary"],
+            slug=owners.get(path),
+            fast=row.get("fast", False),
+            settings=row.get("settings"),
+        )
+    return known
 
 
 def methods(*, room: str | None = None, kind: str | None = None, fast: bool | None = None) -> tuple[Method, ...]:
@@ -133,13 +155,11 @@ def method(name: str) -> Method:
     """The method of that name.
 
     Raises:
-        InputError: naming the nearest names where there is none.
+        InputError: where there is none, naming what builds the system or the class of that name, or the nearest names.
     """
     known = _methods()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "`cenote list` prints all names"
-        raise InputError(f"no method is called {name!r}; {hint}")
+        raise InputError(f"no method is called {name!r}; {_instead(name)}")
     return known[name]
 
 
@@ -175,18 +195,24 @@ def find(text: str) -> list[System]:
     ]
 
 
-def _read(name: str) -> dict[str, Any]:
-    return tomllib.loads(resources.files("cenote.catalog").joinpath(name).read_text("utf-8"))
-
-
-def _load(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+def _instead(name: str) -> str:
+    """What to do with a name that builds nothing; the slug of a system and the name of a class lead to what they have."""
+    known = _methods()
+    if names := [m.name for m in known.values() if name in (m.slug, m.path.rpartition(".")[2])]:
+        return f"the names that build it, or parts of it, are {', '.join(names)}"
+    listed = next((s.classes for s in systems() if s.slug == name), None)
+    if listed == ():
+        return "it is a published system that is planned"
+    if paths := listed or [path for key, path in places().items() if key == name]:
+        room, found = paths[0].split(".")[1], [path.rpartition(".")[2] for path in paths]
+        return f"no name builds it, but there is `from cenote.{room} import {', '.join(found)}`"
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {', '.join(near)}?" if near else "`cenote list` prints all names"
 
 
 def _exists(path: str) -> bool:
     try:
-        _load(path)
+        load(path)
     except (ImportError, AttributeError):
         return False
     return True

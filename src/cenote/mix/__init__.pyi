@@ -1,0 +1,1 @@
+# written by scripts/build_stubs.py from the catalog; do not edit
