@@ -41,10 +41,16 @@ from cenote.pool.attention.tree_cross_attention.objective import TreeLosses, Tre
 from cenote.pool.attention.tree_cross_attention.pool import TreeCrossAttentionPool
 from cenote.pool.attention.tree_cross_attention.retreever import ReTreever
 from cenote.pool.attention.tree_cross_attention.search import Retrieved, TreeCrossAttention
-from cenote.pool.bags.midam import AttentionStatistic, BagScorer, MIDAMAttention, MIDAMSmoothedMax, SmoothedMaxPool
-from cenote.pool.bags.midam_loss import MIDAMAttentionLoss, MIDAMLoss, MIDAMSmoothedMaxLoss
-from cenote.pool.bags.midam_optimizer import MIDAM
-from cenote.pool.bags.midam_trainer import MIDAMTrainer, TwoClassBatches, sample_instances
+from cenote.pool.bags.midam.loss import MIDAMAttentionLoss, MIDAMLoss, MIDAMSmoothedMaxLoss
+from cenote.pool.bags.midam.optimizer import MIDAM
+from cenote.pool.bags.midam.scorers import (
+    AttentionStatistic,
+    BagScorer,
+    MIDAMAttention,
+    MIDAMSmoothedMax,
+    SmoothedMaxPool,
+)
+from cenote.pool.bags.midam.trainer import MIDAMTrainer, TwoClassBatches, sample_instances
 from cenote.pool.base import PaddedPool, Pool, Pooled
 from cenote.pool.basic.cls import ClsMeanPool, ClsPool
 from cenote.pool.basic.last import LastPool
@@ -69,7 +75,7 @@ from cenote.pool.sequence.attention_conditioning import (
     ConditionedAttention,
     Lexicon,
 )
-from cenote.pool.sequence.attentive_mimicking import AgreementPool, AttentiveMimicking, Mimicked
+from cenote.pool.sequence.attentive_mimicking.model import AgreementPool, AttentiveMimicking, Mimicked
 from cenote.pool.sequence.attentive_statistics import AttentiveStatisticsPool
 from cenote.pool.sequence.attentive_temporal_pooling import AttentiveTemporalPool, TemporalState
 from cenote.pool.sequence.biomedical_re_pooling import (
@@ -95,8 +101,8 @@ from cenote.pool.sequence.cuni_multimodal import (
 from cenote.pool.sequence.dependency_trees import Trees, pad_heads, parse_conllu, read_conllu
 from cenote.pool.sequence.domain_adaptation import LinearCalibration, adapt_logits
 from cenote.pool.sequence.drasp import DraspPool
-from cenote.pool.sequence.layer_aware_fronts import D3Net, Ecapa2d
-from cenote.pool.sequence.layer_aware_tdnn import LayerAttentionPool, LayerAwareTDNN, SpeakerStatisticsPool
+from cenote.pool.sequence.layer_aware_tdnn.fronts import D3Net, Ecapa2d
+from cenote.pool.sequence.layer_aware_tdnn.model import LayerAttentionPool, LayerAwareTDNN, SpeakerStatisticsPool
 from cenote.pool.sequence.sentiment_attitudes import (
     IMLPAttention,
     InteractiveAttention,
@@ -130,7 +136,9 @@ from cenote.pool.spatial.attentive_feature_aggregation import (
     scale_space_rendering,
 )
 from cenote.pool.spatial.base import WindowPool
-from cenote.pool.spatial.deeplab import DeepLab, DeepLabASPP, MultiScale, score_map_loss
+from cenote.pool.spatial.deeplab.dense_crf import DenseCRF, search_crf, unary_from_labels, unary_from_probabilities
+from cenote.pool.spatial.deeplab.model import DeepLab, DeepLabASPP, MultiScale, score_map_loss
+from cenote.pool.spatial.deeplab.permutohedral import PermutohedralLattice
 from cenote.pool.spatial.deeplabv3 import (
     AtrousCascade,
     DeepLabV3,
@@ -139,7 +147,6 @@ from cenote.pool.spatial.deeplabv3 import (
     multi_grid,
     pixel_loss,
 )
-from cenote.pool.spatial.dense_crf import DenseCRF, search_crf, unary_from_labels, unary_from_probabilities
 from cenote.pool.spatial.edscw import EDSCWPool1d, EDSCWPool2d, EDSCWPool3d, IDWPool1d, IDWPool2d, IDWPool3d
 from cenote.pool.spatial.ggem import GeM, GGeM
 from cenote.pool.spatial.ggem_windows import GGeMPool1d, GGeMPool2d, GGeMPool3d
@@ -158,7 +165,6 @@ from cenote.pool.spatial.mixed_gated_tree import (
 )
 from cenote.pool.spatial.network_in_network import GlobalAveragePool, MLPConv, NetworkInNetwork, class_maps
 from cenote.pool.spatial.output_stride import to_output_stride
-from cenote.pool.spatial.permutohedral import PermutohedralLattice
 from cenote.pool.spatial.softpool import SoftPool1d, SoftPool2d, SoftPool3d
 from cenote.pool.spatial.tokenflex import TokenCountSampler, TokenFlex, check_placeholders
 from cenote.pool.spatial.weighted import LeanWindowPool, WeightedWindowPool

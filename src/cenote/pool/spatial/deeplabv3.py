@@ -12,8 +12,7 @@ from cenote.core.errors import InputError
 from cenote.core.requirements import require_all_positive
 from cenote.core.sets import as_tokens
 from cenote.pool.spatial.atrous_rates import recommend_rates
-from cenote.pool.spatial.deeplab import upsampled
-from cenote.pool.spatial.output_stride import dilate
+from cenote.pool.spatial.output_stride import dilate, upsampled
 
 Rate = int | tuple[int, int]
 Norm = Callable[[int], nn.Module]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_one_of
-from cenote.pool.spatial.permutohedral import PermutohedralLattice
+from cenote.pool.spatial.deeplab.permutohedral import PermutohedralLattice
 
 Method = Literal["auto", "exact", "lattice"]
 Normalization = Literal["symmetric", "before", "after", "none"]

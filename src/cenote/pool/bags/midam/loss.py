@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_one_of, require_positive
-from cenote.pool.bags.midam import AttentionStatistic
+from cenote.pool.bags.midam.scorers import AttentionStatistic
 
 Init = Literal["first_value", "authors"]
 
@@ -176,7 +176,7 @@ class MIDAMAttentionLoss(MIDAMLoss):
         init: what a bag's estimate is before its first visit: `"first_value"`: what that visit brings; `"authors"`: 1.
 
     Example:
-        >>> from cenote.pool.bags.midam import AttentionStatistic
+        >>> from cenote.pool.bags.midam.scorers import AttentionStatistic
         >>> loss = MIDAMAttentionLoss(bags=10)
         >>> sampled = AttentionStatistic(torch.randn(4), torch.randn(4))
         >>> loss(sampled, torch.tensor([1, 0, 1, 0]), torch.tensor([3, 1, 9, 0])).shape
