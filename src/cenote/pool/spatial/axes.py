@@ -29,7 +29,7 @@ def per_axis(
         >>> per_axis("sigma", 2.0, 2, lambda s: s > 0, "a positive number")
         (2.0, 2.0)
     """
-    numbers = tuple(given) if isinstance(given, tuple | list) else (given,) * axes
+    numbers = (given,) * axes if isinstance(given, int | float) else tuple(given)
     if len(numbers) != axes or not all(map(holds, numbers)):
         raise InputError(f"{name}: expected {expected}, or one for each of {axes} axes, got {given!r}")
     return numbers

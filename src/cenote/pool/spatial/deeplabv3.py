@@ -305,5 +305,6 @@ def _unit(in_channels: int, out_channels: int, norm: Norm, rate: tuple[int, ...]
     if rate is None:
         conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
     else:
-        conv = nn.Conv2d(in_channels, out_channels, 3, padding=rate, dilation=rate, bias=False)
+        down, across = rate
+        conv = nn.Conv2d(in_channels, out_channels, 3, padding=(down, across), dilation=(down, across), bias=False)
     return nn.Sequential(conv, norm(out_channels), nn.ReLU())
