@@ -13,12 +13,9 @@ from torch import Tensor, nn
 from cenote.core.attention import Projection
 from cenote.core.dense import dense_attention
 from cenote.core.errors import InputError
-from cenote.core.powermean import power_mean
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import PaddedTokens, Tokens
 from cenote.core.widths import require_divides
-
-SHIFT_EPS = 1e-6
 
 
 def quick_gelu(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
@@ -215,21 +212,3 @@ def split_projection(fused: nn.Linear, parts: int) -> list[Projection]:
 def project(x: Float[Tensor, "*rows in"], projection: Projection) -> Float[Tensor, "*rows out"]:
     """`W x + b`."""
     return F.linear(x, projection.weight, projection.bias)
-
-
-def shifted_power_mean(
-    tokens: Tokens,
-    values: Float[Tensor, "*rows dim"],
-    minimum: Float[Tensor, "batch 1"],
-    gamma: float,
-    weights: Float[Tensor, "*rows heads"],
-) -> Float[Tensor, "batch dim"]:
-    """`(sum_n a_n (v_n - min + 1e-6)^gamma)^(1/gamma)`, each head's weights on its own slice of the channels."""
-    shifted = values - tokens.spread(minimum) + SHIFT_EPS
-    return power_mean(
-        tokens,
-        # padded slots hold a constant that may lie below the minimum of the real tokens
-        shifted.clamp(min=SHIFT_EPS),
-        values.new_tensor([gamma]),
-        weights.repeat_interleave(values.shape[-1] // weights.shape[-1], -1),
-    )
