@@ -17,7 +17,7 @@ from benchmarks.timing import Pair, run
 from torch import Tensor
 
 from cenote.pool import DenseCRF
-from cenote.pool.spatial.dense_crf import unary_from_probabilities
+from cenote.pool.spatial.deeplab.dense_crf import unary_from_probabilities
 
 CLASSES, STEPS, SIGMA = 21, 10, 50.0
 SAME = 0.99

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cenote.jobs.probe.statistics import holm, interval, signed_rank_p
-from cenote.pool.sequence.mimicking import Mimic, train_mimic
-from cenote.pool.sequence.word_contexts import contexts_of, count_words
-from cenote.pool.sequence.word_vectors import WordVectors
+from cenote.pool.sequence.attentive_mimicking.mimic import Mimic, train_mimic
+from cenote.pool.sequence.attentive_mimicking.word_contexts import contexts_of, count_words
+from cenote.pool.sequence.attentive_mimicking.word_vectors import WordVectors
 
 TABLES = Path(__file__).resolve().parents[1] / "docs" / "tables"
 SEEDS, HELD_OUT = 3, 200

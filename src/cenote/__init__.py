@@ -44,7 +44,7 @@ __all__ = [
     *_FLOORS,
 ]
 
-sys.meta_path.insert(0, Moved(_MOVED))  # type: ignore[arg-type]
+sys.meta_path.insert(0, Moved(_MOVED))
 
 
 def __getattr__(name: str) -> Any:

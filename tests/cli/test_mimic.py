@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cenote.pool.sequence.word_vectors import WordVectors
+from cenote.pool.sequence.attentive_mimicking.word_vectors import WordVectors
 from tests.cli.program import Run
 
 QUICK = ["--least-count", "10", "--epochs", "30"]

@@ -43,9 +43,9 @@ def mimic(
     seed: Annotated[int, typer.Option(min=0, help="Of initialisation, order and sampled contexts.")] = 0,
 ) -> None:
     """Give rare words a vector, made of their letters and contexts, by mimicking the vectors of frequent words."""
-    from cenote.pool.sequence.mimicking import Mimic, read_words, train_mimic, words_without_vector
-    from cenote.pool.sequence.word_contexts import contexts_of
-    from cenote.pool.sequence.word_vectors import WordVectors
+    from cenote.pool.sequence.attentive_mimicking.mimic import Mimic, read_words, train_mimic, words_without_vector
+    from cenote.pool.sequence.attentive_mimicking.word_contexts import contexts_of
+    from cenote.pool.sequence.attentive_mimicking.word_vectors import WordVectors
 
     console = Console()
     if out.is_dir() or not out.absolute().parent.is_dir():

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from cenote.core.requirements import require_at_least
 from cenote.core.sets import Bags, PaddedTokens, Tokens, as_tokens
+from cenote.pool.traits import Traits
 
 
 class Pooled(NamedTuple):
@@ -27,42 +27,14 @@ class Pooled(NamedTuple):
     weights: Float[Tensor, "*sets heads tokens"] | None
 
 
-class Pool(nn.Module, ABC):
+class Pool(Traits, ABC):
     """Base of the pools that map `[batch, tokens, dim]` or `Bags` to `[batch, out_dim]`.
 
     A pool defines `pool(tokens)`, written against the set algebra of `cenote.core.Tokens`, so that it holds for padded and
     ragged batches alike. Where its weights cost extra, it also defines `pool_only(tokens)` without them.
 
-    Attributes:
-        dim: width of a token.
-        out_dim: width of an output vector, known before the first call.
-        vectors: number of output vectors per set, `k`; with one, the output is `[batch, out_dim]`.
-        permutation_invariant: whether the order of the tokens leaves the output unchanged.
-        prefix: what the pool does with prefix tokens ([CLS], registers): `"drop"`: it wants the patches alone;
-            `"keep"`: it reads them as its input form says.
-        reads_cls: whether it is meaningless on tokens without a [CLS].
-        pairwise: whether tokens attend to each other, at a cost quadratic in their number.
-        fixed_tokens: whether every set must have the number of tokens that the constructor was told (`tokens=`).
-        inert_parameters: parameters that cannot change the output (a key bias drops out of a softmax), kept so that
-            published weights load.
+    Its `dim`, `out_dim`, `vectors` and what it says of itself are those of `cenote.pool.traits.Traits`.
     """
-
-    permutation_invariant: bool = True
-    prefix: ClassVar[Literal["drop", "keep"]] = "drop"
-    reads_cls: ClassVar[bool] = False
-    pairwise: bool = False
-    fixed_tokens: ClassVar[bool] = False
-    inert_parameters: tuple[str, ...] = ()
-
-    dim: int
-    out_dim: int
-    vectors: int = 1
-
-    def __init__(self, dim: int, out_dim: int | None = None) -> None:
-        super().__init__()
-        require_at_least(1, dim=dim)
-        self.dim = dim
-        self.out_dim = dim if out_dim is None else out_dim
 
     def forward(
         self,

@@ -11,7 +11,14 @@ from tests.golden.cases import Case, adapter, load_parameters
 
 SLUG = "adaptive-noise-pooling"
 POOLING = {"AdaPool": "adaptive", "AvgPool": "mean", "MaxPool": "max", "ClsToken": "cls"}
-PARTS = {"attn.Q.": "q.", "attn.KV.": "kv.", "attn.out.": "out.", "ff.l_in.": "ff.0.", "ff.l_out.": "ff.2."}
+PARTS = {"attn.Q.": "q.", "attn.KV.": "kv.", "attn.out.": "out."}
+LAYER = {
+    ".norm_attn.": ".norm1.",
+    ".attn.out.": ".attn.proj.",
+    ".norm_ff.": ".norm2.",
+    ".ff.l_in.": ".mlp.fc1.",
+    ".ff.l_out.": ".mlp.fc2.",
+}
 
 
 @adapter(SLUG, "AdaPool")
@@ -59,12 +66,17 @@ def knn_centroid(case: Case) -> dict[str, Tensor]:
 def our_parameters(params: dict[str, Tensor], pooling: str, config: dict[str, Any]) -> dict[str, Tensor]:
     """The authors' names mapped to ours, without the attention that their class token owns and never uses."""
     renamed = {}
-    for name, value in params.items():
-        if pooling == "cls" and name.startswith("pool.attn."):
+    for raw, value in params.items():
+        if pooling == "cls" and raw.startswith("pool.attn."):
             continue
-        name = name.replace("transformer.encoder.", "").replace("pool.cls_token", "cls_token")
+        name = raw.replace("transformer.encoder.", "").replace("pool.cls_token", "cls_token")
         name = "head." + name.removeprefix("pool.") if name.startswith("pool.") else name
-        for theirs, ours in PARTS.items():
+        if ".attn.KV." in name and name.startswith("layers."):
+            continue
+        if ".attn.Q." in name and name.startswith("layers."):
+            value = torch.cat([value, params[raw.replace(".attn.Q.", ".attn.KV.")]])
+            name = name.replace(".attn.Q.", ".attn.qkv.")
+        for theirs, ours in (LAYER if name.startswith("layers.") else PARTS).items():
             name = name.replace(theirs, ours)
         # an embedding may have rows for ids that never occur
         renamed[name] = value[:2] if name == "query_emb.weight" else value

@@ -47,7 +47,7 @@ def spatial(case: Case) -> dict[str, Tensor]:
 
 @adapter("attentive-feature-aggregation", "ChannelAttentionModule")
 def channel(case: Case) -> dict[str, Tensor]:
-    module = AFAChannelAttention(case.config["in_ch"])
+    module = AFAChannelAttention(case.config["in_ch"], case.config.get("down_ratio", 16))
     loaded(module, renamed(case.params, *inside("", "", CHANNEL)))
     x = case.inputs["x"]
     return {"attn": module(x), "logits": module.logits(x)}

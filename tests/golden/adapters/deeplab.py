@@ -3,7 +3,7 @@ from typing import Any
 from torch import Tensor
 
 from cenote.pool import DenseCRF, PermutohedralLattice
-from cenote.pool.spatial.dense_crf import mean_field, pixel_features
+from cenote.pool.spatial.deeplab.dense_crf import mean_field, pixel_features
 from tests.golden.cases import Case, adapter
 
 NORMALIZATIONS: dict[str, Any] = {

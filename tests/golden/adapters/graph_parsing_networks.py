@@ -2,6 +2,7 @@ import torch
 from torch import Tensor
 
 from cenote.core.graphs import undirected
+from cenote.pool.graph.base import GraphLevel
 from cenote.pool.graph.graph_parsing_networks import GraphParsingNetwork, GraphParsingNodes, GraphParsingPool
 from cenote.pool.graph.parsing import EdgeScores, parse
 from tests.golden.cases import Case, adapter, load_parameters
@@ -12,7 +13,7 @@ class BatchWide(GraphParsingPool):
 
     of_nodes = False
 
-    def unfinished(self, edge_index: Tensor, batch: Tensor) -> Tensor:
+    def unfinished(self, edge_index: Tensor, batch: Tensor, level: GraphLevel) -> Tensor:
         if self.of_nodes:
             return torch.ones_like(batch, dtype=torch.bool)
         return (batch.bincount() > 1)[batch]

@@ -3,7 +3,7 @@ from torch import Tensor, nn
 
 from cenote.core import as_tokens
 from cenote.pool import MIDAM, MIDAMAttentionLoss, MIDAMLoss, MIDAMSmoothedMax, MIDAMSmoothedMaxLoss
-from cenote.pool.bags.midam import statistic
+from cenote.pool.bags.midam.scorers import statistic
 from tests.golden.cases import Case, adapter
 
 

@@ -155,14 +155,16 @@ def test_attenuator_layer_is_a_pre_norm_transformer_layer() -> None:
         8, 4, 32, dropout=0.0, activation="gelu", batch_first=True, norm_first=True, dtype=torch.float64
     )
     with torch.no_grad():
-        peer.self_attn.in_proj_weight.copy_(torch.cat([ours.q.weight / 2, ours.kv.weight]))
-        peer.self_attn.in_proj_bias.copy_(torch.cat([ours.q.bias / 2, ours.kv.bias]))
+        shrunk = torch.ones(3 * 8, 1, dtype=torch.float64)
+        shrunk[:8] = 0.5
+        peer.self_attn.in_proj_weight.copy_(shrunk * ours.attn.qkv.weight)
+        peer.self_attn.in_proj_bias.copy_(shrunk.squeeze(1) * ours.attn.qkv.bias)
         pairs = [
-            (peer.self_attn.out_proj, ours.out),
-            (peer.linear1, ours.ff[0]),
-            (peer.linear2, ours.ff[2]),
-            (peer.norm1, ours.norm_attn),
-            (peer.norm2, ours.norm_ff),
+            (peer.self_attn.out_proj, ours.attn.proj),
+            (peer.linear1, ours.mlp.fc1),
+            (peer.linear2, ours.mlp.fc2),
+            (peer.norm1, ours.norm1),
+            (peer.norm2, ours.norm2),
         ]
         for theirs, own in pairs:
             theirs.load_state_dict(own.state_dict())

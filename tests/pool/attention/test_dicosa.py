@@ -136,18 +136,17 @@ def test_temporal_transformer_is_clips_layers_added_to_the_frames() -> None:
     x = randn(2, 5, 8)
     layer = model.layers[0]
     reference = nn.MultiheadAttention(8, 2, batch_first=True).double()
-    a = layer.self_attn
     state = {
-        "in_proj_weight": torch.cat([p.weight for p in (a.q_proj, a.k_proj, a.v_proj)]),
-        "in_proj_bias": torch.cat([p.bias for p in (a.q_proj, a.k_proj, a.v_proj)]),
-        "out_proj.weight": a.out_proj.weight,
-        "out_proj.bias": a.out_proj.bias,
+        "in_proj_weight": layer.attn.qkv.weight,
+        "in_proj_bias": layer.attn.qkv.bias,
+        "out_proj.weight": layer.attn.proj.weight,
+        "out_proj.bias": layer.attn.proj.bias,
     }
     reference.load_state_dict(state)
     z = x + model.position_embedding[:5]
-    n = layer.layer_norm1(z)
+    n = layer.norm1(z)
     z = z + reference(n, n, n, need_weights=False)[0]
-    hidden = layer.mlp.fc1(layer.layer_norm2(z))
+    hidden = layer.mlp.fc1(layer.norm2(z))
     z = z + layer.mlp.fc2(hidden * torch.sigmoid(1.702 * hidden))
     torch.testing.assert_close(model(x), x + z)
     mask = torch.tensor([[True] * 3 + [False] * 2, [False] * 5])
@@ -157,13 +156,24 @@ def test_temporal_transformer_is_clips_layers_added_to_the_frames() -> None:
 
 
 def test_clip_weights_load_by_name() -> None:
-    source, model = TemporalTransformer(8, layers=3, heads=2, frames=9), TemporalTransformer(8, 2, 2, frames=6)
-    state = {f"text_model.encoder.{k}": v for k, v in source.state_dict().items() if k.startswith("layers.")}
-    state["text_model.embeddings.position_embedding.weight"] = source.position_embedding.detach()
+    transformers = pytest.importorskip("transformers", reason="cenote[transformers] is not installed")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    source = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(vocab_size=50, max_position_embeddings=9, hidden_act="quick_gelu", **sizes)
+    ).eval()
+    for p in source.parameters():
+        nn.init.normal_(p, std=0.3)
+    state = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in source.state_dict().items()}
+    model = TemporalTransformer(8, 2, 2, frames=6)
     model.load_clip_text(state)
-    for name, value in model.state_dict().items():
-        expected = source.state_dict()[name]
-        assert torch.equal(value, expected[:6] if name == "position_embedding" else expected)
+    assert torch.equal(model.position_embedding, state["text_model.embeddings.position_embedding.weight"][:6])
+    z = torch.randn(1, 5, 8)
+    encoder = getattr(source, "text_model", source).encoder
+    for layer, theirs in zip(model.layers, encoder.layers, strict=False):
+        found = theirs(z, attention_mask=None)
+        z = layer(z)
+        torch.testing.assert_close(z, found[0] if isinstance(found, tuple) else found)
     del state["text_model.encoder.layers.1.mlp.fc1.bias"]
     with pytest.raises(InputError, match=r"layers\.1\.mlp\.fc1\.bias"):
         model.load_clip_text(state)

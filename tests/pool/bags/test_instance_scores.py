@@ -10,7 +10,7 @@ import cenote
 from cenote.core import Bags
 from cenote.pool import DeepSet
 from cenote.pool.attention.attenuator import Attenuator
-from cenote.pool.sequence.layer_aware_tdnn import LayerAwareTDNN
+from cenote.pool.sequence.layer_aware_tdnn.model import LayerAwareTDNN
 
 # learn something for each place of a fixed number of tokens, which bags have not
 FIXED = {"abmilp-positions", "clip", "cbam"}

@@ -27,7 +27,7 @@ from cenote.pool import (
     TwoClassBatches,
     sample_instances,
 )
-from cenote.pool.bags.midam_trainer import sample_rows
+from cenote.pool.bags.midam.trainer import sample_rows
 
 BAGS, INSTANCES, WIDTH = 6, 5, 3
 Y = torch.tensor([1, 0, 1, 0, 0, 1])

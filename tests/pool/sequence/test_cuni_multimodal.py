@@ -203,6 +203,8 @@ def test_wrong_input_is_named() -> None:
     for settings, named in (({"heads": 3}, "heads"), ({"heads": [2]}, "heads"), ({"memories": 0}, "memories")):
         with pytest.raises(InputError, match=named):
             SerialMemories(DIM, **settings)
+    with pytest.raises(InputError, match="heads"):
+        FlatMemories(DIM, heads=[2, 4])
 
 
 def test_image_memory_goes_row_by_row() -> None:

@@ -171,7 +171,7 @@ def test_a_front_sees_neighbouring_frames_and_layers() -> None:
 
 
 def test_the_last_slice_of_a_res2_block_passes_unchanged() -> None:
-    from cenote.pool.sequence.layer_aware_fronts import Res2Block
+    from cenote.pool.sequence.layer_aware_tdnn.fronts import Res2Block
 
     block = shaken(Res2Block(16, dilation=2))
     x = torch.randn(2, 16, 5, 9, dtype=torch.float64)

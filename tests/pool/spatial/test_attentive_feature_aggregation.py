@@ -87,6 +87,12 @@ def test_channel_attention_sees_mean_and_maximum_through_the_same_layers() -> No
     torch.testing.assert_close(module(x), sum(module.excite(module.squeeze(v)) for v in ends).sigmoid())
 
 
+def test_the_reduction_is_an_option() -> None:
+    assert AFAChannelAttention(15, 8).squeeze[0].weight.shape[:2] == (1, 15)
+    for fusion in (BinaryAFA(C, reduction=2), MultiAFA(C, reduction=2)):
+        assert fusion.channel.squeeze[0].weight.shape[:2] == (C // 2, C)
+
+
 def test_masked_positions_say_nothing_of_channels() -> None:
     module, x = shaken(AFAChannelAttention(C)), randn(2, C, 5, 4)
     mask = torch.zeros(2, 5, 4, dtype=torch.bool)
@@ -289,6 +295,7 @@ def test_gradients_compile_export_and_copies(build) -> None:
     ("call", "named"),
     [
         (lambda: AFAChannelAttention(15), "channels"),
+        (lambda: AFAChannelAttention(C, reduction=0), "reduction"),
         (lambda: AFASpatialAttention(4, activation="tanh"), "activation"),
         (lambda: AFAChannelAttention(C)(torch.zeros(1, C, 3, 3)), "cannot train on one map"),
         (lambda: BinaryAFA(C)(torch.zeros(2, C, 3, 3), torch.zeros(2, C, 2, 3)), "deep"),

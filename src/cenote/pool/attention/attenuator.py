@@ -4,70 +4,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from cenote.core.dense import dense_attention
 from cenote.core.errors import InputError
 from cenote.core.masks import positions, real_tokens
 from cenote.core.sets import PaddedTokens
 from cenote.core.widths import largest_divisor, require_divides
 from cenote.pool.attention.adaptive_noise_pooling import AdaptiveNoisePool, Query
+from cenote.pool.attention.blocks import MLP, SelfAttention, TransformerBlock
 from cenote.pool.base import PaddedPool, Pool, Pooled
 from cenote.pool.basic.max import MaxPool
 from cenote.pool.basic.mean import MeanPool
 
 Pooling = Literal["adaptive", "mean", "max", "cls"]
-
-
-class AttenuatorLayer(nn.Module):
-    """A transformer layer with norms before its parts: `x + Attention(LN(x))`, then `x + FF(LN(x))` with a GELU inside.
-
-    Scores are scaled by the full width, as everywhere in the author's code.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        hidden: int,
-        heads: int,
-        bias_attention: bool,
-        bias_ff: bool,
-        dropout_w: float,
-        dropout_e: float,
-        dropout_ff: float,
-    ) -> None:
-        super().__init__()
-        self.heads = heads
-        self.dropout_w = dropout_w
-        self.norm_attn = nn.LayerNorm(dim)
-        self.q = nn.Linear(dim, dim, bias_attention)
-        self.kv = nn.Linear(dim, 2 * dim, bias_attention)
-        self.out = nn.Linear(dim, dim, bias_attention)
-        self.dropout_e = nn.Dropout(dropout_e)
-        self.norm_ff = nn.LayerNorm(dim)
-        self.ff = nn.Sequential(
-            nn.Linear(dim, hidden, bias_ff), nn.GELU(), nn.Linear(hidden, dim, bias_ff), nn.Dropout(dropout_ff)
-        )
-
-    def forward(
-        self, x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
-    ) -> Float[Tensor, "batch tokens dim"]:
-        """The tokens after the layer; what padded slots hold is of no meaning."""
-        normed = self.norm_attn(x)
-        key, value = self.kv(normed).chunk(2, -1)
-        dropout = self.dropout_w if self.training else 0.0
-        attended = dense_attention(
-            self.q(normed), key, value, self.heads, scale=x.shape[-1] ** -0.5, mask=mask, dropout=dropout
-        )
-        x = x + self.dropout_e(self.out(attended))
-        return x + self.ff(self.norm_ff(x))
-
-    def seen(
-        self, x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None, index: int
-    ) -> Float[Tensor, "batch tokens heads"]:
-        """What the token of this number takes from each token."""
-        normed = self.norm_attn(x)
-        query = self.q(normed[:, index]).unflatten(-1, (self.heads, -1))
-        key = self.kv(normed).chunk(2, -1)[0].unflatten(-1, (self.heads, -1))
-        return PaddedTokens(x, mask).softmax(torch.einsum("bhc,bnhc->bnh", query, key) * x.shape[-1] ** -0.5)
 
 
 class Attenuator(PaddedPool):
@@ -142,15 +89,11 @@ class Attenuator(PaddedPool):
         self.proj_in = nn.Linear(dim, hidden, bias_ff) if project_in else None
         self.query_emb = nn.Embedding(2, hidden) if query_embedding else None
         self.layers = nn.ModuleList(
-            AttenuatorLayer(
+            TransformerBlock(
                 hidden,
-                4 * hidden if ff is None else ff,
-                heads,
-                bias_attention,
-                bias_ff,
-                dropout_w,
-                dropout_e,
-                dropout_ff,
+                # scores are scaled by the full width, as everywhere in the author's code
+                SelfAttention(hidden, heads, bias_attention, bias_attention, hidden**-0.5, dropout_w, dropout_e),
+                MLP(hidden, 4 * hidden if ff is None else ff, bias_ff, dropout=dropout_ff),
             )
             for _ in range(layers)
         )
@@ -216,8 +159,9 @@ class Attenuator(PaddedPool):
         learned = self.cls_token.shape[1]
         if not self.layers:
             return x.new_zeros((x.shape[0], x.shape[1] - learned, 1))
-        last: AttenuatorLayer = self.layers[-1]  # type: ignore[assignment]
-        return last.seen(x, mask, self.cls_index)[:, learned:]
+        last: TransformerBlock = self.layers[-1]  # type: ignore[assignment]
+        maps = last.maps(x, mask, slice(self.cls_index, self.cls_index + 1))
+        return maps.squeeze(2).transpose(1, 2)[:, learned:]
 
 
 def _small_normal(module: nn.Module) -> None:

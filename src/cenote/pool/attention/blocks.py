@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -10,75 +11,143 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core.attention import Projection
+from cenote.core.dense import dense_attention
 from cenote.core.errors import InputError
-from cenote.core.powermean import power_mean
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import PaddedTokens, Tokens
 from cenote.core.widths import require_divides
 
-SHIFT_EPS = 1e-6
+
+def quick_gelu(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """`x sigmoid(1.702 x)`, CLIP's approximation of the GELU.
+
+    >>> quick_gelu(torch.tensor([0.0, 10.0])).round().tolist()
+    [0.0, 10.0]
+    """
+    return x * torch.sigmoid(1.702 * x)
 
 
 class MLP(nn.Module):
-    """`fc2(gelu(fc1(x)))`, as in a vision transformer."""
+    """`fc2(activation(fc1(x)))`, as in a vision transformer.
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    Args:
+        dim, hidden: widths outside and inside.
+        bias: whether both maps have biases.
+        activation: between them.
+        dropout: of the result.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        bias: bool = True,
+        activation: Callable[[Tensor], Tensor] = F.gelu,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = nn.Linear(dim, hidden, bias)
+        self.fc2 = nn.Linear(hidden, dim, bias)
+        self.activation = activation
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.dropout(self.fc2(self.activation(self.fc1(x))))
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over padded sets; padded slots are never attended to."""
+    """Multi-head self-attention over padded sets; padded slots are never attended to.
 
-    def __init__(self, dim: int, heads: int, qkv_bias: bool = False) -> None:
+    Args:
+        dim: width of a token.
+        heads: divides `dim`.
+        qkv_bias, out_bias: whether the maps to queries, keys and values, and the map of the result, have biases.
+        scale: factor on the scores; default `(dim / heads) ** -0.5`.
+        dropout: of the weights.
+        out_dropout: of the result.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        qkv_bias: bool = False,
+        out_bias: bool = True,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        out_dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         require_divides("heads", heads, dim)
         self.heads = heads
+        self.scale = (dim // heads) ** -0.5 if scale is None else scale
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, bias=out_bias)
+        self.dropout = dropout
+        self.out_dropout = nn.Dropout(out_dropout)
 
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
-        q, k, v = self._projected(x)
-        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=_seen(mask)).transpose(1, 2).flatten(2))
+        q, k, v = self.qkv(x).chunk(3, -1)
+        dropout = self.dropout if self.training else 0.0
+        return self.out_dropout(self.proj(dense_attention(q, k, v, self.heads, self.scale, mask, dropout)))
 
     def maps(
-        self, x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+        asking: slice = slice(None),
     ) -> Float[Tensor, "batch heads queries tokens"]:
-        """What each token takes from each other."""
-        q, k, _ = self._projected(x)
-        scores, seen = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, _seen(mask)
-        return (scores if seen is None else scores.masked_fill(~seen, -math.inf)).softmax(-1)
-
-    def _projected(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "3 batch heads tokens channels"]:
-        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-
-
-def _seen(mask: Bool[Tensor, "batch tokens"] | None) -> Bool[Tensor, "batch 1 1 tokens"] | None:
-    # a set without tokens attends to its zeroed slots: all False would make NaN
-    return None if mask is None else (mask | ~mask.any(1, keepdim=True))[:, None, None]
+        """What each token takes from each other, or what the tokens `asking` do."""
+        query, key, _ = split_projection(self.qkv, 3)
+        q, k = (
+            project(rows, part).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for rows, part in ((x[:, asking], query), (x, key))
+        )
+        scores = q @ k.transpose(-1, -2) * self.scale
+        if mask is not None:
+            # a set without tokens attends to its zeroed slots: all False would make NaN
+            scores = scores.masked_fill(~(mask | ~mask.any(1, keepdim=True))[:, None, None], -math.inf)
+        return scores.softmax(-1)
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm block: `x + attention(LN(x))`, then `x + MLP(LN(x))`."""
+    """Pre-norm block: `x + attention(LN(x))`, then `x + MLP(LN(x))`.
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = False) -> None:
+    Args:
+        dim: width of a token.
+        attention: `SelfAttention(dim, ...)`.
+        mlp: `MLP(dim, ...)`.
+    """
+
+    def __init__(self, dim: int, attention: SelfAttention, mlp: MLP) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = SelfAttention(dim, heads, qkv_bias)
+        self.attn = attention
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.mlp = mlp
+
+    @classmethod
+    def of_vit(cls, dim: int, heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = False) -> TransformerBlock:
+        """That of a vision transformer."""
+        return cls(dim, SelfAttention(dim, heads, qkv_bias), MLP(dim, int(dim * mlp_ratio)))
 
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
+        """The tokens after the block; what padded slots hold is of no meaning."""
         x = x + self.attn(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
+
+    def maps(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+        asking: slice = slice(None),
+    ) -> Float[Tensor, "batch heads queries tokens"]:
+        """What each token takes from each other in this block, or what the tokens `asking` do."""
+        return self.attn.maps(self.norm1(x), mask, asking)
 
 
 class TokenBatchNorm(nn.BatchNorm1d):
@@ -143,21 +212,3 @@ def split_projection(fused: nn.Linear, parts: int) -> list[Projection]:
 def project(x: Float[Tensor, "*rows in"], projection: Projection) -> Float[Tensor, "*rows out"]:
     """`W x + b`."""
     return F.linear(x, projection.weight, projection.bias)
-
-
-def shifted_power_mean(
-    tokens: Tokens,
-    values: Float[Tensor, "*rows dim"],
-    minimum: Float[Tensor, "batch 1"],
-    gamma: float,
-    weights: Float[Tensor, "*rows heads"],
-) -> Float[Tensor, "batch dim"]:
-    """`(sum_n a_n (v_n - min + 1e-6)^gamma)^(1/gamma)`, each head's weights on its own slice of the channels."""
-    shifted = values - tokens.spread(minimum) + SHIFT_EPS
-    return power_mean(
-        tokens,
-        # padded slots hold a constant that may lie below the minimum of the real tokens
-        shifted.clamp(min=SHIFT_EPS),
-        values.new_tensor([gamma]),
-        weights.repeat_interleave(values.shape[-1] // weights.shape[-1], -1),
-    )

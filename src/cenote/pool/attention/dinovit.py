@@ -35,10 +35,10 @@ class DinoViTPool(PaddedPool):
     def __init__(self, dim: int, heads: int | None = None, mlp_ratio: float = 4.0, qkv_bias: bool = False) -> None:
         super().__init__(dim)
         self.heads = largest_divisor(dim, 8) if heads is None else heads
-        self.block = TransformerBlock(dim, self.heads, mlp_ratio, qkv_bias)
+        self.block = TransformerBlock.of_vit(dim, self.heads, mlp_ratio, qkv_bias)
 
     def pool_padded(self, tokens: PaddedTokens) -> Pooled:
-        maps = self.block.attn.maps(self.block.norm1(tokens.values), tokens.mask)
+        maps = self.block.maps(tokens.values, tokens.mask)
         even = tokens.uniform()
         # [batch, heads, queries, tokens] -> mean over the real queries [batch, tokens, heads]
         taken = torch.einsum("bhqn,bq->bnh", maps, even.squeeze(-1))

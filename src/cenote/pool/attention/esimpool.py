@@ -1,16 +1,13 @@
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
 
 from cenote.core.attention import Plan, cross_attention
-from cenote.core.errors import InputError
 from cenote.core.sets import Tokens
-from cenote.core.widths import largest_divisor, require_divides
-from cenote.pool.attention.blocks import shifted_power_mean
-from cenote.pool.base import Pooled, QueryPool
+from cenote.core.widths import largest_divisor
+from cenote.pool.attention.shifted_power import ShiftedPowerPool
+from cenote.pool.base import Pooled
 
 
-class ESimPool(QueryPool):
+class ESimPool(ShiftedPowerPool):
     """SimPool without linear maps, on several heads: normalised mean against normalised tokens, raw tokens as values.
 
     `q = LN(mean_n x_n)`, `k_n = LN(x_n)`, `a = softmax_n(q . k_n * scale)` on the slice of each head, `y = sum_n a_n x_n`; or
@@ -43,18 +40,8 @@ class ESimPool(QueryPool):
         scale: float | None = None,
         plan: Plan = "auto",
     ) -> None:
-        super().__init__(dim)
-        self.heads = largest_divisor(dim, 12) if heads is None else heads
-        require_divides("heads", self.heads, dim)
-        if gamma is not None and gamma <= 0:
-            raise InputError(f"gamma: expected a positive exponent or None, got {gamma}")
-        if beta and gamma is None:
-            raise InputError("beta: is added to the power mean, so it needs gamma; give gamma or leave beta out")
-        self.gamma = gamma
+        super().__init__(dim, largest_divisor(dim, 12) if heads is None else heads, gamma, beta, plan)
         self.scale = (dim // self.heads) ** -0.5 if scale is None else scale
-        self.plan = plan
-        self.norm_patches = nn.LayerNorm(dim, eps=1e-6)
-        self.beta = nn.Parameter(torch.zeros(1)) if beta else None
 
     def attended(self, tokens: Tokens, need_weights: bool) -> Pooled:
         query = self.norm_patches(tokens.mean()).unflatten(-1, (self.heads, -1))
@@ -72,9 +59,4 @@ class ESimPool(QueryPool):
         )
         if self.gamma is None:
             return Pooled(output.squeeze(1), weights)
-        y = shifted_power_mean(tokens, tokens.values, self.value_minimum(tokens), self.gamma, weights)
-        return Pooled(y if self.beta is None else y + self.beta, weights)
-
-    def value_minimum(self, tokens: Tokens) -> Float[Tensor, "batch 1"]:
-        """The number that shifts each set's values to be positive."""
-        return tokens.min().amin(-1, keepdim=True)
+        return self.power_mean(tokens, tokens.values, weights)

@@ -62,7 +62,9 @@ class JepaPool(QueryPool):
         self.norm1 = nn.LayerNorm(dim) if complete_block else None
         self.norm2 = nn.LayerNorm(dim) if complete_block else None
         self.mlp = MLP(dim, int(dim * mlp_ratio)) if complete_block else None
-        self.blocks = nn.ModuleList(TransformerBlock(dim, self.heads, mlp_ratio, qkv_bias) for _ in range(depth - 1))
+        self.blocks = nn.ModuleList(
+            TransformerBlock.of_vit(dim, self.heads, mlp_ratio, qkv_bias) for _ in range(depth - 1)
+        )
         self._initialise()
 
     def attended(self, tokens: Tokens, need_weights: bool) -> Pooled:

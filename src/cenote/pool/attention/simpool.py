@@ -1,16 +1,12 @@
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from cenote.core.attention import Plan, cross_attention
-from cenote.core.errors import InputError
 from cenote.core.sets import Tokens
-from cenote.core.widths import require_divides
-from cenote.pool.attention.blocks import shifted_power_mean
-from cenote.pool.base import Pooled, QueryPool
+from cenote.pool.attention.shifted_power import ShiftedPowerPool
+from cenote.pool.base import Pooled
 
 
-class SimPool(QueryPool):
+class SimPool(ShiftedPowerPool):
     """Attention from the mean of the tokens, over normalised keys, with the normalised tokens themselves as values.
 
     `q = W_q mean_n x_n`, `k_n = W_k LN(x_n)`, `v_n = LN(x_n)`, `a = softmax_n(q . k_n / sqrt(dim/heads))` per head;
@@ -50,19 +46,9 @@ class SimPool(QueryPool):
         qkv_bias: bool = False,
         plan: Plan = "auto",
     ) -> None:
-        super().__init__(dim)
-        require_divides("heads", heads, dim)
-        if gamma is not None and gamma <= 0:
-            raise InputError(f"gamma: expected a positive exponent or None, got {gamma}")
-        if beta and gamma is None:
-            raise InputError("beta: is added to the power mean, so it needs gamma; give gamma or leave beta out")
-        self.heads = heads
-        self.gamma = gamma
-        self.plan = plan
-        self.norm_patches = nn.LayerNorm(dim, eps=1e-6)
+        super().__init__(dim, heads, gamma, beta, plan)
         self.wq = nn.Linear(dim, dim, bias=qkv_bias)
         self.wk = nn.Linear(dim, dim, bias=qkv_bias)
-        self.beta = nn.Parameter(torch.zeros(1)) if beta else None
 
     def attended(self, tokens: Tokens, need_weights: bool) -> Pooled:
         query = self.wq(tokens.mean()).unsqueeze(1)
@@ -78,10 +64,4 @@ class SimPool(QueryPool):
         )
         if self.gamma is None:
             return Pooled(output.squeeze(1), weights)
-        values = self.norm_patches(tokens.values)
-        y = shifted_power_mean(tokens, values, self.value_minimum(tokens, values), self.gamma, weights)
-        return Pooled(y if self.beta is None else y + self.beta, weights)
-
-    def value_minimum(self, tokens: Tokens, values: Float[Tensor, "*rows dim"]) -> Float[Tensor, "batch 1"]:
-        """The number that shifts each set's values to be positive."""
-        return tokens.min(values).amin(-1, keepdim=True)
+        return self.power_mean(tokens, self.norm_patches(tokens.values), weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.graphs import Graphs, check_edges
-from cenote.core.requirements import require_at_least, require_floating
+from cenote.core.requirements import require_floating
 from cenote.core.segments import accumulation_dtype
 from cenote.pool.graph.precision import in_double
+from cenote.pool.traits import Traits
 
 Nodes = Float[Tensor, "nodes dim"] | Graphs
 Edges = Int[Tensor, "2 edges"] | None
@@ -65,7 +66,7 @@ class Graph(NamedTuple):
     size: int
 
 
-class GraphPool(nn.Module, ABC):
+class GraphPool(Traits, ABC):
     """Base of the pools that map `x, edge_index, edge_attr, batch` to `[graphs, out_dim]`, also of `cenote.core.Graphs`.
 
     A graph pool defines `pool(graph)` on checked input. A graph without nodes gives zeros.
@@ -75,29 +76,17 @@ class GraphPool(nn.Module, ABC):
         out_dim: width of an output vector; default `dim`.
 
     Attributes:
-        dim, out_dim: as given; known before the first call.
         reads_edges: whether the output depends on the edges.
         discrete: whether the pool makes choices (which nodes join, which stay), which rounding can turn over.
         precise: whether it computes in float64, so that rounding does not; its output has the precision of `x`.
-        inert_parameters: parameters that cannot change the output.
-        vectors, prefix, reads_cls, pairwise, fixed_tokens: as of `cenote.pool.Pool`, for the probe.
+
+    The others are those of `cenote.pool.traits.Traits`.
     """
 
     reads_edges: ClassVar[bool] = True
     discrete: ClassVar[bool] = False
     precise: bool = False
-    inert_parameters: tuple[str, ...] = ()
-    vectors: int = 1
-    prefix: ClassVar[Literal["drop", "keep"]] = "keep"
-    reads_cls: ClassVar[bool] = False
-    pairwise: bool = False
-    fixed_tokens: ClassVar[bool] = False
-
-    def __init__(self, dim: int, out_dim: int | None = None) -> None:
-        super().__init__()
-        require_at_least(1, dim=dim)
-        self.dim = dim
-        self.out_dim = dim if out_dim is None else out_dim
+    prefix = "keep"
 
     def forward(
         self, x: Nodes, edge_index: Edges = None, edge_attr: Attr = None, batch: Batch = None, size: int | None = None

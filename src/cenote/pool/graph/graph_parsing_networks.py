@@ -135,8 +135,7 @@ class GraphParsingPool(GraphPool):
         levels = mean_by(h, batch, graph.size)
         steps: list[Step] = []
         while edge_index.shape[1]:
-            moving = self.unfinished(edge_index, batch)
-            step, merged = self.step(h, edge_index, batch, moving)
+            step, merged = self.step(h, edge_index, batch)
             # where all edges were dropped, or every node chose itself
             if step.level.batch.shape == batch.shape:
                 break
@@ -151,15 +150,12 @@ class GraphParsingPool(GraphPool):
         h: Float[Tensor, "nodes hidden"],
         edge_index: Int[Tensor, "2 edges"],
         batch: Int[Tensor, "nodes"],
-        moving: Bool[Tensor, "nodes"],
     ) -> tuple[Step, Float[Tensor, "communities hidden"]]:
         """One level: what joined, and the features of the communities."""
         g = self.gnn(h, edge_index)
         scores, scored = self.parser(g, edge_index)
         level = parse(scores, scored, batch)
-        # a graph of which every node chose itself is done, whatever its batch mates still do
-        joins = level.batch.bincount(minlength=int(batch.max()) + 1) < batch.bincount()
-        moving = moving & joins[batch]
+        moving = self.unfinished(edge_index, batch, level)
         communities = level.batch.shape[0]
         pooled = g if self.gnn2 is None else self.gnn2(h, edge_index)
         merged = self.post(sum_by(self.pre(pooled), level.assignment, communities))
@@ -169,9 +165,13 @@ class GraphParsingPool(GraphPool):
         merged = merged.index_copy(0, level.assignment[~moving], h[~moving])
         return Step(level, h, edge_index, moving), merged
 
-    def unfinished(self, edge_index: Int[Tensor, "2 edges"], batch: Int[Tensor, "nodes"]) -> Bool[Tensor, "nodes"]:
-        """The nodes that still have something to join."""
-        return has_edges(edge_index, batch.shape[0])
+    def unfinished(
+        self, edge_index: Int[Tensor, "2 edges"], batch: Int[Tensor, "nodes"], level: GraphLevel
+    ) -> Bool[Tensor, "nodes"]:
+        """The nodes that have something to join, in graphs of which something joined at this level."""
+        # a graph of which every node chose itself is done, whatever its batch mates still do
+        joins = level.batch.bincount(minlength=int(batch.max()) + 1) < batch.bincount()
+        return has_edges(edge_index, batch.shape[0]) & joins[batch]
 
     def encoded(self, graph: Graph) -> Float[Tensor, "nodes hidden"]:
         """The nodes at width `hidden`."""

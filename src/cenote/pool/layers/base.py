@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from cenote.core.errors import InputError
-from cenote.core.requirements import require_at_least, require_floating
+from cenote.core.requirements import require_floating
 from cenote.core.sets import PaddedTokens
+from cenote.pool.traits import Traits
 
 
 class LayersPooled(NamedTuple):
@@ -56,7 +57,7 @@ def stack_layers(
     return torch.stack(kept, 1)
 
 
-class LayerPool(nn.Module, ABC):
+class LayerPool(Traits, ABC):
     """Base of the pools that map `[batch, layers, tokens, dim]` to `[batch, out_dim]`.
 
     A layer pool defines `pool(x, mask)` on a checked stack whose padded slots are zero. Where its weights cost extra, it also
@@ -68,34 +69,23 @@ class LayerPool(nn.Module, ABC):
         out_dim: width of the output; default `dim`.
 
     Attributes:
-        dim: width of a token.
         layers: number of layers that the stack must have, `None` where any will do.
         min_layers: fewest layers that the pool can work with.
-        out_dim: width of the output, known before the first call.
-        permutation_invariant: whether the order of the tokens leaves the output unchanged.
-        layer_invariant: whether the order of the layers does.
-        reads_cls: whether it is meaningless on tokens without a [CLS].
-        inert_parameters: parameters that cannot change the output (a key bias drops out of a softmax).
+        layer_invariant: whether the order of the layers leaves the output unchanged.
+
+    The others are those of `cenote.pool.traits.Traits`.
     """
 
-    permutation_invariant: bool = True
     layer_invariant: bool = False
-    reads_cls: bool = False
-    inert_parameters: tuple[str, ...] = ()
     min_layers: int = 1
 
-    dim: int
     layers: int | None
-    out_dim: int
 
     def __init__(self, dim: int, layers: int | None = None, out_dim: int | None = None) -> None:
-        super().__init__()
-        require_at_least(1, dim=dim)
+        super().__init__(dim, out_dim)
         if layers is not None and layers < 1:
             raise InputError(f"layers: expected at least one layer, got {layers}")
-        self.dim = dim
         self.layers = layers
-        self.out_dim = dim if out_dim is None else out_dim
 
     def forward(
         self, x: Float[Tensor, "batch layers tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None

@@ -123,6 +123,11 @@ class Memories(nn.Module, ABC):
         self.bias = bias
         self.eps = eps
         self.dropout = nn.Dropout(dropout)
+        self.build()
+
+    @abstractmethod
+    def build(self) -> None:
+        """Make the parts of the layer, once its settings are known."""
 
     def attention(self, heads: int) -> MemoryAttention:
         """A new attention with the settings of this layer."""
@@ -199,17 +204,8 @@ class SerialMemories(Memories):
     Source: Helcl, Libovicky, Varis, "CUNI System for the WMT18 Multimodal Translation Task", WMT 2018.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        memories: int = 2,
-        heads: int | Sequence[int] = 16,
-        bias: bool = False,
-        dropout: float = 0.0,
-        eps: float = 1e-6,
-    ) -> None:
-        super().__init__(dim, memories, heads, bias, dropout, eps)
-        self.norms = nn.ModuleList(self.norm_layer() for _ in range(memories))
+    def build(self) -> None:
+        self.norms = nn.ModuleList(self.norm_layer() for _ in self.head_counts)
         self.attentions = nn.ModuleList(self.attention(h) for h in self.head_counts)
 
     def combine(
@@ -239,16 +235,7 @@ class ParallelMemories(Memories):
     Source: Helcl, Libovicky, Varis, "CUNI System for the WMT18 Multimodal Translation Task", WMT 2018.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        memories: int = 2,
-        heads: int | Sequence[int] = 16,
-        bias: bool = False,
-        dropout: float = 0.0,
-        eps: float = 1e-6,
-    ) -> None:
-        super().__init__(dim, memories, heads, bias, dropout, eps)
+    def build(self) -> None:
         self.norm = self.norm_layer()
         self.attentions = nn.ModuleList(self.attention(h) for h in self.head_counts)
 
@@ -280,18 +267,11 @@ class FlatMemories(Memories):
     Source: Helcl, Libovicky, Varis, "CUNI System for the WMT18 Multimodal Translation Task", WMT 2018.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        memories: int = 2,
-        heads: int = 16,
-        bias: bool = False,
-        dropout: float = 0.0,
-        eps: float = 1e-6,
-    ) -> None:
-        super().__init__(dim, memories, heads, bias, dropout, eps)
+    def build(self) -> None:
+        if len(set(self.head_counts)) > 1:
+            raise InputError(f"heads: one attention reads all memories, so it has one number, got {self.head_counts}")
         self.norm = self.norm_layer()
-        self.joint_attention = self.attention(heads)
+        self.joint_attention = self.attention(self.head_counts[0])
 
     def combine(
         self, queries: Float[Tensor, "batch queries dim"], memories: Sequence[Tensor], masks: Masks
@@ -302,7 +282,7 @@ class FlatMemories(Memories):
         return MemoriesAttended(queries + self.dropout(found), tuple(by_memory))
 
 
-class HierarchicalMemories(Memories):
+class HierarchicalMemories(ParallelMemories):
     """All memories asked by the same queries, then a second attention chooses among what was found.
 
     `C_i = dropout(attention_i(LN(q), M_i))`, `y = q + dropout(attention_h(LN(q), [C_1; C_2; ...]))`, the second attention for
@@ -335,8 +315,6 @@ class HierarchicalMemories(Memories):
         eps: float = 1e-6,
     ) -> None:
         super().__init__(dim, memories, heads, bias, dropout, eps)
-        self.norm = self.norm_layer()
-        self.attentions = nn.ModuleList(self.attention(h) for h in self.head_counts)
         self.choice = self.attention(self.head_counts[0] if hierarchical_heads is None else hierarchical_heads)
 
     def combine(

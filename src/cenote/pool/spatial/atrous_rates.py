@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_all_positive, require_at_least
+from cenote.pool.spatial.axes import integers_per_axis
 
 COVERAGE = 0.55
 
@@ -49,7 +50,7 @@ def valid_taps(size: int | tuple[int, int], rate: int | tuple[int, int]) -> Vali
     Source: Kim et al., "Resolution-Aware Design of Atrous Rates", 2023 (the geometry is exact).
     """
     taps = whole = alone = 1.0
-    for n, r in zip(_pair("size", size), _pair("rate", rate), strict=True):
+    for n, r in zip(integers_per_axis("size", size, 2), integers_per_axis("rate", rate, 2), strict=True):
         side = max(0.0, 1 - r / n)
         both = max(0.0, 1 - 2 * r / n)
         taps *= (1 + 2 * side) / 3
@@ -100,7 +101,10 @@ def recommend_rates(
         derivation from the geometry, checked by `cenote study atrous-rates`.
     """
     if isinstance(input_size, tuple):
-        down, across = (recommend_rates(n, output_stride, branches, coverage) for n in _pair("input_size", input_size))
+        down, across = (
+            recommend_rates(n, output_stride, branches, coverage)
+            for n in integers_per_axis("input_size", input_size, 2)
+        )
         return tuple(zip(down, across, strict=True))
     require_at_least(1, input_size=input_size, output_stride=output_stride, branches=branches)
     if coverage <= 0:
@@ -252,10 +256,3 @@ def receptive_extent(
         return 0.0
     held = mass.cumsum(0) / mass.sum()
     return float((held < share - 1e-12).sum())
-
-
-def _pair(name: str, given: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (given, given) if isinstance(given, int) else tuple(given)
-    if len(pair) != 2 or min(pair) < 1:
-        raise InputError(f"{name}: expected a positive integer or two of them, got {given!r}")
-    return pair

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
-from cenote.core.requirements import require_one_of
+from cenote.core.requirements import require_at_least, require_one_of
 from cenote.core.sets import as_tokens
 
 Activation = Literal["sigmoid", "abs", "relu"]
@@ -103,10 +103,11 @@ class AFASpatialAttention(nn.Module):
 class AFAChannelAttention(nn.Module):
     """One number from 0 to 1 per channel, from the map's mean and its maximum.
 
-    `sigmoid(f(mean) + f(max))`, `f` two 1 x 1 layers with `channels / 16` between, normalisation and ReLU.
+    `sigmoid(f(mean) + f(max))`, `f` two 1 x 1 layers with `channels / reduction` between, normalisation and ReLU.
 
     Args:
-        channels: of the map; at least 16.
+        channels: of the map; at least `reduction`.
+        reduction: channels of the map for each one between.
 
     Example:
         >>> AFAChannelAttention(32)(torch.randn(2, 32, 6, 5)).shape
@@ -115,14 +116,16 @@ class AFAChannelAttention(nn.Module):
     Source: Yang et al., "Dense Prediction with Attentive Feature Aggregation", WACV 2023. The mask is ours.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, reduction: int = REDUCTION) -> None:
         super().__init__()
-        if channels < REDUCTION:
+        require_at_least(1, reduction=reduction)
+        if channels < reduction:
             raise InputError(
-                f"channels: expected at least {REDUCTION}, of which one in {REDUCTION} is kept, got {channels}"
+                f"channels: expected at least {reduction}, of which one in {reduction} is kept, got {channels}; "
+                f"give more or a smaller reduction="
             )
-        self.squeeze = conv_norm_relu(channels, channels // REDUCTION, 1)
-        self.excite = _kaiming(nn.Conv2d(channels // REDUCTION, channels, 1, bias=False))
+        self.squeeze = conv_norm_relu(channels, channels // reduction, 1)
+        self.excite = _kaiming(nn.Conv2d(channels // reduction, channels, 1, bias=False))
 
     def forward(
         self,
@@ -155,6 +158,7 @@ class BinaryAFA(nn.Module):
 
     Args:
         channels: of both maps, which are of the same size.
+        reduction: as of `AFAChannelAttention`.
 
     Example:
         >>> shallow, deep = torch.randn(2, 2, 16, 6, 5)
@@ -164,10 +168,10 @@ class BinaryAFA(nn.Module):
     Source: Yang et al., "Dense Prediction with Attentive Feature Aggregation", WACV 2023.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, reduction: int = REDUCTION) -> None:
         super().__init__()
         self.spatial = AFASpatialAttention(channels)
-        self.channel = AFAChannelAttention(channels)
+        self.channel = AFAChannelAttention(channels, reduction)
 
     def forward(
         self,
@@ -203,6 +207,7 @@ class MultiAFA(nn.Module):
         channels: of the result, and of the finest level.
         coarser: channels of the other levels, coarse to fine; each is projected and enlarged. Default: all levels come with
             `channels`, and are only enlarged.
+        reduction: as of `AFAChannelAttention`.
 
     Example:
         >>> coarse, fine = torch.randn(2, 24, 4, 4), torch.randn(2, 16, 8, 8)
@@ -212,10 +217,10 @@ class MultiAFA(nn.Module):
     Source: Yang et al., "Dense Prediction with Attentive Feature Aggregation", WACV 2023.
     """
 
-    def __init__(self, channels: int, coarser: Sequence[int] | None = None) -> None:
+    def __init__(self, channels: int, coarser: Sequence[int] | None = None, reduction: int = REDUCTION) -> None:
         super().__init__()
         self.spatial = AFASpatialAttention(channels)
-        self.channel = AFAChannelAttention(channels)
+        self.channel = AFAChannelAttention(channels, reduction)
         self.projections = None if coarser is None else nn.ModuleList(conv_norm_relu(c, channels, 1) for c in coarser)
 
     def forward(

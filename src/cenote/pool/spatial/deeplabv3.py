@@ -12,8 +12,8 @@ from cenote.core.errors import InputError
 from cenote.core.requirements import require_all_positive
 from cenote.core.sets import as_tokens
 from cenote.pool.spatial.atrous_rates import recommend_rates
-from cenote.pool.spatial.deeplab import upsampled
-from cenote.pool.spatial.output_stride import dilate
+from cenote.pool.spatial.axes import integers_per_axis
+from cenote.pool.spatial.output_stride import dilate, upsampled
 
 Rate = int | tuple[int, int]
 Norm = Callable[[int], nn.Module]
@@ -86,7 +86,7 @@ class DeepLabV3ASPP(nn.Module):
             if input_size is None:
                 raise InputError("input_size: rates='auto' follow from the side of the image; give it")
             rates = recommend_rates(input_size, output_stride)
-        self.rates = tuple(_per_axis(r) for r in rates)
+        self.rates = tuple(integers_per_axis("rates", r, 2) for r in rates)
         self.branches = nn.ModuleList([_unit(in_channels, out_channels, norm)])
         self.branches.extend(_unit(in_channels, out_channels, norm, r) for r in self.rates)
         self.image = _unit(in_channels, out_channels, norm) if image_pool else None
@@ -301,16 +301,10 @@ def pixel_loss(
     return F.cross_entropy(logits, labels.long(), ignore_index=ignore)
 
 
-def _unit(in_channels: int, out_channels: int, norm: Norm, rate: tuple[int, int] | None = None) -> nn.Sequential:
+def _unit(in_channels: int, out_channels: int, norm: Norm, rate: tuple[int, ...] | None = None) -> nn.Sequential:
     if rate is None:
         conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
     else:
-        conv = nn.Conv2d(in_channels, out_channels, 3, padding=rate, dilation=rate, bias=False)
+        down, across = rate
+        conv = nn.Conv2d(in_channels, out_channels, 3, padding=(down, across), dilation=(down, across), bias=False)
     return nn.Sequential(conv, norm(out_channels), nn.ReLU())
-
-
-def _per_axis(rate: Rate) -> tuple[int, int]:
-    pair = (rate, rate) if isinstance(rate, int) else tuple(rate)
-    if len(pair) != 2 or min(pair) < 1:
-        raise InputError(f"rates: expected positive integers, or (down, across), got {rate!r}")
-    return pair

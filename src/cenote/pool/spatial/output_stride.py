@@ -6,6 +6,7 @@ import copy
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -62,6 +63,22 @@ def to_output_stride(net: Net, output_stride: int, example: Float[Tensor, "batch
     for name, factor in factors.items():
         _convert(name, modules[name], *factor)
     return _padded_outside(net)
+
+
+def upsampled(
+    maps: Float[Tensor, "batch channels h w"], output_stride: int, size: tuple[int, int]
+) -> Float[Tensor, "batch channels height width"]:
+    """Bilinear enlargement in which cell `i` of the map lies on pixel `output_stride * i`.
+
+    That is where strided convolutions that pad to the same size take it from. Pixels beyond the last cell repeat it.
+
+    >>> upsampled(torch.tensor([[[[0.0, 4.0]]]]), 4, (1, 6)).flatten().tolist()
+    [0.0, 1.0, 2.0, 3.0, 4.0, 4.0]
+    """
+    reached = [output_stride * (n - 1) + 1 for n in maps.shape[2:]]
+    y = F.interpolate(maps, reached, mode="bilinear", align_corners=True)[..., : size[0], : size[1]]
+    missing = [max(0, n - have) for n, have in zip(size, y.shape[2:], strict=True)]
+    return F.pad(y, (0, missing[1], 0, missing[0]), mode="replicate") if any(missing) else y
 
 
 class _Followed(Tensor):

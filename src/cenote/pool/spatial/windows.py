@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cenote.core.errors import InputError
+from cenote.pool.spatial.axes import integers_per_axis
 
 Size = int | tuple[int, ...]
 Shape = tuple[int, ...]
@@ -52,9 +53,9 @@ class Windows:
         Raises:
             InputError: where a size is not positive, has another number of dimensions, or pads more than half a window.
         """
-        kernel = _per_dimension("kernel_size", kernel_size, dims, at_least=1)
-        steps = kernel if stride is None else _per_dimension("stride", stride, dims, at_least=1)
-        pads = _per_dimension("padding", padding, dims, at_least=0)
+        kernel = integers_per_axis("kernel_size", kernel_size, dims)
+        steps = kernel if stride is None else integers_per_axis("stride", stride, dims)
+        pads = integers_per_axis("padding", padding, dims, least=0)
         if any(2 * p > k for p, k in zip(pads, kernel, strict=True)):
             raise InputError(f"padding: expected at most half of kernel_size {kernel}, got {pads}")
         return cls(kernel, steps, pads, ceil_mode)
@@ -191,10 +192,3 @@ def sum_of_products(weights: Sequence[Tensor], values: Sequence[Tensor]) -> Tens
     for w, v in zip(weights[1:], values[1:], strict=True):
         total = torch.addcmul(total, w, v)
     return total
-
-
-def _per_dimension(name: str, given: Size, dims: int, at_least: int) -> Shape:
-    numbers = tuple(given) if isinstance(given, tuple | list) else (given,) * dims
-    if len(numbers) != dims or any(not isinstance(n, int) or n < at_least for n in numbers):
-        raise InputError(f"{name}: expected one integer of at least {at_least} or {dims} of them, got {given!r}")
-    return numbers

@@ -3,14 +3,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_at_least
 from cenote.core.sets import PaddedTokens, as_tokens
-from cenote.core.widths import largest_divisor, require_divides
+from cenote.core.widths import largest_divisor
+from cenote.pool.attention.blocks import MLP, SelfAttention, TransformerBlock, quick_gelu
+
+CLIP_PARTS = {
+    "norm1": ("layer_norm1",),
+    "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.proj": ("self_attn.out_proj",),
+    "norm2": ("layer_norm2",),
+    "mlp.fc1": ("mlp.fc1",),
+    "mlp.fc2": ("mlp.fc2",),
+}
 
 
 class TemporalTransformer(nn.Module):
@@ -40,7 +49,10 @@ class TemporalTransformer(nn.Module):
         require_at_least(1, layers=layers, frames=frames)
         heads = largest_divisor(dim, max(1, dim // 64)) if heads is None else heads
         self.position_embedding = nn.Parameter(0.01 * torch.randn(frames, dim))
-        self.layers = nn.ModuleList(_Layer(dim, heads) for _ in range(layers))
+        self.layers = nn.ModuleList(
+            TransformerBlock(dim, SelfAttention(dim, heads, qkv_bias=True), MLP(dim, 4 * dim, activation=quick_gelu))
+            for _ in range(layers)
+        )
 
     def forward(
         self, x: Float[Tensor, "videos frames dim"], mask: Bool[Tensor, "videos frames"] | None = None
@@ -68,68 +80,28 @@ class TemporalTransformer(nn.Module):
         Raises:
             InputError: where a layer is missing or has another width.
         """
-        wanted = {
-            f"layers.{name}": f"{prefix}encoder.layers.{name}" for name in dict(self.layers.named_parameters())
-        } | {"position_embedding": f"{prefix}embeddings.position_embedding.weight"}
-        own = dict(self.named_parameters())
-        for ours, theirs in wanted.items():
-            if theirs not in state:
-                raise InputError(
-                    f"state: has no {theirs!r}; give the state_dict of a CLIP text model, or another prefix"
-                )
-            value, size = state[theirs], own[ours].shape
-            if ours == "position_embedding":
-                value = value[: size[0]]
-            if value.shape != size:
-                raise InputError(f"state: {theirs} has shape {tuple(value.shape)}, expected {tuple(size)}")
+        for ours, parts in self._names().items():
+            size = self.get_parameter(ours).shape
+            of_part = torch.Size((size[0] // len(parts), *size[1:]))
+            values = []
+            for part in parts:
+                name = f"{prefix}{part}"
+                if name not in state:
+                    raise InputError(
+                        f"state: has no {name!r}; give the state_dict of a CLIP text model, or another prefix"
+                    )
+                value = state[name][: size[0]] if ours == "position_embedding" else state[name]
+                if value.shape != of_part:
+                    raise InputError(f"state: {name} has shape {tuple(value.shape)}, expected {tuple(of_part)}")
+                values.append(value)
             with torch.no_grad():
-                own[ours].copy_(value)
+                self.get_parameter(ours).copy_(torch.cat(values))
 
-
-class _Layer(nn.Module):
-    """A layer of CLIP, its parts named as in the transformers library."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.self_attn = _Attention(dim, heads)
-        self.layer_norm1 = nn.LayerNorm(dim)
-        self.mlp = _MLP(dim)
-        self.layer_norm2 = nn.LayerNorm(dim)
-
-    def forward(
-        self, z: Float[Tensor, "videos frames dim"], mask: Bool[Tensor, "videos frames"] | None
-    ) -> Float[Tensor, "videos frames dim"]:
-        z = z + self.self_attn(self.layer_norm1(z), mask)
-        return z + self.mlp(self.layer_norm2(z))
-
-
-class _Attention(nn.Module):
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        require_divides("heads", heads, dim)
-        self.heads = heads
-        self.k_proj = nn.Linear(dim, dim)
-        self.v_proj = nn.Linear(dim, dim)
-        self.q_proj = nn.Linear(dim, dim)
-        self.out_proj = nn.Linear(dim, dim)
-
-    def forward(
-        self, x: Float[Tensor, "videos frames dim"], mask: Bool[Tensor, "videos frames"] | None
-    ) -> Float[Tensor, "videos frames dim"]:
-        q, k, v = (
-            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        # a video without frames attends to its zeroed slots: all False would make NaN
-        seen = None if mask is None else (mask | ~mask.any(1, keepdim=True))[:, None, None]
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2))
-
-
-class _MLP(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
-        hidden = self.fc1(x)
-        return self.fc2(hidden * torch.sigmoid(1.702 * hidden))
+    def _names(self) -> dict[str, list[str]]:
+        """Of each parameter, what CLIP's text encoder in the transformers library calls its parts."""
+        names = {"position_embedding": ["embeddings.position_embedding.weight"]}
+        for i in range(len(self.layers)):
+            for kind in ("weight", "bias"):
+                for ours, parts in CLIP_PARTS.items():
+                    names[f"layers.{i}.{ours}.{kind}"] = [f"encoder.layers.{i}.{part}.{kind}" for part in parts]
+        return names

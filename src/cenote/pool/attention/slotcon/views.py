@@ -76,9 +76,7 @@ def inverse_augment(
         size: of the result; default: that of the maps.
     """
     height, width = maps.shape[2:] if size is None else size
-    return F.grid_sample(
-        maps, _grid(box, flip, (height, width)), mode="bilinear", padding_mode="border", align_corners=False
-    )
+    return crop(maps, box, flip, (height, width))
 
 
 class TwoCrops:

@@ -6,9 +6,6 @@ Rao, Agrawala, "Adding Conditional Control to Text-to-Image Diffusion Models", I
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +15,9 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.masks import real_tokens
+from cenote.models.controlnet import controlnet_of, predicted
 from cenote.pool.sequence.sta_v2a.onsets import StaV2aOnsets
 from cenote.pool.sequence.sta_v2a.prompt import StaV2aPrompt
-
-HIDDEN = -10_000.0
-"""What diffusers adds to the score of a masked token."""
 
 
 class Prompt(NamedTuple):
@@ -129,7 +124,7 @@ class StaV2a(nn.Module):
         self.controlnet: Any = None
         if onsets is not None:
             onsets.requires_grad_(False)
-            self.controlnet = _controlnet(self.unet, onsets.onset.in_features)
+            self.controlnet = controlnet_of(self.unet, onsets.onset.in_features)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> StaV2a:
@@ -164,22 +159,11 @@ class StaV2a(nn.Module):
         """
         seen = video if isinstance(video, Video) else self.watch(video, video_mask)
         states, mask = append_prompt(text, seen.tokens, text_mask)
-        reads: dict[str, Any] = {"encoder_hidden_states": states}
-        down = mid = None
+        condition = None
         if self.controlnet is not None:
             assert seen.condition is not None
             condition = _over_frequencies(seen.condition, latents)
-            with _masked(self.controlnet, mask, states.dtype):
-                down, mid = self.controlnet(latents, timestep, controlnet_cond=condition, return_dict=False, **reads)
-        return self.unet(
-            latents,
-            timestep,
-            encoder_attention_mask=mask,
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=mid,
-            return_dict=False,
-            **reads,
-        )[0]
+        return predicted(self.unet, latents, timestep, states, mask, self.controlnet, condition)
 
     def watch(
         self, video: Float[Tensor, "batch frames dim"], mask: Bool[Tensor, "batch frames"] | None = None
@@ -271,8 +255,8 @@ class StaV2a(nn.Module):
         latents = latents * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             inputs = scheduler.scale_model_input(latents, t)
-            predicted = self.guided(inputs, t, text, seen, text_mask, guidance)
-            latents = scheduler.step(predicted, t, latents, generator=generator, return_dict=False)[0]
+            guided = self.guided(inputs, t, text, seen, text_mask, guidance)
+            latents = scheduler.step(guided, t, latents, generator=generator, return_dict=False)[0]
         return latents
 
     def guided(
@@ -295,21 +279,6 @@ class StaV2a(nn.Module):
         return without + guidance * (with_text - without)
 
 
-def _controlnet(unet: Any, channels: int) -> Any:
-    """A copy of the downward half of a U-Net that takes a condition of so many channels, at the size of the latents."""
-    try:
-        from diffusers import ControlNetModel
-    except ImportError as error:
-        raise InputError("StaV2a: needs diffusers; install it with pip install 'cenote[diffusers]'") from error
-    copy = ControlNetModel.from_unet(unet, conditioning_channels=channels)
-    entrance = nn.Conv2d(channels, unet.config.block_out_channels[0], 3, padding=1)
-    nn.init.zeros_(entrance.weight)
-    assert entrance.bias is not None
-    nn.init.zeros_(entrance.bias)
-    copy.controlnet_cond_embedding = entrance
-    return copy.requires_grad_(True)
-
-
 def _over_frequencies(
     condition: Float[Tensor, "batch features latent_frames"],
     latents: Float[Tensor, "batch channels latent_frames frequencies"],
@@ -320,22 +289,3 @@ def _over_frequencies(
             f"build StaV2aOnsets with latent_frames={latents.shape[2]}"
         )
     return condition.to(latents.dtype).unsqueeze(-1).expand(-1, -1, -1, latents.shape[3])
-
-
-@contextmanager
-def _masked(controlnet: Any, mask: Bool[Tensor, "batch tokens"], dtype: torch.dtype) -> Iterator[None]:
-    """Cross-attention of the ControlNet that leaves masked tokens out."""
-    bias = torch.where(mask, 0.0, HIDDEN).to(dtype).unsqueeze(1)
-    blocks = [b for b in (*controlnet.down_blocks, controlnet.mid_block) if getattr(b, "has_cross_attention", False)]
-    handles = [b.register_forward_pre_hook(partial(_told, bias), with_kwargs=True) for b in blocks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _told(
-    bias: Float[Tensor, "batch 1 tokens"], _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, {**kwargs, "encoder_attention_mask": bias}

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from cenote.core import InputError
 from cenote.pool import DeepLab, DeepLabASPP, DenseCRF, MultiScale, score_map_loss, to_output_stride
-from cenote.pool.spatial.deeplab import LARGE_FIELD_OF_VIEW, upsampled
+from cenote.pool.spatial.deeplab.model import LARGE_FIELD_OF_VIEW
+from cenote.pool.spatial.output_stride import upsampled
 
 
 class Bottleneck(nn.Module):

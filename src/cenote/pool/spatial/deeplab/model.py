@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_all_positive, require_one_of
-from cenote.pool.spatial.dense_crf import DenseCRF, unary_from_probabilities
+from cenote.pool.spatial.deeplab.dense_crf import DenseCRF, unary_from_probabilities
+from cenote.pool.spatial.output_stride import upsampled
 
 LARGE = (6, 12, 18, 24)
 SMALL = (2, 4, 8, 12)
@@ -160,22 +161,6 @@ class DeepLab(nn.Module):
         """
         p = upsampled(self(x), self.output_stride, (x.shape[2], x.shape[3])).softmax(1)
         return p if image is None else self.crf(unary_from_probabilities(p), image)
-
-
-def upsampled(
-    maps: Float[Tensor, "batch channels h w"], output_stride: int, size: tuple[int, int]
-) -> Float[Tensor, "batch channels height width"]:
-    """Bilinear enlargement in which cell `i` of the map lies on pixel `output_stride * i`.
-
-    That is where strided convolutions that pad to the same size take it from. Pixels beyond the last cell repeat it.
-
-    >>> upsampled(torch.tensor([[[[0.0, 4.0]]]]), 4, (1, 6)).flatten().tolist()
-    [0.0, 1.0, 2.0, 3.0, 4.0, 4.0]
-    """
-    reached = [output_stride * (n - 1) + 1 for n in maps.shape[2:]]
-    y = F.interpolate(maps, reached, mode="bilinear", align_corners=True)[..., : size[0], : size[1]]
-    missing = [max(0, n - have) for n, have in zip(size, y.shape[2:], strict=True)]
-    return F.pad(y, (0, missing[1], 0, missing[0]), mode="replicate") if any(missing) else y
 
 
 def score_map_loss(

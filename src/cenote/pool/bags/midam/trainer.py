@@ -11,8 +11,8 @@ from cenote.core.errors import InputError
 from cenote.core.requirements import require_at_least
 from cenote.core.sets import Bags
 from cenote.core.tokenwise import ROWS_AT_ONCE
-from cenote.pool.bags.midam import BagScorer
-from cenote.pool.bags.midam_optimizer import MIDAM
+from cenote.pool.bags.midam.optimizer import MIDAM
+from cenote.pool.bags.midam.scorers import BagScorer
 
 
 @runtime_checkable

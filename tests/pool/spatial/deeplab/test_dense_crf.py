@@ -3,7 +3,7 @@ import torch
 
 from cenote.core import InputError
 from cenote.pool import DenseCRF, search_crf, unary_from_labels, unary_from_probabilities
-from cenote.pool.spatial.dense_crf import DenseKernel, SeparableKernel, mean_field, pixel_features
+from cenote.pool.spatial.deeplab.dense_crf import DenseKernel, SeparableKernel, mean_field, pixel_features
 
 H, W, L = 9, 11, 3
 
@@ -85,7 +85,7 @@ def test_separable_is_the_gaussian_of_positions_with_a_sigma_per_axis() -> None:
 def test_a_kernel_made_block_by_block_is_the_kept_one(monkeypatch: pytest.MonkeyPatch) -> None:
     features, values = pixel_features(H, W, (2.0, 2.0)).double(), energies(1).flatten(2)[0].T
     kept = DenseKernel(features)(values)
-    monkeypatch.setattr("cenote.pool.spatial.dense_crf.EXACT_PIXELS", 32)
+    monkeypatch.setattr("cenote.pool.spatial.deeplab.dense_crf.EXACT_PIXELS", 32)
     assert DenseKernel(features).kept is None
     torch.testing.assert_close(DenseKernel(features)(values), kept)
 

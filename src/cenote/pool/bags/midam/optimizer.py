@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cenote.core.errors import InputError
-from cenote.pool.bags.midam_loss import MIDAMLoss
+from cenote.pool.bags.midam.loss import MIDAMLoss
 
 
 class MIDAM(Optimizer):
@@ -28,8 +28,8 @@ class MIDAM(Optimizer):
         InputError: where a number is out of range, or the parameters hold the loss's own.
 
     Example:
-        >>> from cenote.pool.bags.midam import MIDAMSmoothedMax
-        >>> from cenote.pool.bags.midam_loss import MIDAMSmoothedMaxLoss
+        >>> from cenote.pool.bags.midam.scorers import MIDAMSmoothedMax
+        >>> from cenote.pool.bags.midam.loss import MIDAMSmoothedMaxLoss
         >>> model, loss = MIDAMSmoothedMax(torch.nn.Linear(3, 1)), MIDAMSmoothedMaxLoss(bags=4)
         >>> optimizer = MIDAM(model.parameters(), loss, lr=0.1)
         >>> loss(model.sampled(torch.randn(2, 4, 3)), torch.tensor([1, 0]), torch.tensor([0, 3])).backward()

@@ -11,8 +11,9 @@ from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
-from cenote.core.requirements import require_one_of
-from cenote.pool.spatial.permutohedral import PermutohedralLattice
+from cenote.core.requirements import require_one_of, require_positive
+from cenote.pool.spatial.axes import per_axis
+from cenote.pool.spatial.deeplab.permutohedral import PermutohedralLattice
 
 Method = Literal["auto", "exact", "lattice"]
 Normalization = Literal["symmetric", "before", "after", "none"]
@@ -71,11 +72,12 @@ class DenseCRF(nn.Module):
         normalization: Normalization = "symmetric",
     ) -> None:
         super().__init__()
+        require_positive(colour_sigma=colour_sigma)
         self.appearance_weight = appearance_weight
-        self.position_sigma = _per_axis("position_sigma", position_sigma)
-        self.colour_sigma = _per_axis("colour_sigma", colour_sigma)[0]
+        self.position_sigma = _sigmas("position_sigma", position_sigma)
+        self.colour_sigma = float(colour_sigma)
         self.smoothness_weight = smoothness_weight
-        self.smoothness_sigma = _per_axis("smoothness_sigma", smoothness_sigma)
+        self.smoothness_sigma = _sigmas("smoothness_sigma", smoothness_sigma)
         if iterations < 0:
             raise InputError(f"iterations: expected 0 or more, got {iterations}")
         require_one_of(("auto", "exact", "lattice"), method=method)
@@ -363,8 +365,6 @@ def _line(length: int, sigma: float) -> Tensor:
     return torch.exp(-(at.unsqueeze(1) - at).square() / 2)
 
 
-def _per_axis(name: str, sigma: Sigma) -> tuple[float, float]:
-    pair = (sigma, sigma) if isinstance(sigma, int | float) else tuple(sigma)
-    if len(pair) != 2 or not all(math.isfinite(s) and s > 0 for s in pair):
-        raise InputError(f"{name}: expected a positive number, or one for x and one for y, got {sigma!r}")
-    return float(pair[0]), float(pair[1])
+def _sigmas(name: str, sigma: Sigma) -> tuple[float, float]:
+    x, y = per_axis(name, sigma, 2, lambda s: math.isfinite(s) and s > 0, "a positive number")
+    return float(x), float(y)

@@ -15,7 +15,7 @@ from cenote.pool.attention.blocks import TokenBatchNorm
 from cenote.pool.base import Pool, Pooled
 from cenote.pool.layers.base import LayerPool, LayersPooled
 from cenote.pool.sequence.attentive_statistics import AttentiveStatisticsPool
-from cenote.pool.sequence.layer_aware_fronts import D3Net, Ecapa2d, LayerFront, MapBatchNorm, cleared
+from cenote.pool.sequence.layer_aware_tdnn.fronts import D3Net, Ecapa2d, LayerFront, MapBatchNorm, cleared
 
 
 class LayerAttentionPool(nn.Module):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from cenote.core import InputError
-from cenote.pool.sequence.letter_ngrams import BOUNDARY, LetterNgrams
-from cenote.pool.sequence.mimicking import Mimic, train_mimic
-from cenote.pool.sequence.word_contexts import contexts_of, count_words
-from cenote.pool.sequence.word_vectors import WordVectors
+from cenote.pool.sequence.attentive_mimicking.letter_ngrams import BOUNDARY, LetterNgrams
+from cenote.pool.sequence.attentive_mimicking.mimic import Mimic, train_mimic
+from cenote.pool.sequence.attentive_mimicking.word_contexts import contexts_of, count_words
+from cenote.pool.sequence.attentive_mimicking.word_vectors import WordVectors
 
 FRUITS, TOOLS = ["applin", "berrin", "plumin", "figgin"], ["hammok", "sawwok", "drillok", "filok"]
 FILL = {"fruit": ["sweet", "ripe", "juicy"], "tool": ["heavy", "steel", "sharp"]}

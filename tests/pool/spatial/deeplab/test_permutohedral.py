@@ -3,7 +3,7 @@ import torch
 
 from cenote.core import InputError
 from cenote.pool import PermutohedralLattice
-from cenote.pool.spatial.permutohedral import _simplices
+from cenote.pool.spatial.deeplab.permutohedral import _simplices
 
 
 def features(points: int, dims: int, reach: float = 4.0, seed: int = 0) -> torch.Tensor:

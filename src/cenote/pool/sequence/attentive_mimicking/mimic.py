@@ -18,10 +18,10 @@ from torch import Tensor
 
 from cenote.core import files
 from cenote.core.errors import InputError
-from cenote.pool.sequence.attentive_mimicking import AttentiveMimicking, Combinator
-from cenote.pool.sequence.letter_ngrams import LetterNgrams
-from cenote.pool.sequence.word_contexts import AROUND, Context, contexts_of, count_words
-from cenote.pool.sequence.word_vectors import WordVectors
+from cenote.pool.sequence.attentive_mimicking.letter_ngrams import LetterNgrams
+from cenote.pool.sequence.attentive_mimicking.model import AttentiveMimicking, Combinator
+from cenote.pool.sequence.attentive_mimicking.word_contexts import AROUND, Context, contexts_of, count_words
+from cenote.pool.sequence.attentive_mimicking.word_vectors import WordVectors
 
 FORMAT = 1
 MOST_VISITS = 5

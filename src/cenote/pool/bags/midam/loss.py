@@ -5,8 +5,8 @@ Source: Zhu, Li, Zhang, Yang, Yang, "Provable Multi-instance Deep AUC Maximizati
 
 from __future__ import annotations
 
-from abc import ABC
-from typing import Literal
+from abc import ABC, abstractmethod
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_one_of, require_positive
-from cenote.pool.bags.midam import AttentionStatistic
+from cenote.pool.bags.midam.scorers import AttentionStatistic
 
 Init = Literal["first_value", "authors"]
 
@@ -60,6 +60,31 @@ class MIDAMLoss(nn.Module, ABC):
         self.b = nn.Parameter(torch.zeros(()))
         self.register_buffer("alpha", torch.zeros(()))
         self.register_buffer("seen", torch.full((bags,), init == "authors"))
+        for name, estimates in self.unseen(bags).items():
+            self.register_buffer(name, estimates)
+
+    @abstractmethod
+    def unseen(self, bags: int) -> dict[str, Float[Tensor, "bags"]]:
+        """What is remembered of each bag, by name, as the authors start it."""
+
+    @abstractmethod
+    def visited(
+        self, sampled: Any, index: Int[Tensor, "batch"]
+    ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
+        """Update the estimates of these bags; `(h, slope)` as `surrogate` takes them."""
+
+    def forward(self, sampled: Any, y: Tensor, index: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
+        """The surrogate of a batch, after updating its bags' estimates.
+
+        Args:
+            sampled: what `sampled` of the scorer of this mode says of them.
+            y: labels 0 and 1 of the bags.
+            index: which bags they are; each once.
+        """
+        positive = self._checked(y, index)
+        h, slope = self.visited(sampled, index)
+        self.seen[index] = True
+        return self.surrogate(h, slope, positive)
 
     @torch.no_grad()
     def dual_step(self, lr: float) -> None:
@@ -146,23 +171,18 @@ class MIDAMSmoothedMaxLoss(MIDAMLoss):
         super().__init__(bags, margin, gamma, init, exact_alpha)
         require_positive(tau=tau)
         self.tau = tau
-        self.register_buffer("log_s", torch.full((bags,), float("-inf")))
 
-    def forward(self, log_f: Float[Tensor, "batch"], y: Tensor, index: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
-        """The surrogate of a batch, after updating its bags' estimates.
+    def unseen(self, bags: int) -> dict[str, Float[Tensor, "bags"]]:
+        return {"log_s": torch.full((bags,), float("-inf"))}
 
-        Args:
-            log_f: `MIDAMSmoothedMax.sampled`.
-            y: labels 0 and 1 of the bags.
-            index: which bags they are; each once.
-        """
-        positive = self._checked(y, index)
+    def visited(
+        self, sampled: Float[Tensor, "batch"], index: Int[Tensor, "batch"]
+    ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
         with torch.no_grad():
-            log_s = mixed(self.log_s[index], log_f, self.gamma)
-            log_s = torch.where(self.seen[index], log_s, log_f)
+            log_s = mixed(self.log_s[index], sampled, self.gamma)
+            log_s = torch.where(self.seen[index], log_s, sampled)
             self.log_s[index] = log_s
-            self.seen[index] = True
-        return self.surrogate(self.tau * log_s, self.tau * (log_f - log_s).exp(), positive)
+        return self.tau * log_s, self.tau * (sampled - log_s).exp()
 
 
 class MIDAMAttentionLoss(MIDAMLoss):
@@ -176,7 +196,7 @@ class MIDAMAttentionLoss(MIDAMLoss):
         init: what a bag's estimate is before its first visit: `"first_value"`: what that visit brings; `"authors"`: 1.
 
     Example:
-        >>> from cenote.pool.bags.midam import AttentionStatistic
+        >>> from cenote.pool.bags.midam.scorers import AttentionStatistic
         >>> loss = MIDAMAttentionLoss(bags=10)
         >>> sampled = AttentionStatistic(torch.randn(4), torch.randn(4))
         >>> loss(sampled, torch.tensor([1, 0, 1, 0]), torch.tensor([3, 1, 9, 0])).shape
@@ -192,27 +212,12 @@ class MIDAMAttentionLoss(MIDAMLoss):
     score: Float[Tensor, "bags"]
     log_mass: Float[Tensor, "bags"]
 
-    def __init__(
-        self,
-        bags: int,
-        margin: float = 1.0,
-        gamma: float = 0.9,
-        init: Init = "first_value",
-        exact_alpha: bool = False,
-    ) -> None:
-        super().__init__(bags, margin, gamma, init, exact_alpha)
-        self.register_buffer("score", torch.ones(bags))
-        self.register_buffer("log_mass", torch.zeros(bags))
+    def unseen(self, bags: int) -> dict[str, Float[Tensor, "bags"]]:
+        return {"score": torch.ones(bags), "log_mass": torch.zeros(bags)}
 
-    def forward(self, sampled: AttentionStatistic, y: Tensor, index: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
-        """The surrogate of a batch, after updating its bags' estimates.
-
-        Args:
-            sampled: `MIDAMAttention.sampled`.
-            y: labels 0 and 1 of the bags.
-            index: which bags they are; each once.
-        """
-        positive = self._checked(y, index)
+    def visited(
+        self, sampled: AttentionStatistic, index: Int[Tensor, "batch"]
+    ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
         with torch.no_grad():
             before, seen = self.log_mass[index], self.seen[index]
             log_mass = torch.where(seen, mixed(before, sampled.log_mass, self.gamma), sampled.log_mass)
@@ -220,10 +225,9 @@ class MIDAMAttentionLoss(MIDAMLoss):
             new = self.gamma * (sampled.log_mass - log_mass).exp()
             score = torch.where(seen, kept * self.score[index] + new * sampled.score, sampled.score)
             self.log_mass[index], self.score[index] = log_mass, score
-            self.seen[index] = True
         h = torch.sigmoid(score)
         share = (sampled.log_mass - log_mass).exp()
-        return self.surrogate(h, h * (1 - h) * share * (sampled.score - score), positive)
+        return h, h * (1 - h) * share * (sampled.score - score)
 
 
 def mixed(log_old: Float[Tensor, "batch"], log_new: Float[Tensor, "batch"], gamma: float) -> Float[Tensor, "batch"]:

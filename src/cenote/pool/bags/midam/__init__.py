@@ -1,0 +1,1 @@
+"""MIDAM: bags scored, and trained for their ranking on a few instances of each."""

@@ -1,0 +1,1 @@
+"""Attentive Mimicking: vectors of rare words from their letters and contexts."""
