@@ -94,7 +94,8 @@ def downloaded(carried: Carried, folder: Path) -> Path:
         check=False,
     )
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["nothing"]
+        lines = done.stderr.splitlines()
+        said = [line for line in lines if line.startswith("ERROR")] or lines[-1:] or ["nothing"]
         raise InputError(
             f"{carried.package}: pip could not download it, and said: {said[0]}; is there a network, and does pip's index "
             f"carry it?"
