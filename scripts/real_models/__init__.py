@@ -1,0 +1,1 @@
+"""Real pretrained models, carried by ordinary Python packages, as transformers folders."""
