@@ -23,9 +23,12 @@ from cenote.models.live.edits import (
     Trace,
     Where,
 )
+from cenote.models.live.heads import AblatedHeads, AddedStates, ScaledHeads
 from cenote.models.live.places import attentions, blocks, embeddings, final_norm, stacks
 
 __all__ = [
+    "AblatedHeads",
+    "AddedStates",
     "AttentionCall",
     "AttentionEdit",
     "BlockEdit",
@@ -37,6 +40,7 @@ __all__ = [
     "RowEdit",
     "RowRecorder",
     "Run",
+    "ScaledHeads",
     "StateRecorder",
     "Trace",
     "Where",

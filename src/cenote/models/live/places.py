@@ -109,10 +109,10 @@ def _attentions(model: nn.Module) -> list[tuple[Place, str]]:
     for path, module in model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
             continue
-        # what an instance holds beside modules may differ
-        way = how(module) if hasattr(module, "processor") else by_class.setdefault(type(module), how(module)) if (
-            type(module) not in by_class
-        ) else by_class[type(module)]
+        # a class is looked at once, except where an instance holds what computes attention
+        if type(module) not in by_class or hasattr(module, "processor"):
+            by_class[type(module)] = how(module)
+        way = by_class[type(module)]
         if way is not None:
             ways[path] = way
     inner = {path for path in ways if not any(other.startswith(f"{path}." if path else "") and other != path for other in ways)}
