@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests import tiny
 
 from cenote.core import InputError
 from cenote.models.live import spans
-from tests import tiny
 
 
 @pytest.fixture(params=["left", "right"])
@@ -23,7 +23,10 @@ def test_parts_of_texts_on_either_side(tokenizer: Any) -> None:
     inputs, found = spans.of_texts(
         tokenizer, ["a b c d", "x y", "q c r"], {"one": ["b c", "y", "c r"], "two": ["a", "x", "q"]}
     )
-    words = [tokenizer.convert_ids_to_tokens(ids[mask].tolist()) for ids, mask in zip(inputs["input_ids"], found["one"], strict=True)]
+    words = [
+        tokenizer.convert_ids_to_tokens(ids[mask].tolist())
+        for ids, mask in zip(inputs["input_ids"], found["one"], strict=True)
+    ]
     assert words == [["b", "c"], ["y"], ["c", "r"]]
     assert found["two"].sum(1).tolist() == [1, 1, 1]
     assert found["one"].shape == inputs["input_ids"].shape

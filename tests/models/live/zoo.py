@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from tests import tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from tests import tiny
 
 TEXT = {**tiny.TEXT, "pad_token_id": 0}
 GROUPED = {**TEXT, "num_key_value_heads": 2}
@@ -105,12 +104,15 @@ def llava(attention: str) -> Case:
 
 
 def qwen2_vl(attention: str) -> Case:
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     settings = {
-        "text_config": {**GROUPED, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}},
+        "text_config": {**GROUPED, "rope_parameters": rope},
         "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "mlp_ratio": 2},
         "image_token_id": 39, "vision_start_token_id": 38, "video_token_id": 37, "vision_end_token_id": 36,
     }  # fmt: skip
-    words = torch.cat([ids(tokens=3).clamp(max=30), torch.full((2, 1), 38), torch.full((2, 4), 39), ids(tokens=3).clamp(max=30)], 1)
+    words = torch.cat(
+        [ids(tokens=3).clamp(max=30), torch.full((2, 1), 38), torch.full((2, 4), 39), ids(tokens=3).clamp(max=30)], 1
+    )
     patches = torch.randn(2 * 16, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(1))
     return Case(
         built("Qwen2VLForConditionalGeneration", settings, attention),
@@ -188,7 +190,9 @@ def unet(_: str) -> Case:
         norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ).eval()  # fmt: skip
-    return Case(model, {"sample": torch.randn(2, 4, 8, 8), "timestep": 3, "encoder_hidden_states": torch.randn(2, 5, 12)})
+    return Case(
+        model, {"sample": torch.randn(2, 4, 8, 8), "timestep": 3, "encoder_hidden_states": torch.randn(2, 5, 12)}
+    )
 
 
 def dit(_: str) -> Case:
@@ -197,7 +201,11 @@ def dit(_: str) -> Case:
         num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2, sample_size=8, patch_size=2,
         norm_num_groups=4, num_embeds_ada_norm=10,
     ).eval()  # fmt: skip
-    inputs = {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3, 3]), "class_labels": torch.tensor([1, 2])}
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "timestep": torch.tensor([3, 3]),
+        "class_labels": torch.tensor([1, 2]),
+    }
     return Case(model, inputs)
 
 
@@ -217,7 +225,15 @@ def flux(_: str) -> Case:
     )  # fmt: skip
 
 
-T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 40, "decoder_start_token_id": 0}
+T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 40,
+    "decoder_start_token_id": 0,
+}
 BART = {
     "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 40, "max_position_embeddings": 32,
@@ -230,7 +246,9 @@ MODELS: dict[str, Callable[[str], Case]] = {
     "qwen2": text("Qwen2ForCausalLM", True, num_key_value_heads=2),
     "qwen3": text("Qwen3ForCausalLM", True, num_key_value_heads=2, head_dim=8),
     "gemma2": text("Gemma2ForCausalLM", True, **GEMMA, sliding_window=4, attn_logit_softcapping=0.5),
-    "gemma3": text("Gemma3ForCausalLM", True, **GEMMA, sliding_window=4, layer_types=["sliding_attention"] * 2 + ["full_attention"]),
+    "gemma3": text(
+        "Gemma3ForCausalLM", True, **GEMMA, sliding_window=4, layer_types=["sliding_attention"] * 2 + ["full_attention"]
+    ),
     "mistral": text("MistralForCausalLM", True, num_key_value_heads=2, sliding_window=4),
     "mixtral": text("MixtralForCausalLM", True, num_key_value_heads=2, num_local_experts=2),
     "gpt_oss": text("GptOssForCausalLM", True, **GPT_OSS),
@@ -251,7 +269,18 @@ MODELS: dict[str, Callable[[str], Case]] = {
     "clip": clip,
     "siglip": siglip,
     "swin": lambda attention: Case(
-        built("SwinModel", {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}, attention),
+        built(
+            "SwinModel",
+            {
+                "image_size": 32,
+                "patch_size": 4,
+                "embed_dim": 16,
+                "depths": [2, 2],
+                "num_heads": [2, 4],
+                "window_size": 4,
+            },
+            attention,
+        ),
         {"pixel_values": pixels()},
     ),
     "llava": llava,
@@ -271,7 +300,9 @@ REACHED = [
     (name, attention)
     for name in MODELS
     for attention in ("sdpa", "eager")
-    if name not in WRITTEN_OUT and not (attention == "sdpa" and name in EAGER_ONLY) and not (attention == "eager" and name in OF_ONE_KIND)
+    if name not in WRITTEN_OUT
+    and not (attention == "sdpa" and name in EAGER_ONLY)
+    and not (attention == "eager" and name in OF_ONE_KIND)
 ]
 
 

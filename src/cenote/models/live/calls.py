@@ -21,8 +21,8 @@ Allowed = Callable[[Int[Tensor, "batch rows"]], Bool[Tensor, "_batch _heads _row
 class Place(NamedTuple):
     """Where attention happens, or a block.
 
-    `block` counts from 0 inside of `stack`, the path of the list of blocks ("" outside of any); block i reads state i and writes
-    state i + 1. `path` is that of `module`.
+    `block` counts from 0 inside of `stack`, the path of the list of blocks ("" outside of any); block i reads state i and
+    writes state i + 1. `path` is that of `module`.
     """
 
     block: int
@@ -39,10 +39,11 @@ class AttentionCall:
     Args:
         place: where.
         q: queries, after positions, `[batch, heads, queries, width]`.
-        k, v: keys and values, not repeated, `[batch, kv_heads, keys, width]`; query head h reads key head `h // (heads / kv_heads)`.
+        k, v: keys and values, not repeated, `[batch, kv_heads, keys, width]`; query head h reads key head
+            `h // (heads / kv_heads)`.
         scale: factor on the products.
         allowed: which keys the queries of given numbers may read, made when asked for; None for all.
-        bias: added to the scores, `[batch or 1, heads or 1, queries or 1, keys]`.
+        bias: added to the scores, `[batch or 1, heads or 1, queries or 1, keys]`; the lowest numbers where nothing may be read.
         softcap: scores become `softcap tanh(scores / softcap)`, before the bias.
         sinks: one score per head that takes part in the softmax and has no value, `[heads]`.
         spans: of the prompt's tokens, `[batch, tokens]`.
@@ -128,7 +129,7 @@ class AttentionCall:
 
     def last(self) -> Bool[Tensor, "batch queries"]:
         """The last query of each item (of a batch that is padded on the left, or not at all)."""
-        return (self.numbers() == self.numbers().amax(1, keepdim=True)).clone()
+        return self.numbers() == self.numbers().amax(1, keepdim=True)
 
     def scores(self) -> Float[Tensor, "batch heads queries keys"]:
         """Before the softmax, at least float32; -inf where a key may not be read."""
@@ -143,9 +144,7 @@ class AttentionCall:
         readable = self.readable()
         return scores if readable is None else scores.masked_fill(~readable, float("-inf"))
 
-    def softmax(
-        self, scores: Float[Tensor, "batch heads queries keys"]
-    ) -> Float[Tensor, "batch heads queries keys"]:
+    def softmax(self, scores: Float[Tensor, "batch heads queries keys"]) -> Float[Tensor, "batch heads queries keys"]:
         """Weights: zeros for a query that may read nothing; what sinks take is missing from their sum."""
         if self.sinks is None:
             nothing = scores.amax(-1, keepdim=True) == float("-inf")
@@ -166,7 +165,9 @@ class AttentionCall:
             raise InputError(f"spans: {name!r} is asked for at {self.place.path}, and there are: {known}")
         where = self.spans[name].to(self.q.device)
         if self.batch % where.shape[0]:
-            raise InputError(f"spans: {name!r} is of {where.shape[0]} items, and {self.place.path} computes {self.batch}")
+            raise InputError(
+                f"spans: {name!r} is of {where.shape[0]} items, and {self.place.path} computes {self.batch}"
+            )
         if self.place.kind == "cross":
             fits = not keys or where.shape[1] == self.keys
         else:
@@ -175,8 +176,8 @@ class AttentionCall:
             fits = fits and (self.step > 0 or self.rows is not None or where.shape[1] >= min(so_far, self.keys))
         if not fits:
             raise InputError(
-                f"spans: {name!r} is of {where.shape[1]} tokens, and {self.place.path} reads {self.keys}; give the edit the places "
-                f"that read these tokens (at=Where(stack=...))"
+                f"spans: {name!r} is of {where.shape[1]} tokens, and {self.place.path} reads {self.keys}; give the edit the "
+                f"places that read these tokens (at=Where(stack=...))"
             )
         return where.repeat_interleave(self.batch // where.shape[0], 0)
 
@@ -194,9 +195,11 @@ def picked(
     return mask[torch.arange(rows.shape[0], device=rows.device)[:, None], :, rows].transpose(1, 2)
 
 
-def dense(mask: Bool[Tensor, "_batch _heads _queries keys"]) -> Allowed:
-    """A mask that is there as a whole: True = may be read."""
-    return lambda rows: picked(mask, rows)
+def dense(mask: Bool[Tensor, "_batch _heads _queries keys"] | Float[Tensor, "_batch _heads _queries keys"]) -> Allowed:
+    """A mask that is there as a whole: True = may be read; or added to scores: about the lowest number = may not."""
+    if mask.dtype == torch.bool:
+        return lambda rows: picked(mask, rows)
+    return lambda rows: picked(mask, rows) > torch.finfo(mask.dtype).min / 2
 
 
 def causal(

@@ -90,7 +90,11 @@ class Run:
         """Raise where an edit did nothing."""
         for edit in self.edits:
             if id(edit) not in self._acted:
-                why = "the model did not run in this thread" if not self._forwards and not self.effect else "its places did not run"
+                why = (
+                    "the model did not run in this thread"
+                    if not self._forwards and not self.effect
+                    else "its places did not run"
+                )
                 if self.effect or self._forwards:
                     why += ", or it chose no query"
                 raise InputError(f"edits: {type(edit).__name__} did nothing: {why}")
@@ -102,8 +106,8 @@ def edited(
 ) -> Iterator[Run]:
     """Run a model with changes in it, for a while; on leaving it is as it was, also after an exception.
 
-    Edits hear only the thread that entered. Contexts may be nested, of one model or several: edits act in the order of entering,
-    and may be left in any order.
+    Edits hear only the thread that entered. Contexts may be nested, of one model or several, and left in any order; edits
+    act in the order of entering.
 
     Args:
         model: any module; not compiled.
@@ -209,7 +213,9 @@ def _checked(
     if not isinstance(model, nn.Module):
         raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if hasattr(model, "_orig_mod"):
-        raise InputError("model: is compiled, and what runs inside cannot be reached; give the module that you compiled")
+        raise InputError(
+            "model: is compiled, and what runs inside cannot be reached; give the module that you compiled"
+        )
     if not edits:
         raise InputError("edits: give at least one")
     _check_spans(spans)
@@ -222,12 +228,16 @@ def _checked(
             raise InputError(f"edits: expected AttentionEdit or BlockEdit, got {type(edit).__name__}")
         for name in edit.asks:
             if name not in spans:
-                raise InputError(f"spans: {type(edit).__name__} needs {name!r}, and there are: {', '.join(spans) or 'none'}")
+                raise InputError(
+                    f"spans: {type(edit).__name__} needs {name!r}, and there are: {', '.join(spans) or 'none'}"
+                )
         everywhere = attention if isinstance(edit, AttentionEdit) else blocks
         chosen = [place for place in everywhere if place in edit.at]
         if not chosen:
             there = sorted({f"{kind} in {stack!r}" for _, kind, stack, *_ in everywhere}) or ["none"]
-            raise InputError(f"edits: {type(edit).__name__} has no place {edit.at} in {type(model).__name__}; there are: {', '.join(there)}")
+            raise InputError(
+                f"edits: {type(edit).__name__} has no place {edit.at} in {type(model).__name__}; there are: {', '.join(there)}"
+            )
         for place in chosen:
             if isinstance(edit, AttentionEdit):
                 acting.setdefault(place, []).append(edit)
@@ -241,9 +251,10 @@ def _check_reach(model: nn.Module, acting: Mapping[Place, object]) -> None:
     written = places.unreached(model)
     for place in acting:
         if place.module in written:
-            why: str | None = f"{type(place.module).__name__} writes its attention out in its own forward"
-            if hasattr(model, "set_attn_implementation"):
-                why += ", whatever attn_implementation is; only edits of blocks reach it"
+            name = type(place.module).__name__
+            why: str | None = (
+                f"{name} writes it out in its own forward; edits of blocks (BlockEdit) work, or give other places"
+            )
         else:
             seat = transformers if places.how(place.module) == "registry" else sdpa
             why = seat.why_not(place.module)
@@ -255,9 +266,13 @@ def _check_spans(spans: Mapping[str, Tensor]) -> None:
     for name, span in spans.items():
         if not isinstance(span, Tensor) or span.dtype != torch.bool or span.dim() != 2:
             got = f"{span.dtype} of shape {tuple(span.shape)}" if isinstance(span, Tensor) else type(span).__name__
-            raise InputError(f"spans: {name!r} is {got}; expected a bool tensor [batch, tokens], True where a token is in it")
+            raise InputError(
+                f"spans: {name!r} is {got}; expected a bool tensor [batch, tokens], True where a token is in it"
+            )
         if not span.any():
-            raise InputError(f"spans: {name!r} has no token; was the text cut, or the offset counted before templating?")
+            raise InputError(
+                f"spans: {name!r} has no token; was the text cut, or the offset counted before templating?"
+            )
     if len({len(span) for span in spans.values()}) > 1:
         sizes = ", ".join(f"{name!r} {len(span)}" for name, span in spans.items())
         raise InputError(f"spans: are of one batch, and have: {sizes} items")
@@ -269,7 +284,9 @@ def _hooks(run: Run, place: Place, edits: Sequence[BlockEdit]) -> list[Removable
             return None
         by_name = "hidden_states" in kwargs
         if not by_name and (not args or not isinstance(args[0], Tensor)):
-            raise InputError(f"model: block {place.path} is not called with hidden states first, nor by the name hidden_states")
+            raise InputError(
+                f"model: block {place.path} is not called with hidden states first, nor by the name hidden_states"
+            )
         before = h = kwargs["hidden_states"] if by_name else args[0]
         for edit in edits:
             h = edit.enters(place, h)

@@ -49,8 +49,8 @@ class Edit:
 class AttentionEdit(Edit):
     """A change in attention. Override one or more; what is overridden decides the cost.
 
-    With `inputs` and `context` the attention function that the user loaded still runs. With `scores` or `weights` the computation
-    is written out, for all queries. What is not overridden is never called.
+    With `inputs` and `context` the attention function that the user loaded still runs. With `scores` or `weights` the
+    computation is written out, for all queries. What is not overridden is never called.
     """
 
     def inputs(self, call: AttentionCall) -> AttentionCall:
@@ -130,7 +130,7 @@ def overrides(edit: Edit, name: str) -> bool:
 def apply(
     call: AttentionCall, acts: Sequence[Act], fused: Callable[[AttentionCall], Tensor], dropout: float = 0.0
 ) -> Attended:
-    """The computation with these edits, in their order; `fused` gives the outputs of heads as the user's function makes them."""
+    """The computation with these edits, in their order; `fused` gives what the user's function makes, `[batch, heads, ...]`."""
     for act in acts:
         if overrides(act.edit, "inputs"):
             call = act.edit.inputs(act.seen(call))
@@ -262,7 +262,9 @@ class HeadRecorder(Recorder):
 
 
 class RowRecorder(RowEdit, Recorder):
-    """Weights of some queries, `[batch, heads, rows, keys]`, zeros in rows that only fill up (left as they are with a graph); the model runs as it would.
+    """Weights of some queries, `[batch, heads, rows, keys]`, zeros in rows that only fill up (not with a graph).
+
+    The model runs as it would.
 
     Args:
         rows: "last", "all", the name of a span, or from a call to a mask `[batch, queries]`.

@@ -54,7 +54,9 @@ class AblatedHeads(AttentionEdit):
     ) -> Float[Tensor, "batch heads queries width"]:
         chosen = self.heads[call.place.block]
         if not all(0 <= head < call.heads for head in chosen):
-            raise InputError(f"heads: {chosen} of block {call.place.block}, and {call.place.path} has {call.heads} heads")
+            raise InputError(
+                f"heads: {chosen} of block {call.place.block}, and {call.place.path} has {call.heads} heads"
+            )
         return y.index_fill(1, y.new_tensor(chosen).long(), 0.0)
 
 

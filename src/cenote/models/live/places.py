@@ -115,7 +115,11 @@ def _attentions(model: nn.Module) -> list[tuple[Place, str]]:
         way = by_class[type(module)]
         if way is not None:
             ways[path] = way
-    inner = {path for path in ways if not any(other.startswith(f"{path}." if path else "") and other != path for other in ways)}
+    inner = {
+        path
+        for path in ways
+        if not any(other.startswith(f"{path}." if path else "") and other != path for other in ways)
+    }
     found: list[tuple[Place, str]] = []
     firsts: dict[tuple[str, int], str] = {}
     reached: set[tuple[str, int]] = set()
@@ -196,7 +200,10 @@ def _functions(module: nn.Module) -> Iterator[FunctionType]:
 
 def _names(code: CodeType) -> Iterator[str]:
     yield from code.co_names
-    if any(step.opname in ("BINARY_OP", "BINARY_MATRIX_MULTIPLY") and step.argrepr == "@" for step in dis.get_instructions(code)):
+    if any(
+        step.opname in ("BINARY_OP", "BINARY_MATRIX_MULTIPLY") and step.argrepr == "@"
+        for step in dis.get_instructions(code)
+    ):
         yield "@"
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

@@ -90,8 +90,8 @@ def _multi_head(seated: list[seats.Seated]) -> Callable[..., Any]:
     def no_weights(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("need_weights", True):
             raise InputError(
-                f"model: {seated[0].place.path} is called with need_weights=True, and then its attention is written out; call it "
-                f"with need_weights=False"
+                f"model: {seated[0].place.path} is called with need_weights=True, and then its attention is written out; "
+                f"call it with need_weights=False"
             )
         names = {
             **own.__globals__,
@@ -118,8 +118,8 @@ def _attended(
     place = seated[0].place
     if query.dim() != 4:
         raise InputError(
-            f"model: {place.path} computes attention of a tensor of shape {tuple(query.shape)}; only [batch, heads, tokens, width] "
-            f"can be edited"
+            f"model: {place.path} computes attention of a tensor of shape {tuple(query.shape)}; only [batch, heads, tokens, "
+            f"width] can be edited"
         )
     keys = key.shape[2]
     allowed: Allowed | None = causal(keys) if is_causal else None
@@ -127,9 +127,8 @@ def _attended(
     if attn_mask is not None:
         mask = attn_mask.view((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
         mask = mask.expand(*mask.shape[:3], keys)
-        readable = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         bias = None if mask.dtype == torch.bool else mask
-        allowed = dense(readable)
+        allowed = dense(mask)
     used = scale if scale is not None else query.shape[-1] ** -0.5
     call = AttentionCall(place, query, key, value, used, allowed, bias)
 

@@ -43,7 +43,9 @@ def of_characters(
         for start, end in parts:
             inside = (first[item] < end) & (behind[item] > start) & (behind[item] > first[item])
             if not inside.any():
-                raise InputError(f"ranges: no token of item {item} lies in characters {start} to {end}; was the text cut?")
+                raise InputError(
+                    f"ranges: no token of item {item} lies in characters {start} to {end}; was the text cut?"
+                )
             mask[item] |= inside
     return mask
 
@@ -66,7 +68,9 @@ def of_texts(
         InputError: where a part doesn't occur, or more than once; for a tokenizer without offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise InputError(f"tokenizer: {type(tokenizer).__name__} gives no offsets of characters; load it with use_fast=True")
+        raise InputError(
+            f"tokenizer: {type(tokenizer).__name__} gives no offsets of characters; load it with use_fast=True"
+        )
     ranges: dict[str, list[list[Range]]] = {}
     for name, found in parts.items():
         if len(found) != len(texts):
@@ -134,5 +138,7 @@ def _found(text: str, part: str, name: str) -> Range:
     if start < 0:
         raise InputError(f"parts: {name!r} {part!r} does not occur in {text!r}")
     if text.find(part, start + 1) >= 0:
-        raise InputError(f"parts: {name!r} {part!r} occurs more than once in {text!r}; use of_characters with its range")
+        raise InputError(
+            f"parts: {name!r} {part!r} occurs more than once in {text!r}; use of_characters with its range"
+        )
     return start, start + len(part)

@@ -1,8 +1,8 @@
 """The seat in transformers: what its registry of attention functions hands out.
 
 While any model is entered, the registry's two ways of handing out a function give it inside of a dispatcher, which passes
-straight through for every module that is not seated. Names, configurations and what the registry holds stay as they are, so that
-masks are built for, and paths chosen by, the implementation that the user loaded.
+straight through for every module that is not seated. Names, configurations and what the registry holds stay as they are, so
+that masks are built for, and paths chosen by, the implementation that the user loaded.
 
 Does not know: packed sequences (`cu_seq_lens`) under flash attention, and paged caches.
 """
@@ -53,7 +53,7 @@ def enter(key: object, modules: list[nn.Module]) -> None:
             file = sys.modules[inspect.unwrap(type(module).forward).__module__]
             if (file, DEFAULT) not in _taken and hasattr(file, DEFAULT):
                 _taken[file, DEFAULT] = file.__dict__[DEFAULT]
-                setattr(file, DEFAULT, _dispatched(file.__dict__[DEFAULT], "eager"))
+                setattr(file, DEFAULT, _Dispatched(file.__dict__[DEFAULT], "eager"))
 
 
 def leave(key: object) -> None:
@@ -74,7 +74,7 @@ def _handing_out(ask: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(ask)
     def hand_out(registry: Any, name: str, *default: Any) -> Any:
         found = ask(registry, name, *default)
-        return found if isinstance(found, _Dispatched) else _dispatched(found, name)
+        return found if isinstance(found, _Dispatched) else _Dispatched(found, name)
 
     return hand_out
 
@@ -94,10 +94,6 @@ class _Dispatched:
         return _attended(self.function, self.implementation or "eager", module, seated, given)
 
 
-def _dispatched(function: Any, implementation: str) -> Any:
-    return _Dispatched(function, implementation)
-
-
 def _attended(
     function: Callable[..., Any],
     implementation: str,
@@ -109,8 +105,8 @@ def _attended(
     place = seated[0].place
     if given.get("cu_seq_lens_q") is not None and q.shape[0] == 1 and "flash" in implementation:
         raise InputError(
-            f"model: {place.path} computes packed sequences with {implementation!r}, which cannot be edited; load the model with "
-            f"attn_implementation='sdpa'"
+            f"model: {place.path} computes packed sequences with {implementation!r}, which cannot be edited; load the "
+            f"model with attn_implementation='sdpa'"
         )
     allowed, bias = _mask(implementation, module, q, k, mask, given)
     scale = given.get("scaling")
@@ -136,7 +132,9 @@ def _attended(
             seen = seats.with_mask(call, q.dtype)
             options.pop("position_bias", None)
             if implementation not in ("sdpa", "eager"):
-                raise InputError(f"model: masks cannot be changed under {implementation!r}; load it with attn_implementation='sdpa'")
+                raise InputError(
+                    f"model: masks cannot be changed under {implementation!r}; load it with attn_implementation='sdpa'"
+                )
         made[:] = function(module, call.q, call.k, call.v, seen, **options)
         made.append(made[0].transpose(1, 2))
         return made[2]
@@ -171,13 +169,9 @@ def _mask(
             return None, bias
         return causal(keys), bias
     mask = mask[..., :keys]
-    if mask.dtype == torch.bool:
-        return dense(mask), bias
-    # the lowest number of any precision, twice over, stands for minus infinity
-    readable = mask > torch.finfo(mask.dtype).min / 2
-    plain = not torch.is_grad_enabled() and not (mask.masked_fill(~readable, 0.0)).any()
-    bias = None if plain and bias is None else mask if bias is None else mask + bias
-    return dense(readable), bias
+    if mask.dtype != torch.bool:
+        bias = mask if bias is None else mask + bias
+    return dense(mask), bias
 
 
 def _by_function(mask_mod: Callable[..., Tensor], q: Tensor, keys: int) -> Allowed:
