@@ -6,7 +6,8 @@ rows are read or edited, these are computed beside it. On leaving, the model is 
 
 What it does not know: compiled modules; attention that a model writes out itself (an error at entry); packed sequences under
 flash attention; other threads than the one that entered; attention outside of a model's blocks, such as pooling heads.
-Maps that a model itself returns (`output_attentions=True`) do not show what a `RowEdit` changed. It knows no architecture by name.
+Maps that a model itself returns (`output_attentions=True`) do not show what a `RowEdit` changed. No architecture is known by
+name.
 """
 
 from cenote.models.live.calls import AttentionCall, Place
