@@ -48,7 +48,7 @@ def enter(key: object, modules: list[nn.Module]) -> None:
                 setattr(interface, name, _handing_out(getattr(interface, name)))
         if hasattr(interface, "get_interface"):
             return
-        # before 5.1 "eager" is not asked of the registry: it's a function of the model's own file
+        # as in 5.0: "eager" is not asked of the registry, it's a function of the model's own file
         for module in modules:
             file = sys.modules[inspect.unwrap(type(module).forward).__module__]
             if (file, DEFAULT) not in _taken and hasattr(file, DEFAULT):
