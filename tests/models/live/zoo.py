@@ -226,7 +226,7 @@ def flux(_: str) -> Case:
 
 
 def old() -> bool:
-    """Whether transformers asks its registry for "eager" attention in the models' own files, as 5.0 does."""
+    """Whether "eager" attention is a function of each model's own file, and not asked of the registry, as in 5.0."""
     return not hasattr(tiny.transformers().AttentionInterface, "get_interface")
 
 
