@@ -1,0 +1,56 @@
+"""Reaching into a running model: the one instrument of all rooms.
+
+`edited(model, *edits, spans=None)` changes attention and hidden states for as long as its block lasts; `recorded(model, ...)`
+looks. The model is never wrapped, copied or renamed: the attention function that the user loaded stays and runs; where a few
+rows are read or edited, these are computed beside it. On leaving, the model is what it was.
+
+What it does not know: compiled modules; attention that a model writes out itself (an error at entry); packed sequences under
+flash attention; other threads than the one that entered; attention outside of a model's blocks, such as pooling heads.
+Maps that a model itself returns (`output_attentions=True`) do not show what a `RowEdit` changed. No architecture is known by
+name.
+"""
+
+from cenote.models.live.calls import AttentionCall, Place
+from cenote.models.live.edited import Run, edited, recorded
+from cenote.models.live.edits import (
+    AttentionEdit,
+    BlockEdit,
+    Edit,
+    HeadRecorder,
+    InputsRecorder,
+    Recorder,
+    RowEdit,
+    RowRecorder,
+    StateRecorder,
+    Trace,
+    Where,
+)
+from cenote.models.live.heads import AblatedHeads, AddedStates, ScaledHeads
+from cenote.models.live.places import attentions, blocks, embeddings, final_norm, stacks
+
+__all__ = [
+    "AblatedHeads",
+    "AddedStates",
+    "AttentionCall",
+    "AttentionEdit",
+    "BlockEdit",
+    "Edit",
+    "HeadRecorder",
+    "InputsRecorder",
+    "Place",
+    "Recorder",
+    "RowEdit",
+    "RowRecorder",
+    "Run",
+    "ScaledHeads",
+    "StateRecorder",
+    "Trace",
+    "Where",
+    "attentions",
+    "blocks",
+    "edited",
+    "embeddings",
+    "final_norm",
+    "recorded",
+    "stacks",
+]

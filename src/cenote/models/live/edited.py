@@ -1,0 +1,314 @@
+"""The one context manager through which a running model is reached."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from cenote.core import InputError
+from cenote.models.live import places, sdpa, seats, transformers
+from cenote.models.live.calls import AttentionCall, Kind, Place
+from cenote.models.live.edits import (
+    AttentionEdit,
+    BlockEdit,
+    Edit,
+    HeadRecorder,
+    InputsRecorder,
+    RowRecorder,
+    StateRecorder,
+    Where,
+)
+
+RECORDERS: dict[str, Callable[..., Edit]] = {
+    "rows": RowRecorder,
+    "heads": HeadRecorder,
+    "inputs": InputsRecorder,
+    "states": StateRecorder,
+}
+
+
+class Run:
+    """A model that is entered: what was edited, where, at which step.
+
+    Attributes:
+        effect: `effect[place, step]` counts what was edited there: rows that a `RowEdit` chose, computations otherwise.
+        step: of decoding; 0 is the prompt.
+    """
+
+    def __init__(self, model: nn.Module, edits: Sequence[Edit], spans: Mapping[str, Tensor]) -> None:
+        self.model, self.edits, self.spans = model, edits, spans
+        self.thread = threading.get_ident()
+        self.effect: Counter[tuple[Place, int]] = Counter()
+        self._forwards = 0
+        self._acted: set[int] = set()
+        self._so_far: dict[Place, int] = {}
+
+    @property
+    def step(self) -> int:
+        return max(0, self._forwards - 1)
+
+    def arrives(self, place: Place, call: AttentionCall) -> Mapping[str, object]:
+        """Spans, step, and where the queries and keys of this call lie among all tokens so far."""
+        queries, keys = call.queries, call.keys
+        before = self._so_far.get(place)
+        if place.kind == "cross":
+            so_far = (before or 0) + queries if queries == 1 else queries
+            self._so_far[place] = so_far
+            return {"spans": self.spans, "step": self.step, "query_start": so_far - queries, "key_start": 0}
+        if queries == keys:
+            so_far = keys
+        elif before is None:
+            # a cache that was filled before, or one with room for more
+            so_far = keys if any(span.shape[1] == keys for span in self.spans.values()) else queries
+        else:
+            so_far = before + queries
+        self._so_far[place] = so_far
+        # a cache of a sliding window holds the last keys only
+        key_start = max(0, so_far - keys)
+        return {"spans": self.spans, "step": self.step, "query_start": so_far - queries, "key_start": key_start}
+
+    def counts(self, edit: Edit, place: Place, number: int) -> None:
+        """This edit acted, on that many."""
+        if number:
+            self.effect[place, self.step] += number
+            self._acted.add(id(edit))
+
+    def begins_forward(self) -> None:
+        """The whole model is called once more."""
+        if threading.get_ident() == self.thread:
+            self._forwards += 1
+
+    def require_effect(self) -> None:
+        """Raise where an edit did nothing."""
+        for edit in self.edits:
+            if id(edit) not in self._acted:
+                why = (
+                    "the model did not run in this thread"
+                    if not self._forwards and not self.effect
+                    else "its places did not run"
+                )
+                if self.effect or self._forwards:
+                    why += ", or it chose no query"
+                raise InputError(f"edits: {type(edit).__name__} did nothing: {why}")
+
+
+@contextmanager
+def edited(
+    model: nn.Module, *edits: Edit, spans: Mapping[str, Bool[Tensor, "batch tokens"]] | None = None
+) -> Iterator[Run]:
+    """Run a model with changes in it, for a while; on leaving it is as it was, also after an exception.
+
+    Edits hear only the thread that entered. Contexts may be nested, of one model or several, and left in any order; edits
+    act in the order of entering.
+
+    Args:
+        model: any module; not compiled.
+        edits: what changes; those at the same place act in this order.
+        spans: which of the prompt's tokens are the image, the question...
+
+    Returns:
+        What was edited.
+
+    Raises:
+        InputError: at entry, where a place is out of reach or a span doesn't fit; on leaving, where an edit did nothing.
+
+    Example:
+        >>> from torch import nn
+        >>> class Silent(AttentionEdit):
+        ...     def context(self, call, y):
+        ...         return torch.zeros_like(y)
+        >>> _ = torch.backends.mha.set_fastpath_enabled(False)
+        >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+        >>> model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        >>> with edited(model, Silent()) as run:
+        ...     _ = model(torch.ones(1, 3, 8))
+        >>> sum(run.effect.values())
+        2
+        >>> _ = torch.backends.mha.set_fastpath_enabled(True)
+    """
+    run = Run(model, edits, dict(spans or {}))
+    acting, hooked = _checked(model, edits, run.spans)
+    handles: list[RemovableHandle] = []
+    try:
+        for edit in edits:
+            edit.begins()
+        handles.append(model.register_forward_pre_hook(lambda *_: run.begins_forward()))
+        for place, of_block in hooked.items():
+            handles += _hooks(run, place, of_block)
+        by_registry = [place.module for place in acting if places.how(place.module) == "registry"]
+        if by_registry:
+            transformers.enter(run, by_registry)
+        for place, of_place in acting.items():
+            seats.sit(place.module, seats.Seated(run, place, of_place))
+            if place.module not in by_registry:
+                sdpa.enter(place.module)
+        yield run
+        run.require_effect()
+    finally:
+        with seats.LOCK:
+            for handle in handles:
+                handle.remove()
+            for place in acting:
+                if seats.rise(place.module, run):
+                    sdpa.leave(place.module)
+            transformers.leave(run)
+
+
+@contextmanager
+def recorded(
+    model: nn.Module,
+    *wanted: str,
+    rows: str | Callable[[AttentionCall], Tensor] = "last",
+    at: Where | None = None,
+    detach: bool = True,
+    spans: Mapping[str, Bool[Tensor, "batch tokens"]] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Look into a running model; its output stays the same to the bit (except with a graph of rows).
+
+    Args:
+        model: as in `edited`.
+        wanted: "rows" (attention weights of some queries), "heads" (outputs of heads before the output projection), "inputs"
+            (the `AttentionCall`: queries, keys, values, masks), "states" (hidden states).
+        rows: which queries: "last", "all", the name of a span, or from a call to a mask `[batch, queries]`.
+        at: the places.
+        detach: keep no graph.
+        spans: as in `edited`.
+
+    Returns:
+        For each name what was recorded: `found["rows"][place][step]`, `found["rows"].stack(step)`. States are those that blocks
+        wrote (state i + 1 of block i); `found["state 0"]` holds what the first block of each stack read.
+
+    Raises:
+        InputError: as `edited`; for a name that is none of these.
+    """
+    for name in wanted:
+        if name not in RECORDERS:
+            raise InputError(f"wanted: {name!r} cannot be recorded; there are {', '.join(RECORDERS)}")
+    if not wanted:
+        raise InputError(f"wanted: say what to record: {', '.join(RECORDERS)}")
+    edits: list[Any] = []
+    found: dict[str, Any] = {}
+    for name in wanted:
+        recorder: Any = RowRecorder(rows, at, detach) if name == "rows" else RECORDERS[name](at=at, detach=detach)
+        edits.append(recorder)
+        found[name] = recorder.written if isinstance(recorder, StateRecorder) else recorder.found
+        if isinstance(recorder, StateRecorder):
+            found["state 0"] = recorder.read
+    with edited(model, *edits, spans=spans):
+        yield found
+
+
+def _checked(
+    model: nn.Module, edits: Sequence[Edit], spans: Mapping[str, Tensor]
+) -> tuple[dict[Place, list[AttentionEdit]], dict[Place, list[BlockEdit]]]:
+    """The edits of each place, where all can be reached."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise InputError(
+            "model: is compiled, and what runs inside cannot be reached; give the module that you compiled"
+        )
+    if not edits:
+        raise InputError("edits: give at least one")
+    _check_spans(spans)
+    acting: dict[Place, list[AttentionEdit]] = {}
+    hooked: dict[Place, list[BlockEdit]] = {}
+    attention = places.attentions(model)
+    blocks = places.blocks(model)
+    for edit in edits:
+        if not isinstance(edit, (AttentionEdit, BlockEdit)):
+            raise InputError(f"edits: expected AttentionEdit or BlockEdit, got {type(edit).__name__}")
+        for name in edit.asks:
+            if name not in spans:
+                raise InputError(
+                    f"spans: {type(edit).__name__} needs {name!r}, and there are: {', '.join(spans) or 'none'}"
+                )
+        everywhere = attention if isinstance(edit, AttentionEdit) else blocks
+        chosen = [place for place in everywhere if place in edit.at]
+        if not chosen:
+            there = sorted({f"{kind} in {stack!r}" for _, kind, stack, *_ in everywhere}) or ["none"]
+            raise InputError(
+                f"edits: {type(edit).__name__} has no place {edit.at} in {type(model).__name__}; there are: {', '.join(there)}"
+            )
+        for place in chosen:
+            if isinstance(edit, AttentionEdit):
+                acting.setdefault(place, []).append(edit)
+            else:
+                hooked.setdefault(place, []).append(edit)
+    _check_reach(model, acting)
+    return acting, hooked
+
+
+def _check_reach(model: nn.Module, acting: Mapping[Place, object]) -> None:
+    written = places.unreached(model)
+    for place in acting:
+        if place.module in written:
+            name = type(place.module).__name__
+            why: str | None = (
+                f"{name} writes it out in its own forward; edits of blocks (BlockEdit) work, or give other places"
+            )
+        else:
+            seat = transformers if places.how(place.module) == "registry" else sdpa
+            why = seat.why_not(place.module)
+        if why:
+            raise InputError(f"model: attention at {place.path} cannot be reached: {why}")
+
+
+def _check_spans(spans: Mapping[str, Tensor]) -> None:
+    for name, span in spans.items():
+        if not isinstance(span, Tensor) or span.dtype != torch.bool or span.dim() != 2:
+            got = f"{span.dtype} of shape {tuple(span.shape)}" if isinstance(span, Tensor) else type(span).__name__
+            raise InputError(
+                f"spans: {name!r} is {got}; expected a bool tensor [batch, tokens], True where a token is in it"
+            )
+        if not span.any():
+            raise InputError(
+                f"spans: {name!r} has no token; was the text cut, or the offset counted before templating?"
+            )
+    if len({len(span) for span in spans.values()}) > 1:
+        sizes = ", ".join(f"{name!r} {len(span)}" for name, span in spans.items())
+        raise InputError(f"spans: are of one batch, and have: {sizes} items")
+
+
+def _hooks(run: Run, place: Place, edits: Sequence[BlockEdit]) -> list[RemovableHandle]:
+    def enters(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if threading.get_ident() != run.thread:
+            return None
+        by_name = "hidden_states" in kwargs
+        if not by_name and (not args or not isinstance(args[0], Tensor)):
+            raise InputError(
+                f"model: block {place.path} is not called with hidden states first, nor by the name hidden_states"
+            )
+        before = h = kwargs["hidden_states"] if by_name else args[0]
+        for edit in edits:
+            h = edit.enters(place, h)
+            run.counts(edit, place, 1)
+        if h is before:
+            return None
+        return (args, {**kwargs, "hidden_states": h}) if by_name else ((h, *args[1:]), kwargs)
+
+    def leaves(_: nn.Module, __: Any, output: Any) -> Any:
+        if threading.get_ident() != run.thread:
+            return None
+        before = h = output if isinstance(output, Tensor) else output[0]
+        for edit in edits:
+            h = edit.leaves(place, h)
+        if h is before:
+            return None
+        return h if isinstance(output, Tensor) else (h, *output[1:])
+
+    return [
+        place.module.register_forward_pre_hook(enters, with_kwargs=True),
+        place.module.register_forward_hook(leaves),
+    ]
+
+
+__all__ = ["Kind", "Run", "edited", "recorded"]

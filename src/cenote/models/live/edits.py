@@ -1,0 +1,323 @@
+"""What a method changes in a running model, and how several changes are made in one attention computation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from cenote.models.live.calls import AttentionCall, Kind, Place
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which places: all, or those in blocks of these numbers, of these kinds, in the stack of this path.
+
+    Example:
+        >>> place = Place(3, "self", "encoder.layers", "encoder.layers.3.attention", torch.nn.Identity())
+        >>> place in Where(blocks=range(2, 4)), place in Where(kinds=["cross"])
+        (True, False)
+    """
+
+    blocks: Collection[int] | None = None
+    kinds: Collection[Kind] | None = None
+    stack: str | None = None
+
+    def __contains__(self, place: Place) -> bool:
+        return (
+            (self.blocks is None or place.block in self.blocks)
+            and (self.kinds is None or place.kind in self.kinds)
+            and (self.stack is None or place.stack == self.stack)
+        )
+
+
+class Edit:
+    """What all edits have: `at`, the places; `asks`, names of the spans that it needs."""
+
+    at: Where = Where()
+    asks: Sequence[str] = ()
+
+    def begins(self) -> None:
+        """Forget what an earlier run left: called when a model is entered."""
+
+
+class AttentionEdit(Edit):
+    """A change in attention. Override one or more; what is overridden decides the cost.
+
+    With `inputs` and `context` the attention function that the user loaded still runs. With `scores` or `weights` the
+    computation is written out, for all queries. What is not overridden is never called.
+    """
+
+    def inputs(self, call: AttentionCall) -> AttentionCall:
+        """Other queries, keys, values, scale or `allowed`: `call.replace(...)`."""
+        return call
+
+    def scores(
+        self, call: AttentionCall, scores: Float[Tensor, "batch heads queries keys"]
+    ) -> Float[Tensor, "batch heads queries keys"]:
+        """Other scores before the softmax."""
+        return scores
+
+    def weights(
+        self, call: AttentionCall, weights: Float[Tensor, "batch heads queries keys"]
+    ) -> Float[Tensor, "batch heads queries keys"]:
+        """Other weights after it."""
+        return weights
+
+    def context(
+        self, call: AttentionCall, y: Float[Tensor, "batch heads queries width"]
+    ) -> Float[Tensor, "batch heads queries width"]:
+        """Other outputs of the heads, before the output projection."""
+        return y
+
+
+class RowEdit(AttentionEdit):
+    """A change of the weights of a few queries: these are computed beside the user's attention function, and what that gave is
+    overwritten where weights differ, for the heads where they do. `forced` overwrites all chosen rows: gradients then flow
+    through their weights."""
+
+    forced: bool = False
+
+    def queries(self, call: AttentionCall) -> Bool[Tensor, "batch queries"]:
+        """Which queries."""
+        raise NotImplementedError
+
+    def rows(
+        self, call: AttentionCall, weights: Float[Tensor, "batch heads rows keys"]
+    ) -> Float[Tensor, "batch heads rows keys"]:
+        """Other weights; `call` is of the chosen queries alone. A new tensor: changing this one in place is not seen."""
+        return weights
+
+
+class BlockEdit(Edit):
+    """A change of hidden states."""
+
+    def enters(self, place: Place, h: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        """Other states for the block to read."""
+        return h
+
+    def leaves(self, place: Place, h: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        """Other states than those that it wrote."""
+        return h
+
+
+class Act(NamedTuple):
+    """An edit at a place: `seen` shows it the call with its own spans and step, `done` counts what it edited."""
+
+    edit: AttentionEdit
+    seen: Callable[[AttentionCall], AttentionCall]
+    done: Callable[[int], None]
+
+
+class Attended(NamedTuple):
+    """Outputs of the heads, and the weights where they were computed for all queries."""
+
+    y: Float[Tensor, "batch heads queries width"]
+    weights: Float[Tensor, "batch heads queries keys"] | None
+
+
+def overrides(edit: Edit, name: str) -> bool:
+    """Whether the edit's class has its own method of that name."""
+    base = next(cls for cls in (AttentionEdit, BlockEdit) if isinstance(edit, cls))
+    return getattr(type(edit), name) is not getattr(base, name)
+
+
+def apply(
+    call: AttentionCall, acts: Sequence[Act], fused: Callable[[AttentionCall], Tensor], dropout: float = 0.0
+) -> Attended:
+    """The computation with these edits, in their order; `fused` gives what the user's function makes, `[batch, heads, ...]`."""
+    for act in acts:
+        if overrides(act.edit, "inputs"):
+            call = act.edit.inputs(act.seen(call))
+        if not isinstance(act.edit, RowEdit):
+            act.done(1)
+    weights = None
+    if any(overrides(act.edit, name) for act in acts for name in ("scores", "weights")):
+        weights = _written_out(call, acts)
+        y = call.mixed(F.dropout(weights, dropout))
+    else:
+        y = _with_rows(call, acts, fused(call))
+    for act in acts:
+        if overrides(act.edit, "context"):
+            y = act.edit.context(act.seen(call), y)
+    return Attended(y, weights)
+
+
+def _written_out(call: AttentionCall, acts: Sequence[Act]) -> Float[Tensor, "batch heads queries keys"]:
+    scores = call.scores()
+    for act in acts:
+        if overrides(act.edit, "scores"):
+            scores = act.edit.scores(act.seen(call), scores)
+    weights = call.softmax(scores)
+    for act in acts:
+        if isinstance(act.edit, RowEdit):
+            chosen = act.edit.queries(act.seen(call))
+            weights = _rows_edited(call, act, chosen, weights)
+        if overrides(act.edit, "weights"):
+            weights = act.edit.weights(act.seen(call), weights)
+    return weights
+
+
+def _with_rows(call: AttentionCall, acts: Sequence[Act], y: Tensor) -> Float[Tensor, "batch heads queries width"]:
+    chosen = [(act, act.edit.queries(act.seen(call))) for act in acts if isinstance(act.edit, RowEdit)]
+    chosen = [(act, queries) for act, queries in chosen if queries.any()]
+    if not chosen:
+        return y
+    rows = call.only(torch.stack([queries for _, queries in chosen]).any(0))
+    assert rows.rows is not None
+    assert rows.real is not None
+    before = weights = rows.softmax(rows.scores())
+    forced = torch.zeros_like(rows.real)
+    for act, queries in chosen:
+        among = queries.gather(1, rows.rows) & rows.real
+        weights = _rows_edited(rows, act, among, weights)
+        if act.edit.forced:  # type: ignore[attr-defined]
+            forced = forced | among
+    if weights is before and not forced.any():
+        return y
+    differs = ((weights != before).any(-1) | forced[:, None]) & rows.real[:, None]
+    if not differs.any():
+        return y
+    item, slot = rows.real.nonzero(as_tuple=True)
+    at = (item, slice(None), slot)
+    query = rows.rows[item, slot]
+    new = torch.where(differs[at][..., None], rows.mixed(weights)[at].to(y.dtype), y[item, :, query])
+    return y.transpose(1, 2).index_put((item, query), new).transpose(1, 2)
+
+
+def _rows_edited(
+    call: AttentionCall, act: Act, queries: Bool[Tensor, "batch queries"], weights: Tensor
+) -> Float[Tensor, "batch heads queries keys"]:
+    """The weights of a call's queries, those that are chosen edited."""
+    act.done(int(queries.sum()))
+    if not queries.any():
+        return weights
+    if queries.all() or (call.real is not None and torch.equal(queries, call.real)):
+        return act.edit.rows(act.seen(call), weights)  # type: ignore[attr-defined]
+    # numbers inside of this call, which may itself be of some rows
+    inside = call.replace(rows=None, real=None).only(queries)
+    assert inside.rows is not None
+    assert inside.real is not None
+    picked = weights.gather(2, _wide(inside.rows, weights))
+    edited = act.edit.rows(act.seen(call.only(queries)), picked)  # type: ignore[attr-defined]
+    if edited is picked and not act.edit.forced:  # type: ignore[attr-defined]
+        return weights
+    item, slot = inside.real.nonzero(as_tuple=True)
+    values = edited[item, :, slot]
+    return weights.transpose(1, 2).index_put((item, inside.rows[item, slot]), values).transpose(1, 2)
+
+
+def _wide(rows: Tensor, weights: Tensor) -> Tensor:
+    return rows[:, None, :, None].expand(-1, weights.shape[1], -1, weights.shape[3])
+
+
+class Trace(dict[Place, list[Any]]):
+    """What was recorded: at each place one tensor per computation, which is one per step of decoding."""
+
+    def stack(self, step: int = 0) -> Tensor:
+        """`[places, ...]` of one step, in the order of the model."""
+        return torch.stack([found[step] for found in self.values()])
+
+
+class Recorder(AttentionEdit):
+    """Base of those that look and change nothing.
+
+    Args:
+        at: the places.
+        detach: keep no graph.
+    """
+
+    def __init__(self, at: Where | None = None, detach: bool = True) -> None:
+        self.at = at or Where()
+        self.detach = detach
+        self.found = Trace()
+
+    def begins(self) -> None:
+        self.found.clear()
+
+    def keep(self, place: Place, x: Tensor) -> None:
+        self.found.setdefault(place, []).append(x.detach().clone() if self.detach else x)
+
+
+class InputsRecorder(Recorder):
+    """The calls: queries after positions, keys, values, masks. Tensors of the model itself, not copied."""
+
+    def inputs(self, call: AttentionCall) -> AttentionCall:
+        kept = call.replace(q=call.q.detach(), k=call.k.detach(), v=call.v.detach()) if self.detach else call
+        self.found.setdefault(call.place, []).append(kept)
+        return call
+
+
+class HeadRecorder(Recorder):
+    """Outputs of the heads before the output projection, `[batch, heads, queries, width]`."""
+
+    def context(self, call: AttentionCall, y: Tensor) -> Tensor:
+        self.keep(call.place, y)
+        return y
+
+
+class RowRecorder(RowEdit, Recorder):
+    """Weights of some queries, `[batch, heads, rows, keys]`, zeros in rows that only fill up (not with a graph).
+
+    The model runs as it would.
+
+    Args:
+        rows: "last", "all", the name of a span, or from a call to a mask `[batch, queries]`.
+        at: the places.
+        detach: keep no graph. With a graph the chosen rows' outputs are made of these weights, so that gradients reach
+            them; the model's output is then equal to rounding, not to the bit.
+    """
+
+    def __init__(
+        self,
+        rows: str | Callable[[AttentionCall], Tensor] = "last",
+        at: Where | None = None,
+        detach: bool = True,
+    ) -> None:
+        super().__init__(at, detach)
+        self.wanted = rows
+        self.forced = not detach
+        self.asks = (rows,) if isinstance(rows, str) and rows not in ("last", "all") else ()
+
+    def queries(self, call: AttentionCall) -> Bool[Tensor, "batch queries"]:
+        if callable(self.wanted):
+            return self.wanted(call)
+        if self.wanted == "last":
+            return call.last()
+        if self.wanted == "all":
+            return torch.ones(call.batch, call.queries, dtype=torch.bool, device=call.q.device)
+        return call.queries_in(self.wanted)
+
+    def rows(self, call: AttentionCall, weights: Tensor) -> Tensor:
+        if self.detach and call.real is not None and not call.real.all():
+            self.keep(call.place, weights.masked_fill(~call.real[:, None, :, None], 0.0))
+        else:
+            self.keep(call.place, weights)
+        return weights
+
+
+class StateRecorder(BlockEdit):
+    """Hidden states: what each block wrote, and before the first of a stack what it read."""
+
+    def __init__(self, at: Where | None = None, detach: bool = True) -> None:
+        self.at = at or Where()
+        self.detach = detach
+        self.read, self.written = Trace(), Trace()
+
+    def begins(self) -> None:
+        self.read.clear()
+        self.written.clear()
+
+    def enters(self, place: Place, h: Tensor) -> Tensor:
+        if place.block == 0:
+            self.read.setdefault(place, []).append(h.detach().clone() if self.detach else h)
+        return h
+
+    def leaves(self, place: Place, h: Tensor) -> Tensor:
+        self.written.setdefault(place, []).append(h.detach().clone() if self.detach else h)
+        return h

@@ -1,0 +1,418 @@
+"""What is refused, how edits compose, threads, gradients, memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tests import tiny
+from tests.models.live import zoo
+from torch import Tensor, nn
+
+from cenote.core import InputError
+from cenote.models.live import (
+    AddedStates,
+    AttentionCall,
+    AttentionEdit,
+    BlockEdit,
+    HeadRecorder,
+    Place,
+    RowEdit,
+    RowRecorder,
+    StateRecorder,
+    Where,
+    attentions,
+    blocks,
+    edited,
+    embeddings,
+    final_norm,
+    recorded,
+    stacks,
+)
+
+
+class Scaled(AttentionEdit):
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def context(self, call: AttentionCall, y: Tensor) -> Tensor:
+        return self.factor * y
+
+
+class Rows(RowEdit):
+    """Rows of a span, times a factor, plus a term."""
+
+    def __init__(self, choose: Callable[[AttentionCall], Tensor], factor: float, term: float = 0.0) -> None:
+        self.choose, self.factor, self.term = choose, factor, term
+
+    def queries(self, call: AttentionCall) -> Tensor:
+        return self.choose(call)
+
+    def rows(self, call: AttentionCall, weights: Tensor) -> Tensor:
+        assert weights.shape == (call.batch, call.heads, call.queries, call.keys)
+        return weights * self.factor + self.term
+
+
+class Explicit(AttentionEdit):
+    """Forces the written-out computation."""
+
+    def weights(self, call: AttentionCall, weights: Tensor) -> Tensor:
+        return weights
+
+
+def llama(attention: str = "sdpa") -> tuple[Any, Tensor]:
+    case = zoo.MODELS["llama"](attention)
+    return case.model, case.inputs["input_ids"]
+
+
+def logits(model: Any, words: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(words).logits
+
+
+def span(*numbers: int, batch: int = 2, tokens: int = 9) -> Tensor:
+    mask = torch.zeros(batch, tokens, dtype=torch.bool)
+    mask[:, list(numbers)] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("spans", "says"),
+    [
+        ({"a": torch.zeros(2, 9)}, "expected a bool tensor"),
+        ({"a": (1, 3)}, "expected a bool tensor"),
+        ({"a": torch.ones(9, dtype=torch.bool)}, "expected a bool tensor"),
+        ({"a": torch.zeros(2, 9, dtype=torch.bool)}, "has no token"),
+        ({"a": span(1), "b": span(1, batch=3)}, "of one batch"),
+        ({"b": span(1)}, "needs 'a'"),
+        ({}, "needs 'a'"),
+    ],
+)
+def test_spans_are_checked_at_entry(spans: Any, says: str) -> None:
+    model, _ = llama()
+    with pytest.raises(InputError, match=says), edited(model, RowRecorder("a"), spans=spans):
+        pytest.fail("entered")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [(span(1, tokens=8), "of 8 tokens"), (span(1, tokens=20), "of 20"), (span(1, batch=3), "of 3 items")],
+)
+def test_spans_of_other_tokens_are_an_error(wrong: Tensor, says: str) -> None:
+    model, words = llama()
+    with pytest.raises(InputError, match=says), edited(model, RowRecorder("a"), spans={"a": wrong}):
+        logits(model, words)
+
+
+def test_an_unknown_span_names_the_known_ones() -> None:
+    model, words = llama()
+    edit = Rows(lambda call: call.queries_in("imge"), 2.0)
+    with pytest.raises(InputError, match=r"'imge'.*there are: image"), edited(model, edit, spans={"image": span(2)}):
+        logits(model, words)
+
+
+def test_out_of_reach_is_an_error_at_entry() -> None:
+    bloom = zoo.MODELS["bloom"]("eager").model
+    with pytest.raises(InputError, match="writes it out"), edited(bloom, Scaled(1.0)):
+        pytest.fail("entered")
+    with edited(bloom, StateRecorder()):
+        bloom(zoo.ids())
+    encoder = zoo.MODELS["torch"]("")
+    with pytest.raises(InputError, match="set_fastpath_enabled"), edited(encoder.model, Scaled(1.0)):
+        pytest.fail("entered")
+    own = zoo.MODELS["own"]("").model
+    own.blocks[0].attn.fused_attn = False
+    with pytest.raises(InputError, match="fused_attn=True"), edited(own, Scaled(1.0)):
+        pytest.fail("entered")
+    with pytest.raises(InputError, match="has no place"), edited(nn.Linear(2, 2), Scaled(1.0)):
+        pytest.fail("entered")
+    with pytest.raises(InputError, match="give at least one"), edited(own):
+        pytest.fail("entered")
+    with pytest.raises(InputError, match=r"expected a torch\.nn\.Module"), edited("llama", Scaled(1.0)):  # type: ignore[arg-type]
+        pytest.fail("entered")
+    with pytest.raises(InputError, match="expected AttentionEdit"), edited(own, lambda y: y):  # type: ignore[arg-type]
+        pytest.fail("entered")
+    with pytest.raises(InputError, match="'maps' cannot be recorded"), recorded(own, "maps"):
+        pytest.fail("entered")
+
+
+def test_weights_of_multi_head_attention_are_written_out() -> None:
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(8, 2, batch_first=False)
+    x = torch.randn(3, 2, 8)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with pytest.raises(InputError, match="need_weights=False"), edited(model, Scaled(1.0)):
+            model(x, x, x)
+        plain, _ = model(x, x, x, need_weights=False)
+        maps = model(x, x, x, average_attn_weights=False)[1]
+        with recorded(model, "rows", rows="all") as found:
+            assert torch.equal(model(x, x, x, need_weights=False)[0], plain)
+        assert torch.allclose(found["rows"].stack()[0], maps, atol=1e-6)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_nothing_done_is_an_error() -> None:
+    model, words = llama()
+    with pytest.raises(InputError, match="Scaled did nothing: the model did not run"), edited(model, Scaled(2.0)):
+        pass
+    never = Rows(lambda call: torch.zeros(call.batch, call.queries, dtype=torch.bool), 2.0)
+    with pytest.raises(InputError, match=r"Rows did nothing: .*chose no query"), edited(model, never):
+        logits(model, words)
+    with pytest.raises(RuntimeError, match="mine"), edited(model, never):
+        raise RuntimeError("mine")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_edits_act_in_the_order_given(attention: str) -> None:
+    model, words = llama(attention)
+    first, second = Rows(lambda c: c.queries_in("a"), 2.0), Rows(lambda c: c.queries_in("b"), 1.0, 0.1)
+    spans = {"a": span(3, 5, 8), "b": span(5, 6)}
+    found: dict[str, Tensor] = {}
+    for name, edits in {
+        "rows": (first, second),
+        "written out": (Explicit(), first, second),
+        "other": (second, first),
+    }.items():
+        with edited(model, *edits, spans=spans):
+            found[name] = logits(model, words)
+    with edited(model, first, spans=spans), edited(model, second, spans=spans):
+        found["nested"] = logits(model, words)
+    assert torch.equal(found["rows"], found["nested"])
+    assert torch.allclose(found["rows"], found["written out"], atol=1e-5)
+    assert not torch.allclose(found["rows"], found["other"], atol=1e-5)
+    # tokens before the first edited row read nothing edited
+    assert torch.equal(found["rows"][:, :3], logits(model, words)[:, :3])
+
+
+def test_ragged_rows() -> None:
+    model, words = llama()
+    chosen = torch.zeros(2, 9, dtype=torch.bool)
+    chosen[0, [1, 4, 7]] = chosen[1, 2] = True
+    plain = logits(model, words)
+    with edited(model, Rows(lambda c: c.queries_in("a"), 0.5), spans={"a": chosen}) as run:
+        both = logits(model, words)
+    assert set(run.effect.values()) == {4}
+    for item in range(2):
+        with edited(model, Rows(lambda c: c.queries_in("a"), 0.5), spans={"a": chosen[item : item + 1]}):
+            assert torch.allclose(logits(model, words[item : item + 1])[0], both[item], atol=1e-6)
+    assert torch.equal(both[1, :2], plain[1, :2])
+    with recorded(model, "rows", rows="a", spans={"a": chosen}) as found, recorded(model, "rows", rows="all") as whole:
+        logits(model, words)
+    rows, maps = found["rows"].stack(), whole["rows"].stack()
+    assert torch.allclose(rows[:, 0], maps[:, 0][:, :, [1, 4, 7]], atol=1e-6)
+    assert torch.allclose(rows[:, 1, :, :1], maps[:, 1][:, :, [2]], atol=1e-6)
+    assert (rows[:, 1, :, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_changed_mask_runs_in_the_users_function(attention: str) -> None:
+    class Hidden(AttentionEdit):
+        asks = ("secret",)
+
+        def inputs(self, call: AttentionCall) -> AttentionCall:
+            before, keys = call.allowed, call.keys_in("secret")[:, None, None]
+            assert before is not None
+            return call.replace(allowed=lambda rows: before(rows) & ~keys)
+
+    model, words = llama(attention)
+    with edited(model, Hidden(), spans={"secret": span(2)}), recorded(model, "rows", rows="all") as found:
+        ours = logits(model, words)
+    assert (found["rows"].stack()[..., 2] == 0).all()
+    other = words.clone()
+    other[:, 2] = 7
+    with edited(model, Hidden(), spans={"secret": span(2)}):
+        theirs = logits(model, other)
+    behind = [0, 1, 3, 4, 5, 6, 7, 8]
+    assert torch.allclose(ours[:, behind], theirs[:, behind], atol=1e-6)
+    assert not torch.allclose(ours, logits(model, words), atol=1e-4)
+
+
+def test_states_and_what_is_added_to_them() -> None:
+    model, words = llama()
+    with torch.no_grad():
+        states = model(words, output_hidden_states=True).hidden_states
+    with recorded(model, "states") as found:
+        logits(model, words)
+    assert torch.equal(next(iter(found["state 0"].values()))[0], states[0])
+    # the last state of transformers is behind the final norm
+    norm = final_norm(model)
+    assert norm is model.model.norm
+    with torch.no_grad():
+        written = [*found["states"].stack()[:2], norm(found["states"].stack()[2])]
+    assert all(torch.equal(a, b) for a, b in zip(written, states[1:], strict=True))
+    assert embeddings(model) is model.model.embed_tokens
+    vector = torch.randn(32)
+    with edited(model, AddedStates({1: vector})), recorded(model, "states") as found:
+        logits(model, words)
+    assert torch.allclose(found["states"].stack()[1], states[2] + vector, atol=1e-6)
+
+    class Entering(BlockEdit):
+        at = Where(blocks=[2])
+
+        def enters(self, place: Place, h: Tensor) -> Tensor:
+            return h + vector
+
+    with edited(model, Entering()):
+        ours = logits(model, words)
+    with edited(model, AddedStates({1: vector})):
+        assert torch.equal(ours, logits(model, words))
+
+
+def test_places_of_two_towers() -> None:
+    model = zoo.MODELS["t5"]("sdpa").model
+    assert stacks(model) == {"encoder.block": 2, "decoder.block": 2}
+    kinds = [(p.stack, p.block, p.kind) for p in attentions(model)]
+    assert kinds == [
+        ("encoder.block", 0, "self"), ("encoder.block", 1, "self"),
+        ("decoder.block", 0, "self"), ("decoder.block", 0, "cross"),
+        ("decoder.block", 1, "self"), ("decoder.block", 1, "cross"),
+    ]  # fmt: skip
+    assert [p.block for p in blocks(model)] == [0, 1, 0, 1]
+    case = zoo.MODELS["t5"]("sdpa")
+    read = torch.zeros(2, 7, dtype=torch.bool)
+    read[:, 2] = True
+    edit = Rows(lambda call: call.last(), 1.0)
+    edit.at = Where(kinds=["cross"])
+    seen: list[Tensor] = []
+    edit.rows = lambda call, weights: (seen.append(call.keys_in("word")), weights)[1]  # type: ignore[method-assign]
+    with edited(case.model, edit, spans={"word": read}):
+        case.model(**case.inputs)
+    assert len(seen) == 2
+    assert all(torch.equal(keys, read) for keys in seen)
+
+
+def test_threads_do_not_hear_each_other() -> None:
+    model, words = llama()
+    plain = logits(model, words)
+    expected = {}
+    for factor in (0.0, 0.5):
+        with edited(model, Scaled(factor)):
+            expected[factor] = logits(model, words)
+    other, _ = llama()
+    wrong: list[str] = []
+    gate = threading.Barrier(3)
+
+    def work(which: Any, factor: float | None) -> None:
+        try:
+            gate.wait()
+            for _ in range(20):
+                if factor is None:
+                    right = torch.equal(logits(which, words), plain)
+                else:
+                    with edited(which, Scaled(factor)):
+                        right = torch.equal(logits(which, words), expected[factor])
+                if not right:
+                    wrong.append(f"{factor}")
+        except Exception as error:
+            wrong.append(repr(error))
+
+    threads = [threading.Thread(target=work, args=args) for args in ((model, 0.0), (model, None), (other, 0.5))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert torch.equal(logits(model, words), plain)
+
+
+def test_gradients_reach_weights_only_with_a_graph() -> None:
+    model, words = llama()
+    plain = logits(model, words)
+    with recorded(model, "rows", rows="all", detach=False) as found:
+        out = model(words).logits
+    assert torch.allclose(out, plain, atol=1e-5)
+    maps = [rows[0] for rows in found["rows"].values()]
+    gradients = torch.autograd.grad(out[:, -1].logsumexp(-1).sum(), maps)
+    assert all(g.abs().sum() > 0 for g in gradients)
+    # to first order the output moves as the gradient says
+    last = list(found["rows"])[-1]
+    change = 1e-3 * torch.randn(maps[-1].shape, generator=torch.Generator().manual_seed(0)) * (maps[-1] > 0)
+
+    class Moved(AttentionEdit):
+        at = Where(blocks=[last.block])
+
+        def weights(self, call: AttentionCall, weights: Tensor) -> Tensor:
+            return weights + change
+
+    with edited(model, Moved()):
+        moved = logits(model, words)[:, -1].logsumexp(-1).sum()
+    told = (gradients[-1] * change).sum()
+    assert torch.allclose(moved - plain[:, -1].logsumexp(-1).sum(), told, rtol=0.05, atol=1e-5)
+    with recorded(model, "rows", "heads") as kept:
+        model(words)
+    assert not any(rows[0].requires_grad for rows in [*kept["rows"].values(), *kept["heads"].values()])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_gradients_of_parameters_are_the_same(attention: str) -> None:
+    model, words = llama(attention)
+    expected = torch.autograd.grad(model(words).logits.square().sum(), list(model.parameters()))
+    with recorded(model, "rows", "heads"):
+        ours = torch.autograd.grad(model(words).logits.square().sum(), list(model.parameters()))
+    assert all(map(torch.equal, ours, expected))
+
+
+def test_half_precision() -> None:
+    model, words = llama()
+    model = model.bfloat16()
+    plain = logits(model, words)
+    with edited(model, RowRecorder("all"), HeadRecorder()):
+        assert torch.equal(logits(model, words), plain)
+    with edited(model, Explicit()):
+        assert logits(model, words).dtype == torch.bfloat16
+
+
+def test_rows_of_long_texts_need_no_matrix() -> None:
+    library = tiny.transformers()
+    model = zoo.built(
+        "LlamaForCausalLM", {**zoo.GROUPED, "num_hidden_layers": 2, "max_position_embeddings": 8192}, "sdpa"
+    )
+    words = torch.randint(5, 38, (1, 8192))
+    largest = 0
+
+    class Watching(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, Tensor):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    del library
+    edit = Rows(lambda call: call.last(), 0.5)
+    with torch.no_grad(), edited(model.model, edit), recorded(model.model, "rows") as found, Watching():
+        model.model(words)
+    assert found["rows"].stack().shape == (2, 1, 4, 1, 8192)
+    assert largest <= 8192 * 64
+
+
+def test_a_layer_type_with_a_float_mask() -> None:
+    """A position bias inside of a float mask counts as bias, the lowest number as a mask."""
+    torch.manual_seed(0)
+    bias = torch.randn(1, 4, 16, 16)
+    bias[..., 3] = float("-inf")
+    own = zoo.MODELS["own"]("")
+
+    class Biased(zoo.OwnAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=0.3)
+            return self.proj(y.transpose(1, 2).flatten(2))
+
+    own.model.blocks[1].attn.__class__ = Biased
+    with torch.no_grad(), recorded(own.model, "rows", "heads", "inputs", rows="all") as found:
+        own.model(**own.inputs)
+    place = attentions(own.model)[1]
+    (call,), (weights,), (y,) = found["inputs"][place], found["rows"][place], found["heads"][place]
+    expected = (call.q @ call.k.mT * 0.3 + bias).softmax(-1)
+    assert torch.allclose(weights, expected, atol=1e-6)
+    assert torch.allclose(expected @ call.v, y, atol=1e-5)
+    readable = call.readable()
+    assert readable is not None
+    assert not readable[..., 3].any()
