@@ -2,11 +2,11 @@
 
 from cenote.pool.attention.abmil import ABMIL
 from cenote.pool.attention.abmilp import ABMILP, ABMILPPositions
-from cenote.pool.attention.adaptive_noise_pooling import AdaptiveNoisePool
+from cenote.pool.attention.adaptive_noise_pooling.attenuator import Attenuator
+from cenote.pool.attention.adaptive_noise_pooling.pool import AdaptiveNoisePool
 from cenote.pool.attention.aim import AimPool
-from cenote.pool.attention.attenuator import Attenuator
-from cenote.pool.attention.attsets import AttSets, AttSetsConv
-from cenote.pool.attention.attsets_faset import FASet
+from cenote.pool.attention.attsets.faset import FASet
+from cenote.pool.attention.attsets.pool import AttSets, AttSetsConv
 from cenote.pool.attention.cae import CaePool
 from cenote.pool.attention.cait import CaiTPool
 from cenote.pool.attention.cbam import CbamPool
@@ -29,8 +29,8 @@ from cenote.pool.attention.joint_attention.targets import best_point, gaussian_t
 from cenote.pool.attention.mhca import MHCAPool
 from cenote.pool.attention.pma import PMA
 from cenote.pool.attention.set_attention import ISAB, MAB, SAB
-from cenote.pool.attention.set_transformer import SetTransformer
-from cenote.pool.attention.set_transformer_clustering import GaussianMixtures, sample_mixtures
+from cenote.pool.attention.set_transformer.clustering import GaussianMixtures, sample_mixtures
+from cenote.pool.attention.set_transformer.model import SetTransformer
 from cenote.pool.attention.siglip import SigLipPool
 from cenote.pool.attention.simpool import SimPool
 from cenote.pool.attention.slotcon.grouping import SemanticGrouping
@@ -59,9 +59,9 @@ from cenote.pool.basic.mean import MeanAllPool, MeanPool
 from cenote.pool.basic.statistics import StatisticsPool
 from cenote.pool.basic.sum import SumPool
 from cenote.pool.graph.base import GraphLevel, GraphPool, GraphPooled
-from cenote.pool.graph.graph_parsing_networks import GraphParsingNetwork, GraphParsingNodes, GraphParsingPool
-from cenote.pool.graph.molecules import MoleculeEncoder
-from cenote.pool.graph.parsing import EdgeScores
+from cenote.pool.graph.graph_parsing_networks.model import GraphParsingNetwork, GraphParsingNodes, GraphParsingPool
+from cenote.pool.graph.graph_parsing_networks.molecules import MoleculeEncoder
+from cenote.pool.graph.graph_parsing_networks.parsing import EdgeScores
 from cenote.pool.graph.sparse_hierarchical_graph import SparseHierarchicalClassifier, SparseHierarchicalPool
 from cenote.pool.layers.base import LayerPool, LayersPooled, stack_layers
 from cenote.pool.layers.maxpoolbert import CLSAttention, MaxCLS, MaxPoolBERT
@@ -77,7 +77,8 @@ from cenote.pool.sequence.attention_conditioning import (
 )
 from cenote.pool.sequence.attentive_mimicking.model import AgreementPool, AttentiveMimicking, Mimicked
 from cenote.pool.sequence.attentive_statistics import AttentiveStatisticsPool
-from cenote.pool.sequence.attentive_temporal_pooling import AttentiveTemporalPool, TemporalState
+from cenote.pool.sequence.attentive_temporal_pooling.domain_adaptation import LinearCalibration, adapt_logits
+from cenote.pool.sequence.attentive_temporal_pooling.pool import AttentiveTemporalPool, TemporalState
 from cenote.pool.sequence.biomedical_re_pooling import (
     DependencyPool,
     DynamicPool,
@@ -99,7 +100,6 @@ from cenote.pool.sequence.cuni_multimodal import (
     imagination_loss,
 )
 from cenote.pool.sequence.dependency_trees import Trees, pad_heads, parse_conllu, read_conllu
-from cenote.pool.sequence.domain_adaptation import LinearCalibration, adapt_logits
 from cenote.pool.sequence.drasp import DraspPool
 from cenote.pool.sequence.layer_aware_tdnn.fronts import D3Net, Ecapa2d
 from cenote.pool.sequence.layer_aware_tdnn.model import LayerAttentionPool, LayerAwareTDNN, SpeakerStatisticsPool
@@ -119,8 +119,8 @@ from cenote.pool.sequence.sta_v2a.generator import StaV2a, append_prompt
 from cenote.pool.sequence.sta_v2a.onsets import StaV2aOnsets, onset_loss, onset_targets, window_mean
 from cenote.pool.sequence.sta_v2a.prompt import FactorGraphAttention, StaV2aPrompt
 from cenote.pool.sequence.weighted_mean import PositionWeightedMean
-from cenote.pool.spatial.adapool import AdaPool1d, AdaPool2d, AdaPool3d, AdaUnpool1d, AdaUnpool2d, AdaUnpool3d
-from cenote.pool.spatial.afa_dla import AFADLAUp, AFAIDAUp, AFASegmenter
+from cenote.pool.spatial.adapool.edscw import EDSCWPool1d, EDSCWPool2d, EDSCWPool3d, IDWPool1d, IDWPool2d, IDWPool3d
+from cenote.pool.spatial.adapool.pool import AdaPool1d, AdaPool2d, AdaPool3d, AdaUnpool1d, AdaUnpool2d, AdaUnpool3d
 from cenote.pool.spatial.atrous_rates import (
     effective_receptive_field,
     receptive_extent,
@@ -128,7 +128,8 @@ from cenote.pool.spatial.atrous_rates import (
     sweep_rates,
     valid_taps,
 )
-from cenote.pool.spatial.attentive_feature_aggregation import (
+from cenote.pool.spatial.attentive_feature_aggregation.dla import AFADLAUp, AFAIDAUp, AFASegmenter
+from cenote.pool.spatial.attentive_feature_aggregation.fusion import (
     AFAChannelAttention,
     AFASpatialAttention,
     BinaryAFA,
@@ -147,11 +148,10 @@ from cenote.pool.spatial.deeplabv3 import (
     multi_grid,
     pixel_loss,
 )
-from cenote.pool.spatial.edscw import EDSCWPool1d, EDSCWPool2d, EDSCWPool3d, IDWPool1d, IDWPool2d, IDWPool3d
-from cenote.pool.spatial.ggem import GeM, GGeM
-from cenote.pool.spatial.ggem_windows import GGeMPool1d, GGeMPool2d, GGeMPool3d
-from cenote.pool.spatial.gramian_heads import GramianHeads, GramianPool
-from cenote.pool.spatial.gramian_loss import DecorrelationLoss, divergence_from_mean
+from cenote.pool.spatial.ggem.pool import GeM, GGeM
+from cenote.pool.spatial.ggem.windows import GGeMPool1d, GGeMPool2d, GGeMPool3d
+from cenote.pool.spatial.gramian_heads.loss import DecorrelationLoss, divergence_from_mean
+from cenote.pool.spatial.gramian_heads.model import GramianHeads, GramianPool
 from cenote.pool.spatial.mixed_gated_tree import (
     GatedPool1d,
     GatedPool2d,
