@@ -22,8 +22,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cenote.pool import AdaptiveNoisePool, MaxPool, MeanPool
-from cenote.pool.attention.attenuator import Attenuator, Pooling
-from cenote.pool.attention.knn_centroid import knn_centroid_targets, knn_centroid_vectors
+from cenote.pool.attention.adaptive_noise_pooling.attenuator import Attenuator, Pooling
+from cenote.pool.attention.adaptive_noise_pooling.knn_centroid import knn_centroid_targets, knn_centroid_vectors
 from cenote.study.harness import Arms, Findings, Size, above, draw_curves, seeds_of, study
 from cenote.study.training import Together, constant, epochs, fit, steps_of
 

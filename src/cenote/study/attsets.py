@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from cenote.pool import AttSets, MaxPool, MeanPool, Pool
-from cenote.pool.attention.attsets_faset import Batch, FASet
+from cenote.pool.attention.attsets.faset import Batch, FASet
 from cenote.study.data import PIXELS, Digits, digits
 from cenote.study.harness import Arms, Findings, Size, above, draw_curves, seeds_of, study
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from cenote.pool import DeepSet, SetTransformer
-from cenote.pool.attention.set_transformer_clustering import GaussianMixtures, sample_mixtures
+from cenote.pool.attention.set_transformer.clustering import GaussianMixtures, sample_mixtures
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
 from cenote.study.training import Batch, Together, fit, tenth_at_half
 

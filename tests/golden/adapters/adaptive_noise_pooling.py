@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cenote.pool.attention.adaptive_noise_pooling import AdaptiveNoisePool
-from cenote.pool.attention.attenuator import Attenuator
-from cenote.pool.attention.knn_centroid import knn_centroid_targets, knn_centroid_vectors
+from cenote.pool.attention.adaptive_noise_pooling.attenuator import Attenuator
+from cenote.pool.attention.adaptive_noise_pooling.knn_centroid import knn_centroid_targets, knn_centroid_vectors
+from cenote.pool.attention.adaptive_noise_pooling.pool import AdaptiveNoisePool
 from tests.golden.cases import Case, adapter, load_parameters
 
 SLUG = "adaptive-noise-pooling"

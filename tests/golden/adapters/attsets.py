@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from cenote.pool.attention.attsets import AttSets
+from cenote.pool.attention.attsets.pool import AttSets
 from tests.golden.cases import Case, adapter, load_parameters
 
 

@@ -3,7 +3,7 @@ from torch import Tensor
 
 from cenote.core import PaddedTokens
 from cenote.pool import GramianHeads, divergence_from_mean
-from cenote.pool.spatial.gramian_heads import gramian
+from cenote.pool.spatial.gramian_heads.model import gramian
 from tests.golden.cases import Case, adapter, load_parameters
 
 LINEAR = {"gram_contraction": "contraction", "gram_embedding": "embedding"}

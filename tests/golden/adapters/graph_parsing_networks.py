@@ -3,8 +3,8 @@ from torch import Tensor
 
 from cenote.core.graphs import undirected
 from cenote.pool.graph.base import GraphLevel
-from cenote.pool.graph.graph_parsing_networks import GraphParsingNetwork, GraphParsingNodes, GraphParsingPool
-from cenote.pool.graph.parsing import EdgeScores, parse
+from cenote.pool.graph.graph_parsing_networks.model import GraphParsingNetwork, GraphParsingNodes, GraphParsingPool
+from cenote.pool.graph.graph_parsing_networks.parsing import EdgeScores, parse
 from tests.golden.cases import Case, adapter, load_parameters
 
 

@@ -5,8 +5,8 @@ from torch import Tensor
 from cenote.pool.attention.deep_set import DeepSet
 from cenote.pool.attention.pma import PMA
 from cenote.pool.attention.set_attention import ISAB, MAB, SAB
-from cenote.pool.attention.set_transformer import SetTransformer
-from cenote.pool.attention.set_transformer_clustering import GaussianMixtures
+from cenote.pool.attention.set_transformer.clustering import GaussianMixtures
+from cenote.pool.attention.set_transformer.model import SetTransformer
 from tests.golden.cases import Case, adapter, load_parameters
 
 SLUG = "set-transformer"

@@ -8,8 +8,8 @@ from torch import nn
 
 from cenote.core import Bags, InputError
 from cenote.pool import AdaptiveNoisePool, Attenuator
-from cenote.pool.attention.adaptive_noise_pooling import attenuation_bound
-from cenote.pool.attention.knn_centroid import knn_centroid_targets, knn_centroid_vectors
+from cenote.pool.attention.adaptive_noise_pooling.knn_centroid import knn_centroid_targets, knn_centroid_vectors
+from cenote.pool.attention.adaptive_noise_pooling.pool import attenuation_bound
 from cenote.testing import check_pool
 
 

@@ -10,7 +10,7 @@ from torch.optim import Adam
 
 from cenote.core import Bags, InputError
 from cenote.pool import AttSets, AttSetsConv, FASet
-from cenote.pool.attention.attsets_faset import Batch
+from cenote.pool.attention.attsets.faset import Batch
 from cenote.testing import check_pool
 
 

@@ -9,7 +9,7 @@ from tests.pools import QUICK_SETTINGS, randn, shaken
 import cenote
 from cenote.core import Bags
 from cenote.pool import DeepSet
-from cenote.pool.attention.attenuator import Attenuator
+from cenote.pool.attention.adaptive_noise_pooling.attenuator import Attenuator
 from cenote.pool.sequence.layer_aware_tdnn.model import LayerAwareTDNN
 
 # learn something for each place of a fixed number of tokens, which bags have not
@@ -68,8 +68,8 @@ def test_a_learned_token_shows_what_it_took_in_the_last_layer() -> None:
     x = randn(1, 5, 8)
     _, weights = model.attend(x)
     layer = model.layers[0]
-    tokens = layer.norm_attn(torch.cat([model.cls_token, x], 1))[0]
-    q, k = layer.q(tokens), layer.kv(tokens)[:, :8]
+    tokens = layer.norm1(torch.cat([model.cls_token, x], 1))[0]
+    q, k, _ = layer.attn.qkv(tokens).chunk(3, -1)
     for head in range(2):
         part = slice(4 * head, 4 * head + 4)
         row = torch.softmax(q[1, part] @ k[:, part].T / 8**0.5, -1)

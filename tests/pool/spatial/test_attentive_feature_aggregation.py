@@ -18,8 +18,8 @@ from cenote.pool import (
     MultiAFA,
     scale_space_rendering,
 )
-from cenote.pool.spatial.afa_dla import bilinear_up, log_loss
-from cenote.pool.spatial.attentive_feature_aggregation import in_front
+from cenote.pool.spatial.attentive_feature_aggregation.dla import bilinear_up, log_loss
+from cenote.pool.spatial.attentive_feature_aggregation.fusion import in_front
 
 C = 16
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from cenote import InputError
 from cenote.core import Bags, PaddedTokens
 from cenote.pool import DecorrelationLoss, GramianHeads, GramianPool, divergence_from_mean
-from cenote.pool.spatial.gramian_heads import gramian
+from cenote.pool.spatial.gramian_heads.model import gramian
 from cenote.testing import check_pool
 
 DIM = 16

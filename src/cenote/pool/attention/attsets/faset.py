@@ -45,7 +45,7 @@ class FASet:
         InputError: where the attention is no part of the model, or nothing is left to train beside it.
 
     Example:
-        >>> from cenote.pool.attention.attsets import AttSets
+        >>> from cenote.pool.attention.attsets.pool import AttSets
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), AttSets(8), torch.nn.Linear(8, 1))
         >>> trainer = FASet(model, model[1], torch.nn.functional.mse_loss)
         >>> batch = Batch(torch.randn(4, 6, 3), torch.randn(4, 1))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cenote.core import InputError
 from cenote.pool import GraphParsingNetwork, GraphParsingPool, MoleculeEncoder
-from cenote.pool.graph.molecules import BondConv
+from cenote.pool.graph.graph_parsing_networks.molecules import BondConv
 
 pytest.importorskip("torch_geometric")
 

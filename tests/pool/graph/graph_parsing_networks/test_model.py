@@ -12,7 +12,7 @@ from cenote.core import InputError
 from cenote.core.graphs import undirected
 from cenote.pool import EdgeScores, GraphParsingNetwork, GraphParsingNodes, GraphParsingPool
 from cenote.pool.graph.base import as_graph
-from cenote.pool.graph.parsing import parse
+from cenote.pool.graph.graph_parsing_networks.parsing import parse
 
 pytest.importorskip("torch_geometric")
 

@@ -12,7 +12,7 @@ from cenote.core.sets import PaddedTokens, Tokens, as_tokens
 from cenote.core.widths import require_divides
 from cenote.pool.attention.blocks import TokenBatchNorm
 from cenote.pool.base import Pool, Pooled
-from cenote.pool.spatial.gramian_blocks import ClassAttention, ConvNeXtBlock
+from cenote.pool.spatial.gramian_heads.blocks import ClassAttention, ConvNeXtBlock
 
 
 class GramianPool(Pool):

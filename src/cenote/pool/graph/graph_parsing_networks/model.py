@@ -27,8 +27,8 @@ from cenote.pool.graph.base import (
     mean_by,
     sum_by,
 )
+from cenote.pool.graph.graph_parsing_networks.parsing import EdgeScores, has_edges, parse
 from cenote.pool.graph.layers import Conv, GraphBlock, ResidualMLP, mlp
-from cenote.pool.graph.parsing import EdgeScores, has_edges, parse
 from cenote.pool.graph.precision import in_double
 
 Readout = Literal["last", "levels"]

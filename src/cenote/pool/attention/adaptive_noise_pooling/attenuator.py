@@ -8,7 +8,7 @@ from cenote.core.errors import InputError
 from cenote.core.masks import positions, real_tokens
 from cenote.core.sets import PaddedTokens
 from cenote.core.widths import largest_divisor, require_divides
-from cenote.pool.attention.adaptive_noise_pooling import AdaptiveNoisePool, Query
+from cenote.pool.attention.adaptive_noise_pooling.pool import AdaptiveNoisePool, Query
 from cenote.pool.attention.blocks import MLP, SelfAttention, TransformerBlock
 from cenote.pool.base import PaddedPool, Pool, Pooled
 from cenote.pool.basic.max import MaxPool

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_all_positive, require_at_least
-from cenote.pool.spatial.attentive_feature_aggregation import (
+from cenote.pool.spatial.attentive_feature_aggregation.fusion import (
     AFASpatialAttention,
     BinaryAFA,
     MultiAFA,

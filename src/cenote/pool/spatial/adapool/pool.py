@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_one_of
 from cenote.pool.base import Pooled
+from cenote.pool.spatial.adapool.edscw import EDSCWPool1d, EDSCWPool2d, EDSCWPool3d, Similarity
 from cenote.pool.spatial.base import WindowPool
-from cenote.pool.spatial.edscw import EDSCWPool1d, EDSCWPool2d, EDSCWPool3d, Similarity
 from cenote.pool.spatial.softpool import SoftPool1d, SoftPool2d, SoftPool3d
 from cenote.pool.spatial.unit import Constraint, in_unit_interval, unit_parameter
 from cenote.pool.spatial.weighted import Grad

@@ -1,0 +1,1 @@
+"""Graph Parsing Networks: pooling whose depth and sizes follow from each graph."""

@@ -1,0 +1,1 @@
+"""AdaPool: a learned mixture of a robust mean and the exponential maximum of windows, and the way back."""

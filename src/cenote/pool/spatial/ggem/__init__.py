@@ -1,0 +1,1 @@
+"""Group generalized mean pooling, of whole sets and of windows."""
