@@ -6,7 +6,8 @@ import inspect
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cenote.catalog import create, method
@@ -139,6 +140,8 @@ class FittedPool:
     def seen(self, x: Any, mask: Bool[Tensor, "batch tokens"] | None = None) -> Tokens | Shown:
         """What the pool is called with; of sets without a mask the hidden tokens are cut off, else they are masked.
 
+        To a pool for which order matters the real tokens come first, so that no masked slot takes a place in it.
+
         Args:
             x: `[batch, tokens, dim]` or `Bags`; of a pool of layers `[batch, layers, tokens, dim]`; of graphs `Graphs`.
             mask: True on real tokens.
@@ -153,29 +156,49 @@ class FittedPool:
             if not isinstance(x, Graphs) or mask is not None:
                 raise InputError(f"x: this pool reads edges between tokens and takes Graphs, got {type(x).__name__}")
             return Shown(x, None)
-        tokens = as_tokens(x, mask).drop_first(self.hidden)
-        if isinstance(tokens, PaddedTokens) and getattr(self.pool, "fixed_tokens", False):
-            return _without_slots(tokens, self.pool.tokens)
-        return tokens
+        return self._packed(as_tokens(x, mask).drop_first(self.hidden))[0]
 
     def pooled(self, x: Any, mask: Bool[Tensor, "batch tokens"] | None = None) -> Float[Tensor, "batch width"]:
         """One vector an item, several of a pool side by side."""
-        vectors: Tensor = self.pool(*self._arguments(x, mask))
+        vectors: Tensor = self.pool(*_arguments(self.seen(x, mask)))
         return vectors.flatten(1)
 
     def attend(self, x: Any, mask: Bool[Tensor, "batch tokens"] | None = None) -> Any:
-        """What the pool's own `attend` gives: output first, then weights over the tokens that it is shown."""
-        return self.pool.attend(*self._arguments(x, mask))
+        """What the pool's own `attend` gives: output first, then weights.
 
-    def _arguments(self, x: Any, mask: Tensor | None) -> tuple[Any, ...]:
-        seen = self.seen(x, mask)
-        if isinstance(seen, Tokens):
-            return (seen,)
-        return (seen.values,) if seen.mask is None else tuple(seen)
+        They are those of the slots of `x` where it has a mask, else of the tokens that the pool is shown.
+        """
+        if form_of(self.pool) != "sets":
+            return self.pool.attend(*_arguments(self.seen(x, mask)))
+        given = as_tokens(x, mask).drop_first(self.hidden)
+        tokens, slots = self._packed(given)
+        found = self.pool.attend(tokens)
+        if slots is None or found.weights is None:
+            return found
+        heads = found.weights.shape[1]
+        empty = found.weights.new_zeros(given.values.shape[0], heads, given.values.shape[1])
+        return found._replace(weights=empty.scatter(2, slots.unsqueeze(1).expand(-1, heads, -1), found.weights))
+
+    def _packed(self, tokens: Tokens) -> tuple[Tokens, Int[Tensor, "batch shown"] | None]:
+        """The same, real tokens first, where a pool to which order matters could count the slots before or between them.
+
+        Also the slot that each token came from; `None` where all stay in place.
+        """
+        if not isinstance(tokens, PaddedTokens) or tokens.mask is None or not tokens.values.numel():
+            return tokens, None
+        fixed = getattr(self.pool, "fixed_tokens", False)
+        if getattr(self.pool, "permutation_invariant", True) and not fixed:
+            return tokens, None
+        mask, lengths = tokens.mask, tokens.lengths()
+        if (fixed and mask.shape[1] == self.pool.tokens) or (not fixed and bool((mask[:, 1:] <= mask[:, :-1]).all())):
+            return tokens, None
+        slots = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(lengths.max())]
+        values = tokens.values.gather(1, slots.unsqueeze(-1).expand(-1, -1, tokens.dim))
+        real = mask.gather(1, slots)
+        return PaddedTokens(values, None if bool(real.all()) else real), slots
 
 
-def _without_slots(tokens: PaddedTokens, count: int) -> PaddedTokens:
-    """Sets of `count` real tokens each without their other slots, which a pool of so many tokens would count."""
-    if tokens.mask is None or tokens.values.shape[1] == count or not bool((tokens.lengths() == count).all()):
-        return tokens
-    return PaddedTokens(tokens.values[tokens.mask].view(tokens.batch, count, tokens.dim))
+def _arguments(seen: Tokens | Shown) -> tuple[Any, ...]:
+    if isinstance(seen, Tokens):
+        return (seen,)
+    return (seen.values,) if seen.mask is None else tuple(seen)
