@@ -113,6 +113,21 @@ def test_prompt_can_be_left_out() -> None:
     torch.testing.assert_close(y, torch.stack([x[0, 2:].mean(0), x[1, 4:].mean(0)]))
 
 
+def test_a_prompt_left_out_keeps_the_prefix() -> None:
+    x, mask = torch.randn(2, 6, 4), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    padded = {"token_embeddings": x, "attention_mask": mask, "prompt_length": 3}
+    flat = {
+        "token_embeddings": x[mask.bool()].unsqueeze(0),
+        "cu_seq_lens_q": torch.tensor([0, 6, 10], dtype=torch.int32),
+        "prompt_length": 3,
+    }
+    for features in (padded, flat):
+        cls = CenotePooling("cls", 4, include_prompt=False, prefix_tokens=1)(dict(features))["sentence_embedding"]
+        torch.testing.assert_close(cls, torch.stack([x[0, 0], x[1, 2]]))
+        mean = CenotePooling("mean", 4, include_prompt=False, prefix_tokens=1)(dict(features))["sentence_embedding"]
+        torch.testing.assert_close(mean, torch.stack([x[0, 3:].mean(0), x[1, 5]]))
+
+
 def test_unpadded_input() -> None:
     x = torch.randn(1, 7, 4)
     features = {"token_embeddings": x, "cu_seq_lens_q": torch.tensor([0, 3, 7], dtype=torch.int32)}

@@ -21,9 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from cenote.bridges.transformers import embedding_width, named_pool, reads_layers
-from cenote.core import Bags, InputError, Tokens, as_tokens, files
-from cenote.core.masks import without_first
+from cenote.core import Bags, InputError, Tokens, files
+from cenote.core.masks import first_tokens, real_tokens
+from cenote.pool.fitting import FittedPool, Known, form_of, named_pool, width
+from cenote.pool.layers.base import stack_layers
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -38,6 +39,9 @@ class CenotePooling(nn.Module):
             newer; older versions need it here).
         layers: number of layers, likewise.
         include_prompt: False: tokens of the prompt are left out.
+        prefix_tokens: leading tokens ([CLS]) that a pool made for patches alone does not see, nor a pool of layers that does
+            not read [CLS]: as many as the probe was told whose winner this is. 0 shows every pool every token. They count as
+            prefix even where a prompt that is left out begins with them.
         settings: of the pool.
 
     Raises:
@@ -51,9 +55,9 @@ class CenotePooling(nn.Module):
         [[2.0, 4.0]]
 
     Note:
-        The pool sees every real token, [CLS] and [SEP] included, as sentence-transformers' own poolings do. A saved model is
-        loaded with `SentenceTransformer(folder, trust_remote_code=True)`: since version 6 that is asked for every module of
-        another package. Weights are kept as safetensors; nothing is unpickled.
+        The pool sees every real token, [CLS] and [SEP] included, as sentence-transformers' own poolings do, unless it is told
+        of prefix tokens. A saved model is loaded with `SentenceTransformer(folder, trust_remote_code=True)`: since version 6
+        that is asked for every module of another package. Weights are kept as safetensors; nothing is unpickled.
     """
 
     def __init__(
@@ -62,17 +66,21 @@ class CenotePooling(nn.Module):
         dim: int | None = None,
         layers: int | None = None,
         include_prompt: bool = True,
+        prefix_tokens: int = 0,
         **settings: Any,
     ) -> None:
         super().__init__()
+        if prefix_tokens < 0:
+            raise InputError(f"prefix_tokens: expected 0 or more leading tokens, got {prefix_tokens}")
         self.method = method
         self.dim = dim
         self.layers = layers
         self.include_prompt = include_prompt
+        self.prefix_tokens = prefix_tokens
         self.settings = settings
         self.pool: nn.Module | None = None
         if dim is not None:
-            self.pool = named_pool(method, dim, layers, settings)
+            self.pool = named_pool(method, Known(dim, prefix_tokens, layers=layers), settings)
         _become_module()
 
     def on_model_ready(self, model: Any) -> None:
@@ -86,27 +94,27 @@ class CenotePooling(nn.Module):
                 )
             self.dim = int(transformer.get_embedding_dimension())
             self.layers = self.layers or getattr(config, "num_hidden_layers", None)
-            self.pool = named_pool(self.method, self.dim, self.layers, self.settings)
+            known = Known(self.dim, self.prefix_tokens, layers=self.layers)
+            pool = self.pool = named_pool(self.method, known, self.settings)
             like = next(model.parameters(), torch.zeros(()))
-            self.pool.to(like.device, like.dtype)
-        if reads_layers(self.pool) and config is not None:
+            pool.to(like.device, like.dtype)
+        if form_of(self.pool) == "layers" and config is not None:
             config.output_hidden_states = True
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Add `sentence_embedding` to the features."""
-        pool, given, mask = self._prepared(features)
-        y = pool(given) if mask is None else pool(given, mask)
-        features["sentence_embedding"] = y.flatten(1)
+        fitted, x, mask = self._fitted(features)
+        features["sentence_embedding"] = fitted.pooled(x, mask)
         return features
 
     def attend(self, features: dict[str, Any]) -> Any:
         """Output and weights of the pool: what each embedding took from each token."""
-        pool, given, mask = self._prepared(features)
-        return pool.attend(given) if mask is None else pool.attend(given, mask)
+        fitted, x, mask = self._fitted(features)
+        return fitted.attend(x, mask)
 
     def get_embedding_dimension(self) -> int:
         """Width of the sentence embedding."""
-        return embedding_width(self._built())
+        return width(self._built())
 
     def get_sentence_embedding_dimension(self) -> int:
         """As `get_embedding_dimension`, for older versions of sentence-transformers."""
@@ -120,6 +128,7 @@ class CenotePooling(nn.Module):
             "dim": self.dim,
             "layers": self.layers,
             "include_prompt": self.include_prompt,
+            "prefix_tokens": self.prefix_tokens,
             "settings": self.settings,
         }
         state = {k: v.contiguous() for k, v in pool.state_dict().items()}
@@ -137,7 +146,9 @@ class CenotePooling(nn.Module):
             found = [_file(model_name_or_path, subfolder, name, hub) for name in (CONFIG, WEIGHTS)]
             card: dict[str, Any] = json.loads(found[0].read_text("utf-8"))
             state = load_file(found[1])
-            pooling = cls(card["method"], card["dim"], card["layers"], card["include_prompt"], **card["settings"])
+            # cards of before the argument hold it, if at all, among the settings of the pool
+            settings = {"prefix_tokens": card.get("prefix_tokens", 0), **card["settings"]}
+            pooling = cls(card["method"], card["dim"], card["layers"], card["include_prompt"], **settings)
             pooling._built().load_state_dict(state)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{model_name_or_path}: holds no whole CenotePooling ({error}); save it again") from error
@@ -154,25 +165,27 @@ class CenotePooling(nn.Module):
             )
         return self.pool
 
-    def _prepared(self, features: dict[str, Any]) -> tuple[Any, Tensor | Tokens, Tensor | None]:
-        """The pool and its input: sets of tokens, or a stack of layers and a mask."""
+    def _fitted(self, features: dict[str, Any]) -> tuple[FittedPool, Tensor | Tokens, Tensor | None]:
+        """The pool and its input: sets of tokens, or a stack of layers, and the mask of what is real and no prompt."""
         pool = self._built()
+        fitted, layered = FittedPool(pool, self.prefix_tokens), form_of(pool) == "layers"
         x: Tensor = features["token_embeddings"]
-        drop = 0 if self.include_prompt else _prompt_length(features)
+        prompt = 0 if self.include_prompt else _prompt_length(features)
         if "cu_seq_lens_q" in features:
-            if reads_layers(pool):
+            if layered:
                 raise InputError(
                     f"{self.method}: reads all layers, which come padded; load the model without unpadding"
                 )
-            return pool, Bags(x.squeeze(0), features["cu_seq_lens_q"].long()).drop_first(drop), None
+            bags = Bags(x.squeeze(0), features["cu_seq_lens_q"].long())
+            return fitted, _without_prompt_of_bags(bags, prompt, self.prefix_tokens), None
         mask = features.get("attention_mask")
         real = None if mask is None or mask.shape[-1] != x.shape[1] else mask.bool()
-        if not reads_layers(pool):
-            return pool, as_tokens(x, real).drop_first(drop), None
+        real = _without_prompt(x, real, prompt, self.prefix_tokens)
+        if not layered:
+            return fitted, x, real
         if "all_layer_embeddings" not in features:
             raise InputError(f"{self.method}: reads all layers; load the transformer with output_hidden_states=True")
-        stack = torch.stack(tuple(features["all_layer_embeddings"])[1:], 1)
-        return pool, stack, without_first(stack, real, drop)
+        return fitted, stack_layers(features["all_layer_embeddings"]), real
 
 
 def replace_pooling(model: Any, method: str, **settings: Any) -> Any:
@@ -196,6 +209,22 @@ def replace_pooling(model: Any, method: str, **settings: Any) -> Any:
     return type(model)(
         modules=modules, device=str(model.device), prompts=model.prompts, default_prompt_name=model.default_prompt_name
     )
+
+
+def _without_prompt(x: Tensor, mask: Tensor | None, length: int, prefix_tokens: int) -> Tensor | None:
+    """The mask without the tokens of a prompt, the first `length` real ones, of which the prefix tokens are none."""
+    if not length:
+        return mask
+    real = real_tokens(x, mask)
+    return real & (~first_tokens(real, length) | first_tokens(real, prefix_tokens))
+
+
+def _without_prompt_of_bags(bags: Bags, length: int, prefix_tokens: int) -> Bags:
+    if not length:
+        return bags
+    values, real = bags.to_padded()
+    kept = _without_prompt(values, real, length, prefix_tokens)
+    return Bags.from_padded(values, kept)
 
 
 def _prompt_length(features: dict[str, Any]) -> int:

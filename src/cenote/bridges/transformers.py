@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from cenote.catalog import create, method
-from cenote.core import InputError, as_tokens, files
-from cenote.core.masks import without_first
+from cenote.core import InputError, files
+from cenote.pool.fitting import FittedPool, Known, form_of, named_pool, width
+from cenote.pool.layers.base import stack_layers
 
 FORMAT = 1
 CARD, STATE, BACKBONE = "pooled.json", "pooled.safetensors", "backbone"
@@ -63,7 +61,8 @@ class PooledModel(nn.Module):
         self.method = pool if isinstance(pool, str) else None
         self.settings = settings
         if isinstance(pool, str):
-            self.pool = named_pool(pool, dim, getattr(config, "num_hidden_layers", None), settings)
+            known = Known(dim, prefix_tokens, layers=getattr(config, "num_hidden_layers", None))
+            self.pool: Any = named_pool(pool, known, settings)
         elif settings:
             raise InputError(
                 f"{', '.join(settings)}: settings are of a pool that is named; give them to the pool itself"
@@ -73,8 +72,7 @@ class PooledModel(nn.Module):
         if getattr(self.pool, "dim", dim) != dim:
             raise InputError(f"pool: is made for tokens of width {self.pool.dim}, and the backbone gives {dim}")
         self.prefix_tokens = prefix_tokens
-        width = embedding_width(self.pool)
-        self.head = None if outputs is None else nn.Linear(width, outputs)
+        self.head = None if outputs is None else nn.Linear(width(self.pool), outputs)
 
     @property
     def config(self) -> Any:
@@ -84,7 +82,7 @@ class PooledModel(nn.Module):
     @property
     def embedding_dim(self) -> int:
         """Width of the embedding."""
-        return embedding_width(self.pool)
+        return width(self.pool)
 
     def forward(
         self,
@@ -108,7 +106,7 @@ class PooledModel(nn.Module):
         Returns:
             `PooledOutput(loss, logits, embedding, weights)`, a transformers `ModelOutput`; what there is not is `None`.
         """
-        layered = reads_layers(self.pool)
+        layered = form_of(self.pool) == "layers"
         named = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -119,11 +117,12 @@ class PooledModel(nn.Module):
         }
         inputs |= {k: v for k, v in named.items() if v is not None} | {"return_dict": True}
         hidden = self.backbone(**inputs, **({"output_hidden_states": True} if layered else {}))
-        x = torch.stack(tuple(hidden.hidden_states)[1:], 1) if layered else hidden.last_hidden_state
+        x = stack_layers(hidden.hidden_states) if layered else hidden.last_hidden_state
         mask = inputs.get("attention_mask")
         if mask is None or mask.shape != (x.shape[0], x.shape[-2]) or (x.dim() == 4 and not layered):
             mask = None
-        output, weights = attended(self.pool, x, None if mask is None else mask.bool(), self._dropped())
+        fitted = FittedPool(self.pool, self.prefix_tokens)
+        output, weights = fitted.attend(x, None if mask is None else mask.bool())
         embedding = output.flatten(1)
         logits = None if self.head is None else self.head(embedding)
         return _output_class()(loss=_loss(logits, labels), logits=logits, embedding=embedding, weights=weights)
@@ -177,47 +176,6 @@ class PooledModel(nn.Module):
         if wrong:
             raise InputError(f"{folder}: {STATE} does not fit {CARD} ({', '.join(wrong)}); save the model again")
         return model.eval()
-
-    def _dropped(self) -> int:
-        return self.prefix_tokens if getattr(self.pool, "prefix", "keep") == "drop" else 0
-
-
-def named_pool(name: str, dim: int, layers: int | None, settings: dict[str, Any]) -> nn.Module:
-    """A pool by its name, told the width and, where it wants to know, the number of layers.
-
-    Raises:
-        InputError: where it is no pool of tokens or layers, or needs to know more.
-    """
-    entry = method(name)
-    if entry.room != "pool" or entry.kind not in ("sets", "layers"):
-        raise InputError(
-            f"pool: {name} pools {entry.kind} in {entry.room}; name a pool of sets or layers (cenote list)"
-        )
-    wanted = inspect.signature(entry.load()).parameters
-    known: dict[str, Any] = {"dim": dim, **(entry.settings or {}), **settings}
-    if "layers" in wanted and layers is not None:
-        known.setdefault("layers", layers)
-    missing = [k for k, p in wanted.items() if p.default is p.empty and k not in known and p.kind is not p.VAR_KEYWORD]
-    if missing:
-        raise InputError(f"pool: {name} must be told {', '.join(missing)}; give {missing[0]}=... as well")
-    return create(name, **known)
-
-
-def reads_layers(pool: nn.Module) -> bool:
-    """Whether a pool takes the stack of all layers."""
-    return hasattr(pool, "min_layers")
-
-
-def embedding_width(pool: Any) -> int:
-    """Width of what a pool gives, several vectors side by side."""
-    return pool.out_dim * getattr(pool, "vectors", 1)
-
-
-def attended(pool: Any, x: Tensor, mask: Tensor | None, drop: int) -> tuple[Tensor, Tensor | None]:
-    """Output and weights of a pool of sets or of layers, without the first `drop` tokens."""
-    if not reads_layers(pool):
-        return pool.attend(as_tokens(x, mask).drop_first(drop))
-    return pool.attend(x, without_first(x, mask, drop))
 
 
 def width_of(config: Any) -> int:

@@ -34,6 +34,17 @@ def positions(mask: Bool[Tensor, "*sets tokens"]) -> Int[Tensor, "*sets tokens"]
     return (mask.cumsum(-1) - 1).masked_fill(~mask, -1)
 
 
+def first_tokens(mask: Bool[Tensor, "*sets tokens"], count: int = 1) -> Bool[Tensor, "*sets tokens"]:
+    """True on the first `count` real tokens of each set, wherever padding stands.
+
+    Example:
+        >>> first_tokens(torch.tensor([[False, True, True], [True, False, True]]))
+        tensor([[False,  True, False],
+                [ True, False, False]])
+    """
+    return mask & (mask.cumsum(-1) <= count)
+
+
 def without_first(
     x: Shaped[Tensor, "batch layers tokens dim"], mask: Bool[Tensor, "batch tokens"] | None, count: int
 ) -> Bool[Tensor, "batch tokens"] | None:
@@ -43,4 +54,7 @@ def without_first(
         >>> without_first(torch.zeros(1, 6, 3, 8), None, 1)
         tensor([[False,  True,  True]])
     """
-    return positions(real_tokens(x, mask, tokens=2)) >= count if count else mask
+    if not count:
+        return mask
+    real = real_tokens(x, mask, tokens=2)
+    return real & ~first_tokens(real, count)

@@ -257,7 +257,7 @@ class PaddedTokens(Tokens):
             return self
         if self.mask is None:
             return PaddedTokens(self.values[:, count:])
-        return PaddedTokens(self.values, self.positions() >= count)
+        return PaddedTokens(self.values, self.mask & ~masks.first_tokens(self.mask, count))
 
     def replace(self, values: Float[Tensor, "batch tokens channels"]) -> PaddedTokens:
         return PaddedTokens(values, self.mask)

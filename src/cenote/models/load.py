@@ -1,15 +1,42 @@
-"""`load`: the adapter of a model, chosen by what the model is."""
+"""`load`: the adapter of a model, chosen by what the model is.
+
+That follows from what its forward takes (`main_input_name`) and from the parts of its configuration; no list of model names is
+kept.
+"""
 
 from __future__ import annotations
 
-from typing import get_args
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, get_args
 
 import torch
+from safetensors import SafetensorError
+from torch import nn
 
 from cenote.core import InputError
 from cenote.core.requirements import require_one_of
-from cenote.models.base import Backbone, Kind
+from cenote.models import sources
+from cenote.models.audio import AudioBackbone
+from cenote.models.base import Backbone, Identity, Kind
+from cenote.models.hugging_face import quiet, required_transformers, why
+from cenote.models.text import TextBackbone
+from cenote.models.timm import TimmBackbone
+from cenote.models.vision import VisionBackbone
 
+TOWERS: dict[Kind, tuple[str, ...]] = {
+    "image": ("vision_model", "vision_tower", "vision_encoder", "visual", "image_encoder"),
+    "audio": ("audio_model", "audio_tower", "audio_encoder"),
+    "text": ("text_model", "language_model", "text_encoder"),
+}
+CONFIGS: dict[Kind, str] = {"image": "vision_config", "audio": "audio_config", "text": "text_config"}
+INPUTS: dict[str, Kind] = {
+    "pixel_values": "image",
+    "input_values": "audio",
+    "input_features": "audio",
+    "input_ids": "text",
+}
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -46,9 +73,7 @@ def load(
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device: {device!r} cannot be used ({str(error).splitlines()[0]})") from error
-    from cenote.models import hugging_face
-
-    backbone = hugging_face.load(
+    backbone = _loaded(
         name,
         kind,  # type: ignore[arg-type]
         revision=revision,
@@ -58,3 +83,135 @@ def load(
         max_length=max_length,
     )
     return backbone if device == "cpu" else backbone.to(device)
+
+
+def _loaded(
+    name: str,
+    kind: Kind | None,
+    *,
+    revision: str | None,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    precision: torch.dtype,
+    max_length: int | None,
+) -> Backbone:
+    with quiet():
+        transformers = required_transformers()
+    top, found_revision = sources.model_folder(name, revision, allow_pickle, trust_remote_code)
+    folder, sentence = sources.transformer_inside(top)
+    files = sources.require_safetensors(folder, allow_pickle)
+    if _is_timm(folder):
+        return TimmBackbone(name, found_revision, folder, files, precision)
+    with quiet(), torch.random.fork_rng(devices=[]):
+        # what the file does not hold is drawn at random: the same each time
+        torch.manual_seed(0)
+        try:
+            model, info = transformers.AutoModel.from_pretrained(
+                folder,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=None if allow_pickle else True,
+                dtype=precision,
+                output_loading_info=True,
+                # told below, with the names
+                ignore_mismatched_sizes=True,
+            )
+        except (SafetensorError, UnpicklingError) as error:
+            raise InputError(
+                f"backbone: {name}: its weights cannot be read ({why(error, trust_remote_code)}); is the file whole, and no "
+                f"pointer of Git LFS? fetch it again"
+            ) from error
+        except (ValueError, OSError, RuntimeError, KeyError, ImportError, TypeError) as error:
+            raise InputError(f"backbone: {name}: {why(error, trust_remote_code)}") from error
+        except Exception as error:
+            if not trust_remote_code:
+                raise
+            raise InputError(
+                f"backbone: {name}: its own Python code failed ({type(error).__name__}: {why(error, True)})"
+            ) from error
+    _require_fitting(name, info)
+    chosen = _kind(model, kind, name)
+    if max_length is not None and chosen != "text":
+        raise InputError(f"max_length: cuts texts, and {name} takes {chosen}; leave it out")
+    part, attribute = _tower(model, chosen)
+    identity = Identity(
+        name=name,
+        revision=found_revision,
+        library="sentence-transformers" if sentence is not None else "transformers",
+        model_class=type(model).__name__ + (f".{attribute}" if attribute else ""),
+        weights_sha256=sources.weights_sha256(files),
+        config_sha256=sources.config_sha256(folder),
+    )
+    notes = _loading_notes(info, attribute)
+    if chosen == "image":
+        return VisionBackbone(part.eval(), folder, identity, notes, trust_remote_code)
+    if chosen == "audio":
+        return AudioBackbone(part.eval(), folder, identity, notes, trust_remote_code)
+    settings = sentence or {}
+    return TextBackbone(
+        part.eval(),
+        folder,
+        identity,
+        notes,
+        trust_remote_code,
+        max_length or settings.get("max_seq_length"),
+        bool(settings.get("do_lower_case", False)),
+    )
+
+
+def _kind(model: Any, wanted: Kind | None, name: str) -> Kind:
+    parts = [kind for kind, attribute in CONFIGS.items() if getattr(model.config, attribute, None) is not None]
+    if len(parts) < 2:
+        own = INPUTS.get(model.main_input_name)
+        if own is None:
+            raise InputError(
+                f"backbone: {name} takes {model.main_input_name!r}; cenote knows models of images, audio and text "
+                f"({', '.join(INPUTS)})"
+            )
+        parts = [own]
+    if wanted is None:
+        if len(parts) > 1:
+            raise InputError(f"kind: {name} takes {' and '.join(parts)}; name one")
+        return parts[0]
+    if wanted not in parts:
+        raise InputError(f"backbone: {name} takes {' and '.join(parts)}, but the data are {wanted}")
+    return wanted
+
+
+def _tower(model: Any, kind: Kind) -> tuple[nn.Module, str]:
+    """The part of a model with several encoders that takes one kind, or the encoder of an encoder-decoder."""
+    if sum(getattr(model.config, attribute, None) is not None for attribute in CONFIGS.values()) > 1:
+        holders = [("", model), ("model.", getattr(model, "model", None))]
+        for before, holder in holders:
+            for attribute in TOWERS[kind]:
+                part = getattr(holder, attribute, None)
+                if isinstance(part, nn.Module):
+                    return part, before + attribute
+        raise InputError(f"backbone: {type(model).__name__} has no part called {', '.join(TOWERS[kind])}")
+    if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+        return model.get_encoder(), "encoder"
+    return model, ""
+
+
+def _is_timm(folder: Path) -> bool:
+    config = sources.json_of(folder / "config.json")
+    return isinstance(config, dict) and "architecture" in config and "model_type" not in config
+
+
+def _require_fitting(name: str, info: Mapping[str, Any]) -> None:
+    odd = sorted(info.get("mismatched_keys", ()))
+    if odd:
+        key, stored, wanted = odd[0]
+        raise InputError(
+            f"backbone: {name}: its weights do not fit its config.json: {key} is {list(stored)} in the file, and should be "
+            f"{list(wanted)}" + (f", and {len(odd) - 1} more" if len(odd) > 1 else "") + "; take both from one model"
+        )
+
+
+def _loading_notes(info: Mapping[str, Any], attribute: str) -> list[str]:
+    missing = sorted(map(str, info.get("missing_keys", ())))
+    # parts that are not used, and poolers, which stand behind the tokens
+    missing = [k for k in missing if "pooler" not in k and (not attribute or k.startswith(attribute.split(".")[-1]))]
+    if not missing:
+        return []
+    shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    return [f"weights not in the file, drawn at random: {shown}"]

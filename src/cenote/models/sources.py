@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from cenote.core import InputError
 
@@ -109,3 +111,32 @@ def config_sha256(folder: Path) -> str:
             digest.update(f"{file.name}\n".encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def transformer_inside(folder: Path) -> tuple[Path, dict[str, Any] | None]:
+    """The folder of the transformer in a saved sentence-transformers model, and its settings; any other folder as it is."""
+    if not (folder / "modules.json").is_file():
+        return folder, None
+    modules = json_of(folder / "modules.json")
+    for module in modules if isinstance(modules, list) else []:
+        if str(module.get("type", "")).endswith(".Transformer"):
+            # a bare name only: the part must lie in this folder
+            inner = folder / Path(str(module.get("path", ""))).name
+            settings = [inner / f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert")]
+            found: Any = next((json_of(file) for file in settings if file.is_file()), {})
+            return inner, found if isinstance(found, dict) else {}
+    raise InputError(
+        f"backbone: {folder} is a sentence-transformers model without a Transformer module; it has no tokens to give"
+    )
+
+
+def json_of(path: Path) -> Any:
+    """What a JSON file of a model holds.
+
+    Raises:
+        InputError: where it is none.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"backbone: {path} is no JSON file ({error})") from error

@@ -8,7 +8,7 @@ from typing import Any
 
 from cenote.core import InputError
 from cenote.models import sources
-from cenote.models.hugging_face import processor, transformer_inside
+from cenote.models.hugging_face import processor
 
 Words = Callable[[str], tuple[str, ...]]
 """From a text to a word, or a part of one, for each of its tokens; what begins with a space does not go on with the last."""
@@ -62,7 +62,7 @@ def _from_places(text: str, names: list[str], places: list[tuple[int, int]]) -> 
 
 @lru_cache(maxsize=1)
 def _tokenizer(name: str, revision: str | None, config_sha256: str) -> Any:
-    folder, _ = transformer_inside(sources.model_folder(name, revision, False, False, cached=True)[0])
+    folder, _ = sources.transformer_inside(sources.model_folder(name, revision, False, False, cached=True)[0])
     if sources.config_sha256(folder) != config_sha256:
         raise InputError(f"backbone: the files beside {name} are not those that the tokens were made with")
     return processor("AutoTokenizer", folder, False, "texts")

@@ -13,9 +13,10 @@ from cenote.features import digits, read
 from cenote.features.graph_view import with_edges
 from cenote.jobs.probe import Comparison, Recipe, compare, load
 from cenote.jobs.probe.arms import chosen_methods
-from cenote.jobs.probe.module import GraphProbe, probe_of
+from cenote.jobs.probe.module import Probe
 from cenote.jobs.probe.training import pieces
 from cenote.pool import SparseHierarchicalPool
+from cenote.pool.graph.base import GraphPool
 
 pytest.importorskip("torch_geometric")
 
@@ -52,7 +53,7 @@ def test_one_leaderboard(rings: Path, tmp_path: Path) -> None:
     assert again["graph-parsing"].seconds == result["graph-parsing"].seconds
 
     saved = load(out / "best")
-    assert isinstance(saved.probe, GraphProbe)
+    assert isinstance(saved.probe.pool, GraphPool)
     seen = saved.view(read(rings, labelled=False))
     scores = torch.cat([saved.scores(seen.copies(i)) for i in range(len(seen))])
     # what was chosen is the order of the scores, AUROC
@@ -83,7 +84,7 @@ def test_graphs_are_not_cut_by_length(rings: Path) -> None:
 
 
 def test_a_graph_probe_takes_graphs_alone() -> None:
-    probe = probe_of(SparseHierarchicalPool(3, hidden=4, blocks=1), 2, 0)
+    probe = Probe(SparseHierarchicalPool(3, hidden=4, blocks=1), 2)
     with pytest.raises(InputError, match="takes Graphs, got Tensor"):
         probe(torch.ones(1, 4, 3))
 

@@ -12,7 +12,7 @@ from cenote.core import Bags, InputError
 from cenote.features.layered import LayeredDataset
 from cenote.jobs.probe import Comparison, Recipe, compare, load
 from cenote.jobs.probe.arms import columns_of
-from cenote.jobs.probe.module import LayerProbe, build_probe
+from cenote.jobs.probe.module import build_probe
 
 QUICK = Recipe(learning_rates=(0.1,), epochs=15, least_steps=4, patience=15)
 ITEMS, DIM = 240, 8
@@ -88,7 +88,6 @@ def test_prefix_is_kept_from_pools_that_do_not_read_it() -> None:
     other = x.clone()
     other[:, :, 0] += 5
     probe = build_probe("weighted-layer-sum", data).eval()
-    assert isinstance(probe, LayerProbe)
     torch.testing.assert_close(probe(x, mask), probe(other, mask))
     weights = probe.attend(x, mask).weights
     assert weights[:, :, 0].eq(0).all()

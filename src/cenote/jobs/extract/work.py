@@ -12,9 +12,9 @@ from threading import Event, Lock
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cenote.catalog import create
+from cenote.catalog import method
 from cenote.core import InputError
 from cenote.core.memory import HeldMemory
 from cenote.features.raw import Item, Read, UnreadableError
@@ -23,6 +23,7 @@ from cenote.features.store.pages import Collected, Pages
 from cenote.features.store.shards import DTYPES
 from cenote.jobs.extract.spec import Job, Shard
 from cenote.models import Backbone, Prepared, States
+from cenote.pool.fitting import FittedPool, Known, named_pool, width
 
 OnItems = Callable[[int], None]
 """Called with the number of items that were just computed."""
@@ -180,7 +181,8 @@ class Worker:
     def _kept(self, states: Tensor, mask: Tensor | None, real: _Real | None) -> Iterable[Tensor]:
         """What is stored of a batch, its real tokens or their pools, one item after the other."""
         if self.pool is not None:
-            return (self._here(self.pool(states.float(), mask).view(len(states), -1)),)
+            with torch.inference_mode():
+                return (self._here(self.pool.pooled(states.float(), mask)),)
         if real is None:
             return (self._here(states.flatten(0, 1)),)
         if real.lead and states.device.type == "cpu":
@@ -225,7 +227,7 @@ def _finite(rows: Tensor) -> bool:
     return not rows.numel() or all(math.isfinite(float(end)) for end in rows.aminmax())
 
 
-def token_pool(name: str | None, dim: int, prefix_tokens: int) -> nn.Module | None:
+def token_pool(name: str | None, dim: int, prefix_tokens: int) -> FittedPool | None:
     """The pool of that name, for tokens as they come from a model.
 
     Raises:
@@ -233,25 +235,16 @@ def token_pool(name: str | None, dim: int, prefix_tokens: int) -> nn.Module | No
     """
     if name is None:
         return None
-    pool: Any = create(name, dim=dim)
+    if (kind := method(name).kind) != "sets":
+        raise InputError(f"pool-at-extract: {name} pools {kind}; name a pool of sets (cenote list)")
+    pool = named_pool(name, Known(dim, prefix_tokens), {})
     if any(True for _ in pool.parameters()):
         raise InputError(f"pool-at-extract: {name} has weights that must be trained first; take mean, max, cls, ...")
-    if pool.out_dim * pool.vectors != dim:
-        raise InputError(f"pool-at-extract: {name} gives {pool.out_dim * pool.vectors} numbers for tokens of {dim}")
+    if width(pool) != dim:
+        raise InputError(f"pool-at-extract: {name} gives {width(pool)} numbers for tokens of {dim}")
     if pool.reads_cls and not prefix_tokens:
         raise InputError(f"pool-at-extract: {name} reads [CLS], and this model has no prefix tokens")
-    return _Pooled(pool.eval(), prefix_tokens)
-
-
-class _Pooled(nn.Module):
-    def __init__(self, pool: nn.Module, prefix_tokens: int) -> None:
-        super().__init__()
-        self.pool = pool
-        self.drop = prefix_tokens if getattr(pool, "prefix", "keep") == "drop" else 0
-
-    @torch.inference_mode()
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        return self.pool(x[:, self.drop :], None if mask is None else mask[:, self.drop :])
+    return FittedPool(pool.eval(), prefix_tokens)
 
 
 def of_like_length(contents: dict[int, Any], size: int, equal: bool) -> list[list[int]]:

@@ -20,9 +20,10 @@ from cenote.features.dataset import Task, TokenDataset
 from cenote.features.graph_view import with_edges
 from cenote.features.layered import at_layer, layers_of, with_layers
 from cenote.jobs.probe.arms import Column
-from cenote.jobs.probe.module import GraphProbe, Probe, probe_of, sized_arguments
+from cenote.jobs.probe.module import Probe, sized_arguments
 from cenote.jobs.probe.result import Comparison
 from cenote.pool.base import Pooled
+from cenote.pool.graph.base import GraphPool
 
 FORMAT = 1
 
@@ -55,7 +56,7 @@ class SavedProbe:
         Raises:
             InputError: where the data do not hold them.
         """
-        if isinstance(self.probe, GraphProbe):
+        if isinstance(self.probe.pool, GraphPool):
             return with_edges(data)
         held = layers_of(data)
         if not self.layers or (held == () and len(self.layers) == 1):
@@ -141,7 +142,7 @@ def load(folder: str | Path) -> SavedProbe:
         raise InputError(f"{folder}: the saved probe cannot be read ({error}); run cenote probe again") from None
     files.require_format(folder, card, FORMAT)
     pool = create(card["method"], dim=card["dim"], **card["arguments"])
-    probe = probe_of(pool, card["outputs"], card["prefix_tokens"])
+    probe = Probe(pool, card["outputs"], card["prefix_tokens"])
     try:
         probe.load_state_dict(state)
     except RuntimeError as error:

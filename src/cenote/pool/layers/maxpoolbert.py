@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cenote.core.attention import cross_attention
 from cenote.core.errors import InputError
-from cenote.core.masks import positions, real_tokens
+from cenote.core.masks import first_tokens, real_tokens
 from cenote.core.requirements import require_rate
 from cenote.core.sets import PaddedTokens
 from cenote.core.widths import largest_divisor, require_divides
@@ -58,7 +58,8 @@ class MaxCLS(LayerPool):
     ) -> LayersPooled:
         output = self.pool_only(x, mask)
         cls = layer_tokens(x, mask).token(0).unflatten(0, x.shape[:2])
-        weights = torch.einsum("bl,bn->bln", winners(cls, self.last), first_token(x, mask))
+        first = first_tokens(real_tokens(x, mask, tokens=2)).to(x.dtype)
+        weights = torch.einsum("bl,bn->bln", winners(cls, self.last), first)
         return LayersPooled(output, weights.unsqueeze(1))
 
     def pool_only(
@@ -201,10 +202,3 @@ def winners(x: Float[Tensor, "batch layers *tokens dim"], last: int) -> Float[Te
     holds = (late == late.amax(1, keepdim=True)).to(x.dtype)
     share = (holds / holds.sum(1, keepdim=True)).mean(-1)
     return torch.cat([share.new_zeros((x.shape[0], x.shape[1] - last, *share.shape[2:])), share], 1)
-
-
-def first_token(
-    x: Float[Tensor, "batch layers tokens dim"], mask: Bool[Tensor, "batch tokens"] | None
-) -> Float[Tensor, "batch tokens"]:
-    """1 on the first real token of each set, else 0."""
-    return (positions(real_tokens(x, mask, tokens=2)) == 0).to(x.dtype)

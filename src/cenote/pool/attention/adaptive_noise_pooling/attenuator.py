@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
-from cenote.core.masks import positions, real_tokens
+from cenote.core.masks import first_tokens, real_tokens
 from cenote.core.sets import PaddedTokens
 from cenote.core.widths import largest_divisor, require_divides
 from cenote.pool.attention.adaptive_noise_pooling.pool import AdaptiveNoisePool, Query
@@ -146,7 +146,7 @@ class Attenuator(PaddedPool):
                 mask = torch.cat([mask.new_ones(x.shape[0], self.cls_token.shape[1]), mask], 1)
         if self.query_emb is not None:
             real = real_tokens(x[:1], mask)  # without a mask one set speaks for all
-            x = x + self.query_emb.weight[(positions(real) != 0).long()]
+            x = x + self.query_emb.weight[(~first_tokens(real)).long()]
         before = x
         for layer in self.layers:
             before, x = x, layer(x, mask)
