@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cenote.jobs.probe.statistics import holm, interval, signed_rank_p
+from cenote.compare.statistics import holm, interval, signed_rank_p
 from cenote.pool.sequence.mimicking import Mimic, train_mimic
 from cenote.pool.sequence.word_contexts import contexts_of, count_words
 from cenote.pool.sequence.word_vectors import WordVectors

@@ -41,6 +41,8 @@ sys.meta_path.insert(
         {
             "cenote.models.sentence_transformers": "cenote.bridges.sentence_transformers",
             "cenote.probe.estimators": "cenote.bridges.scikit_learn",
+            "cenote.probe.metrics": "cenote.compare.metrics",
+            "cenote.probe.statistics": "cenote.compare.statistics",
             "cenote.probe": "cenote.jobs.probe",
         }
     ),  # type: ignore[arg-type]

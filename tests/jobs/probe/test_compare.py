@@ -18,12 +18,13 @@ from scipy.stats import wilcoxon
 from tests.jobs.probe.conftest import make_dataset, make_ragged
 
 import cenote
+from cenote.compare import processes, verdict
+from cenote.compare.cells import load_cell
+from cenote.compare.statistics import holm
 from cenote.core import InputError
 from cenote.features.dataset import TokenDataset
-from cenote.jobs.probe import Comparison, Recipe, compare, trials, verdict
-from cenote.jobs.probe.cells import load_cell
+from cenote.jobs.probe import Comparison, Recipe, compare
 from cenote.jobs.probe.job import chosen_methods
-from cenote.jobs.probe.statistics import holm
 
 QUICK = Recipe(learning_rates=(1e-2,), epochs=8)
 METHODS = ["mean", "max", "simpool"]
@@ -151,7 +152,7 @@ def test_processes_give_the_same(tmp_path: Path) -> None:
 
 
 def test_processes_tell_how_far_they_are(toy: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(processes, "LOOK_SECONDS", 0.01)
     told: dict[str, list[float]] = {}
     recipe = Recipe(learning_rates=(1e-2,), epochs=50, patience=50)
     compare(
@@ -180,8 +181,8 @@ def test_ctrl_c_in_processes_keeps_what_is_done(toy: TokenDataset, tmp_path: Pat
 
 
 def test_what_a_dead_process_left_is_trained_here(toy: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "_run", lambda _number: os._exit(1))
-    with pytest.warns(UserWarning, match="a training process died"):
+    monkeypatch.setattr(processes, "_run", lambda _number: os._exit(1))
+    with pytest.warns(UserWarning, match="a process died"):
         c = compare(toy, METHODS, seeds=1, recipe=QUICK, workers=2)
     assert {r.method for r in c.results} == set(METHODS)
 

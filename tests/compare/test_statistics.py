@@ -3,8 +3,8 @@ import pytest
 import scipy.stats
 from statsmodels.stats.multitest import multipletests
 
-from cenote.jobs.probe import statistics
-from cenote.jobs.probe.metrics import SHARES, accuracy
+from cenote.compare import statistics
+from cenote.compare.metrics import SHARES, accuracy
 
 
 def test_holm_agrees_with_statsmodels() -> None:

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import sklearn.metrics as reference
 
+from cenote.compare import metrics
 from cenote.core import InputError
-from cenote.jobs.probe import metrics
 
 RNG = np.random.default_rng(0)
 WEIGHTS = RNG.multinomial(60, np.full(60, 1 / 60), size=5).astype(float)
