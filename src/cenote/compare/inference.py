@@ -1,4 +1,4 @@
-"""From scores of arms on the same units to intervals and p-values. All that is random or assumed stands behind this one class."""
+"""From scores of arms on the same units to intervals and p-values: all that is random or assumed stands behind one class."""
 
 from __future__ import annotations
 

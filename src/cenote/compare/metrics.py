@@ -1,8 +1,8 @@
 """Metrics under item weights, many weightings at once: the bootstrap needs thousands of them.
 
 Every metric takes `scores [items, outputs]`, `y` and `weights [resamples, items]` and gives `[resamples]`; weights of one
-give the plain metric. Items are the units of a comparison; where each has a score of its own, `mean` is the metric. scikit-learn's functions are the reference in the tests; called once per resample, method and seed they
-would take minutes.
+give the plain metric. Items are the units of a comparison; where each has a score of its own, `mean` is the metric.
+scikit-learn's functions are the reference in the tests; called once per resample, method and seed they would take minutes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ RESAMPLES_AT_ONCE = 128
 """Whose weights of a thousand items stay in the cache."""
 
 
-def mean(scores: Float[ndarray, "items"], y: ndarray | None, weights: ndarray) -> ndarray:
-    """Mean of the items' own scores; there is nothing to compare them with, and `y` is not looked at."""
+def mean(scores: Float[ndarray, "items"], _y: object, weights: ndarray) -> ndarray:
+    """Mean of the items' own scores; there is nothing to compare them with."""
     return weights @ scores / weights.sum(1)
 
 
@@ -84,7 +84,7 @@ def r2(scores: ndarray, y: ndarray, weights: ndarray) -> ndarray:
     return (1 - unexplained).mean(1)
 
 
-def mean_shares(scores: Float[ndarray, "items"], y: ndarray | None) -> ndarray:
+def mean_shares(scores: Float[ndarray, "items"], _y: object) -> ndarray:
     """What each item adds to the mean."""
     return scores / len(scores)
 

@@ -91,7 +91,7 @@ def source_digest(*roots: type | ModuleType | Any) -> str:
                 if alone is not None:
                     homes[top] = alone
             if top in homes:
-                todo += [(n, p, homes[top]) for n, p in _targets(Import(module_name, imported.name), homes[top])]
+                todo += _targets(Import(module_name, imported.name), homes[top])
             else:
                 others.add(top)
     versions = {top: _version(top) or "none" for top in others}
@@ -123,8 +123,9 @@ def _alone(top: str, home: Path) -> Path | None:
     return path.parent.parent if path.name == "__init__.py" else path.parent
 
 
-def _targets(imported: Import, home: Path) -> Iterator[tuple[str, Path]]:
-    """The files that an import leads to."""
+@cache
+def _targets(imported: Import, home: Path) -> tuple[tuple[str, Path, Path], ...]:
+    """The file that an import leads to, if any, with its module and home."""
     module, name = imported
     seen: set[Import] = set()
     while name is not None and Import(module, name) not in seen:
@@ -136,8 +137,7 @@ def _targets(imported: Import, home: Path) -> Iterator[tuple[str, Path]]:
         if passed_on is None:
             part = _file(f"{module}.{name}", home)
             if part is not None:
-                yield f"{module}.{name}", part
-                return
+                return ((f"{module}.{name}", part, home),)
             break
         # a package that passes on what is not its own is the end of the way
         onward = _absolute(passed_on.module, module)
@@ -145,8 +145,7 @@ def _targets(imported: Import, home: Path) -> Iterator[tuple[str, Path]]:
             break
         module, name = onward, passed_on.name
     path = _file(module, home)
-    if path is not None:
-        yield module, path
+    return () if path is None else ((module, path, home),)
 
 
 @cache
@@ -166,17 +165,13 @@ def _absolute(module: str, package: str) -> str:
 
 @cache
 def _version(top: str) -> str | None:
-    for distribution in (DISTRIBUTIONS.get(top, top), *_installed(top)):
-        try:
-            return version(distribution)
-        except PackageNotFoundError:
-            continue
-    return None
-
-
-def _installed(top: str) -> Iterator[str]:
-    # asked for only where the module's own name is no distribution's
-    yield from _distributions().get(top, ())
+    try:
+        return version(DISTRIBUTIONS.get(top, top))
+    except PackageNotFoundError:
+        if importlib.machinery.PathFinder.find_spec(top) is None:
+            return None
+    names = _distributions().get(top)
+    return ", ".join(f"{n} {version(n)}" for n in sorted(set(names))) if names else None
 
 
 @cache

@@ -119,7 +119,9 @@ compare(make_dataset(), ["mean", "max", "gem", "simpool"], seeds=1, out=sys.argv
 def test_a_killed_run_leaves_only_whole_cells(tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
     run = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path)], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "src")])},
     )
     cells = tmp_path / "cells"
     deadline = time.monotonic() + 60
