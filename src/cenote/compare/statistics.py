@@ -37,7 +37,7 @@ def resampled_metrics(
     rng = np.random.default_rng(seed)
     count = int(groups.max()) + 1
     out = np.empty((len(scores), resamples))
-    step = max(1, CHUNK_ELEMENTS // max(len(y), count))
+    step = max(1, CHUNK_ELEMENTS // max(len(groups), count))
     for start in range(0, resamples, step):
         size = min(step, resamples - start)
         draws = rng.multinomial(count, np.full(count, 1 / count), size=size)

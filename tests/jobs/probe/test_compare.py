@@ -118,10 +118,9 @@ compare(make_dataset(), ["mean", "max", "gem", "simpool"], seeds=1, out=sys.argv
 
 def test_a_killed_run_leaves_only_whole_cells(tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
+    path = os.pathsep.join([str(root), str(root / "src")])
     run = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path)],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "src")])},
+        [sys.executable, "-c", KILLED, str(tmp_path)], cwd=root, env={**os.environ, "PYTHONPATH": path}
     )
     cells = tmp_path / "cells"
     deadline = time.monotonic() + 60

@@ -62,7 +62,7 @@ class Column:
 class Trial(Arm):
     """One column to train, and how: everything that its cell follows from.
 
-    A cell holds the test logits as `scores`, `[seeds, items, outputs]`, and of the probe of seed number `s` each `state.s.NAME`.
+    A cell holds the test logits as `scores`, `[seeds, items, outputs]`, and as `state.S.NAME` the probe of seed number S.
 
     Attributes:
         column: what is trained, on which view of the data.
