@@ -45,7 +45,7 @@ sys.meta_path.insert(
             "cenote.probe.statistics": "cenote.compare.statistics",
             "cenote.probe": "cenote.jobs.probe",
         }
-    ),  # type: ignore[arg-type]
+    ),
 )
 
 

@@ -50,7 +50,7 @@ def test_the_table_of_a_job_with_scores_per_unit() -> None:
     c = table()
     assert [r.method for r in c.results] == ["better", "mean", "worse", "random"]
     assert (c.winner, c.baseline, c.controls, c.pareto) == ("better", "mean", ("random",), ("better",))
-    assert c.sentence.startswith("better beats mean by 0.4")
+    assert c.sentence.startswith("better beats mean by 0.396 (")
     assert all(r.seconds >= 0 and len(r.metric_per_seed) == 2 for r in c.results)
     assert Comparison.from_json(c.to_json()) == c
 
