@@ -54,6 +54,14 @@ def test_json_round_trip(toy: TokenDataset) -> None:
     assert Comparison.from_json(c.to_json()) == c
 
 
+def test_tables_from_before_there_were_controls_still_load(toy: TokenDataset) -> None:
+    c = compare(toy, METHODS, seeds=1, recipe=QUICK)
+    stored = json.loads(c.to_json())
+    for result in stored["results"]:
+        del result["control"]
+    assert Comparison.from_json(json.dumps(stored)) == c
+
+
 def test_the_same_folder_resumes_and_gives_the_same(toy: TokenDataset, tmp_path: Path) -> None:
     first = compare(toy, ["mean", "max"], seeds=2, recipe=QUICK, out=tmp_path)
     stamps = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cells").iterdir()}
