@@ -25,6 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from cenote.catalog import methods as catalogued
+from cenote.compare.statistics import holm
 from cenote.core import InputError
 from cenote.features import read
 from cenote.features.dataset import SPLITS, TokenDataset
@@ -34,7 +35,6 @@ from cenote.jobs.probe import Comparison, Recipe, compare
 from cenote.jobs.probe.arms import columns_of
 from cenote.jobs.probe.cost import multiply_adds
 from cenote.jobs.probe.module import build_probe
-from cenote.jobs.probe.statistics import holm
 
 TABLES = Path(__file__).resolve().parents[1] / "docs" / "tables"
 SEEDS = 5

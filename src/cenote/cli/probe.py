@@ -20,10 +20,9 @@ from cenote.cli.console import say
 from cenote.core import InputError
 
 if TYPE_CHECKING:
+    from cenote.compare import Engine, PairTest
     from cenote.features.raw import RawItems
     from cenote.jobs.probe import Comparison
-    from cenote.jobs.probe.job import Engine
-    from cenote.jobs.probe.result import PairTest
     from cenote.models import Layout
 
 
@@ -114,7 +113,7 @@ def probe(
     if backbone is not None:
         from cenote.features.reading import EMBEDDED, require_labels
         from cenote.jobs.extract import ModelSpec, Options
-        from cenote.jobs.probe.job import judged_by
+        from cenote.jobs.probe.measure import judged_by
         from cenote.models.base import layer_numbers
 
         spec = ModelSpec(backbone, kind, revision, device, precision, max_length, trust_remote_code, allow_pickle)

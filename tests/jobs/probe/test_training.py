@@ -8,10 +8,10 @@ from tests.pools import QUICK_SETTINGS
 from torch import Tensor, nn
 
 import cenote
+from cenote.compare.metrics import accuracy, auroc, mean_average_precision, r2
 from cenote.core import InputError
 from cenote.features.dataset import TokenDataset
 from cenote.jobs.probe import training
-from cenote.jobs.probe.metrics import accuracy, auroc, mean_average_precision, r2
 from cenote.jobs.probe.module import Probe, build_probe
 from cenote.jobs.probe.recipe import Recipe
 

@@ -1,28 +1,32 @@
 """Metrics under item weights, many weightings at once: the bootstrap needs thousands of them.
 
 Every metric takes `scores [items, outputs]`, `y` and `weights [resamples, items]` and gives `[resamples]`; weights of one
-give the plain metric. scikit-learn's functions are the reference in the tests; called once per resample, method and seed they
-would take minutes.
+give the plain metric. Items are the units of a comparison; where each has a score of its own, `mean` is the metric.
+scikit-learn's functions are the reference in the tests; called once per resample, method and seed they would take minutes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from numpy import ndarray
 
-from cenote.core import InputError
-from cenote.features.dataset import Task
+Metric = Callable[[Any, Any, Float[ndarray, "resamples items"]], Float[ndarray, "resamples"]]
+"""`(scores [items, *outputs], y [items, *targets], weights) -> [resamples]`; higher is better."""
 
-Metric = Callable[
-    [Float[ndarray, "items outputs"], Shaped[ndarray, "items *targets"], Float[ndarray, "resamples items"]],
-    Float[ndarray, "resamples"],
-]
+Shares = Callable[[Any, Any], Float[ndarray, "items"]]
+"""`(scores, y) -> [items]`: what each item adds to a metric by itself; the shares of all items sum to it."""
 
 RESAMPLES_AT_ONCE = 128
 """Whose weights of a thousand items stay in the cache."""
+
+
+def mean(scores: Float[ndarray, "items"], _y: object, weights: ndarray) -> ndarray:
+    """Mean of the items' own scores; there is nothing to compare them with."""
+    return weights @ scores / weights.sum(1)
 
 
 def accuracy(scores: ndarray, y: ndarray, weights: ndarray) -> ndarray:
@@ -80,6 +84,11 @@ def r2(scores: ndarray, y: ndarray, weights: ndarray) -> ndarray:
     return (1 - unexplained).mean(1)
 
 
+def mean_shares(scores: Float[ndarray, "items"], _y: object) -> ndarray:
+    """What each item adds to the mean."""
+    return scores / len(scores)
+
+
 def accuracy_shares(scores: ndarray, y: ndarray) -> ndarray:
     """What each item adds to the accuracy."""
     return _right(scores, y) / len(y)
@@ -96,10 +105,7 @@ def r2_shares(scores: ndarray, y: ndarray) -> ndarray:
     return (1 / len(y) - (scores - y) ** 2 / ((y - y.mean(0)) ** 2).sum(0)).mean(1)
 
 
-SHARES: dict[
-    str, Callable[[Float[ndarray, "items outputs"], Shaped[ndarray, "items *targets"]], Float[ndarray, "items"]]
-]
-SHARES = {
+SHARES: dict[str, Shares] = {
     "accuracy": accuracy_shares,
     "balanced accuracy": balanced_accuracy_shares,
     "R2": r2_shares,
@@ -117,32 +123,6 @@ METRICS: dict[str, Metric] = {
     "mean average precision": mean_average_precision,
     "R2": r2,
 }
-DEFAULTS: dict[Task, str] = {
-    "binary": "AUROC",
-    "multiclass": "accuracy",
-    "multilabel": "mean average precision",
-    "regression": "R2",
-}
-FITTING: dict[Task, tuple[str, ...]] = {
-    "binary": ("AUROC", "accuracy", "balanced accuracy"),
-    "multiclass": ("accuracy", "balanced accuracy"),
-    "multilabel": ("mean average precision",),
-    "regression": ("R2",),
-}
-
-
-def metric_name(task: Task, wanted: str | None = None) -> str:
-    """The metric for a task: as wanted, or the task's own.
-
-    Raises:
-        InputError: where the wanted metric does not fit the task.
-    """
-    if wanted is None:
-        return DEFAULTS[task]
-    by_lower = {name.lower(): name for name in FITTING[task]}
-    if wanted.lower() not in by_lower:
-        raise InputError(f"metric: {wanted!r} does not fit a {task} task; choose from {', '.join(FITTING[task])}")
-    return by_lower[wanted.lower()]
 
 
 def _right(scores: ndarray, y: ndarray) -> ndarray:

@@ -1,4 +1,4 @@
-"""Which differences are real: a paired bootstrap over test items, Wilcoxon's test, Holm's correction, the Pareto set."""
+"""Which differences are real: a paired bootstrap over test items, Wilcoxon's test and Holm's correction."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from cenote.jobs.probe.metrics import Metric
+from cenote.compare.metrics import Metric
 
 Significance = Literal["bootstrap", "wilcoxon"]
 """Where p-values come from."""
@@ -23,8 +23,8 @@ CHUNK_ELEMENTS = 4_000_000
 
 def resampled_metrics(
     metric: Metric,
-    scores: Sequence[Float[ndarray, "seeds items outputs"]],
-    y: ndarray,
+    scores: Sequence[Float[ndarray, "seeds items *outputs"]],
+    y: ndarray | None,
     groups: Int[ndarray, "items"],
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -37,7 +37,7 @@ def resampled_metrics(
     rng = np.random.default_rng(seed)
     count = int(groups.max()) + 1
     out = np.empty((len(scores), resamples))
-    step = max(1, CHUNK_ELEMENTS // max(len(y), count))
+    step = max(1, CHUNK_ELEMENTS // max(len(groups), count))
     for start in range(0, resamples, step):
         size = min(step, resamples - start)
         draws = rng.multinomial(count, np.full(count, 1 / count), size=size)
@@ -108,19 +108,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
         running = max(running, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = running
     return adjusted
-
-
-def pareto(metric: Sequence[float], cost: Sequence[float]) -> list[int]:
-    """Indices that no other entry beats in both: a higher metric at no more cost, or the same metric cheaper.
-
-    >>> pareto([0.9, 0.8, 0.95], [1.0, 2.0, 3.0])
-    [0, 2]
-    """
-
-    def beaten(i: int) -> bool:
-        return any(
-            metric[j] >= metric[i] and cost[j] <= cost[i] and (metric[j] > metric[i] or cost[j] < cost[i])
-            for j in range(len(metric))
-        )
-
-    return [i for i in range(len(metric)) if not beaten(i)]

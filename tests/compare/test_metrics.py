@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import sklearn.metrics as reference
 
-from cenote.core import InputError
-from cenote.jobs.probe import metrics
+from cenote.compare import metrics
 
 RNG = np.random.default_rng(0)
 WEIGHTS = RNG.multinomial(60, np.full(60, 1 / 60), size=5).astype(float)
@@ -69,9 +68,3 @@ def test_the_shares_of_all_items_sum_to_the_metric(name: str, outputs: int) -> N
     alone = scores.copy()
     alone[1:] = RNG.normal(size=(59, outputs))
     assert metrics.SHARES[name](alone, y)[0] == shares[0], "what an item adds hangs on no other item's scores"
-
-
-def test_a_metric_that_does_not_fit_the_task_is_named() -> None:
-    with pytest.raises(InputError, match="'R2' does not fit a binary task; choose from AUROC"):
-        metrics.metric_name("binary", "R2")
-    assert metrics.metric_name("multiclass", "Balanced Accuracy") == "balanced accuracy"

@@ -3,8 +3,9 @@ import pytest
 import scipy.stats
 from statsmodels.stats.multitest import multipletests
 
-from cenote.jobs.probe import statistics
-from cenote.jobs.probe.metrics import SHARES, accuracy
+from cenote.compare import statistics
+from cenote.compare.metrics import SHARES, accuracy
+from cenote.compare.pareto import pareto
 
 
 def test_holm_agrees_with_statsmodels() -> None:
@@ -90,4 +91,4 @@ def test_signed_ranks_raise_false_alarms_as_rarely_as_promised(metric: str) -> N
 
 
 def test_pareto_keeps_ties_in_neither_way_worse() -> None:
-    assert statistics.pareto([0.9, 0.9, 0.8], [1.0, 2.0, 0.5]) == [0, 2]
+    assert pareto([0.9, 0.9, 0.8], [1.0, 2.0, 0.5]) == [0, 2]
