@@ -12,7 +12,7 @@ from cenote.compare.provenance import provenance
 from cenote.compare.result import ArmResult, Comparison, PairTest
 from cenote.compare.sources import source_digest
 from cenote.compare.units import Units
-from cenote.compare.verdict import Words
+from cenote.compare.words import Words
 
 __all__ = [
     "Arm",

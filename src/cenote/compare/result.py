@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from cenote.compare.verdict import Words
+from cenote.compare.words import Words
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 from cenote.features.dataset import TokenDataset
 from cenote.features.description import describe, facts
 from cenote.features.embedded import digit_bags, digits
+from cenote.features.labelling import Labelling
 from cenote.features.layered import LayeredDataset
 from cenote.features.reading import read
 
-__all__ = ["LayeredDataset", "TokenDataset", "describe", "digit_bags", "digits", "facts", "read"]
+__all__ = ["Labelling", "LayeredDataset", "TokenDataset", "describe", "digit_bags", "digits", "facts", "read"]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from cenote.compare.result import ArmResult
 from cenote.compare.result import Comparison as Table
-from cenote.compare.verdict import Words
+from cenote.compare.words import Words
 
 
 @dataclass(frozen=True, kw_only=True)
