@@ -13,7 +13,6 @@ from cenote.core import InputError, Tokens, as_tokens
 from cenote.core.graphs import Graphs
 from cenote.core.masks import without_first
 from cenote.features.dataset import TokenDataset
-from cenote.features.layered import layers_of
 from cenote.pool.base import Pool, Pooled
 from cenote.pool.graph.base import GraphPool
 from cenote.pool.layers.base import LayerPool
@@ -145,7 +144,7 @@ def sized_arguments(name: str, data: TokenDataset) -> dict[str, Any]:
     sized: dict[str, Any] = {}
     if entry.kind == "layers":
         if "layers" in wanted:
-            sized["layers"] = len(layers_of(data))
+            sized["layers"] = len(data.layers)
     elif "tokens" in wanted:
         if data.tokens is None:
             raise InputError(f"{name}: needs the same number of tokens in every item, and these data are ragged")
