@@ -315,7 +315,7 @@ def main() -> None:
     if set(tasks) != set(TASKS):
         return
     given.tables.mkdir(parents=True, exist_ok=True)
-    held = next(iter(data.values())).stored.manifest.layers
+    held = next(iter(data.values())).token_source.stored.manifest.layers
     (given.tables / "minilm.md").write_text(page(last, every, dear, held), "utf-8")
     kept = {f"{task}, {what}": numbers(f) for what, of in (("last", last), ("all", every)) for task, f in of.items()}
     (given.tables / "minilm.json").write_text(json.dumps(kept, indent=1) + "\n", "utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,10 @@ from cenote.features.embedded import digit_bags, digits
 from cenote.features.folder import LABELS, open_folder, token_files
 from cenote.features.geometric import geometric_file, open_geometric
 from cenote.features.labelling import FRACTIONS, Labelling
-from cenote.features.layered import LayeredDataset
 from cenote.features.npz import open_npz
 from cenote.features.raw import RawItems
 from cenote.features.source import Filled, Source
-from cenote.features.store import StoredDataset, StoredPictures, StoredTokens, is_store, read_listing
+from cenote.features.store import StoredLayers, StoredPictures, StoredTokens, is_store, read_listing
 from cenote.features.store.words import StoredWords
 from cenote.features.table import (
     GROUP_NAME,
@@ -39,6 +38,7 @@ from cenote.features.table import (
 )
 from cenote.features.targets import Target
 from cenote.features.token_labels import TOKEN_LABELS, TokenLabels, add_column, add_folder
+from cenote.features.tokens import stacked
 from cenote.features.validate import Problems, check_grid, check_groups, check_ids, check_lengths, some
 from cenote.models.base import layer_numbers
 
@@ -180,15 +180,16 @@ def read_labelled(
         token_labels=marked if marked is None or isinstance(x, Bags) else marked.view(x.shape[:2]),
         source=f"{path} ({source.format})",
     )
-    return data if not source.layers else _chosen(data, source.layers, layers)
+    return data if not source.layers else _chosen(data, x, source.layers, layers)
 
 
-def _chosen(data: TokenDataset, held: tuple[int, ...], layers: str | int | Sequence[int] | None) -> TokenDataset:
-    """Some of the layers, which lie side by side in each token."""
-    x = data.x
+def _chosen(
+    data: TokenDataset, x: Tensor | Bags, held: tuple[int, ...], layers: str | int | Sequence[int] | None
+) -> TokenDataset:
+    """Some of the layers, which lie side by side in each token of `x`."""
     if not isinstance(x, Bags):
         x = x.unflatten(-1, (len(held), -1)).transpose(1, 2)
-    every = LayeredDataset(**{f.name: getattr(data, f.name) for f in fields(TokenDataset)} | {"x": x}, layers=held)
+    every = replace(data, x=stacked(x, held))
     numbers = layer_numbers(layers, held)
     return every.at(numbers[0]) if len(numbers) == 1 else every.only(numbers)
 
@@ -216,7 +217,7 @@ def _from_store(
     labels: Path | None,
     id_column: str | None,
     labelling: Labelling | None,
-) -> StoredDataset:
+) -> TokenDataset:
     """A feature store, with the labels that lie in it or those of a CSV file."""
     stored = StoredTokens(path)
     manifest = stored.manifest
@@ -260,9 +261,9 @@ def _from_store(
         words = StoredWords(manifest, files, [listing.stamps[row] for row in rows], stored.lengths.tolist())
     if manifest.kind == "image" and listing.files is not None:
         pictures = StoredPictures([listing.files[row] for row in rows], manifest.preprocessing)
-    return StoredDataset(
+    return TokenDataset(
         name=path.stem,
-        x=stored,  # type: ignore[arg-type]
+        x=StoredLayers(stored, layer_numbers(layers, manifest.layers)),
         y=made.y,
         task=made.task,
         classes=made.classes,
@@ -275,7 +276,6 @@ def _from_store(
         words=words,
         token_labels=marked.view(len(stored), -1) if fixed and marked is not None else marked,
         source=f"{path} ({source.format})",
-        layers=layer_numbers(layers, manifest.layers),
     )
 
 

@@ -17,8 +17,6 @@ from cenote.compare.cells import Cell
 from cenote.compare.metrics import METRICS
 from cenote.core import InputError
 from cenote.features.dataset import TokenDataset
-from cenote.features.graph_view import with_edges
-from cenote.features.layered import at_layer, layers_of, with_layers
 from cenote.jobs.probe import cost, module, training
 from cenote.jobs.probe.module import Probe, build_probe
 from cenote.jobs.probe.recipe import Recipe
@@ -227,7 +225,7 @@ def columns_of(
     Raises:
         InputError: where layers are chosen of data that hold one.
     """
-    held = layers_of(data)
+    held = data.layers
     several = len(held) > 1
     if layers is not None and not several:
         raise InputError(
@@ -235,7 +233,7 @@ def columns_of(
         )
     names = chosen_methods(wanted, layered=several, edges=data.has_edges)
     numbers = layer_numbers(layers, held) if several else ()
-    views = {n: at_layer(data, n) for n in numbers}
+    views = {n: data.at(n) for n in numbers}
     stack = tuple(n for n in held if n != EMBEDDINGS)
     columns: list[Column] = []
     skipped: dict[str, str] = {}
@@ -245,12 +243,12 @@ def columns_of(
             if len(stack) < 2:
                 skipped[name] = "pools several layers, and the data hold one"
             else:
-                columns.append(Column(name, entry, stack, with_layers(data, stack)))
+                columns.append(Column(name, entry, stack, data.only(stack)))
         elif entry.kind == "graphs":
             if not data.has_edges:
                 skipped[name] = "reads edges between tokens, and the data have none"
             else:
-                columns.append(Column(name, entry, held, with_edges(data)))
+                columns.append(Column(name, entry, held, data.with_edges()))
         elif not several:
             columns.append(Column(name, entry, held, data))
         else:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from cenote.catalog import create
 from cenote.features.dataset import TokenDataset
-from cenote.features.layered import layers_of
 from cenote.pool.base import Pool, Pooled
 from cenote.pool.fitting import FittedPool, Known, decided_arguments, require_runs_on, width
 from cenote.pool.graph.base import GraphPool
@@ -68,7 +67,7 @@ def sized_arguments(name: str, data: TokenDataset) -> dict[str, Any]:
     Raises:
         InputError: where the method cannot run on such data, saying why.
     """
-    known = Known(data.dim, data.prefix_tokens, data.tokens, len(layers_of(data)))
+    known = Known(data.dim, data.prefix_tokens, data.tokens, len(data.layers))
     require_runs_on(name, known)
     return decided_arguments(name, known)
 
