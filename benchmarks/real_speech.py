@@ -23,8 +23,8 @@ import cenote
 from cenote.study import drasp
 from cenote.study import layer_aware_tdnn as layered
 from cenote.study.harness import Check, Size, above, decide
-from cenote.study.pages import bounds, effect, outcome
-from cenote.study.speech import BANDS, FLOOR
+from cenote.study.harness.pages import bounds, effect, outcome
+from cenote.study.harness.speech import BANDS, FLOOR
 
 TABLES = Path(__file__).resolve().parents[1] / "docs" / "tables"
 SIZES: dict[str, tuple[Size, int]] = {"smoke": ("smoke", 2), "small": ("small", 10)}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import cenote.study.runner as runner
+import cenote.study.harness.runner as runner
 from cenote import InputError
 from cenote.catalog import systems
 from cenote.cli.app import app
@@ -154,7 +154,7 @@ def test_rows() -> None:
 
 
 def test_undecided_is_counted(tmp_path: Path) -> None:
-    from cenote.study.pages import scoreboard
+    from cenote.study.harness.pages import scoreboard
 
     verdict = dataclasses.replace(_fake("simpool")(0, "small"), holds=UNDECIDED, seconds=120.0)
     board = scoreboard({"simpool": verdict}, "studies")

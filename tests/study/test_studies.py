@@ -12,7 +12,7 @@ import pytest
 
 import cenote
 from cenote.study.harness import SIZES, UNDECIDED, Verdict
-from cenote.study.runner import read, studies, study_of, write
+from cenote.study.harness.runner import read, studies, study_of, write
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -66,7 +66,7 @@ def test_the_same_seed_gives_the_same_verdict(slug: str) -> None:
 def test_kept_results_are_those_of_the_studies() -> None:
     """What docs/ shows says of each study what the study says of itself, and its page and scoreboard follow from the JSON."""
     from cenote.study.harness import claim_and_rule, decide
-    from cenote.study.pages import page, scoreboard
+    from cenote.study.harness.pages import page, scoreboard
 
     kept = read(DOCS / "studies")
     assert kept, "docs/studies is empty: run cenote study --all"
@@ -92,7 +92,7 @@ def test_kept_results_are_plain_json() -> None:
 
 def test_looking_for_studies_imports_none_of_them() -> None:
     program = (
-        "import sys, cenote.study.runner as r; r.studies();"
+        "import sys, cenote.study.harness.runner as r; r.studies();"
         "heavy = [m for m in sys.modules if m in ('matplotlib', 'sklearn', 'cenote.study.simpool')]; print(heavy)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -5,8 +5,8 @@ from torch import nn
 
 from cenote.jobs.probe import Probe
 from cenote.pool import EfficientProbing
-from cenote.study import training
-from cenote.study.training import Together, cross_entropy, epochs, fit
+from cenote.study.harness import training
+from cenote.study.harness.training import Together, cross_entropy, epochs, fit
 
 SEEDS = (4, 7)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cenote.pool import AttentionalAffine, AttentionalConcat, AttentionalGate
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.training import Together, accuracy, constant, cross_entropy, epochs, fit
+from cenote.study.harness.training import Together, accuracy, constant, cross_entropy, epochs, fit
 
 EMBEDDED, WIDTH, LENGTH = 16, 16, 14
 WITH, WITHOUT = 400, 800

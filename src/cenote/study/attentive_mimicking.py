@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cenote.pool import AgreementPool, MeanPool, Pool
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.training import Together, epochs, fit
+from cenote.study.harness.training import Together, epochs, fit
 
 DIM, CONTEXTS, GOOD = 20, 8, 3
 TRAIN, TEST = 1000, 1000

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from cenote.pool import DependencyPool, DynamicPool, EntityPool, IndexSetPool, RelationSentences
 from cenote.pool.sequence.biomedical_re_pooling import IndexSets
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.training import Together, accuracy, cross_entropy, epochs, fit
+from cenote.study.harness.training import Together, accuracy, cross_entropy, epochs, fit
 
 WORDS, HIDDEN, EMBEDDED = 14, 16, 16
 CLASSES, OF_CLASS, NEUTRAL = 3, 3, 60

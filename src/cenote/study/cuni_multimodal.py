@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cenote.pool import FlatMemories, HierarchicalMemories, Memories, ParallelMemories, SerialMemories
 from cenote.study.harness import Arms, Findings, Size, above, between, draw_arms, seeds_of, study
-from cenote.study.training import Together, cross_entropy, epochs, fit
+from cenote.study.harness.training import Together, cross_entropy, epochs, fit
 
 WORDS, PATCHES, CHANNELS, DIM, HEADS = 6, 16, 8, 32, 4
 PLAIN, SENSES = 20, 2

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from cenote.pool import DraspPool, MeanPool, Pool, StatisticsPool
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.speech import BANDS, FLOOR, PHONES, inventory, phone_sequences, spoken
-from cenote.study.training import Together, epochs, fit, outputs, steps_of
+from cenote.study.harness.speech import BANDS, FLOOR, PHONES, inventory, phone_sequences, spoken
+from cenote.study.harness.training import Together, epochs, fit, outputs, steps_of
 
 SHORTEST, LONGEST, GLITCH, SEGMENT = 60, 200, 5, 4
 COST = 1.5

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cenote.pool import LastLayerTrainable, MultiLayerTrainable, WeightedLayerSum
 from cenote.study.harness import Arms, Findings, Size, above, below, draw_arms, seeds_of, study
-from cenote.study.training import Together, accuracy, cross_entropy, epochs, fit
+from cenote.study.harness.training import Together, accuracy, cross_entropy, epochs, fit
 
 LAYERS, TOKENS, DIM, CLASSES = 6, 5, 16, 4
 TRAIN, TEST = 400, 400

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cenote.pool import MLPAttention, YangAttention, ZhouAttention
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.training import Together, cross_entropy, epochs, fit
+from cenote.study.harness.training import Together, cross_entropy, epochs, fit
 
 TERMS, EMBEDDED, PLACED, HIDDEN, CLASSES = 18, 16, 4, 16, 3
 FRAMES, NEUTRAL = 20, 80

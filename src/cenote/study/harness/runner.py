@@ -12,8 +12,8 @@ from pathlib import Path
 
 from cenote.catalog import System, systems
 from cenote.core import InputError, files
-from cenote.study.harness import Size, Verdict
-from cenote.study.pages import page
+from cenote.study.harness.pages import page
+from cenote.study.harness.verdict import Size, Verdict
 
 INCHES = (8.0, 3.2)
 

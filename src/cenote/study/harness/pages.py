@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from cenote.catalog import System, systems
-from cenote.study.harness import HOLDS, REFUTED, UNDECIDED, Check, Verdict, decided
+from cenote.study.harness.checks import HOLDS, REFUTED, UNDECIDED, Check, decided
+from cenote.study.harness.verdict import Verdict
 
 COMMAND = "cenote study"
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cenote.study.training import Batch, Together, fit
+from cenote.study.harness.training import Batch, Together, fit
 
 COLOURS = 3
 NOISE = 0.5

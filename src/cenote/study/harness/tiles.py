@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cenote.pool import Pool
-from cenote.study.data import PIXELS, Digits, digits
-from cenote.study.harness import Size
-from cenote.study.training import Together, cross_entropy, epochs, fit, steps_of
+from cenote.study.harness.data import PIXELS, Digits, digits
+from cenote.study.harness.training import Together, cross_entropy, epochs, fit, steps_of
+from cenote.study.harness.verdict import Size
 
 WIDTH = 48
 BATCH = 128
