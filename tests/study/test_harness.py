@@ -143,7 +143,7 @@ def test_study_decides(effect: float, holds: str) -> None:
     assert verdict.seeds == (3, 4, 5, 6, 7)
     assert verdict.effect == pytest.approx(effect - 0.005)
     assert verdict.interval == verdict.checks[0].interval
-    assert set(verdict.provenance) == {"cenote", "torch", "python"}
+    assert set(verdict.provenance) == {"cenote", "torch", "python", "source"}
 
 
 def test_smoke_run_decides_nothing() -> None:

@@ -103,7 +103,7 @@ def _all(size: str, out: Path, rows: list[int] | None, seed: int, fresh: bool, b
         on_study=lambda slug, what: console.print(f"{slug}: {what}", highlight=False),
     )
     folder = Path(os.path.relpath(out, board.parent)).as_posix()
-    write_whole(board, scoreboard(read(out), folder))
+    write_whole(board, scoreboard(read(out), folder, walk.earlier))
     console.print(f"{len(walk.ran)} run, {len(walk.kept)} kept, {len(walk.failed)} failed: {board}", highlight=False)
     for slug, message in walk.failed.items():
         sys.stderr.write(f"{slug}: {message}\n")

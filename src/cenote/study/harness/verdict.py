@@ -18,6 +18,7 @@ from cenote.core import InputError
 from cenote.core.requirements import require_one_of
 from cenote.core.version import __version__
 from cenote.study.harness.checks import UNDECIDED, Check, Holds, decide
+from cenote.study.harness.sources import source_of
 
 Size = Literal["smoke", "small", "full"]
 Figure = Callable[[Any], None]
@@ -62,7 +63,7 @@ class Verdict:
         figure: draws onto a matplotlib figure; of a stored verdict, the name of the file beside it.
         size: how much was run.
         seconds: CPU seconds.
-        provenance: versions.
+        provenance: versions; under "source" the digest of the code that measured it, which the oldest results lack.
     """
 
     slug: str
@@ -128,7 +129,7 @@ def study(run: Callable[[int, Size], Findings]) -> Callable[[int, Size], Verdict
             seconds=time.process_time() - start,
             notes=found.notes,
             tried=found.tried,
-            provenance=_provenance(),
+            provenance=_provenance() | {"source": source_of(run.__module__)},
         )
 
     return timed
