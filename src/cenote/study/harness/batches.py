@@ -20,9 +20,8 @@ def each(data: Data, change: Callable[[Tensor], Tensor]) -> Data:
     >>> each((torch.ones(2, 3), torch.zeros(2)), lambda t: t[:1])
     (tensor([[1., 1., 1.]]), tensor([0.]))
     """
-    if isinstance(data, Tensor):
-        return change(data)
-    return _like(data, [each(part, change) for part in data])
+    changed: Any = change(data) if isinstance(data, Tensor) else _like(data, [each(part, change) for part in data])
+    return changed
 
 
 def stacked(draws: Iterable[Data]) -> Data:
@@ -32,10 +31,11 @@ def stacked(draws: Iterable[Data]) -> Data:
     >>> x.shape, y.shape
     (torch.Size([2, 5, 3]), torch.Size([2, 5]))
     """
-    first, *others = draws
-    if isinstance(first, Tensor):
-        return torch.stack([first, *others])
-    return _like(first, [stacked(parts) for parts in zip(first, *others, strict=True)])
+    drawn: list[Any] = list(draws)
+    if isinstance(drawn[0], Tensor):
+        together: Any = torch.stack(drawn)
+        return together
+    return _like(drawn[0], [stacked(parts) for parts in zip(*drawn, strict=True)])
 
 
 def unstacked(data: Data, seeds: int) -> list[Data]:
