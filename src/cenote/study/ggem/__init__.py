@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from cenote.features.digits_mae import DigitsEncoder
 from cenote.pool import GeM, GGeM, MaxPool, MeanPool, Pool
-from cenote.study.data import backbone
+from cenote.study.ggem.retrieval import WIDTH as MAP_WIDTH
+from cenote.study.ggem.retrieval import retrieved
 from cenote.study.harness import Arms, Findings, Size, above, below, between, draw_arms, seeds_of, study
-from cenote.study.retrieval import WIDTH as MAP_WIDTH
-from cenote.study.retrieval import retrieved
-from cenote.study.tiles import WIDTH, classifiers, train_and_test
-from cenote.study.training import Together, accuracy, constant, cross_entropy, epochs, fit, steps_of
+from cenote.study.harness.data import backbone
+from cenote.study.harness.tiles import WIDTH, classifiers, train_and_test
+from cenote.study.harness.training import Together, accuracy, constant, cross_entropy, epochs, fit, steps_of
 
 SETS, TOKENS, CHANNELS = 256, 20, 16
 STEPS: dict[Size, int] = {"smoke": 20, "small": 400, "full": 400}

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cenote.core.graphs import Graphs, undirected
-from cenote.study.training import descend, shuffled
+from cenote.study.harness.training import descend, shuffled
 
 BATCH = 50
 LEARNING_RATE = 5e-3

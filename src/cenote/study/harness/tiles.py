@@ -10,9 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cenote.pool import Pool
-from cenote.study.data import PIXELS, Digits, digits
-from cenote.study.harness import Size
-from cenote.study.training import Together, cross_entropy, epochs, fit, steps_of
+from cenote.study.harness.batches import stacked
+from cenote.study.harness.data import PIXELS, Digits, digits
+from cenote.study.harness.training import Together, cross_entropy, epochs, fit, steps_of
+from cenote.study.harness.verdict import Size
 
 WIDTH = 48
 BATCH = 128
@@ -82,5 +83,4 @@ def classifiers(
 
 
 def _over_seeds(source: Digits, draws: int, seeds: tuple[int, ...]) -> Tiles:
-    drawn = [distractor_tiles(source, draws, torch.Generator().manual_seed(s)) for s in seeds]
-    return Tiles(*(torch.stack(part) for part in zip(*drawn, strict=True)))
+    return stacked(distractor_tiles(source, draws, torch.Generator().manual_seed(s)) for s in seeds)

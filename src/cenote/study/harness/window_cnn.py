@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cenote.study.data import Digits, digits
-from cenote.study.harness import Size
-from cenote.study.training import Together, cross_entropy, epochs, fit, steps_of
+from cenote.study.harness.data import Digits, digits
+from cenote.study.harness.training import Together, cross_entropy, epochs, fit, steps_of
+from cenote.study.harness.verdict import Size
 
 Build = Callable[[], nn.Module]
 

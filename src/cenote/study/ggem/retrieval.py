@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cenote.pool import Pool
-from cenote.study.data import Digits
 from cenote.study.harness import Size
-from cenote.study.training import Together, cross_entropy, epochs, fit, steps_of
-from cenote.study.window_cnn import images, on_canvas
+from cenote.study.harness.data import Digits
+from cenote.study.harness.training import Together, cross_entropy, epochs, fit, steps_of
+from cenote.study.harness.window_cnn import images, on_canvas
 
 SIDE, TRAINED, WIDTH = 16, 6, 32
 BATCH, LEARNING_RATE = 64, 3e-3

@@ -41,24 +41,6 @@ def digits(split: str) -> Digits:
     return Digits(x[:TRAIN], y[:TRAIN]) if split == "train" else Digits(x[TRAIN:], y[TRAIN:])
 
 
-@cache
-def photographs() -> tuple[Float[Tensor, "3 height width"], ...]:
-    """The two photographs that come with scikit-learn, in levels of 0 to 255.
-
-    >>> [tuple(photo.shape) for photo in photographs()]
-    [(3, 427, 640), (3, 427, 640)]
-    """
-    from sklearn.datasets import load_sample_images
-
-    return tuple(torch.tensor(image).movedim(-1, 0).float() for image in load_sample_images().images)
-
-
-def crop(photo: Float[Tensor, "3 height width"], side: int, generator: torch.Generator) -> Float[Tensor, "3 side side"]:
-    """A square of it at a random place."""
-    top, left = (int(torch.randint(n - side + 1, (), generator=generator)) for n in photo.shape[1:])
-    return photo[:, top : top + side, left : left + side]
-
-
 class Backbone(NamedTuple):
     """A frozen masked autoencoder and the digits it goes with; its training images are among the 1,200 training items."""
 

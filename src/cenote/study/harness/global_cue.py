@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cenote.study.training import Batch, Together, fit
+from cenote.study.harness.batches import stacked
+from cenote.study.harness.training import Batch, Together, fit
 
 COLOURS = 3
 NOISE = 0.5
@@ -89,9 +90,7 @@ def pixel_cross_entropy(
 def _batches(scene: Scene, side: int, seeds: tuple[int, ...]) -> Iterator[Batch]:
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     while True:
-        drawn = [scene(BATCH, side, g) for g in generators]
-        x, y = (torch.stack(part) for part in zip(*drawn, strict=True))
-        yield x, y
+        yield stacked(scene(BATCH, side, g) for g in generators)
 
 
 def _painted(items: int, side: int, bands: int, generator: torch.Generator) -> Scenes:

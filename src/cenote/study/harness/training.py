@@ -9,13 +9,14 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cenote.core.binding import bind
+from cenote.study.harness.batches import Data, each, unstacked
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Any, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 Decay = Callable[[float], float]
 
@@ -62,21 +63,22 @@ class Together:
         self.in_turn = in_turn
         self.copies = [copy.deepcopy(self.base) for _ in modules] if in_turn else []
 
-    def __call__(self, *inputs: Shaped[Tensor, "seeds *any"]) -> Float[Tensor, "seeds *out"]:
-        """Outputs of each copy on its own inputs."""
+    def __call__(self, x: Data) -> Float[Tensor, "seeds *out"]:
+        """Outputs of each copy on its own inputs, `[seeds, ...]`, which it is given as they are."""
 
-        def run(parameters: dict[str, Tensor], buffers: dict[str, Tensor], *own: Tensor) -> Tensor:
-            return torch.func.functional_call(self.base, (parameters, buffers), own)
+        def run(parameters: dict[str, Tensor], buffers: dict[str, Tensor], own: Data) -> Tensor:
+            return torch.func.functional_call(self.base, (parameters, buffers), (own,))
 
         if self.in_turn:
             outputs = []
-            for i, module in enumerate(self.copies):
-                bind(module.train(self.base.training), {k: v[i] for k, v in (self.parameters | self.buffers).items()})
-                outputs.append(module(*(x[i] for x in inputs)))
+            for i, own in enumerate(unstacked(x, self.count)):
+                module = self.copies[i].train(self.base.training)
+                bind(module, {k: v[i] for k, v in (self.parameters | self.buffers).items()})
+                outputs.append(module(own))
             return torch.stack(outputs)
         # fused attention has no rule for vmap and would run copy by copy
         with sdpa_kernel(SDPBackend.MATH):
-            return torch.func.vmap(run, randomness="different")(self.parameters, self.buffers, *inputs)
+            return torch.func.vmap(run, randomness="different")(self.parameters, self.buffers, x)
 
     def trained(self) -> list[Tensor]:
         """The stacked parameters that are trained."""
@@ -114,7 +116,7 @@ def fit(
 
     Args:
         model: the copies.
-        batches: `(x [seeds, batch, ...], y [seeds, batch, ...])`, at least `steps` of them.
+        batches: `(x, y)`, at least `steps` of them; `x` is what the model reads, every tensor of both `[seeds, batch, ...]`.
         loss: a mean over everything that it is given.
         steps: optimiser steps.
         lr: learning rate.
@@ -192,19 +194,20 @@ def shuffled(
         yield from torch.randperm(items, generator=generator).split(batch)
 
 
-def epochs(
-    x: Shaped[Tensor, "seeds items *any"], y: Shaped[Tensor, "seeds items *any"], batch: int, seeds: Sequence[int]
-) -> Iterator[Batch]:
-    """Batches without end, each seed's items in its own order; what does not fill a batch is left out of that epoch."""
+def epochs(x: Data, y: Tensor, batch: int, seeds: Sequence[int]) -> Iterator[tuple[Data, Tensor]]:
+    """Batches without end of `[seeds, items, ...]`, each seed's items in its own order.
+
+    What does not fill a batch is left out of that epoch.
+    """
     generators = [torch.Generator().manual_seed(s) for s in seeds]
-    items = x.shape[1]
+    items = y.shape[1]
     batch = min(batch, items)
     rows = torch.arange(len(seeds)).unsqueeze(1)
     while True:
         order = torch.stack([torch.randperm(items, generator=g) for g in generators])
         for start in range(0, items - batch + 1, batch):
             chosen = order[:, start : start + batch]
-            yield x[rows, chosen], y[rows, chosen]
+            yield each((x, y), lambda t, chosen=chosen: t[rows, chosen])  # type: ignore[misc]
 
 
 def steps_of(items: int, batch: int, passes: int) -> int:
@@ -218,17 +221,15 @@ def cross_entropy(logits: Float[Tensor, "seeds batch classes"], y: Int[Tensor, "
 
 
 @torch.no_grad()
-def outputs(
-    model: Together, x: Shaped[Tensor, "seeds items *any"], batch: int = 512
-) -> Float[Tensor, "seeds items *out"]:
+def outputs(model: Together, x: Data, batch: int = 512) -> Float[Tensor, "seeds items *out"]:
     """Of trained copies, in eval mode, so many items at a time."""
     model.base.eval()
-    return torch.cat([model(part) for part in x.split(batch, 1)], 1)
+    items = (x if isinstance(x, Tensor) else x[0]).shape[1]
+    parts = (each(x, lambda t, i=i: t[:, i : i + batch]) for i in range(0, items, batch))  # type: ignore[misc]
+    return torch.cat([model(part) for part in parts], 1)
 
 
-def accuracy(
-    model: Together, x: Shaped[Tensor, "seeds items *any"], y: Int[Tensor, "seeds items"], batch: int = 512
-) -> tuple[float, ...]:
+def accuracy(model: Together, x: Data, y: Int[Tensor, "seeds items"], batch: int = 512) -> tuple[float, ...]:
     """Share of items whose class is named rightly, per seed."""
     return tuple((outputs(model, x, batch).argmax(-1) == y).double().mean(1).tolist())
 

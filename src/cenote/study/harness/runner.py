@@ -12,8 +12,9 @@ from pathlib import Path
 
 from cenote.catalog import System, systems
 from cenote.core import InputError, files
-from cenote.study.harness import Size, Verdict
-from cenote.study.pages import page
+from cenote.study.harness.pages import page
+from cenote.study.harness.sources import source_of
+from cenote.study.harness.verdict import Size, Verdict
 
 INCHES = (8.0, 3.2)
 
@@ -40,13 +41,29 @@ def study_of(slug: str) -> Callable[[int, Size], Verdict]:
     return importlib.import_module(str(known[slug].study)).run
 
 
-def write(verdict: Verdict, out: Path) -> Verdict:
-    """Keep a verdict in `out` as picture, page and JSON, the JSON last: where it stands, the study is finished."""
+def is_current(verdict: Verdict) -> bool:
+    """Whether the code that measured it is the code that is here now."""
+    system = studies().get(verdict.slug)
+    if system is None or "source" not in verdict.provenance:
+        return False
+    # a study that cannot be imported any more has changed
+    try:
+        module = importlib.import_module(str(system.study))
+    except Exception:
+        return False
+    return verdict.provenance["source"] == source_of(module.__name__)
+
+
+def write(verdict: Verdict, out: Path, earlier: bool = False) -> Verdict:
+    """Keep a verdict in `out` as picture, page and JSON, the JSON last: where it stands, the study is finished.
+
+    `earlier`: its code has changed since it was measured, and its page says so.
+    """
     name = f"{verdict.slug}.svg"
     if not isinstance(verdict.figure, str):
         files.write_whole(out / name, _svg(verdict))
     stored = dataclasses.replace(verdict, figure=name)
-    files.write_whole(out / f"{verdict.slug}.md", page(stored))
+    files.write_whole(out / f"{verdict.slug}.md", page(stored, earlier))
     files.write_whole(out / f"{verdict.slug}.json", stored.to_json())
     return stored
 
@@ -68,11 +85,16 @@ def read(out: Path) -> dict[str, Verdict]:
 
 @dataclass(frozen=True)
 class Walk:
-    """What became of each study: run now, kept from before, or failed with a message."""
+    """What became of each study: run now, kept from before, or failed with a message.
+
+    Attributes:
+        earlier: whose results were measured by earlier code and still stand there.
+    """
 
     ran: tuple[str, ...]
     kept: tuple[str, ...]
     failed: dict[str, str]
+    earlier: tuple[str, ...] = ()
 
 
 def run_all(
@@ -84,7 +106,9 @@ def run_all(
     fresh: bool = False,
     on_study: Callable[[str, str], object] = lambda *_: None,
 ) -> Walk:
-    """Run every study whose result of this size and seed is not yet in `out`.
+    """Run every study whose result of this size and seed, measured by the code that is here now, is not yet in `out`.
+
+    The pages of other results are marked where they were measured by earlier code.
 
     Args:
         out: folder of results.
@@ -105,7 +129,7 @@ def run_all(
     ran, kept, failed = [], [], {}
     for slug in chosen:
         done = finished.get(slug)
-        if done is not None and done.size == size and done.seeds[0] == seed:
+        if done is not None and (done.size, done.seeds[0]) == (size, seed) and is_current(done):
             # pages and scoreboard follow from the JSON, whatever version wrote them
             write(done, out)
             kept.append(slug)
@@ -121,7 +145,10 @@ def run_all(
             continue
         ran.append(slug)
         on_study(slug, verdict.holds)
-    return Walk(tuple(ran), tuple(kept), failed)
+    earlier = {slug: verdict for slug, verdict in read(out).items() if not is_current(verdict)}
+    for verdict in earlier.values():
+        write(verdict, out, earlier=True)
+    return Walk(tuple(ran), tuple(kept), failed, tuple(earlier))
 
 
 def _svg(verdict: Verdict) -> str:

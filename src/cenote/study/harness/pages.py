@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from cenote.catalog import System, systems
-from cenote.study.harness import HOLDS, REFUTED, UNDECIDED, Check, Verdict, decided
+from cenote.study.harness.checks import HOLDS, REFUTED, UNDECIDED, Check, decided
+from cenote.study.harness.verdict import Verdict
 
 COMMAND = "cenote study"
+EARLIER = "Measured by earlier code"
 
 
-def page(verdict: Verdict) -> str:
-    """The page of one study."""
+def page(verdict: Verdict, earlier: bool = False) -> str:
+    """The page of one study; `earlier` where its code has changed since it was measured."""
     system = next(s for s in systems() if s.slug == verdict.slug)
     lines = [
         f"# {system.title}",
@@ -27,6 +29,11 @@ def page(verdict: Verdict) -> str:
         "",
         f"**Verdict: {verdict.holds}.** {verdict.checks[0].what}: {effect(verdict.checks[0])}, "
         f"{len(verdict.seeds)} seeds, {verdict.seconds:.0f} CPU seconds, size {verdict.size}.",
+        *(
+            ("", f"{EARLIER}: the study, or something that it measures or imports, has changed since.")
+            if earlier
+            else ()
+        ),
         "",
         f"![{verdict.checks[0].what} and the arms of the study]({verdict.figure})",
         "",
@@ -53,18 +60,20 @@ def page(verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
-def scoreboard(verdicts: Mapping[str, Verdict], folder: str) -> str:
+def scoreboard(verdicts: Mapping[str, Verdict], folder: str, earlier: Collection[str] = ()) -> str:
     """The table of all kept verdicts.
 
     Args:
         verdicts: by slug.
         folder: where the pages of the studies stand, seen from the scoreboard.
+        earlier: the slugs of those whose code has changed since.
     """
     every = systems()
     by_slug = {s.slug: s for s in every}
     counts = Counter(v.holds for v in verdicts.values())
     waiting = [s for s in every if s.study is not None and s.slug not in verdicts]
     without = sum(s.study is None for s in every)
+    changed = ", ".join(slug for slug in verdicts if slug in earlier)
     lines = [
         "# Scoreboard",
         "",
@@ -76,6 +85,7 @@ def scoreboard(verdicts: Mapping[str, Verdict], folder: str) -> str:
         f"{counts[UNDECIDED]} are not decidable at this scale. Of {len(every)} systems, {without} have no study yet. "
         f"Together they took {sum(v.seconds for v in verdicts.values()) / 60:.0f} CPU minutes.",
         "",
+        *((f"{EARLIER}, which has changed since: {changed}.", "") if changed else ()),
         *_table(
             (
                 "row",
