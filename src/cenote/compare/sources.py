@@ -49,8 +49,9 @@ class Source(NamedTuple):
 def source_digest(*roots: type | ModuleType | Any) -> str:
     """SHA-256 over the files of some classes, functions or modules, and over all of their packages that these import.
 
-    Imports are read, never run. A name that a package only passes on (`from cenote.core import InputError`) leads to the file
-    that it is from: the other files of the package do not count. Of other people's distributions, and of torch and numpy, the
+    Imports are read, never run. A name that a package only passes on (`from cenote.core import InputError`), or finds when it is
+    asked for and lists in its stub (`from cenote.pool import SimPool`), leads to the file that it is from: the other files of
+    the package do not count. Of other people's distributions, and of torch and numpy, the
     version counts; a module that belongs to no distribution counts by its source. Each file is read once in a process.
 
     Returns:
@@ -133,7 +134,7 @@ def _targets(imported: Import, home: Path) -> tuple[tuple[str, Path, Path], ...]
         path = _file(module, home)
         if path is None or path.name != "__init__.py":
             break
-        passed_on = _read(path).bound.get(name)
+        passed_on = _passed_on(path, name)
         if passed_on is None:
             part = _file(f"{module}.{name}", home)
             if part is not None:
@@ -146,6 +147,12 @@ def _targets(imported: Import, home: Path) -> tuple[tuple[str, Path, Path], ...]
         module, name = onward, passed_on.name
     path = _file(module, home)
     return () if path is None else ((module, path, home),)
+
+
+def _passed_on(package: Path, name: str) -> Import | None:
+    """Where a package has a name from; one that finds its names when they are asked for lists them in its stub."""
+    stub = package.with_suffix(".pyi")
+    return _read(package).bound.get(name) or (_read(stub).bound.get(name) if stub.is_file() else None)
 
 
 @cache

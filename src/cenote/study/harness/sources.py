@@ -3,20 +3,10 @@
 from __future__ import annotations
 
 import sys
-from types import FunctionType
+
+from cenote.compare.sources import source_digest
 
 
 def source_of(module: str) -> str:
-    """Digest of the code that the numbers of an imported study follow from.
-
-    What the study names counts beside its own imports: the rooms find their classes in the catalog, where no import leads to.
-    """
-    from cenote.compare.sources import source_digest
-
-    study = sys.modules[module]
-    named = [
-        v
-        for v in vars(study).values()
-        if isinstance(v, type | FunctionType) and getattr(v, "__module__", "").startswith("cenote.")
-    ]
-    return source_digest(study, *named)
+    """Digest of the code that the numbers of an imported study follow from."""
+    return source_digest(sys.modules[module])
