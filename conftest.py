@@ -4,6 +4,11 @@ from typing import Any
 
 import pytest
 
+from tests import checked
+
+# before anything imports cenote
+checked.install()
+
 # the kernels of an optional dependency
 collect_ignore = [] if find_spec("triton") else ["src/cenote/core/triton_kernels.py"]
 

@@ -491,7 +491,7 @@ def as_tokens(
     return tokens
 
 
-def _require_mask(x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None) -> None:
+def _require_mask(x: Shaped[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None) -> None:
     if mask is None:
         return
     if not isinstance(mask, Tensor):
