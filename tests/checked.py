@@ -49,6 +49,8 @@ def jaxtyped(*, typechecker: Callable[..., Any]) -> Callable[..., Any]:
         return call
 
     def decorate(made: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return made
         if isinstance(made, FunctionType):
             return checked_function(made)
         if dataclasses.is_dataclass(made) and "__init__" in vars(made):

@@ -468,6 +468,7 @@ def as_tokens(
     if isinstance(x, Tokens):
         if mask is not None:
             raise InputError("mask: a ragged batch (Bags) has no padding, so it takes no mask; leave it out")
+        require_floating(x.values)
         tokens = x
     else:
         if not isinstance(x, Tensor):
@@ -484,8 +485,8 @@ def as_tokens(
                 f"a single set is x.unsqueeze(0)"
             )
         _require_mask(x, mask)
+        require_floating(x)
         tokens = PaddedTokens(x, mask)
-    require_floating(tokens.values)
     if dim is not None and tokens.dim != dim:
         raise InputError(f"x: expected tokens of width {dim}, got {tokens.dim}; build the pool with dim={tokens.dim}")
     return tokens

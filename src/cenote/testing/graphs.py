@@ -82,7 +82,7 @@ class _Trial(rules.Trial):
 
 def _rule_call(t: _Trial) -> str | None:
     calls: tuple[tuple[str, Callable[[], Tensor]], ...] = (
-        ("pool(x, edge_index, batch=batch)", t.whole),
+        ("pool(x, edge_index, batch=batch)", lambda: t.pool(t.x, t.edge_index, batch=t.batch)),
         ("pool(x, edge_index)", lambda: t.pool(*t.alone(0))),
     )
     for name, call in calls:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from cenote.features.store import ShardEntry
 from cenote.jobs.extract.spec import Job, Shard
@@ -15,6 +15,7 @@ OnShard = Callable[[ShardEntry], None]
 """Called when a shard is written."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Computes shards, anywhere and in any order.
 

@@ -134,7 +134,9 @@ class Attenuator(PaddedPool):
     def _encoded(
         self, tokens: PaddedTokens
     ) -> tuple[
-        Float[Tensor, "batch tokens hidden"], Float[Tensor, "batch tokens hidden"], Bool[Tensor, "batch tokens"] | None
+        Float[Tensor, "batch all_tokens hidden"],
+        Float[Tensor, "batch all_tokens hidden"],
+        Bool[Tensor, "batch all_tokens"] | None,
     ]:
         """What enters the last layer, what comes out at the end, and the mask of both, with the learned tokens."""
         x, mask = tokens.values, tokens.mask
@@ -153,7 +155,7 @@ class Attenuator(PaddedPool):
         return before, x if self.norm is None else self.norm(x), mask
 
     def _seen_by_cls(
-        self, x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None
+        self, x: Float[Tensor, "batch all_tokens dim"], mask: Bool[Tensor, "batch all_tokens"] | None
     ) -> Float[Tensor, "batch tokens heads"]:
         assert self.cls_token is not None
         learned = self.cls_token.shape[1]
