@@ -3,6 +3,7 @@
 - **What a test sees of wrong input is our own error.** Annotations are checked when a function returns, its arguments with what
   it gives back: one that raises `InputError` has said already what is wrong; one that swallows wrong shapes is found out.
 - **Off while PyTorch traces** (`torch.compile`, `torch.export`): what is traced is what users run, without the checks.
+- **Off in functions inside functions**: each call makes them anew, and would compile their checks anew.
 - **Off in Triton's kernels**: Triton reads their source, and runs it elsewhere. Off in the processes that tests start.
 - **Off altogether** with `JAXTYPING_DISABLE=1` in the environment, to see what the checks cost.
 """
@@ -49,9 +50,9 @@ def jaxtyped(*, typechecker: Callable[..., Any]) -> Callable[..., Any]:
         return call
 
     def decorate(made: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return made
         if isinstance(made, FunctionType):
+            if "<locals>" in made.__qualname__:
+                return made
             return checked_function(made)
         if dataclasses.is_dataclass(made) and "__init__" in vars(made):
             made.__init__ = checked_function(made.__init__)
