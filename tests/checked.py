@@ -47,6 +47,8 @@ def jaxtyped(*, typechecker: Callable[..., Any]) -> Callable[..., Any]:
                 return function(*args, **kwargs)
             return checked(*args, **kwargs)
 
+        # a code of its own: Dynamo counts by code how often it had to compile again
+        call.__code__ = call.__code__.replace(co_name=function.__name__)
         return call
 
     def decorate(made: Any) -> Any:

@@ -82,7 +82,7 @@ def read_listing(store: Path) -> Listing:
             columns.pop(FILE, None),
             columns,
             json.loads(about[b"cenote.class_names"]),
-            frozenset(json.loads(about[b"cenote.used"])) & columns.keys(),
+            frozenset(json.loads(about[b"cenote.used"])).intersection(columns),
         )
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         why = "is lost" if isinstance(error, FileNotFoundError) else f"is damaged ({str(error).splitlines()[0]})"

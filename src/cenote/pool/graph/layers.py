@@ -39,7 +39,7 @@ class ResidualMLP(nn.Module):
         self.mlp = mlp(dim, dim, dim, layers, dropout, activate_last, norm=False)
         self.norm = nn.LayerNorm(dim) if layers else nn.Identity()
 
-    def forward(self, x: Float[Tensor, "nodes dim"]) -> Float[Tensor, "nodes dim"]:
+    def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
         return self.norm(x + self.mlp(x)) if len(self.mlp) else x
 
 
