@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy import ndarray
+from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit, StratifiedShuffleSplit
 from sklearn.utils.validation import check_is_fitted
@@ -50,7 +51,7 @@ class _ProbeEstimator(BaseEstimator):  # type: ignore[misc]
         self.random_state = random_state
 
     def _fit(
-        self, X: Sets, y: torch.Tensor, task: Task, classes: tuple[str, ...], groups: Sequence[Any] | None
+        self, X: Sets, y: torch.Tensor, task: Task, classes: tuple[str, ...], groups: Sequence[Any] | NDArray[Any] | None
     ) -> Self:
         x = _as_features(X)
         if len(x) != len(y):
@@ -81,7 +82,7 @@ class _ProbeEstimator(BaseEstimator):  # type: ignore[misc]
         self.n_features_in_ = data.dim
         return self
 
-    def _split(self, y: torch.Tensor, task: Task, groups: Sequence[Any] | None) -> torch.Tensor:
+    def _split(self, y: torch.Tensor, task: Task, groups: Sequence[Any] | NDArray[Any] | None) -> torch.Tensor:
         if not 0 < self.validation_fraction < 1:
             raise InputError(f"validation_fraction: expected a number between 0 and 1, got {self.validation_fraction}")
         options: dict[str, Any] = {"test_size": self.validation_fraction, "random_state": self.random_state}
@@ -137,7 +138,7 @@ class ProbeClassifier(ClassifierMixin, _ProbeEstimator):  # type: ignore[misc]
         (3,)
     """
 
-    def fit(self, X: Sets, y: Any, groups: Sequence[Any] | None = None) -> Self:
+    def fit(self, X: Sets, y: Any, groups: Sequence[Any] | NDArray[Any] | None = None) -> Self:
         """Fit.
 
         Args:
@@ -179,7 +180,7 @@ class ProbeRegressor(RegressorMixin, _ProbeEstimator):  # type: ignore[misc]
         (3,)
     """
 
-    def fit(self, X: Sets, y: Any, groups: Sequence[Any] | None = None) -> Self:
+    def fit(self, X: Sets, y: Any, groups: Sequence[Any] | NDArray[Any] | None = None) -> Self:
         """Fit to `y` `[items]` or `[items, targets]`; other arguments as of `ProbeClassifier.fit`."""
         targets = np.asarray(y, dtype=np.float64)
         if not np.isfinite(targets).all():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,15 @@ from cenote.features.tokens import Features, TokenSource, as_source, stacked
 Task = Literal["binary", "multiclass", "multilabel", "regression"]
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+@runtime_checkable
+class Pictures(Protocol):
+    """A picture per item, `[height, width]` or `[height, width, 3]`, read when asked for; `None` where there is none."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, item: int, /) -> NDArray[np.uint8] | None: ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class TokenDataset:
     groups: tuple[str, ...] | None = None
     prefix_tokens: int = 0
     grid: tuple[int, int] | None = None
-    images: NDArray[np.uint8] | None = None
+    images: NDArray[np.uint8] | Pictures | None = None
     words: Any = None
     token_labels: Tensor | None = None
     source: str = ""

@@ -241,7 +241,7 @@ def _rendered(seed: int, size: Size) -> tuple[dict[str, float], dict[str, float]
     return overlap, {name: float(share[mask].mean()) for name, mask in masks.items()}
 
 
-def intersection_over_union(guess: Int[Tensor, "items side side"], truth: Int[Tensor, "items side side"]) -> float:
+def intersection_over_union(guess: Int[Tensor, "items height width"], truth: Int[Tensor, "items height width"]) -> float:
     """Mean over the classes that occur.
 
     >>> intersection_over_union(torch.tensor([[[0, 1]]]), torch.tensor([[[0, 0]]]))
@@ -255,7 +255,7 @@ def intersection_over_union(guess: Int[Tensor, "items side side"], truth: Int[Te
     return sum(shares) / len(shares)
 
 
-def border_f1(guess: Int[Tensor, "items side side"], truth: Int[Tensor, "items side side"]) -> float:
+def border_f1(guess: Int[Tensor, "items height width"], truth: Int[Tensor, "items height width"]) -> float:
     """Harmonic mean of the shares of borders that have a border of the other map within a pixel.
 
     >>> border_f1(torch.eye(4).long().unsqueeze(0), torch.eye(4).long().unsqueeze(0))

@@ -22,7 +22,7 @@ class Padded(TokenSource):
         InputError: where `x` has another shape.
     """
 
-    def __init__(self, x: Float[Tensor, "items tokens dim"]) -> None:
+    def __init__(self, x: Float[Tensor, "items *layers tokens dim"]) -> None:
         if x.dim() != 3:
             raise InputError(
                 f"x: expected [items, tokens, dim], or Bags where items differ in tokens, got shape {tuple(x.shape)}; "
@@ -48,10 +48,10 @@ class Padded(TokenSource):
     def lengths(self) -> Int[Tensor, "items"]:
         return torch.full((len(self),), self.tokens)
 
-    def item(self, index: int) -> Float[Tensor, "tokens dim"]:
+    def item(self, index: int) -> Float[Tensor, "*layers tokens dim"]:
         return self.x[index]
 
-    def batch(self, items: Int[Tensor, "chosen"]) -> tuple[Float[Tensor, "chosen tokens dim"], None]:
+    def batch(self, items: Int[Tensor, "chosen"]) -> tuple[Float[Tensor, "chosen *layers tokens dim"], None]:
         return self.x[items], None
 
     def nbytes(self) -> int:
@@ -92,7 +92,7 @@ class Ragged(TokenSource):
     def lengths(self) -> Int[Tensor, "items"]:
         return self.bags.lengths()
 
-    def item(self, index: int) -> Float[Tensor, "tokens dim"]:
+    def item(self, index: int) -> Float[Tensor, "*layers tokens dim"]:
         return self.bags[index]
 
     def batch(

@@ -35,6 +35,9 @@ class Options:
         batch: items in one call of the model.
         items_per_shard: default: as many as fill about 64 MB.
         skip_bad: leave unreadable items out.
+
+    Raises:
+        InputError: for another dtype.
     """
 
     layers: str | int | Sequence[int] | None = None
@@ -44,6 +47,9 @@ class Options:
     items_per_shard: int | None = None
     skip_bad: bool = False
 
+    def __post_init__(self) -> None:
+        require_one_of(get_args(Dtype), dtype=self.dtype)
+
 
 def planned(items: RawItems, backbone: Backbone, options: Options) -> Manifest:
     """The manifest of an extraction before it starts.
@@ -52,7 +58,6 @@ def planned(items: RawItems, backbone: Backbone, options: Options) -> Manifest:
         InputError: where options do not fit the model or the items.
     """
     layout = backbone.layout
-    require_one_of(get_args(Dtype), dtype=options.dtype)
     if options.batch < 1 or (options.items_per_shard is not None and options.items_per_shard < 1):
         raise InputError("batch, items_per_shard: expected 1 or more")
     if not len(items):

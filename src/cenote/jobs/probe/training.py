@@ -17,6 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cenote.compare.metrics import Metric
 from cenote.core.binding import bind
+from cenote.core.graphs import Graphs
+from cenote.core.sets import Tokens
 from cenote.core.tokenwise import ROWS_AT_ONCE
 from cenote.features.dataset import Task, TokenDataset
 from cenote.jobs.probe.module import Probe
@@ -306,7 +308,9 @@ class _Ensemble:
         probe.load_state_dict({k: v[member] for k, v in state.items()})
         return probe.eval()
 
-    def _pooled(self, p: dict[str, Tensor], x: Tensor, mask: Tensor | None) -> Float[Tensor, "members batch width"]:
+    def _pooled(
+        self, p: dict[str, Tensor], x: Tensor | Tokens | Graphs, mask: Tensor | None
+    ) -> Float[Tensor, "members batch width"]:
         tokens = self.base.seen(_float(x), mask)
         x, mask = tokens.values, getattr(tokens, "mask", None)
         parameters = {k.removeprefix("pool."): v for k, v in p.items() if k.startswith("pool.")}

@@ -97,7 +97,7 @@ class FASet:
 
     def fit(
         self,
-        batches: Iterable[Batch],
+        batches: Iterable[Batch | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]],
         base_epochs: int = 31,
         attention_epochs: int = 19,
         alternate: bool = False,
