@@ -11,17 +11,18 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
 import jaxtyping
 import torch
-from beartype import BeartypeConf, beartype
+from beartype import BeartypeConf, BeartypeHintOverrides, beartype
 
 KERNELS = "cenote.core.triton_kernels"
-# an int is a float, as for type checkers
-CONF = BeartypeConf(is_pep484_tower=True)
+# an int is a float, as for type checkers; columns of data are not looked into, because that reads them from the disk
+COLUMNS = Mapping[str, Sequence[Any]]
+CONF = BeartypeConf(is_pep484_tower=True, hint_overrides=BeartypeHintOverrides({COLUMNS: Mapping}))
 
 _jaxtyped = jaxtyping.jaxtyped
 

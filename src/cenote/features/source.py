@@ -46,7 +46,7 @@ class Source:
 
     format: str
     ids: list[str]
-    columns: LazyColumns | Mapping[str, Column]
+    columns: Mapping[str, Column]
     load: Callable[[Problems], Filled | None]
     class_names: Mapping[str, list[str]] = field(default_factory=dict)
     used: frozenset[str] = frozenset()
