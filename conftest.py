@@ -3,7 +3,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
-
 from tests import checked
 
 # before anything imports cenote

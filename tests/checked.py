@@ -17,12 +17,12 @@ from typing import Any
 
 import jaxtyping
 import torch
-from beartype import BeartypeConf, BeartypeHintOverrides, beartype
+from beartype import BeartypeConf, FrozenDict, beartype
 
 KERNELS = "cenote.core.triton_kernels"
 # an int is a float, as for type checkers; columns of data are not looked into, because that reads them from the disk
 COLUMNS = Mapping[str, Sequence[Any]]
-CONF = BeartypeConf(is_pep484_tower=True, hint_overrides=BeartypeHintOverrides({COLUMNS: Mapping}))
+CONF = BeartypeConf(is_pep484_tower=True, hint_overrides=FrozenDict({COLUMNS: Mapping}))
 
 _jaxtyped = jaxtyping.jaxtyped
 

@@ -46,4 +46,4 @@ def test_what_is_traced_has_no_checks() -> None:
 
 def test_kernels_are_left_alone() -> None:
     assert not hasattr(triton_kernels.forward.fn, "__wrapped__")
-    assert checked.KERNELS == triton_kernels.__name__
+    assert triton_kernels.__name__ == checked.KERNELS

@@ -22,7 +22,7 @@ def test_interval_is_students() -> None:
 
 def test_interval_covers_the_truth_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
-    hits = [low < 2.0 < high for low, high in (t_interval(rng.normal(2, 1, 5)) for _ in range(2000))]
+    hits = [low < 2.0 < high for low, high in (t_interval(rng.normal(2, 1, 5).tolist()) for _ in range(2000))]
     assert np.mean(hits) == pytest.approx(0.95, abs=0.02)
 
 
@@ -72,7 +72,7 @@ def test_an_undecided_check_says_why() -> None:
 
 def test_a_small_effect_among_large_noise_is_not_decidable() -> None:
     rng = np.random.default_rng(1)
-    assert above("difference", rng.normal(0.01, 1.0, 5), expected=0.0).holds == UNDECIDED
+    assert above("difference", rng.normal(0.01, 1.0, 5).tolist(), expected=0.0).holds == UNDECIDED
 
 
 def test_claim_holds_only_where_every_check_of_the_rule_holds() -> None:

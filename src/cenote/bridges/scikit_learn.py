@@ -51,7 +51,12 @@ class _ProbeEstimator(BaseEstimator):  # type: ignore[misc]
         self.random_state = random_state
 
     def _fit(
-        self, X: Sets, y: torch.Tensor, task: Task, classes: tuple[str, ...], groups: Sequence[Any] | NDArray[Any] | None
+        self,
+        X: Sets,
+        y: torch.Tensor,
+        task: Task,
+        classes: tuple[str, ...],
+        groups: Sequence[Any] | NDArray[Any] | None,
     ) -> Self:
         x = _as_features(X)
         if len(x) != len(y):

@@ -241,7 +241,9 @@ def _rendered(seed: int, size: Size) -> tuple[dict[str, float], dict[str, float]
     return overlap, {name: float(share[mask].mean()) for name, mask in masks.items()}
 
 
-def intersection_over_union(guess: Int[Tensor, "items height width"], truth: Int[Tensor, "items height width"]) -> float:
+def intersection_over_union(
+    guess: Int[Tensor, "items height width"], truth: Int[Tensor, "items height width"]
+) -> float:
     """Mean over the classes that occur.
 
     >>> intersection_over_union(torch.tensor([[[0, 1]]]), torch.tensor([[[0, 0]]]))

@@ -312,17 +312,17 @@ class _Ensemble:
         self, p: dict[str, Tensor], x: Tensor | Tokens | Graphs, mask: Tensor | None
     ) -> Float[Tensor, "members batch width"]:
         tokens = self.base.seen(_float(x), mask)
-        x, mask = tokens.values, getattr(tokens, "mask", None)
+        values, mask = tokens.values, getattr(tokens, "mask", None)
         parameters = {k.removeprefix("pool."): v for k, v in p.items() if k.startswith("pool.")}
         buffers = {k.removeprefix("pool."): v for k, v in self.buffers.items() if k.startswith("pool.")}
         if not parameters and not buffers:
-            return self.pool(x, mask).flatten(1).expand(self.members, -1, -1)
+            return self.pool(values, mask).flatten(1).expand(self.members, -1, -1)
 
         def run(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
-            return torch.func.functional_call(self.pool, (parameters, buffers), (x, mask)).flatten(1)
+            return torch.func.functional_call(self.pool, (parameters, buffers), (values, mask)).flatten(1)
 
         # a huge set goes through alone, so that one member's hidden layers are in memory at a time
-        if self.together and x.shape[:2].numel() <= ROWS_AT_ONCE:
+        if self.together and values.shape[:2].numel() <= ROWS_AT_ONCE:
             try:
                 # the fused attention kernels have no batching rule: vmap would run them one by one
                 with sdpa_kernel(SDPBackend.MATH), joined_products():
@@ -334,7 +334,7 @@ class _Ensemble:
         outputs = []
         for m, pool in enumerate(self.copies):
             bind(pool.train(self.training), {k: v[m] for k, v in (parameters | buffers).items()})
-            outputs.append(pool(x, mask).flatten(1))
+            outputs.append(pool(values, mask).flatten(1))
         return torch.stack(outputs)
 
     def _normalised(self, z: Float[Tensor, "members batch width"]) -> Float[Tensor, "members batch width"]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor
 
 from cenote.study.harness.checks import Arms, t_interval
@@ -40,7 +40,7 @@ def draw_curves(axes: Any, by_x: Mapping[int, Arms], xlabel: str, ylabel: str) -
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_picture(axes: Any, picture: Float[Tensor, "height width *colours"], title: str, **settings: Any) -> None:
+def draw_picture(axes: Any, picture: Shaped[Tensor, "height width *colours"], title: str, **settings: Any) -> None:
     """An image without axes; `settings` as of matplotlib's `imshow`."""
     axes.imshow(picture.numpy(), **settings)
     axes.set_title(title, fontsize=9)
