@@ -43,33 +43,6 @@ def test_a_graph_whose_nodes_all_chose_themselves_is_done(seed: int) -> None:
     check_graph_pool(GraphParsingPool(4, hidden=6, conv="gin", **options))
 
 
-PROGRAM = """
-import sys
-from jaxtyping import install_import_hook
-install_import_hook("cenote", "beartype.beartype")
-import torch, cenote
-from cenote.core.graphs import Graphs
-from cenote.pool import GraphParsingNetwork, GraphParsingNodes, SparseHierarchicalClassifier
-x, edges, batch = torch.randn(6, 4), torch.tensor([[0, 1, 2, 4], [1, 0, 0, 5]]), torch.tensor([0, 0, 0, 0, 1, 1])
-attr = torch.randn(4, 2)
-for name in sys.argv[1:]:
-    pool = cenote.create(name, dim=4, hidden=6)
-    pool(x, edges, attr, batch, 3), pool(x, edges, batch=torch.zeros_like(batch)), pool(x[:0], edges[:, :0])
-    pool.attend(Graphs(x, torch.tensor([0, 4, 6]), edges, attr))
-parsing = cenote.create("graph-parsing", dim=4, hidden=6)
-GraphParsingNetwork(parsing, 2)(x, edges, attr, batch), GraphParsingNodes(parsing, 3)(x, edges, attr, batch)
-SparseHierarchicalClassifier(cenote.create("sparse-hierarchical", dim=4, hidden=6), 2)(x, edges, attr, batch)
-graphs = Graphs(x, torch.tensor([0, 4, 6]), edges, attr)
-graphs.select(torch.tensor([1, 0])).to(torch.float64), graphs.replace(x), graphs.edges()
-print("shapes hold")
-"""
-
-
-def test_shapes_hold() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, *METHODS], capture_output=True, text=True, check=False)
-    assert done.stdout == "shapes hold\n", done.stderr[-2000:]
-
-
 def test_torch_geometric_is_imported_where_it_is_used_and_missed_by_name() -> None:
     program = (
         "import sys, cenote.pool\n"
