@@ -50,7 +50,7 @@ def test_probe_then_predict_then_report(cenote: Run, bags: Path, tmp_path: Path)
     predictions = tmp_path / "p.csv"
     code, text, _ = cenote("predict", out / "best", bags, "--out", predictions)
     assert code == 0
-    rows = list(csv.DictReader(predictions.open()))
+    rows = list(csv.DictReader(predictions.read_text().splitlines()))
     assert len(rows) == 60
     assert {r["prediction"] for r in rows} <= {"tumour", "normal"}
     for row in rows:
