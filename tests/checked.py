@@ -4,6 +4,7 @@
   it gives back: one that raises `InputError` has said already what is wrong; one that swallows wrong shapes is found out.
 - **Off while PyTorch traces** (`torch.compile`, `torch.export`): what is traced is what users run, without the checks.
 - **Off in functions inside functions**: each call makes them anew, and would compile their checks anew.
+- **Off in generators**, context managers among them: these are returned before they have looked at what they were given.
 - **Off in Triton's kernels**: Triton reads their source, and runs it elsewhere. Off in the processes that tests start.
 - **Off altogether** with `JAXTYPING_DISABLE=1` in the environment, to see what the checks cost.
 """
@@ -54,7 +55,7 @@ def jaxtyped(*, typechecker: Callable[..., Any]) -> Callable[..., Any]:
 
     def decorate(made: Any) -> Any:
         if isinstance(made, FunctionType):
-            if "<locals>" in made.__qualname__:
+            if "<locals>" in made.__qualname__ or inspect.isgeneratorfunction(made):
                 return made
             return checked_function(made)
         if dataclasses.is_dataclass(made) and "__init__" in vars(made):

@@ -147,7 +147,7 @@ class Attenuator(PaddedPool):
             if mask is not None:
                 mask = torch.cat([mask.new_ones(x.shape[0], self.cls_token.shape[1]), mask], 1)
         if self.query_emb is not None:
-            real = real_tokens(x[:1], mask)  # without a mask one set speaks for all
+            real = real_tokens(x[:1] if mask is None else x, mask)  # without a mask one set speaks for all
             x = x + self.query_emb.weight[(~first_tokens(real)).long()]
         before = x
         for layer in self.layers:
