@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ LOCK = threading.RLock()
 """Reentrant: a context that is dropped may be left by the garbage collector in the midst of entering another."""
 
 
+@runtime_checkable
 class Run(Protocol):
     """What a context knows of the tokens so far."""
 
