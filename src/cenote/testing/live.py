@@ -163,7 +163,7 @@ class _Trial:
 
 
 class _Silent(AttentionEdit):
-    def context(self, call: AttentionCall, y: Tensor) -> Tensor:
+    def context(self, call: AttentionCall, y: Tensor) -> Tensor:  # noqa: ARG002
         return torch.zeros_like(y)
 
 
@@ -171,7 +171,7 @@ class _Neutral(RowEdit):
     def queries(self, call: AttentionCall) -> Tensor:
         return call.last()
 
-    def rows(self, call: AttentionCall, weights: Tensor) -> Tensor:
+    def rows(self, call: AttentionCall, weights: Tensor) -> Tensor:  # noqa: ARG002
         return weights.clone()
 
 
@@ -179,7 +179,7 @@ class _Failing(AttentionEdit):
     def __init__(self, error: type[BaseException]) -> None:
         self.error = error
 
-    def context(self, call: AttentionCall, y: Tensor) -> Tensor:
+    def context(self, call: AttentionCall, y: Tensor) -> Tensor:  # noqa: ARG002
         raise self.error("inside")
 
 
