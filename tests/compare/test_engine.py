@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from cenote.compare import Arm, ArmResult, Cell, Comparison, Measure, OnShare, Units, engine, judge, measure, verdict
+from cenote.compare import Arm, ArmResult, Cell, Comparison, Measure, OnShare, Units, Words, engine, judge, measure
 from cenote.compare.arms import unheard
 from cenote.compare.cells import Cells, load_cell, save_cell
 from cenote.core import InputError
@@ -162,8 +162,8 @@ def test_a_job_has_its_own_words_and_fields() -> None:
         result_type: ClassVar[type[Any]] = Row
 
         @property
-        def words(self) -> verdict.Words:
-            return verdict.Words(percent=True, cost="tokens")
+        def words(self) -> Words:
+            return Words(percent=True, cost="tokens")
 
     c = judge(Mine, measure(ARMS, "mean"), UNITS, Measure("nDCG"), baseline="mean")
     assert c["better"].tokens == 7
