@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cenote.jobs.probe.statistics import holm, interval, signed_rank_p
+from cenote.compare.statistics import holm, interval, signed_rank_p
 from cenote.pool.sequence.attentive_mimicking.mimic import Mimic, train_mimic
 from cenote.pool.sequence.attentive_mimicking.word_contexts import contexts_of, count_words
 from cenote.pool.sequence.attentive_mimicking.word_vectors import WordVectors

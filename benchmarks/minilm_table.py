@@ -25,6 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from cenote.catalog import methods as catalogued
+from cenote.compare.statistics import holm
 from cenote.core import InputError
 from cenote.features import read
 from cenote.features.dataset import SPLITS, TokenDataset
@@ -34,7 +35,6 @@ from cenote.jobs.probe import Comparison, Recipe, compare
 from cenote.jobs.probe.arms import columns_of
 from cenote.jobs.probe.cost import multiply_adds
 from cenote.jobs.probe.module import build_probe
-from cenote.jobs.probe.statistics import holm
 
 TABLES = Path(__file__).resolve().parents[1] / "docs" / "tables"
 SEEDS = 5
@@ -315,7 +315,7 @@ def main() -> None:
     if set(tasks) != set(TASKS):
         return
     given.tables.mkdir(parents=True, exist_ok=True)
-    held = next(iter(data.values())).stored.manifest.layers
+    held = next(iter(data.values())).token_source.stored.manifest.layers
     (given.tables / "minilm.md").write_text(page(last, every, dear, held), "utf-8")
     kept = {f"{task}, {what}": numbers(f) for what, of in (("last", last), ("all", every)) for task, f in of.items()}
     (given.tables / "minilm.json").write_text(json.dumps(kept, indent=1) + "\n", "utf-8")

@@ -23,8 +23,8 @@ import cenote
 from cenote.study import drasp
 from cenote.study import layer_aware_tdnn as layered
 from cenote.study.harness import Check, Size, above, decide
-from cenote.study.pages import bounds, effect, outcome
-from cenote.study.speech import BANDS, FLOOR
+from cenote.study.harness.pages import bounds, effect, outcome
+from cenote.study.harness.speech import BANDS, FLOOR
 
 TABLES = Path(__file__).resolve().parents[1] / "docs" / "tables"
 SIZES: dict[str, tuple[Size, int]] = {"smoke": ("smoke", 2), "small": ("small", 10)}
@@ -53,7 +53,8 @@ def recordings(folder: Path) -> tuple[list[Recording], LogMel]:
 def damaged(own: Sequence[Recording], mel: LogMel, seeds: tuple[int, ...], count: int, offset: int) -> drasp.Clips:
     """Digits of one speaker one after the other, under noise, with a burst of five frames somewhere."""
     by_speaker = [[r for r in own if r.speaker == s] for s in range(1 + max(r.speaker for r in own))]
-    xs, ys = torch.zeros(len(seeds), count, drasp.LONGEST, BANDS + 1), torch.zeros(len(seeds), count)
+    xs, ys = torch.zeros(len(seeds), count, drasp.LONGEST, BANDS), torch.zeros(len(seeds), count)
+    mask = torch.zeros(xs.shape[:3], dtype=torch.bool)
     for s, seed in enumerate(seeds):
         g = torch.Generator().manual_seed(seed + 1 + offset)
         for i in range(count):
@@ -70,16 +71,16 @@ def damaged(own: Sequence[Recording], mel: LogMel, seeds: tuple[int, ...], count
             burst = drasp.GLITCH * mel.hop
             start = int(torch.randint(length - burst, (), generator=g))
             sound[start : start + burst] += 2 * glitch * loud * torch.randn(burst, generator=g)
-            xs[s, i, :frames, :BANDS], xs[s, i, :frames, BANDS] = mel(sound), 1
+            xs[s, i, :frames], mask[s, i, :frames] = mel(sound), True
             ys[s, i] = 5 - drasp.COST * (steady + glitch)
-    return drasp.Clips(xs, ys)
+    return drasp.Clips(drasp.Frames(xs, mask), ys)
 
 
-def scaled(x: Tensor, like: Tensor) -> Tensor:
+def scaled(clips: drasp.Clips, like: drasp.Frames) -> drasp.Clips:
     """Each band with the mean and deviation of the real frames of `like`, which become 0 and 1."""
-    real = like[like[..., -1] > 0][:, :-1]
-    bands = (x[..., :-1] - real.mean(0)) / real.std(0) * x[..., -1:]
-    return torch.cat([bands, x[..., -1:]], -1)
+    x, mask = clips.x
+    real = like.x[like.mask]
+    return clips._replace(x=drasp.Frames((x - real.mean(0)) / real.std(0) * mask.unsqueeze(-1), mask))
 
 
 def quality(
@@ -87,8 +88,7 @@ def quality(
 ) -> tuple[list[Check], list[dict]]:
     train = damaged([r for r in own if not r.testing], mel, seeds, drasp.TRAIN[size], 0)
     test = damaged([r for r in own if r.testing], mel, seeds, drasp.TEST[size], 1000)
-    test = drasp.Clips(scaled(test.x, train.x), test.y)
-    train = drasp.Clips(scaled(train.x, train.x), train.y)
+    train, test = (scaled(clips, train.x) for clips in (train, test))
     found = drasp.findings(seeds, train, test, drasp.EPOCHS[size])
     return list(found.checks), found.table
 

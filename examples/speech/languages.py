@@ -28,7 +28,7 @@ from examples.speech.front import LogMel, StreamingTdnn, read_wav
 from scipy.signal import resample_poly
 from torch import Tensor, nn
 
-from cenote.jobs.probe.statistics import holm, interval, two_sided_p
+from cenote.compare.statistics import holm, interval, two_sided_p
 from cenote.pool import AttentiveTemporalPool
 
 NAME = "speech-languages"

@@ -26,7 +26,7 @@ from scipy.signal import resample_poly
 from torch import Tensor, nn
 
 import cenote
-from cenote.jobs.probe.statistics import holm, interval, two_sided_p
+from cenote.compare.statistics import holm, interval, two_sided_p
 from cenote.pool import AamSoftmax
 
 NAME = "speech-recordings"

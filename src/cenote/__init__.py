@@ -28,6 +28,8 @@ _FLOORS = (
 _MOVED = {
     "cenote.models.sentence_transformers": "cenote.bridges.sentence_transformers",
     "cenote.probe.estimators": "cenote.bridges.scikit_learn",
+    "cenote.probe.metrics": "cenote.compare.metrics",
+    "cenote.probe.statistics": "cenote.compare.statistics",
     "cenote.probe": "cenote.jobs.probe",
 }
 

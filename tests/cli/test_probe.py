@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from cenote.cli.probe import leaderboard
+from cenote.cli.probe import table_of
 from cenote.jobs.probe import Comparison
 from tests.cli.program import Run
 
@@ -207,7 +207,7 @@ def test_a_narrow_terminal_gets_a_table_of_fewer_columns(cenote: Run, bags: Path
     cenote("probe", bags, "--out", tmp_path / "out", "--methods", "mean,max", "--seeds", "1", "--epochs", "2")
     found = Comparison.load(tmp_path / "out")
     for width, last in ((120, "train s"), (80, "ms/item"), (48, "p adj."), (20, "AUROC")):
-        table = leaderboard(found, width)
+        table = table_of(found, width)
         assert [c.header for c in table.columns][-1] == last
         text = io.StringIO()
         Console(width=width, file=text).print(table)

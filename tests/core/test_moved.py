@@ -12,7 +12,7 @@ import cenote  # noqa: F401 - which makes the old names known
     ("old", "new"),
     [
         ("cenote.probe", "cenote.jobs.probe"),
-        ("cenote.probe.metrics", "cenote.jobs.probe.metrics"),
+        ("cenote.probe.metrics", "cenote.compare.metrics"),
         ("cenote.models.sentence_transformers", "cenote.bridges.sentence_transformers"),
     ],
 )

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cenote.core import InputError
-from cenote.features import TokenDataset, describe, digit_bags, digits, facts, read
+from cenote.features import Labelling, TokenDataset, describe, digit_bags, digits, facts, read
 from cenote.features.splits import make_split, stratified
 from cenote.features.targets import Target, target
 from cenote.features.validate import Problems
@@ -21,7 +21,7 @@ from .conftest import ITEMS, relabel, table
 def found(columns: dict[str, list[Any]], task: str | None = None, names: dict[str, list[str]] | None = None) -> Target:
     problems = Problems("data")
     ids = [str(i) for i in range(len(next(iter(columns.values()))))]
-    made = target(ids, columns, task, names or {}, problems)
+    made = target(ids, columns, Labelling(task), names or {}, problems)
     problems.raise_any()
     assert made is not None
     return made
@@ -160,7 +160,7 @@ def test_group_split_covers_every_class(groups: list[tuple[int, int]], seed: int
     owner = [f"g{i}" for i, (size, _) in enumerate(groups) for _ in range(size)]
     y = torch.tensor([c for size, c in groups for _ in range(size)])
     problems = Problems("data")
-    split = make_split(Target(y, "multiclass", ("a", "b", "c")), owner, (0.6, 0.2, 0.2), seed, problems)
+    split = make_split(Target(y, "multiclass", ("a", "b", "c")), owner, Labelling(seed=seed), problems)
     problems.raise_any()
     for c in range(3):
         assert set(split[y == c].tolist()) == {0, 1, 2}
@@ -174,7 +174,7 @@ def test_three_groups_are_enough() -> None:
     owner = [g for g in "abc" for _ in range(10)]
     y = torch.arange(30) % 2
     problems = Problems("data")
-    split = make_split(Target(y, "binary", ("n", "p")), owner, (0.6, 0.2, 0.2), 0, problems)
+    split = make_split(Target(y, "binary", ("n", "p")), owner, Labelling(), problems)
     problems.raise_any()
     assert sorted(split.bincount().tolist()) == [10, 10, 10]
 
@@ -184,7 +184,7 @@ def test_groups_that_cannot_be_split_are_told() -> None:
     owner = ["a", "a", "b", "b", "c", "c"]
     y = torch.tensor([0, 1, 0, 1, 0, 0])
     problems = Problems("data")
-    make_split(Target(y, "binary", ("x", "y")), owner, (0.6, 0.2, 0.2), 0, problems)
+    make_split(Target(y, "binary", ("x", "y")), owner, Labelling(), problems)
     with pytest.raises(InputError, match="whole groups of class 'y' into each of train, val and test"):
         problems.raise_any()
 

@@ -17,8 +17,7 @@ from cenote.bridges.transformers import PooledModel
 from cenote.catalog import create, method, methods
 from cenote.core import Bags, InputError
 from cenote.core.graphs import Graphs
-from cenote.features import digits
-from cenote.features.layered import LayeredDataset
+from cenote.features import LayeredDataset, digits
 from cenote.jobs.extract.work import token_pool
 from cenote.jobs.probe.module import Probe, build_probe
 from cenote.pool.fitting import FittedPool, Known, decided_arguments, form_of, require_runs_on

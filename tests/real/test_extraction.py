@@ -12,10 +12,9 @@ from scipy.io import wavfile
 
 from cenote import create, methods
 from cenote.core import Bags
-from cenote.features import read
+from cenote.features import TokenDataset, read
 from cenote.features.raw import open_raw
-from cenote.features.store import StoredDataset
-from cenote.scale import ModelSpec, Options, extract
+from cenote.jobs.extract import ModelSpec, Options, extract
 
 pytestmark = pytest.mark.real("extracts with four models")
 
@@ -68,7 +67,7 @@ CASES = {
 @pytest.fixture(scope="module", params=CASES)
 def stored(
     request: pytest.FixtureRequest, model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> StoredDataset:
+) -> TokenDataset:
     """Six items through the model, compared on the way with its states of each item alone."""
     make, layer, lengths = CASES[request.param]
     folder = tmp_path_factory.mktemp("real")
@@ -76,7 +75,6 @@ def stored(
     backbone = spec.load()
     extract(items, spec, folder / "store", Options(layer, dtype="float32", batch=4), backbone=backbone)
     data = read(folder / "store")
-    assert isinstance(data, StoredDataset)
     for i, item in enumerate(items.items):
         states = backbone([item.read().content], [layer])
         x = states.layers[layer][0]
@@ -85,7 +83,7 @@ def stored(
     return data
 
 
-def test_every_fast_pool_gives_the_same_padded_and_ragged(stored: StoredDataset) -> None:
+def test_every_fast_pool_gives_the_same_padded_and_ragged(stored: TokenDataset) -> None:
     rows = [stored.item(i) for i in range(len(stored.ids))]
     x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=float("nan"))
     mask = torch.arange(x.shape[1]) < torch.tensor([len(row) for row in rows]).unsqueeze(1)

@@ -14,8 +14,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cenote.catalog import methods as catalog_methods
-from cenote.jobs.probe import Comparison, MethodResult, PairTest, verdict
-from cenote.jobs.probe.statistics import holm, pareto
+from cenote.compare import PairTest, verdict
+from cenote.compare.pareto import pareto
+from cenote.compare.statistics import holm
+from cenote.jobs.probe import Comparison, MethodResult
 
 POOLS = list(catalog_methods(room="pool", kind="sets"))
 CLASSES = ("heron", "kingfisher", "motmot", "trogon", "jacana")

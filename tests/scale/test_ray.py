@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from tests.jobs.extract.conftest import content
 
+from cenote.compare.arms import OnShare
+from cenote.compare.cells import Cell
 from cenote.core import InputError
 from cenote.features import digits
 from cenote.features.raw import RawItems, Read
@@ -20,8 +22,7 @@ from cenote.features.raw.files import FileItem
 from cenote.features.store.shards import finished_shards
 from cenote.jobs.extract import ModelSpec, Options, Progress, extract
 from cenote.jobs.probe import Comparison, Recipe, compare
-from cenote.jobs.probe.cells import Cell
-from cenote.jobs.probe.trials import OnShare, Trial
+from cenote.jobs.probe.arms import Trial
 from cenote.scale import RayEngine, RaySweep
 
 pytestmark = pytest.mark.slow("starts clusters of Ray")

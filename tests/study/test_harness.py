@@ -8,7 +8,7 @@ import torch
 from cenote import InputError
 from cenote.study import Arms, Findings, Verdict, above, below, between, harness, study
 from cenote.study.harness import HOLDS, REFUTED, UNDECIDED, decide, t_interval
-from cenote.study.pages import bounds, outcome
+from cenote.study.harness.pages import bounds, outcome
 
 
 def test_interval_is_students() -> None:
@@ -143,14 +143,14 @@ def test_study_decides(effect: float, holds: str) -> None:
     assert verdict.seeds == (3, 4, 5, 6, 7)
     assert verdict.effect == pytest.approx(effect - 0.005)
     assert verdict.interval == verdict.checks[0].interval
-    assert set(verdict.provenance) == {"cenote", "torch", "python"}
+    assert set(verdict.provenance) == {"cenote", "torch", "python", "source"}
 
 
 def test_smoke_run_decides_nothing() -> None:
     verdict = _study(0.5)(0, "smoke")
     assert verdict.holds == UNDECIDED
     assert [c.holds for c in verdict.checks] == [UNDECIDED]
-    assert verdict.notes == ("a note", harness.SMOKE_NOTE)
+    assert verdict.notes == ("a note", harness.verdict.SMOKE_NOTE)
 
 
 def test_unknown_size_is_named() -> None:

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import cenote.study.runner as runner
+import cenote.study.harness.runner as runner
 from cenote import InputError
 from cenote.catalog import systems
 from cenote.cli.app import app
 from cenote.cli.study import parse_rows
 from cenote.study.harness import UNDECIDED, Size, Verdict, above
+from cenote.study.harness.pages import EARLIER, scoreboard
 
 CALLS: list[tuple[str, int, str]] = []
 WITHOUT = next(s.slug for s in systems() if s.study is None)
@@ -35,6 +36,7 @@ def _fake(slug: str):
             figure=lambda figure: figure.subplots().plot([1, 2]),
             size=size,
             seconds=1.0,
+            provenance={"source": f"code of {slug}"},
         )
 
     return run
@@ -44,6 +46,7 @@ def _fake(slug: str):
 def fakes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, str]]:
     CALLS.clear()
     monkeypatch.setattr(runner, "study_of", _fake)
+    monkeypatch.setattr(runner, "source_of", lambda module: f"code of {module.rpartition('.')[2].replace('_', '-')}")
     return CALLS
 
 
@@ -62,6 +65,28 @@ def test_all_keeps_what_is_finished(fakes: list[tuple[str, int, str]], tmp_path:
     assert runner.run_all(tmp_path, "small", seed=9, rows=[7]).ran == ("simpool",)
     assert runner.run_all(tmp_path, "full", seed=9, rows=[7]).ran == ("simpool",)
     assert runner.run_all(tmp_path, "full", seed=9, rows=[7], fresh=True).ran == ("simpool",)
+
+
+@pytest.mark.parametrize("provenance", [{"source": "other code"}, {"cenote": "0.1"}])
+def test_what_earlier_code_measured_is_run_again_and_marked_until_then(
+    provenance: dict[str, str], fakes: list[tuple[str, int, str]], tmp_path: Path
+) -> None:
+    for slug in ("simpool", "set-transformer", "ggem"):
+        runner.write(dataclasses.replace(_fake("simpool")(0, "small"), slug=slug, provenance=provenance), tmp_path)
+    assert EARLIER not in (tmp_path / "set-transformer.md").read_text()
+    fakes.clear()
+    # ggem fails: its old result stays, and says that it is old
+    walk = runner.run_all(tmp_path, "small", rows=[7, 17])
+    assert (walk.ran, walk.kept, set(walk.failed)) == (("simpool",), (), {"ggem"})
+    assert set(walk.earlier) == {"ggem", "set-transformer"}
+    kept = runner.read(tmp_path)
+    for slug, verdict in kept.items():
+        written = (tmp_path / f"{slug}.md").read_text()
+        assert (EARLIER in written) == (slug != "simpool") == (not runner.is_current(verdict)), slug
+    board = scoreboard(kept, "studies", walk.earlier)
+    marked = next(line for line in board.splitlines() if line.startswith(EARLIER))
+    assert re.findall(r"[\w-]+", marked.rpartition(":")[2]) == ["ggem", "set-transformer"]
+    assert scoreboard(kept, "studies") == board.replace(f"\n{marked}\n", "")
 
 
 def test_half_a_result_is_not_a_result(fakes: list[tuple[str, int, str]], tmp_path: Path) -> None:
@@ -154,8 +179,6 @@ def test_rows() -> None:
 
 
 def test_undecided_is_counted(tmp_path: Path) -> None:
-    from cenote.study.pages import scoreboard
-
     verdict = dataclasses.replace(_fake("simpool")(0, "small"), holds=UNDECIDED, seconds=120.0)
     board = scoreboard({"simpool": verdict}, "studies")
     assert "0 hold, 0 do not hold, 1 are not decidable at this scale" in board

@@ -1,12 +1,16 @@
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
 
 from cenote.jobs.probe import Probe
 from cenote.pool import EfficientProbing
-from cenote.study import training
-from cenote.study.training import Together, cross_entropy, epochs, fit
+from cenote.study.harness import training
+from cenote.study.harness.batches import split_at, stacked, unstacked
+from cenote.study.harness.training import Together, accuracy, cross_entropy, epochs, fit, outputs
 
 SEEDS = (4, 7)
 
@@ -81,3 +85,55 @@ def test_decays() -> None:
     assert training.cosine(0.0) == 1.0
     assert training.cosine(1.0) == pytest.approx(0.0)
     assert [training.tenth_at_half(s) for s in (0.0, 0.49, 0.5, 1.0)] == [1.0, 1.0, 0.1, 0.1]
+
+
+class Labelled(NamedTuple):
+    words: Int[Tensor, "*items words"]
+    mask: Bool[Tensor, "*items words"]
+
+
+class Reader(nn.Module):
+    """Knows the fields of its batch, as nothing of the training does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(7, 3)
+
+    def forward(self, x: Labelled) -> torch.Tensor:
+        assert x.words.dtype == torch.int64
+        assert x.mask.dtype == torch.bool
+        return (self.words(x.words) * x.mask.unsqueeze(-1)).sum(1)
+
+
+def _labelled() -> tuple[Labelled, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    words = torch.randint(7, (2, 20, 4), generator=g)
+    return Labelled(words, words > 2), torch.randint(3, (2, 20), generator=g)
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_the_model_gets_its_batch_as_it_is(in_turn: bool) -> None:
+    (train_x, train_y), (test_x, test_y) = split_at(_labelled(), 12)
+    model = Together(Reader, SEEDS, in_turn)
+    fit(model, epochs(train_x, train_y, 4, SEEDS), cross_entropy, 3, 0.1)
+    found = outputs(model, test_x, batch=3)
+    alone = [module(own) for module, own in zip(model.modules(), unstacked(test_x, 2), strict=True)]
+    torch.testing.assert_close(found, torch.stack(alone))
+    assert accuracy(model, test_x, test_y) == tuple((found.argmax(-1) == test_y).double().mean(1).tolist())
+
+
+def test_batches_keep_fields_and_labels_together() -> None:
+    items = torch.arange(10).expand(2, 10)
+    x = Labelled(items.unsqueeze(-1), items.unsqueeze(-1) > 4)
+    for _, (batch, y) in zip(range(4), epochs(x, items, 5, SEEDS), strict=False):
+        assert type(batch) is Labelled
+        assert torch.equal(batch.words.squeeze(-1), y)
+        assert torch.equal(batch.mask.squeeze(-1), y > 4)
+
+
+def test_stacked_and_back() -> None:
+    x, y = _labelled()
+    own = unstacked((x, y), 2)
+    again_x, again_y = stacked(own)
+    assert type(again_x) is Labelled
+    assert all(map(torch.equal, (*again_x, again_y), (*x, y)))

@@ -12,9 +12,10 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit, StratifiedShuffleSplit
 from sklearn.utils.validation import check_is_fitted
 
+from cenote.compare.metrics import METRICS
 from cenote.core import Bags, InputError
 from cenote.features.dataset import Task, TokenDataset
-from cenote.jobs.probe.metrics import METRICS, metric_name
+from cenote.jobs.probe.measure import metric_name
 from cenote.jobs.probe.module import build_probe
 from cenote.jobs.probe.recipe import Recipe
 from cenote.jobs.probe.training import predict, train

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cenote.cli import options
+
 app = typer.Typer(no_args_is_help=True, help="Models that give tokens.")
 WIDE = 120
 
@@ -23,13 +25,9 @@ def models() -> None:
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME_OR_DIR", help="Folder of a saved model, or a name on the hub.")],
     kind: Annotated[str | None, typer.Option(help="image, audio or text, where a model takes several.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that lies with the model.")
-    ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Also take weights that are not safetensors.")
-    ] = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.Trust = False,
+    allow_pickle: options.Pickle = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show tokens, grid, layers, heads and preprocessing of a model, found by showing it one sample."""

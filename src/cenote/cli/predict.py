@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cenote.cli import options
 from cenote.cli.console import say
 
 TOKENS_LISTED = 5
@@ -19,7 +20,7 @@ def predict(
     best: Annotated[Path, typer.Argument(help="Folder of a saved probe: OUT/best.")],
     data: Annotated[str, typer.Argument(help="As for cenote probe; labels are not needed.")],
     out: Annotated[Path, typer.Option(help="CSV file to write.")] = Path("predictions.csv"),
-    vectors: Annotated[str | None, typer.Option(help="Name of the column with lists of vectors.")] = None,
+    vectors: options.Vectors = None,
 ) -> None:
     """Write a prediction per item, its scores, and the tokens that the probe looked at most."""
     import cenote.core.files as files

@@ -64,8 +64,8 @@ def parse_rows(text: str) -> list[int]:
 
 
 def _one(slug: str, size: str, out: Path, seed: int) -> None:
-    from cenote.study.pages import bounds, effect, outcome
-    from cenote.study.runner import study_of, write
+    from cenote.study.harness.pages import bounds, effect, outcome
+    from cenote.study.harness.runner import study_of, write
 
     console = Console()
     run = study_of(slug)
@@ -89,8 +89,8 @@ def _one(slug: str, size: str, out: Path, seed: int) -> None:
 
 def _all(size: str, out: Path, rows: list[int] | None, seed: int, fresh: bool, board: Path | None) -> None:
     from cenote.core.files import write_whole
-    from cenote.study.pages import scoreboard
-    from cenote.study.runner import read, run_all
+    from cenote.study.harness.pages import scoreboard
+    from cenote.study.harness.runner import read, run_all
 
     console = Console()
     board = board or out.parent / "scoreboard.md"
@@ -103,7 +103,7 @@ def _all(size: str, out: Path, rows: list[int] | None, seed: int, fresh: bool, b
         on_study=lambda slug, what: console.print(f"{slug}: {what}", highlight=False),
     )
     folder = Path(os.path.relpath(out, board.parent)).as_posix()
-    write_whole(board, scoreboard(read(out), folder))
+    write_whole(board, scoreboard(read(out), folder, walk.earlier))
     console.print(f"{len(walk.ran)} run, {len(walk.kept)} kept, {len(walk.failed)} failed: {board}", highlight=False)
     for slug, message in walk.failed.items():
         sys.stderr.write(f"{slug}: {message}\n")

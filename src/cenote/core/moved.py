@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -27,7 +27,7 @@ class Moved:
         self.names = names
 
     def find_spec(
-        self, name: str, _path: Sequence[str] | None = None, _target: ModuleType | None = None
+        self, name: str, _path: Iterable[str] | None = None, _target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """As `importlib` asks for it."""
         if self.new_name(name) is None:

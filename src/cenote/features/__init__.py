@@ -1,9 +1,9 @@
-"""What people have on disk -> labelled token features in memory."""
+"""What people have on disk -> labelled token features."""
 
-from cenote.features.dataset import TokenDataset
+from cenote.features.dataset import LayeredDataset, TokenDataset
 from cenote.features.description import describe, facts
 from cenote.features.embedded import digit_bags, digits
-from cenote.features.layered import LayeredDataset
+from cenote.features.labelling import Labelling
 from cenote.features.reading import read
 
-__all__ = ["LayeredDataset", "TokenDataset", "describe", "digit_bags", "digits", "facts", "read"]
+__all__ = ["Labelling", "LayeredDataset", "TokenDataset", "describe", "digit_bags", "digits", "facts", "read"]

@@ -1,11 +1,11 @@
-"""Labelled token features in memory: what `cenote probe` trains on."""
+"""Labelled token features: what `cenote probe` trains on."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cenote.core import Bags, InputError
 from cenote.core.graphs import Graphs
+from cenote.features.tokens import Features, TokenSource, as_source, stacked
 
 Task = Literal["binary", "multiclass", "multilabel", "regression"]
 Split = Literal["train", "val", "test"]
@@ -25,10 +26,14 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 class TokenDataset:
     """Items with token features and a target.
 
+    It holds what is known of the items. Everything about their tokens is asked of one `TokenSource`; the same items with one
+    of several layers, with some of them or with edges are the same data with another source.
+
     Attributes:
         name: for people.
-        x: `[items, tokens, dim]`, or `Bags` where the items have different numbers of tokens. Never both padded and ragged:
-            readers turn padding into `Bags`. `Graphs` where edges join the tokens. float32, float16 or bfloat16.
+        x: the tokens: `[items, tokens, dim]`, or `Bags` where the items have different numbers of tokens. Never both padded and
+            ragged: readers turn padding into `Bags`. `Graphs` where edges join the tokens. float32, float16 or bfloat16.
+            Or any `cenote.features.tokens.TokenSource`: several layers, a feature store.
         y: binary and multiclass: int64 `[items]`, numbers of `classes`; multilabel: float32 `[items, labels]` of 0 and 1;
             regression: float32 `[items, targets]`.
         task: what kind of target `y` is.
@@ -38,17 +43,18 @@ class TokenDataset:
         groups: per item the patient, speaker, ... that must not stand on two sides of a split; `None`: every item is its own.
         prefix_tokens: how many leading tokens are [CLS] and registers rather than patches.
         grid: `(height, width)` of the patch tokens where they form one, row by row.
-        images: `[items, height, width]` or `[items, height, width, 3]` uint8, what the tokens came from, for pictures.
+        images: `[items, height, width]` or `[items, height, width, 3]` uint8, what the tokens came from, for pictures; of a
+            feature store, `StoredPictures`.
         words: per item what its tokens stand for, where they are texts (see `cenote.features.store.words`).
-        token_labels: one label per token of `x` (`[items, tokens]` or `[total]`), where known (instance labels of bags).
+        token_labels: one label per token (`[items, tokens]` or `[total]`), where known (instance labels of bags).
         source: where it was read from, for provenance.
-        pads: whether a batch of ragged items is padded.
+
+    Raises:
+        InputError: where tokens, targets, ids and split are not of equally many items.
     """
 
-    pads: ClassVar[bool] = True
-
     name: str
-    x: Float[Tensor, "items tokens dim"] | Bags
+    x: Features
     y: Tensor
     task: Task
     classes: tuple[str, ...]
@@ -62,28 +68,49 @@ class TokenDataset:
     token_labels: Tensor | None = None
     source: str = ""
 
+    def __post_init__(self) -> None:
+        items = len(self.token_source)
+        for argument, held in (("ids", self.ids), ("y", self.y), ("split", self.split)):
+            if len(held) != items:
+                raise InputError(f"{argument}: expected one for each of the {items} items of x, got {len(held)}")
+
     def __len__(self) -> int:
         return len(self.ids)
 
+    @cached_property
+    def token_source(self) -> TokenSource:
+        """Where the tokens are."""
+        return as_source(self.x)
+
     @property
     def dim(self) -> int:
-        """Width of a token."""
-        return self.x.dim if isinstance(self.x, Bags) else self.x.shape[-1]
+        """Width of a token, in one layer."""
+        return self.token_source.dim
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the token features."""
-        return self.x.values.dtype if isinstance(self.x, Bags) else self.x.dtype
+        return self.token_source.dtype
 
     @property
     def tokens(self) -> int | None:
         """Tokens per item, prefix included; `None` where items differ."""
-        return None if isinstance(self.x, Bags) else self.x.shape[1]
+        return self.token_source.tokens
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that an item holds; empty where the data do not say."""
+        return self.token_source.layers
 
     @property
     def has_edges(self) -> bool:
         """Whether items are graphs."""
-        return isinstance(self.x, Graphs)
+        return self.token_source.edges() is not None
+
+    @property
+    def pads(self) -> bool:
+        """Whether a batch of ragged items is padded."""
+        return self.token_source.pads
 
     @property
     def outputs(self) -> int:
@@ -92,34 +119,39 @@ class TokenDataset:
 
     def lengths(self) -> Int[Tensor, "items"]:
         """Number of tokens of each item."""
-        if isinstance(self.x, Bags):
-            return self.x.lengths()
-        return torch.full((len(self),), self.x.shape[1])
+        return self.token_source.lengths()
 
     def indices(self, split: Split) -> Int[Tensor, "chosen"]:
         """Numbers of the items of one split."""
         return (self.split == SPLITS.index(split)).nonzero().squeeze(1)
 
-    def item(self, index: int) -> Float[Tensor, "tokens dim"]:
-        """Tokens of one item, without a copy."""
-        return self.x[index]
+    def item(self, index: int) -> Float[Tensor, "*layers tokens dim"]:
+        """Tokens of one item, without a copy where they lie in one piece."""
+        return self.token_source.item(index)
 
-    def copies(self, index: int, count: int = 1) -> Tensor | Bags:
+    def labels_of(self, index: int) -> Int[Tensor, "tokens"]:
+        """Labels of the tokens of one item.
+
+        Raises:
+            InputError: where tokens have no labels.
+        """
+        if self.token_labels is None:
+            raise InputError(f"{self.name}: its tokens have no labels")
+        if self.token_labels.dim() == 2:
+            return self.token_labels[index]
+        start = int(self.lengths()[:index].sum())
+        return self.token_labels[start : start + int(self.lengths()[index])]
+
+    def copies(self, index: int, count: int = 1) -> Any:
         """One item, so many times, in float32: what a probe takes."""
-        item = self.item(index).float()
-        return item.expand(count, *item.shape).contiguous()
+        return self.token_source.copies(index, count)
 
-    def batch(
-        self, items: Int[Tensor, "chosen"]
-    ) -> tuple[Float[Tensor, "chosen tokens dim"], Bool[Tensor, "chosen tokens"] | None]:
-        """`(x, mask)` of some items; the mask is `None` where nothing is padded, and a single item is not copied."""
-        if not isinstance(self.x, Bags):
-            return self.x[items], None
-        if len(items) == 1:
-            return self.x[int(items[0])].unsqueeze(0), None
-        # the edges of graphs stay behind: what takes padded sets ignores them
-        x, mask = Bags.select(self.x, items).to_padded()
-        return x, None if bool(mask.all()) else mask
+    def batch(self, items: Int[Tensor, "chosen"]) -> tuple[Any, Bool[Tensor, "chosen tokens"] | None]:
+        """`(x, mask)` of some items; the mask is `None` where nothing is padded.
+
+        `x` is `[chosen, tokens, dim]`, with several layers `[chosen, layers, tokens, dim]`, with edges `Graphs`.
+        """
+        return self.token_source.batch(items)
 
     def graphs(self, items: Int[Tensor, "chosen"]) -> Graphs:
         """Some items with the edges between their tokens.
@@ -127,27 +159,77 @@ class TokenDataset:
         Raises:
             InputError: where there are no edges.
         """
-        if not isinstance(self.x, Graphs):
-            raise InputError(f"{self.name}: has no edges between tokens")
-        return self.x.select(items)
+        graphs: Graphs = self.with_edges().batch(items)[0]
+        return graphs
 
     def nbytes(self) -> int:
-        """Bytes of the token features."""
-        values = self.x.values if isinstance(self.x, Bags) else self.x
-        return values.numel() * values.element_size()
+        """Bytes of the token features, in memory or on disk."""
+        return self.token_source.nbytes()
 
     def fingerprint(self) -> str:
         """SHA-256 over features, targets, ids, groups and split: the same data give the same text."""
-        digest = hashlib.sha256()
-        edges = (self.x.edge_index, self.x.edge_attr) if isinstance(self.x, Graphs) else ()
-        values, lengths = (self.x.values, self.x.offsets) if isinstance(self.x, Bags) else (self.x, self.lengths())
-        for tensor in (values, lengths, self.y, self.split, *edges):
-            if tensor is not None:
-                digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-        text = "\n".join((*self.ids, *self.classes, *(self.groups or ()), self.task, str(self.prefix_tokens)))
-        digest.update(text.encode())
-        return digest.hexdigest()
+        words = (*self.ids, *self.classes, *(self.groups or ()), self.task, str(self.prefix_tokens))
+        return self.token_source.fingerprint((self.y, self.split), words)
 
     def with_split(self, split: Sequence[int] | Tensor) -> TokenDataset:
         """The same items under another split."""
         return replace(self, split=torch.as_tensor(split, dtype=torch.int64))
+
+    def at(self, layer: int) -> TokenDataset:
+        """The same items at one of the layers; negative numbers count from the last one.
+
+        Raises:
+            InputError: where there is no such layer.
+        """
+        return replace(self, x=self.token_source.at(layer))
+
+    def only(self, layers: Sequence[int]) -> TokenDataset:
+        """The same items with stacks of some of the layers.
+
+        Raises:
+            InputError: where one of them is not there.
+        """
+        if self.layers and tuple(layers) == self.layers:
+            return self
+        return replace(self, x=self.token_source.only(layers))
+
+    def with_edges(self) -> TokenDataset:
+        """The same items as graph pools read them: batches are `Graphs`.
+
+        Raises:
+            InputError: where there are no edges.
+        """
+        return replace(self, x=self.token_source.with_edges())
+
+    def in_memory(self) -> TokenDataset:
+        """The same items with all tokens in memory.
+
+        Raises:
+            InputError: where they are on disk, in several layers.
+        """
+        return replace(self, x=self.token_source.in_memory())
+
+
+def LayeredDataset(name: str, x: Tensor | Bags, *known: Any, layers: Sequence[int] = (), **more: Any) -> TokenDataset:
+    """A `TokenDataset` with several layers in memory.
+
+    Args:
+        name: for people.
+        x: `[items, layers, tokens, dim]`, or `Bags` of width `layers * dim`, the layers of a token side by side, where items
+            have different numbers of tokens.
+        known: the other arguments of `TokenDataset`, in its order.
+        layers: numbers of the layers, rising; 0 stands for the embeddings.
+        more: the other arguments of `TokenDataset`, by name.
+
+    Raises:
+        InputError: where the numbers do not fit `x`.
+
+    Example:
+        >>> from cenote.features import digits
+        >>> d = digits()
+        >>> stack = torch.stack([d.x, d.x + 1], 1)
+        >>> both = LayeredDataset("two", stack, d.y, d.task, d.classes, d.ids, d.split, layers=(5, 6))
+        >>> both.batch(torch.tensor([0, 3]))[0].shape, both.at(6).x.shape
+        (torch.Size([2, 2, 17, 64]), torch.Size([1797, 17, 64]))
+    """
+    return TokenDataset(name, stacked(x, layers), *known, **more)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from cenote.core.graphs import Graphs
 from cenote.features.dataset import SPLITS, TokenDataset
 
 CLASSES_SHOWN = 12
@@ -78,9 +77,10 @@ def describe(data: TokenDataset) -> str:
 
 
 def _edges(data: TokenDataset) -> dict[str, list[int]]:
-    if not isinstance(data.x, Graphs):
+    counts = data.token_source.edges()
+    if counts is None:
         return {}
-    counts = data.x.edges().sort().values
+    counts = counts.sort().values
     return {"edges": [int(counts[0]), int(counts[(len(counts) - 1) // 2]), int(counts[-1])]}
 
 

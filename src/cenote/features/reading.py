@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from cenote.features.dgcnn import dgcnn_file, open_dgcnn
 from cenote.features.embedded import digit_bags, digits
 from cenote.features.folder import LABELS, open_folder, token_files
 from cenote.features.geometric import geometric_file, open_geometric
-from cenote.features.layered import LayeredDataset
+from cenote.features.labelling import FRACTIONS, Labelling
 from cenote.features.npz import open_npz
 from cenote.features.raw import RawItems
 from cenote.features.source import Filled, Source
-from cenote.features.store import StoredDataset, StoredPictures, StoredTokens, is_store, read_listing
+from cenote.features.store import StoredLayers, StoredPictures, StoredTokens, is_store, read_listing
 from cenote.features.store.words import StoredWords
 from cenote.features.table import (
     GROUP_NAME,
@@ -38,6 +38,7 @@ from cenote.features.table import (
 )
 from cenote.features.targets import Target
 from cenote.features.token_labels import TOKEN_LABELS, TokenLabels, add_column, add_folder
+from cenote.features.tokens import stacked
 from cenote.features.validate import Problems, check_grid, check_groups, check_ids, check_lengths, some
 from cenote.models.base import layer_numbers
 
@@ -56,7 +57,7 @@ def read(
     split_column: str | None = None,
     prefix_tokens: int = 0,
     grid: tuple[int, int] | None = None,
-    fractions: Sequence[float] = splits.FRACTIONS,
+    fractions: Sequence[float] = FRACTIONS,
     seed: int = 0,
     labelled: bool = True,
     layers: str | int | Sequence[int] | None = None,
@@ -108,22 +109,41 @@ def read(
         >>> read("digits").x.shape
         torch.Size([1797, 17, 64])
     """
-    splits.check_fractions(fractions)
+    labelling = Labelling(task, label_column, group_column, split_column, fractions, seed)
     _check_layout(prefix_tokens, grid)
     if str(path) in EMBEDDED:
         return _embedded(
-            str(path), prefix_tokens, labels=labels, task=task, label_column=label_column, vector_column=vector_column,
-            id_column=id_column, group_column=group_column, split_column=split_column, grid=grid,
-        )  # fmt: skip
-    path = Path(path)
+            str(path),
+            labelling,
+            prefix_tokens,
+            labels=labels,
+            vector_column=vector_column,
+            id_column=id_column,
+            grid=grid,
+        )
+    return read_labelled(
+        path, labelling if labelled else None, labels=labels, vector_column=vector_column, id_column=id_column,
+        prefix_tokens=prefix_tokens, grid=grid, layers=layers,
+    )  # fmt: skip
+
+
+def read_labelled(
+    path: str | Path,
+    labelling: Labelling | None,
+    *,
+    labels: str | Path | None = None,
+    vector_column: str | None = None,
+    id_column: str | None = None,
+    prefix_tokens: int = 0,
+    grid: tuple[int, int] | None = None,
+    layers: str | int | Sequence[int] | None = None,
+) -> TokenDataset:
+    """`read`, of what lies on disk: without a labelling, as data to predict."""
+    path, csv = Path(path), None if labels is None else Path(labels)
     if is_store(path):
-        return _from_store(
-            path, layers, prefix_tokens, grid, labels=None if labels is None else Path(labels), task=task,
-            label_column=label_column, id_column=id_column, group_column=group_column, split_column=split_column,
-            fractions=fractions, seed=seed, labelled=labelled,
-        )  # fmt: skip
+        return _from_store(path, layers, prefix_tokens, grid, csv, id_column, labelling)
     problems = Problems(str(path))
-    source = _open(path, None if labels is None else Path(labels), vector_column, id_column, labelled, problems)
+    source = _open(path, csv, vector_column, id_column, labelling is not None, problems)
     if not source.layers and layers not in (None, "all", "last"):
         raise InputError(f"layers: {path} holds one layer; leave layers out")
     check_ids(source.ids, problems)
@@ -131,8 +151,8 @@ def read(
         raise InputError(f"{path}: holds no item")
 
     made, split, groups = None, torch.full((len(source.ids),), SPLITS.index("test")), None
-    if labelled:
-        made, split, groups = _judged(source, task, label_column, group_column, split_column, fractions, seed, problems)
+    if labelling is not None:
+        made, split, groups = _judged(source, labelling, problems)
     filled = source.load(problems)
     marked = None
     if filled is not None and not len(problems):
@@ -143,7 +163,7 @@ def read(
         check_grid(grid, prefix_tokens, filled.lengths, problems)
     problems.raise_any()
     assert filled is not None
-    assert made is not None or not labelled
+    assert made is not None or labelling is None
     made = made or _unlabelled(len(source.ids))
     x = _shaped(filled)
     data = TokenDataset(
@@ -160,29 +180,21 @@ def read(
         token_labels=marked if marked is None or isinstance(x, Bags) else marked.view(x.shape[:2]),
         source=f"{path} ({source.format})",
     )
-    return data if not source.layers else _chosen(data, source.layers, layers)
+    return data if not source.layers else _chosen(data, x, source.layers, layers)
 
 
-def _chosen(data: TokenDataset, held: tuple[int, ...], layers: str | int | Sequence[int] | None) -> TokenDataset:
-    """Some of the layers, which lie side by side in each token."""
-    x = data.x
+def _chosen(
+    data: TokenDataset, x: Tensor | Bags, held: tuple[int, ...], layers: str | int | Sequence[int] | None
+) -> TokenDataset:
+    """Some of the layers, which lie side by side in each token of `x`."""
     if not isinstance(x, Bags):
         x = x.unflatten(-1, (len(held), -1)).transpose(1, 2)
-    every = LayeredDataset(**{f.name: getattr(data, f.name) for f in fields(TokenDataset)} | {"x": x}, layers=held)
+    every = replace(data, x=stacked(x, held))
     numbers = layer_numbers(layers, held)
     return every.at(numbers[0]) if len(numbers) == 1 else every.only(numbers)
 
 
-def require_labels(
-    items: RawItems,
-    *,
-    task: str | None = None,
-    label_column: str | Sequence[str] | None = None,
-    group_column: str | None = None,
-    split_column: str | None = None,
-    fractions: Sequence[float] = splits.FRACTIONS,
-    seed: int = 0,
-) -> Task:
+def require_labels(items: RawItems, labelling: Labelling) -> Task:
     """The task of raw items, whose labels, groups and splits `read` will accept: told before hours are spent on tokens.
 
     Raises:
@@ -191,7 +203,7 @@ def require_labels(
     problems = Problems("data")
     ids = [item.id for item in items.items]
     source = Source(items.format, ids, items.columns, lambda _: None, items.class_names, items.used)
-    made, _, _ = _judged(source, task, label_column, group_column, split_column, fractions, seed, problems)
+    made, _, _ = _judged(source, labelling, problems)
     problems.raise_any()
     assert made is not None
     return made.task
@@ -202,17 +214,10 @@ def _from_store(
     layers: str | int | Sequence[int] | None,
     prefix_tokens: int,
     grid: tuple[int, int] | None,
-    *,
     labels: Path | None,
-    task: str | None,
-    label_column: str | Sequence[str] | None,
     id_column: str | None,
-    group_column: str | None,
-    split_column: str | None,
-    fractions: Sequence[float],
-    seed: int,
-    labelled: bool,
-) -> StoredDataset:
+    labelling: Labelling | None,
+) -> TokenDataset:
     """A feature store, with the labels that lie in it or those of a CSV file."""
     stored = StoredTokens(path)
     manifest = stored.manifest
@@ -238,13 +243,11 @@ def _from_store(
         f"feature store, {manifest.kind} through {manifest.model['name']}, {manifest.dtype}",
         stored.ids, columns, lambda _: None, listing.class_names, listing.used,
     )  # fmt: skip
-    if labels is not None and labelled:
+    if labels is not None and labelling is not None:
         source = _joined(source, labels, id_column, problems)
     made, split, groups = _unlabelled(len(stored)), torch.full((len(stored),), SPLITS.index("test")), None
-    if labelled:
-        target, split, groups = _judged(
-            source, task, label_column, group_column, split_column, fractions, seed, problems
-        )
+    if labelling is not None:
+        target, split, groups = _judged(source, labelling, problems)
         made = target or made
     add_column(marks, source.columns.get(TOKEN_LABELS, ()))
     check_lengths(source.ids, stored.lengths.tolist(), manifest.prefix_tokens, problems)
@@ -258,9 +261,9 @@ def _from_store(
         words = StoredWords(manifest, files, [listing.stamps[row] for row in rows], stored.lengths.tolist())
     if manifest.kind == "image" and listing.files is not None:
         pictures = StoredPictures([listing.files[row] for row in rows], manifest.preprocessing)
-    return StoredDataset(
+    return TokenDataset(
         name=path.stem,
-        x=stored,  # type: ignore[arg-type]
+        x=StoredLayers(stored, layer_numbers(layers, manifest.layers)),
         y=made.y,
         task=made.task,
         classes=made.classes,
@@ -273,7 +276,6 @@ def _from_store(
         words=words,
         token_labels=marked.view(len(stored), -1) if fixed and marked is not None else marked,
         source=f"{path} ({source.format})",
-        layers=layer_numbers(layers, manifest.layers),
     )
 
 
@@ -314,8 +316,14 @@ def _open_graphs(path: Path) -> Source | None:
     return None if (file := dgcnn_file(path)) is None else open_dgcnn(file)
 
 
-def _embedded(name: str, prefix_tokens: int, **given: object) -> TokenDataset:
+def _embedded(name: str, labelling: Labelling, prefix_tokens: int, **given: object) -> TokenDataset:
     data = EMBEDDED[name]()
+    given |= {
+        "task": labelling.task,
+        "label_column": labelling.label,
+        "group_column": labelling.group,
+        "split_column": labelling.split,
+    }
     for argument, value in given.items():
         if value is not None:
             raise InputError(f"{argument}: {name} comes with its own labels, split and layout; leave {argument} out")
@@ -348,22 +356,15 @@ def _joined(source: Source, labels: Path, id_column: str | None, problems: Probl
 
 
 def _judged(
-    source: Source,
-    task: str | None,
-    label_column: str | Sequence[str] | None,
-    group_column: str | None,
-    split_column: str | None,
-    fractions: Sequence[float],
-    seed: int,
-    problems: Problems,
+    source: Source, labelling: Labelling, problems: Problems
 ) -> tuple[Target | None, Int[Tensor, "items"], list[str] | None]:
     """Target, split and groups; every problem with them is told."""
     ids, columns = source.ids, source.columns
-    group_name = find(columns, group_column, (GROUP_NAME,), "group_column")
-    split_name = find(columns, split_column, (SPLIT_NAME,), "split_column")
+    group_name = find(columns, labelling.group, (GROUP_NAME,), "group_column")
+    split_name = find(columns, labelling.split, (SPLIT_NAME,), "split_column")
     others = source.used | {TOKEN_LABELS} | {name for name in (group_name, split_name) if name is not None}
-    names = label_columns(columns, label_column, set(others))
-    made = targets.target(ids, {n: columns[n] for n in names}, task, source.class_names, problems)
+    names = label_columns(columns, labelling.label, set(others))
+    made = targets.target(ids, {n: columns[n] for n in names}, labelling, source.class_names, problems)
 
     groups = None
     if group_name is not None:
@@ -380,7 +381,7 @@ def _judged(
             before = len(problems)
             targets.check_enough(made, groups, problems)
             if len(problems) == before:
-                split = splits.make_split(made, groups, fractions, seed, problems)
+                split = splits.make_split(made, groups, labelling, problems)
         return made, split, groups
     given = splits.given_split(ids, columns[split_name], problems)
     if given is None:
@@ -390,7 +391,7 @@ def _judged(
     split = torch.tensor(given)
     if made is not None:
         if SPLITS.index("val") not in given:
-            split = splits.val_from_train(split, made, groups, fractions, seed, problems)
+            split = splits.val_from_train(split, made, groups, labelling, problems)
         splits.check_given(split, made, problems)
     return made, split, groups
 

@@ -11,27 +11,18 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cenote.core import InputError
 from cenote.features.dataset import SPLITS
+from cenote.features.labelling import Labelling
 from cenote.features.table import Column, is_missing
 from cenote.features.targets import Target
 from cenote.features.validate import Problems
 
-FRACTIONS = (0.6, 0.2, 0.2)
 ATTEMPTS = 20
 WORDS = {
     "train": 0, "training": 0, "0": 0,
     "val": 1, "valid": 1, "validation": 1, "dev": 1, "1": 1,
     "test": 2, "testing": 2, "2": 2,
 }  # fmt: skip
-
-
-def check_fractions(fractions: Sequence[float]) -> None:
-    """Three positive shares that sum to 1."""
-    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise InputError(
-            f"fractions: expected three positive shares that sum to 1, train, val, test; got {tuple(fractions)}"
-        )
 
 
 def given_split(ids: Sequence[str], cells: Column, problems: Problems) -> list[int] | None:
@@ -70,7 +61,7 @@ def check_given(split: Int[Tensor, "items"], made: Target, problems: Problems) -
 
 
 def make_split(
-    made: Target, groups: Sequence[str] | None, fractions: Sequence[float], seed: int, problems: Problems
+    made: Target, groups: Sequence[str] | None, labelling: Labelling, problems: Problems
 ) -> Int[Tensor, "items"]:
     """A seeded split into train, val and test.
 
@@ -78,7 +69,7 @@ def make_split(
     Groups go to one side as a whole; they, and multilabel items, are dealt out from the largest to the smallest, each to the
     split that lacks most of what it holds.
     """
-    split, lacking = _parts(made, groups, fractions, seed)
+    split, lacking = _parts(made, groups, labelling.fractions, labelling.seed)
     if lacking is not None:
         part, column = lacking
         what = "" if column is None else f" of class {made.classes[column]!r}"
@@ -95,15 +86,15 @@ def val_from_train(
     split: Int[Tensor, "items"],
     made: Target,
     groups: Sequence[str] | None,
-    fractions: Sequence[float],
-    seed: int,
+    labelling: Labelling,
     problems: Problems,
 ) -> Int[Tensor, "items"]:
     """The given split with a part of train as val, for those that come without."""
     train = (split == 0).nonzero().squeeze(1)
     of_train = None if groups is None else [groups[i] for i in train.tolist()]
-    share = fractions[1] / (fractions[0] + fractions[1])
-    found, _ = _parts(Target(made.y[train], made.task, made.classes), of_train, (1 - share, share), seed)
+    in_train, in_val, _ = labelling.fractions
+    share = in_val / (in_train + in_val)
+    found, _ = _parts(Target(made.y[train], made.task, made.classes), of_train, (1 - share, share), labelling.seed)
     split = split.clone()
     split[train] = torch.from_numpy(found)
     for part in (0, 1):

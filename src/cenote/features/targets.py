@@ -24,6 +24,7 @@ from torch import Tensor
 from cenote.core import InputError
 from cenote.core.requirements import require_one_of
 from cenote.features.dataset import Task
+from cenote.features.labelling import Labelling
 from cenote.features.table import Column, is_missing, number
 from cenote.features.validate import Problems, some
 
@@ -44,7 +45,7 @@ class Target:
 def target(
     ids: Sequence[str],
     columns: Mapping[str, Column],
-    task: str | None,
+    labelling: Labelling,
     names: Mapping[str, Sequence[str]],
     problems: Problems,
 ) -> Target | None:
@@ -53,18 +54,18 @@ def target(
     Args:
         ids: for messages.
         columns: the label columns, a cell per item.
-        task: as given, or `None` to decide by the rules above.
+        labelling: its task, or none to decide by the rules above.
         names: class names of columns that store class numbers.
         problems: takes what is wrong; then the result is `None`.
 
     Raises:
         InputError: where the task is no task, or cannot be decided.
     """
-    if task is not None:
-        require_one_of(get_args(Task), task=task)
+    if labelling.task is not None:
+        require_one_of(get_args(Task), task=labelling.task)
     before = len(problems)
     columns = {name: _named(cells, names.get(name)) for name, cells in columns.items()}
-    chosen = task or decided(columns)
+    chosen = labelling.task or decided(columns)
     if chosen == "regression":
         made = _regression(ids, columns, problems)
     elif chosen == "multilabel":

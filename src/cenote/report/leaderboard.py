@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from cenote.jobs.probe.result import Comparison, MethodResult, PairTest
+from cenote.compare import PairTest
+from cenote.jobs.probe.result import Comparison, MethodResult
 
 SIGNIFICANT = 0.05
 

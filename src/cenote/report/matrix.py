@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from cenote.jobs.probe.result import Comparison, PairTest
+from cenote.compare import PairTest
+from cenote.jobs.probe.result import Comparison
 from cenote.report.leaderboard import SIGNIFICANT
 
 

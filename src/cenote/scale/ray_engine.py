@@ -48,7 +48,7 @@ class RayEngine:
         self.cpus = cpus
 
     def run(self, job: Job, todo: Iterable[Shard], on_shard: OnShard, on_items: OnItems) -> None:
-        """See `cenote.scale.Engine.run`."""
+        """See `cenote.jobs.extract.Engine.run`."""
         rows = [{"shard": self.ray.cloudpickle.dumps(shard)} for shard in todo]
         if not rows:
             return

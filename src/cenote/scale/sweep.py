@@ -1,4 +1,4 @@
-"""Probes of one comparison on a Ray cluster: one trial a task."""
+"""Arms of one comparison on a Ray cluster: one arm a task."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from cenote.compare.arms import Arm, OnShare
+from cenote.compare.cells import Cell
+from cenote.compare.processes import timed
 from cenote.core.libraries import everything, require
-from cenote.jobs.probe.cells import Cell
-from cenote.jobs.probe.trials import OnShare, Trial, without_pictures
 from cenote.scale.cluster import ATTEMPTS, answer, connect, room
 
 TELL_SECONDS = LOOK_SECONDS = 0.5
@@ -17,7 +18,7 @@ TELL_SECONDS = LOOK_SECONDS = 0.5
 
 
 class RaySweep:
-    """Trains the columns of a comparison on a cluster: `cenote.jobs.probe.compare(..., engine=RaySweep())`.
+    """Measures the arms of a comparison on a cluster: `cenote.jobs.probe.compare(..., engine=RaySweep())`.
 
     A trial gives the same cell wherever it is trained, on machines that round alike; the machine that asked for the comparison
     keeps the cells, resumes from them, and measures latencies itself. Tokens in a feature store are read where the trial
@@ -37,13 +38,13 @@ class RaySweep:
         self.workers = workers
         self.cpus = cpus
 
-    def __call__(self, trials: Sequence[Trial], on_share: OnShare) -> Iterator[tuple[Trial, Cell]]:
+    def __call__(self, trials: Sequence[Arm], on_share: OnShare) -> Iterator[tuple[Arm, Cell]]:
         """Cells as they finish."""
         if not trials:
             return
         ray = self.ray
         # one object: trials share their data
-        shared = [ray.put([without_pictures(trial) for trial in trials])]
+        shared = [ray.put([trial.travelling() for trial in trials])]
         board = ray.remote(_Board).options(num_cpus=0, max_restarts=-1).remote()
         task = ray.remote(_task()).options(num_cpus=self.cpus, max_retries=ATTEMPTS - 1)
         todo = iter(range(len(trials)))
@@ -117,7 +118,7 @@ def _computed(shared: Sequence[Any], number: int, threads: int, libraries: Mappi
 
     require(libraries)
     torch.set_num_threads(threads)
-    trials: Sequence[Trial] = ray.get(shared[0])
+    trials: Sequence[Arm] = ray.get(shared[0])
     last = time.monotonic()
 
     def tell(_name: str, share: float) -> None:
@@ -126,4 +127,4 @@ def _computed(shared: Sequence[Any], number: int, threads: int, libraries: Mappi
             last = time.monotonic()
             board.tell.remote(number, share)
 
-    return trials[number].run(tell)
+    return timed(trials[number], tell)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from cenote.pool import AdaPool2d, AdaUnpool2d, EDSCWPool2d, SoftPool2d
 from cenote.pool.spatial.unit import in_unit_interval
 from cenote.study.harness import Arms, Findings, Size, above, between, draw_arms, seeds_of, study
-from cenote.study.softpool import CROPS, crops_of, psnr, ssim
-from cenote.study.training import accuracy
-from cenote.study.window_cnn import Build, images, over_seeds, trained_cnn
+from cenote.study.harness.photographs import CROPS, crops_of, psnr, ssim
+from cenote.study.harness.training import accuracy
+from cenote.study.harness.window_cnn import Build, images, over_seeds, trained_cnn
 
 ADA, ROBUST, PEAK = "AdaPool", "eDSCW", "eM (SoftPool)"
 # the maps after the two poolings of the net are 4 x 4 and 2 x 2

@@ -25,7 +25,7 @@ from cenote.pool import AdaptiveNoisePool, MaxPool, MeanPool
 from cenote.pool.attention.adaptive_noise_pooling.attenuator import Attenuator, Pooling
 from cenote.pool.attention.adaptive_noise_pooling.knn_centroid import knn_centroid_targets, knn_centroid_vectors
 from cenote.study.harness import Arms, Findings, Size, above, draw_curves, seeds_of, study
-from cenote.study.training import Together, constant, epochs, fit, steps_of
+from cenote.study.harness.training import Together, constant, epochs, fit, steps_of
 
 VECTORS, DIM = 32, 8
 NEAREST = (1, 8, 31)

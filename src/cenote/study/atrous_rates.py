@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cenote.pool import DeepLabV3Head, effective_receptive_field, recommend_rates
-from cenote.study.global_cue import COLOURS, WIDTH, one_patch, trained
 from cenote.study.harness import Arms, Findings, Size, above, below, draw_arms, draw_picture, seeds_of, study
+from cenote.study.harness.global_cue import COLOURS, WIDTH, one_patch, trained
 
 SIDES = (12, 24)
 MULTIPLIERS: dict[Size, tuple[int, ...]] = {

@@ -12,7 +12,7 @@ train, 400 test.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from cenote.pool import AttentionalAffine, AttentionalConcat, AttentionalGate
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.training import Together, accuracy, constant, cross_entropy, epochs, fit
+from cenote.study.harness.batches import split_at, stacked, unstacked
+from cenote.study.harness.training import Together, accuracy, constant, cross_entropy, epochs, fit
 
 EMBEDDED, WIDTH, LENGTH = 16, 16, 14
 WITH, WITHOUT = 400, 800
@@ -31,8 +32,15 @@ LAYERS = {"concat": AttentionalConcat, "gate": AttentionalGate, "affine": Attent
 ARMS = ("no lexicon", "joined to the embeddings", *LAYERS)
 
 
+class Sentences(NamedTuple):
+    """Vectors of the words, and of each word 1 where the lexicon says that it carries feeling."""
+
+    words: Float[Tensor, "*items words channels"]
+    lexicon: Float[Tensor, "*items words 1"]
+
+
 class Reader(nn.Module):
-    """LSTM, attention, linear; the last channel of the input is the lexicon's feature."""
+    """LSTM, attention, linear."""
 
     def __init__(self, arm: str) -> None:
         super().__init__()
@@ -42,28 +50,27 @@ class Reader(nn.Module):
         self.attention = LAYERS.get(arm, AttentionalConcat)(WIDTH, 1)
         self.classifier = nn.Linear(WIDTH, 2)
 
-    def forward(self, x: Float[Tensor, "batch words channels"]) -> Float[Tensor, "batch classes"]:
+    def forward(self, x: Sentences) -> Float[Tensor, "batch classes"]:
         return self.classifier(self.attention(*self.read(x)))
 
-    def read(self, x: Float[Tensor, "batch words channels"]) -> tuple[Tensor, Tensor]:
+    def read(self, x: Sentences) -> tuple[Tensor, Tensor]:
         """States and what the attention is told of each word."""
-        words, lexicon = x[..., :EMBEDDED], x[..., EMBEDDED:]
-        states, _ = self.lstm(x if self.joined else words)
-        return states, lexicon if self.conditioned else torch.zeros_like(lexicon)
+        states, _ = self.lstm(torch.cat(x, -1) if self.joined else x.words)
+        return states, x.lexicon if self.conditioned else torch.zeros_like(x.lexicon)
 
 
 @study
 def run(seed: int, size: Size) -> Findings:
     """Name the sign of sentences with each way to use the lexicon; look where the attention lies."""
     seeds = seeds_of(seed, size, small=3, full=5)
-    x, y = (torch.stack(parts) for parts in zip(*(_sentences(s) for s in seeds), strict=True))
+    train, (x, y) = split_at(stacked(map(_sentences, seeds)), TRAIN)
     right, mass = Arms(), Arms()
     for arm in ARMS:
         model = Together(partial(Reader, arm), seeds, in_turn=True)
-        batches = epochs(x[:, :TRAIN], y[:, :TRAIN], 64, seeds)
+        batches = epochs(*train, 64, seeds)
         fit(model, batches, cross_entropy, STEPS[size], lr=5e-3, optimiser=torch.optim.Adam, decay=constant)
-        right[arm] = accuracy(model, x[:, TRAIN:], y[:, TRAIN:])
-        mass[arm] = tuple(map(_mass, model.modules(), x[:, TRAIN:]))
+        right[arm] = accuracy(model, x, y)
+        mass[arm] = tuple(map(_mass, model.modules(), unstacked(x, len(seeds))))
     return Findings(
         seeds=seeds,
         checks=(
@@ -84,12 +91,12 @@ def run(seed: int, size: Size) -> Findings:
 
 
 @torch.no_grad()
-def _mass(model: Any, x: Float[Tensor, "items words channels"]) -> float:
+def _mass(model: Any, x: Sentences) -> float:
     weights = model.attention.attend(*model.read(x)).weights.squeeze(1)
-    return float((weights * x[..., EMBEDDED]).sum(1).mean())
+    return float((weights * x.lexicon.squeeze(-1)).sum(1).mean())
 
 
-def _sentences(seed: int) -> tuple[Float[Tensor, "items words channels"], Int[Tensor, "items"]]:
+def _sentences(seed: int) -> tuple[Sentences, Int[Tensor, "items"]]:
     g = torch.Generator().manual_seed(seed)
     vectors = torch.randn(WITH + WITHOUT, EMBEDDED, generator=g)
     direction = nn.functional.normalize(torch.randn(EMBEDDED, generator=g), dim=0)
@@ -105,7 +112,7 @@ def _sentences(seed: int) -> tuple[Float[Tensor, "items words channels"], Int[Te
     second = torch.where(both, felt[:, 1:], words.gather(1, places[:, 1:]))
     words = words.scatter(1, places, torch.cat([felt[:, :1], second], 1))
     lexicon = (words < WITH).float().unsqueeze(-1)
-    return torch.cat([vectors[words], lexicon], -1), y
+    return Sentences(vectors[words], lexicon), y
 
 
 def _draw(figure: Any, arms: Arms) -> None:

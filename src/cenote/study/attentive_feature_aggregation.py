@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cenote.pool import AFAIDAUp, AFASegmenter, BinaryAFA
-from cenote.study.data import digits
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.training import descend
+from cenote.study.harness.data import digits
+from cenote.study.harness.training import descend
 
 SIDE, CLASSES = 32, 11
 CHANNELS = (16, 24, 32)

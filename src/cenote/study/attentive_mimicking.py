@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from cenote.pool import AgreementPool, MeanPool, Pool
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.training import Together, epochs, fit
+from cenote.study.harness.batches import split_at, stacked
+from cenote.study.harness.training import Together, epochs, fit
 
 DIM, CONTEXTS, GOOD = 20, 8, 3
 TRAIN, TEST = 1000, 1000
@@ -43,17 +44,17 @@ class Mapped(nn.Module):
 def run(seed: int, size: Size) -> Findings:
     """Mimic vectors from contexts with uniform and with agreement weights; compare on held-out words."""
     seeds = seeds_of(seed, size)
-    x, y = (torch.stack(parts) for parts in zip(*(_words(s) for s in seeds), strict=True))
+    train, (x, y) = split_at(stacked(map(_words, seeds)), TRAIN)
     errors, cosines, shares = Arms(), Arms(), Arms()
     for name, pool in {"uniform": MeanPool, "agreement": AgreementPool}.items():
         model = Together(lambda pool=pool: Mapped(pool(DIM)), seeds)  # type: ignore[misc]
-        fit(model, epochs(x[:, :TRAIN], y[:, :TRAIN], 100, seeds), F.mse_loss, STEPS[size], lr=1e-2)
+        fit(model, epochs(*train, 100, seeds), F.mse_loss, STEPS[size], lr=1e-2)
         with torch.no_grad():
-            guess = model(x[:, TRAIN:])
-        errors[name] = _per_seed((guess - y[:, TRAIN:]).square().mean(-1))
-        cosines[name] = _per_seed(F.cosine_similarity(guess, y[:, TRAIN:], dim=-1))
+            guess = model(x)
+        errors[name] = _per_seed((guess - y).square().mean(-1))
+        cosines[name] = _per_seed(F.cosine_similarity(guess, y, dim=-1))
         with torch.no_grad():
-            own = zip(model.modules(), x[:, TRAIN:], strict=True)
+            own = zip(model.modules(), x, strict=True)
             weights = torch.stack([m.pool.attend(contexts).weights for m, contexts in own])
         shares[name] = _per_seed(weights[:, :, 0, :GOOD].sum(-1))
     more = tuple(s - GOOD / CONTEXTS for s in shares["agreement"])

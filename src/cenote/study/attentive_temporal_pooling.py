@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from cenote.pool import AttentiveTemporalPool, LastPool, Pool
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.speech import BANDS, FLOOR, PHONES, inventory, phone_sequences, spoken, stretches
-from cenote.study.training import Together, accuracy, cross_entropy, epochs, fit, steps_of
+from cenote.study.harness.speech import BANDS, FLOOR, PHONES, inventory, phone_sequences, spoken, stretches
+from cenote.study.harness.training import Together, accuracy, cross_entropy, epochs, fit, steps_of
 
 LANGUAGES, FRAMES, WIDTH, KERNEL = 6, 160, 32, 5
 SHARES = (0.25, 0.5, 0.75)

@@ -22,8 +22,8 @@ from torch.optim import Adam
 
 from cenote.pool import AttSets, MaxPool, MeanPool, Pool
 from cenote.pool.attention.attsets.faset import Batch, FASet
-from cenote.study.data import PIXELS, Digits, digits
 from cenote.study.harness import Arms, Findings, Size, above, draw_curves, seeds_of, study
+from cenote.study.harness.data import PIXELS, Digits, digits
 
 WIDTH = 64
 VIEWS = 8

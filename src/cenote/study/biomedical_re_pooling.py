@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from cenote.pool import DependencyPool, DynamicPool, EntityPool, IndexSetPool, RelationSentences
 from cenote.pool.sequence.biomedical_re_pooling import IndexSets
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.training import Together, accuracy, cross_entropy, epochs, fit
+from cenote.study.harness.batches import split_at, stacked
+from cenote.study.harness.training import Together, accuracy, cross_entropy, epochs, fit
 
 WORDS, HIDDEN, EMBEDDED = 14, 16, 16
 CLASSES, OF_CLASS, NEUTRAL = 3, 3, 60
@@ -51,8 +52,16 @@ POOLS: dict[str, Callable[[], IndexSetPool]] = {
 }
 
 
+class Sentences(NamedTuple):
+    """Words, the head of each in the tree (-1 for the root), and the places of the two mentions."""
+
+    words: Int[Tensor, "*items words"]
+    heads: Int[Tensor, "*items words"]
+    mentions: Int[Tensor, "*items 2"]
+
+
 class Reader(nn.Module):
-    """Embeddings of words and distances, LSTM, pool, linear; the input is words, heads, and the place of each mention."""
+    """Embeddings of words and distances, LSTM, pool, linear."""
 
     def __init__(self, pool: IndexSetPool) -> None:
         super().__init__()
@@ -62,29 +71,27 @@ class Reader(nn.Module):
         self.pool = pool
         self.classifier = nn.Linear(pool.out_dim, CLASSES)
 
-    def forward(self, x: Int[Tensor, "batch packed"]) -> Float[Tensor, "batch classes"]:
-        ids, heads, subject, object_ = x[:, :WORDS], x[:, WORDS:-2], x[:, -2:-1], x[:, -1:]
-        slots = torch.arange(WORDS)
-        near = [self.places(slots - mention + WORDS) for mention in (subject, object_)]
-        states, _ = self.lstm(torch.cat([self.words(ids), *near], -1))
-        spans = [torch.cat([mention, mention + 1], 1) for mention in (subject, object_)]
-        return self.classifier(self.pool(states, *spans, heads))
+    def forward(self, x: Sentences) -> Float[Tensor, "batch classes"]:
+        mentions = x.mentions.split(1, 1)
+        near = [self.places(torch.arange(WORDS) - mention + WORDS) for mention in mentions]
+        states, _ = self.lstm(torch.cat([self.words(x.words), *near], -1))
+        spans = [torch.cat([mention, mention + 1], 1) for mention in mentions]
+        return self.classifier(self.pool(states, *spans, x.heads))
 
 
 @study
 def run(seed: int, size: Size) -> Findings:
     """Classify relations whose word stands on the tree's path, and relations whose word stands beside a mention."""
     seeds = seeds_of(seed, size, small=3)
-    train, test = ITEMS[size]
+    count = ITEMS[size]
     arms: dict[str, Arms] = {}
     for task in ("tree", "text"):
-        pairs = [_sentences(s, task, train + test) for s in seeds]
-        x, y = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        train, test = split_at(stacked(_sentences(s, task, sum(count)) for s in seeds), count[0])
         arms[task] = Arms()
         for name, pool in POOLS.items():
             model = Together(lambda pool=pool: Reader(pool()), seeds, in_turn=True)  # type: ignore[misc]
-            fit(model, epochs(x[:, :train], y[:, :train], 64, seeds), cross_entropy, STEPS[size], lr=1e-2)
-            arms[task][name] = accuracy(model, x[:, train:], y[:, train:])
+            fit(model, epochs(*train, 64, seeds), cross_entropy, STEPS[size], lr=1e-2)
+            arms[task][name] = accuracy(model, *test)
     tree, text = arms["tree"], arms["text"]
     reported = (
         ("word on the path: accuracy, ENT-DYM minus ENT-SENT", tree.minus("ENT-DYM", "ENT-SENT")),
@@ -103,9 +110,9 @@ def run(seed: int, size: Size) -> Findings:
     )
 
 
-def _sentences(seed: int, task: str, count: int) -> tuple[Int[Tensor, "items packed"], Int[Tensor, "items"]]:
+def _sentences(seed: int, task: str, count: int) -> tuple[Sentences, Int[Tensor, "items"]]:
     rng = random.Random(seed)
-    rows: list[list[int]] = []
+    rows: list[tuple[list[int], list[int], list[int]]] = []
     labels: list[int] = []
     while len(rows) < count:
         heads = _tree(rng)
@@ -124,9 +131,9 @@ def _sentences(seed: int, task: str, count: int) -> tuple[Int[Tensor, "items pac
         others = [c for c in range(CLASSES) if c != label]
         for place, c in zip([rng.choice(inside), *rng.sample(free, CLASSES - 1)], [label, *others], strict=True):
             ids[place] = c * OF_CLASS + rng.randrange(OF_CLASS)
-        rows.append([*ids, *heads, subject, object_])
+        rows.append((ids, heads, [subject, object_]))
         labels.append(label)
-    return torch.tensor(rows), torch.tensor(labels)
+    return Sentences(*map(torch.tensor, zip(*rows, strict=True))), torch.tensor(labels)
 
 
 def _tree(rng: random.Random) -> list[int]:

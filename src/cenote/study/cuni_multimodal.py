@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from cenote.pool import FlatMemories, HierarchicalMemories, Memories, ParallelMemories, SerialMemories
 from cenote.study.harness import Arms, Findings, Size, above, between, draw_arms, seeds_of, study
-from cenote.study.training import Together, cross_entropy, epochs, fit
+from cenote.study.harness.batches import split_at, stacked
+from cenote.study.harness.training import Together, cross_entropy, epochs, fit
 
 WORDS, PATCHES, CHANNELS, DIM, HEADS = 6, 16, 8, 32, 4
 PLAIN, SENSES = 20, 2
@@ -37,8 +38,15 @@ WAYS: dict[str, Callable[..., Memories]] = {
 TEXT_ONLY = "text only"
 
 
+class Captions(NamedTuple):
+    """Sentences and the picture that belongs to each."""
+
+    words: Int[Tensor, "*items words"]
+    patches: Float[Tensor, "*items patches channels"]
+
+
 class Translator(nn.Module):
-    """Word and place embeddings, one memory layer, linear; the input is ids in channel 0 of the first rows, then patches."""
+    """Word and place embeddings, one memory layer, linear."""
 
     def __init__(self, way: Callable[..., Memories], sees: bool) -> None:
         super().__init__()
@@ -50,9 +58,9 @@ class Translator(nn.Module):
         self.norm = nn.LayerNorm(DIM)
         self.out = nn.Linear(DIM, PLAIN + SENSES)
 
-    def forward(self, x: Float[Tensor, "batch rows channels"]) -> Float[Tensor, "batch words target"]:
-        text = self.words(x[:, :WORDS, 0].long()) + self.places
-        memories = [text, self.patches(x[:, WORDS:])] if self.sees else [text]
+    def forward(self, x: Captions) -> Float[Tensor, "batch words target"]:
+        text = self.words(x.words) + self.places
+        memories = [text, self.patches(x.patches)] if self.sees else [text]
         return self.out(self.norm(self.memories(text, memories)))
 
 
@@ -61,17 +69,15 @@ def run(seed: int, size: Size) -> Findings:
     """Translate with each way to attend to text and picture; compare on the word that needs the picture."""
     seeds = seeds_of(seed, size, small=3)
     count = ITEMS[size]
-    x, y = (torch.stack(parts) for parts in zip(*(_captions(s, count + TEST) for s in seeds), strict=True))
-    train, test = (x[:, :count], y[:, :count]), (x[:, count:], y[:, count:])
-    others = test[0].clone()
-    others[:, :, WORDS:] = test[0][:, :, WORDS:].roll(1, 1)
+    train, (x, y) = split_at(stacked(_captions(s, count + TEST) for s in seeds), count)
+    others = x._replace(patches=x.patches.roll(1, 1))
     arms, overall, shuffled = Arms(), Arms(), Arms()
     for name, way in {TEXT_ONLY: FlatMemories, **WAYS}.items():
         model = Together(partial(Translator, way, name != TEXT_ONLY), seeds, in_turn=True)
         fit(model, epochs(*train, 64, seeds), _loss, STEPS[size], lr=3e-3)
-        arms[name], overall[name] = _right(model, *test)
+        arms[name], overall[name] = _right(model, x, y)
         if name != TEXT_ONLY:
-            shuffled[name], _ = _right(model, others, test[1])
+            shuffled[name], _ = _right(model, others, y)
     return Findings(
         seeds=seeds,
         checks=(
@@ -94,7 +100,7 @@ def run(seed: int, size: Size) -> Findings:
     )
 
 
-def _captions(seed: int, count: int) -> tuple[Float[Tensor, "items rows channels"], Int[Tensor, "items words"]]:
+def _captions(seed: int, count: int) -> tuple[Captions, Int[Tensor, "items words"]]:
     g = torch.Generator().manual_seed(seed)
     codes = torch.randn(SENSES, CHANNELS, generator=g) * 2
     ids = torch.randint(PLAIN, (count, WORDS), generator=g)
@@ -104,9 +110,7 @@ def _captions(seed: int, count: int) -> tuple[Float[Tensor, "items rows channels
     patches[rows, torch.randint(PATCHES, (count,), generator=g)] += codes[sense]
     y = ids.clone()
     ids[rows, place], y[rows, place] = AMBIGUOUS, PLAIN + sense
-    x = torch.zeros(count, WORDS + PATCHES, CHANNELS)
-    x[:, :WORDS, 0], x[:, WORDS:] = ids.float(), patches
-    return x, y
+    return Captions(ids, patches), y
 
 
 def _loss(logits: Float[Tensor, "seeds batch words target"], y: Int[Tensor, "seeds batch words"]) -> Float[Tensor, ""]:
@@ -114,7 +118,7 @@ def _loss(logits: Float[Tensor, "seeds batch words target"], y: Int[Tensor, "see
 
 
 @torch.no_grad()
-def _right(model: Together, x: Tensor, y: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _right(model: Together, x: Captions, y: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     model.base.eval()
     right = (model(x).argmax(-1) == y).double()
     ambiguous = (y >= PLAIN).double()

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cenote.pool import DeepLabASPP, DenseCRF, search_crf, to_output_stride, unary_from_labels, unary_from_probabilities
-from cenote.study.data import crop, photographs
-from cenote.study.global_cue import COLOURS, WIDTH, one_patch, trained
 from cenote.study.harness import Arms, Findings, Size, above, below, draw_arms, draw_picture, seeds_of, study
-from cenote.study.training import Together, cross_entropy, epochs, fit
-from cenote.study.window_cnn import images as digit_images
-from cenote.study.window_cnn import over_seeds
+from cenote.study.harness.global_cue import COLOURS, WIDTH, one_patch, trained
+from cenote.study.harness.photographs import crop, photographs
+from cenote.study.harness.training import Together, cross_entropy, epochs, fit
+from cenote.study.harness.window_cnn import images as digit_images
+from cenote.study.harness.window_cnn import over_seeds
 
 HEIGHT, WIDE, CLASSES = 30, 36, 4
 SEARCHED, TESTED = 5, 20

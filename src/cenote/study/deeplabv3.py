@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 
 from cenote.pool import DeepLabV3Head
-from cenote.study.global_cue import COLOURS, WIDTH, one_patch, patch_per_band, trained
 from cenote.study.harness import Arms, Findings, Size, above, below, draw_arms, seeds_of, study
+from cenote.study.harness.global_cue import COLOURS, WIDTH, one_patch, patch_per_band, trained
 
 SIDE = 24
 STEPS: dict[Size, int] = {"smoke": 2, "small": 150, "full": 260}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cenote.pool import DiCoSA
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.training import descend, shuffled
+from cenote.study.harness.training import descend, shuffled
 
 CONCEPTS, WORDS, WIDTH = 8, 20, 8
 DIM = CONCEPTS * WIDTH

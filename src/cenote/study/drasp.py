@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.pool import DraspPool, MeanPool, Pool, StatisticsPool
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.speech import BANDS, FLOOR, PHONES, inventory, phone_sequences, spoken
-from cenote.study.training import Together, epochs, fit, outputs, steps_of
+from cenote.study.harness.batches import stacked
+from cenote.study.harness.speech import BANDS, FLOOR, PHONES, inventory, phone_sequences, spoken
+from cenote.study.harness.training import Together, epochs, fit, outputs, steps_of
 
 SHORTEST, LONGEST, GLITCH, SEGMENT = 60, 200, 5, 4
 COST = 1.5
@@ -57,11 +58,18 @@ def run(seed: int, size: Size) -> Findings:
     return findings(seeds, train, test, EPOCHS[size], notes)
 
 
-class Clips(NamedTuple):
-    """Frames of each seed's clips, the last channel 1 where they are real, and the scores."""
+class Frames(NamedTuple):
+    """Frames of clips, 0 where they are not real, and which are."""
 
-    x: Float[Tensor, "seeds clips frames bands_and_mask"]
-    y: Float[Tensor, "seeds clips"]
+    x: Float[Tensor, "*clips frames bands"]
+    mask: Bool[Tensor, "*clips frames"]
+
+
+class Clips(NamedTuple):
+    """Each seed's clips and their scores."""
+
+    x: Frames
+    y: Float[Tensor, "*clips"]
 
 
 def findings(seeds: tuple[int, ...], train: Clips, test: Clips, passes: int, notes: tuple[str, ...] = ()) -> Findings:
@@ -97,19 +105,19 @@ def findings(seeds: tuple[int, ...], train: Clips, test: Clips, passes: int, not
 
 
 class Scorer(nn.Module):
-    """`MLP(pool(frames))`; the last channel of the input says which frames are real."""
+    """`MLP(pool(frames))`."""
 
     def __init__(self, pool: Callable[[], Pool]) -> None:
         super().__init__()
         self.pool = pool()
         self.mlp = nn.Sequential(nn.Linear(self.pool.out_dim, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1))
 
-    def forward(self, x: Float[Tensor, "clips frames bands_and_mask"]) -> Float[Tensor, "clips"]:
-        return self.mlp(self.pool(x[..., :-1], x[..., -1] > 0)).squeeze(-1)
+    def forward(self, frames: Frames) -> Float[Tensor, "clips"]:
+        return self.mlp(self.pool(*frames)).squeeze(-1)
 
 
 def _clips(seeds: tuple[int, ...], count: int, offset: int) -> Clips:
-    xs, ys = [], []
+    drawn = []
     for s in seeds:
         generator = torch.Generator().manual_seed(s + 1 + offset)
         steady, glitch = torch.rand(2, count, generator=generator)
@@ -125,10 +133,10 @@ def _clips(seeds: tuple[int, ...], count: int, offset: int) -> Clips:
         start = (torch.rand(count, generator=generator) * (lengths - GLITCH)).long().unsqueeze(1)
         inside = (t >= start) & (t < start + GLITCH)
         x = x + inside.unsqueeze(-1) * 4 * glitch.view(-1, 1, 1)
-        mask = (t < lengths.unsqueeze(1)).unsqueeze(-1)
-        xs.append(torch.cat([x.masked_fill(~mask, 0), mask.to(x.dtype)], -1))
-        ys.append(5 - COST * steady - COST * glitch)
-    return Clips(torch.stack(xs), torch.stack(ys))
+        mask = t < lengths.unsqueeze(1)
+        frames = Frames(x.masked_fill(~mask.unsqueeze(-1), 0), mask)
+        drawn.append(Clips(frames, 5 - COST * steady - COST * glitch))
+    return stacked(drawn)
 
 
 def _rank_correlation(a: Float[Tensor, "clips"], b: Float[Tensor, "clips"]) -> float:

@@ -21,9 +21,9 @@ from torch import nn
 
 from cenote.jobs.probe import Probe
 from cenote.pool import EfficientProbing, MeanPool, MHCAPool, Pool
-from cenote.study.data import Digits, backbone
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.training import Together, accuracy, cross_entropy, epochs, fit, steps_of
+from cenote.study.harness.data import Digits, backbone
+from cenote.study.harness.training import Together, accuracy, cross_entropy, epochs, fit, steps_of
 
 DIM = 64
 BATCH = 128

@@ -19,9 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cenote.pool import DecorrelationLoss, GramianHeads
-from cenote.study.data import backbone
 from cenote.study.harness import Arms, Findings, Size, above, below, draw_arms, seeds_of, study
-from cenote.study.training import descend, shuffled
+from cenote.study.harness.data import backbone
+from cenote.study.harness.training import descend, shuffled
 
 TRAIN, BATCH, LEARNING_RATE = 400, 50, 2e-3
 EPOCHS: dict[Size, int] = {"smoke": 1, "small": 30, "full": 60}

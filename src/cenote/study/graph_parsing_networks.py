@@ -22,7 +22,8 @@ from cenote.pool import GraphParsingNetwork, GraphParsingPool
 from cenote.pool.graph.base import as_graph, mean_by
 from cenote.pool.graph.layers import GraphBlock
 from cenote.pool.graph.sparse_hierarchical_graph import TopK
-from cenote.study.graphs import (
+from cenote.study.harness import Arms, Findings, Size, above, below, draw_arms, seeds_of, study
+from cenote.study.harness.graphs import (
     GraphData,
     accuracy,
     dense_memory,
@@ -32,7 +33,6 @@ from cenote.study.graphs import (
     split,
     trained,
 )
-from cenote.study.harness import Arms, Findings, Size, above, below, draw_arms, seeds_of, study
 
 WIDTH, LAYERS = 32, 2
 COMMUNITIES = (2, 4)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from cenote.pool import JointAttention, JointAttentionPool, best_point, gaussian_target
 from cenote.pool.attention.joint_attention.field import coordinates
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.training import descend, shuffled
+from cenote.study.harness.training import descend, shuffled
 
 MAP = (32, 64)
 EXTENT = (2.0, 1.0)

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from cenote.pool import LayerAwareTDNN, SpeakerStatisticsPool
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.speech import BANDS, FLOOR, PHONES, inventory, phone_sequences, spoken
-from cenote.study.training import descend
+from cenote.study.harness.speech import BANDS, FLOOR, PHONES, inventory, phone_sequences, spoken
+from cenote.study.harness.training import descend
 
 LAYERS, FRAMES, WIDTH, CLASSES = 6, 24, 24, 6
 WANDERING_FRAMES = LAYERS

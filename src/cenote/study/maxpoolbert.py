@@ -18,9 +18,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cenote.pool import CLSAttention, MaxCLS, MaxPoolBERT
-from cenote.study.data import backbone
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.training import Together, accuracy, cross_entropy, epochs, fit
+from cenote.study.harness.data import backbone
+from cenote.study.harness.training import Together, accuracy, cross_entropy, epochs, fit
 
 DIM, CLASSES, LABELS, LAST = 64, 10, 150, 3
 STEPS: dict[Size, int] = {"smoke": 6, "small": 300, "full": 1000}

@@ -28,8 +28,8 @@ from cenote.pool import (
     MIDAMSmoothedMaxLoss,
     MIDAMTrainer,
 )
-from cenote.study.data import PIXELS, digits
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
+from cenote.study.harness.data import PIXELS, digits
 
 TRAIN, TEST, INSTANCES, NINES = 60, 100, 100, 5
 HIDDEN, SAMPLED = 32, 4

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from cenote.pool import GatedPool2d, MixedPool2d, TreePool2d
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.training import Together, accuracy, constant, fit
-from cenote.study.window_cnn import Build, images, over_seeds, trained_cnn
+from cenote.study.harness.training import Together, accuracy, constant, fit
+from cenote.study.harness.window_cnn import Build, images, over_seeds, trained_cnn
 
 MAPS, MAP_SIDE = 64, 8
 STEPS: dict[Size, int] = {"smoke": 20, "small": 400, "full": 400}

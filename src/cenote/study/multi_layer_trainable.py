@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from cenote.pool import LastLayerTrainable, MultiLayerTrainable, WeightedLayerSum
 from cenote.study.harness import Arms, Findings, Size, above, below, draw_arms, seeds_of, study
-from cenote.study.training import Together, accuracy, cross_entropy, epochs, fit
+from cenote.study.harness.batches import split_at, stacked
+from cenote.study.harness.training import Together, accuracy, cross_entropy, epochs, fit
 
 LAYERS, TOKENS, DIM, CLASSES = 6, 5, 16, 4
 TRAIN, TEST = 400, 400
@@ -58,12 +59,12 @@ def run(seed: int, size: Size) -> Findings:
     seeds = seeds_of(seed, size)
     arms: dict[int, Arms] = {}
     for layer in (MIDDLE, LAST):
-        x, y = (torch.stack(parts) for parts in zip(*(_stacks(s, layer) for s in seeds), strict=True))
+        train, test = split_at(stacked(_stacks(s, layer) for s in seeds), TRAIN)
         arms[layer] = Arms()
         for name, pool in POOLS.items():
             model = Together(lambda pool=pool: nn.Sequential(pool(), nn.Linear(DIM, CLASSES)), seeds)  # type: ignore[misc]
-            fit(model, epochs(x[:, :TRAIN], y[:, :TRAIN], 50, seeds), cross_entropy, STEPS[size], lr=5e-3)
-            arms[layer][name] = accuracy(model, x[:, TRAIN:], y[:, TRAIN:])
+            fit(model, epochs(*train, 50, seeds), cross_entropy, STEPS[size], lr=5e-3)
+            arms[layer][name] = accuracy(model, *test)
     ours, theirs = "all layers, trainable", "last layer, trainable"
     return Findings(
         seeds=seeds,

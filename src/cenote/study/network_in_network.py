@@ -22,10 +22,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cenote.pool import GlobalAveragePool, MLPConv, NetworkInNetwork
-from cenote.study.data import Digits
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, draw_picture, seeds_of, study
-from cenote.study.training import Together, accuracy, cross_entropy, epochs, fit, steps_of
-from cenote.study.window_cnn import SIDE, Build, Canvas, images, on_canvas
+from cenote.study.harness.data import Digits
+from cenote.study.harness.training import Together, accuracy, cross_entropy, epochs, fit, steps_of
+from cenote.study.harness.window_cnn import SIDE, Build, Canvas, images, on_canvas
 
 TRAIN = 200
 BATCH = 50

@@ -10,7 +10,7 @@ two frames of random polarity outside. Terms are embedded with their distances t
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from cenote.pool import MLPAttention, YangAttention, ZhouAttention
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.training import Together, cross_entropy, epochs, fit
+from cenote.study.harness.batches import split_at, stacked, unstacked
+from cenote.study.harness.training import Together, cross_entropy, epochs, fit
 
 TERMS, EMBEDDED, PLACED, HIDDEN, CLASSES = 18, 16, 4, 16, 3
 FRAMES, NEUTRAL = 20, 80
@@ -29,8 +30,15 @@ PAIRS = (("LSTM + Zhou", "LSTM"), ("LSTM + Yang", "LSTM"), ("CNN + MLP", "CNN"))
 ARMS = ("LSTM", "LSTM + Zhou", "LSTM + Yang", "CNN", "CNN + MLP")
 
 
+class Sentences(NamedTuple):
+    """Terms, and the places of the two entities among them."""
+
+    terms: Int[Tensor, "*items terms"]
+    entities: Int[Tensor, "*items 2"]
+
+
 class Reader(nn.Module):
-    """Embeddings, an encoder, what reads it, linear; the input is terms and the places of the entities."""
+    """Embeddings, an encoder, what reads it, linear."""
 
     def __init__(self, arm: str) -> None:
         super().__init__()
@@ -47,25 +55,24 @@ class Reader(nn.Module):
         self.keyed = MLPAttention(width, 2, 10) if arm == "CNN + MLP" else None
         self.classifier = nn.Linear(2 * HIDDEN + (0 if self.keyed is None else self.keyed.out_dim), CLASSES)
 
-    def forward(self, x: Int[Tensor, "batch packed"]) -> Float[Tensor, "batch classes"]:
-        embedded, entities = self.embed(x)
+    def forward(self, x: Sentences) -> Float[Tensor, "batch classes"]:
+        embedded = self.embed(x)
         if self.cnn is not None:
             pooled = torch.relu(self.cnn(embedded.transpose(1, 2))).amax(2)
             if self.keyed is not None:
-                pooled = torch.cat([pooled, self.keyed(embedded, entities)], -1)
+                pooled = torch.cat([pooled, self.keyed(embedded, x.entities)], -1)
             return self.classifier(pooled)
         states = self.states(embedded)
         if self.attention is not None:
             return self.classifier(self.attention(states))
         return self.classifier(torch.cat([states[:, -1, :HIDDEN], states[:, 0, HIDDEN:]], -1))
 
-    def embed(self, x: Int[Tensor, "batch packed"]) -> tuple[Tensor, Tensor]:
-        """Term vectors and the places of the entities."""
-        ids, entities = x[:, :TERMS], x[:, TERMS:]
-        near = [self.places(torch.arange(TERMS) - entities[:, i : i + 1] + TERMS) for i in (0, 1)]
-        return torch.cat([self.words(ids), *near], -1), entities
+    def embed(self, x: Sentences) -> Float[Tensor, "batch terms width"]:
+        """Vectors of the terms, their distances to both entities among them."""
+        near = [self.places(torch.arange(TERMS) - x.entities[:, i : i + 1] + TERMS) for i in (0, 1)]
+        return torch.cat([self.words(x.terms), *near], -1)
 
-    def states(self, embedded: Tensor) -> Tensor:
+    def states(self, embedded: Float[Tensor, "batch terms width"]) -> Float[Tensor, "batch terms hidden"]:
         """Of the LSTM, both directions."""
         assert self.lstm is not None
         return self.lstm(embedded)[0]
@@ -75,16 +82,17 @@ class Reader(nn.Module):
 def run(seed: int, size: Size) -> Findings:
     """Train every encoder with and without attention; compare macro F1, and look where the attention lies."""
     seeds = seeds_of(seed, size, small=3)
-    train, test = ITEMS[size]
-    x, y = (torch.stack(parts) for parts in zip(*(_sentences(s, train + test) for s in seeds), strict=True))
+    count = ITEMS[size]
+    train, (x, y) = split_at(stacked(_sentences(s, sum(count)) for s in seeds), count[0])
     arms, mass = Arms(), Arms()
     for arm in ARMS:
         model = Together(partial(Reader, arm), seeds, in_turn=True)
-        fit(model, epochs(x[:, :train], y[:, :train], 64, seeds), cross_entropy, STEPS[size], lr=5e-3)
+        fit(model, epochs(*train, 64, seeds), cross_entropy, STEPS[size], lr=5e-3)
         modules = model.modules()
-        arms[arm] = tuple(map(_macro_f1, modules, x[:, train:], y[:, train:]))
+        own = unstacked(x, len(seeds))
+        arms[arm] = tuple(map(_macro_f1, modules, own, y))
         if modules[0].attention is not None:
-            mass[arm] = tuple(map(_more_than_share, modules, x[:, train:]))
+            mass[arm] = tuple(map(_more_than_share, modules, own))
     gains = [arms.minus(first, second) for first, second in PAIRS]
     middle = tuple(sorted(of_seed)[1] for of_seed in zip(*gains, strict=True))
     each = [
@@ -100,7 +108,7 @@ def run(seed: int, size: Size) -> Findings:
     )
 
 
-def _sentences(seed: int, count: int) -> tuple[Int[Tensor, "items packed"], Int[Tensor, "items"]]:
+def _sentences(seed: int, count: int) -> tuple[Sentences, Int[Tensor, "items"]]:
     g = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int, *shape: int) -> Tensor:
@@ -116,20 +124,20 @@ def _sentences(seed: int, count: int) -> tuple[Int[Tensor, "items packed"], Int[
     ids[rows, first + 1 + (torch.rand(count, generator=g) * (second - first - 1)).long()] = frame
     ids[rows, (torch.rand(count, generator=g) * first).long()] = draw(0, 2 * FRAMES, count)
     ids[rows, second + 1 + (torch.rand(count, generator=g) * (TERMS - 1 - second)).long()] = draw(0, 2 * FRAMES, count)
-    return torch.cat([ids, first.unsqueeze(1), second.unsqueeze(1)], 1), y
+    return Sentences(ids, torch.stack([first, second], 1)), y
 
 
 @torch.no_grad()
-def _macro_f1(model: Any, x: Tensor, y: Tensor) -> float:
+def _macro_f1(model: Any, x: Sentences, y: Tensor) -> float:
     from sklearn.metrics import f1_score
 
     return float(f1_score(y.numpy(), model(x).argmax(-1).numpy(), average="macro", zero_division=0))
 
 
 @torch.no_grad()
-def _more_than_share(model: Any, x: Tensor) -> float:
-    weights = model.attention.attend(model.states(model.embed(x)[0])).weights.squeeze(1)
-    frames = (x[:, :TERMS] < 2 * FRAMES).float()
+def _more_than_share(model: Any, x: Sentences) -> float:
+    weights = model.attention.attend(model.states(model.embed(x))).weights.squeeze(1)
+    frames = (x.terms < 2 * FRAMES).float()
     return float((weights * frames).sum(1).mean() - frames.mean())
 
 

@@ -22,7 +22,7 @@ from torch.optim import Adam
 from cenote.pool import DeepSet, SetTransformer
 from cenote.pool.attention.set_transformer.clustering import GaussianMixtures, sample_mixtures
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.training import Batch, Together, fit, tenth_at_half
+from cenote.study.harness.training import Batch, Together, fit, tenth_at_half
 
 COMPONENTS, HIDDEN, HEADS, INDUCING = 3, 32, 4, 8
 POINTS = (60, 120)

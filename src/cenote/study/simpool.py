@@ -20,8 +20,8 @@ from torch import Tensor
 
 from cenote.pool import GeM, MaxPool, MeanPool, Pool, SimPool
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.tiles import WIDTH, Tiles, classifiers, train_and_test
-from cenote.study.training import Together, accuracy
+from cenote.study.harness.tiles import WIDTH, Tiles, classifiers, train_and_test
+from cenote.study.harness.training import Together, accuracy
 
 POOLS: dict[str, Callable[[], Pool]] = {
     "mean": partial(MeanPool, WIDTH),

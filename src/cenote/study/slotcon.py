@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from cenote.pool import SemanticGrouping, SlotCon, SlotConTrainer, TwoCrops
-from cenote.study.data import Digits, digits
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.training import descend
+from cenote.study.harness.data import Digits, digits
+from cenote.study.harness.training import descend
 
 CANVAS, CROP = 24, 16
 DIM, HIDDEN, SLOTS = 32, 64, 16

@@ -21,7 +21,8 @@ from cenote.core.graphs import Graphs, undirected
 from cenote.pool import SparseHierarchicalClassifier, SparseHierarchicalPool
 from cenote.pool.graph.base import as_graph, mean_by
 from cenote.pool.graph.sparse_hierarchical_graph import MeanConv
-from cenote.study.graphs import (
+from cenote.study.harness import Arms, Findings, Size, above, below, draw_arms, seeds_of, study
+from cenote.study.harness.graphs import (
     GraphData,
     accuracy,
     dense_memory,
@@ -32,7 +33,6 @@ from cenote.study.graphs import (
     split,
     trained,
 )
-from cenote.study.harness import Arms, Findings, Size, above, below, draw_arms, seeds_of, study
 
 WIDTH, BLOCKS = 32, 3
 MOTIF = 6

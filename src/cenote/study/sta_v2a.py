@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from cenote.pool import FactorGraphAttention, MeanPool, Pool, StaV2aOnsets
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.training import Together, accuracy, cross_entropy, epochs, fit, outputs, steps_of
+from cenote.study.harness.training import Together, accuracy, cross_entropy, epochs, fit, outputs, steps_of
 
 FRAMES, DIM = 40, 32
 CLASSES, INFORMATIVE = 4, 5

@@ -21,9 +21,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cenote.pool import TokenCountSampler, TokenFlex, check_placeholders
-from cenote.study.data import Digits, digits
 from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
-from cenote.study.training import descend
+from cenote.study.harness.data import Digits, digits
+from cenote.study.harness.training import descend
 
 COUNTS = (16, 36, 64)
 FEWEST, MOST = COUNTS[0], COUNTS[-1]

@@ -23,7 +23,7 @@ from cenote.pool import ReTreever, TreeObjective
 from cenote.pool.attention.tree_cross_attention.blocks import EncoderLayer, NormedAttention, NormedFeedForward
 from cenote.pool.attention.tree_cross_attention.tree import tree_shape
 from cenote.study.harness import Arms, Findings, Size, above, below, draw_arms, seeds_of, study
-from cenote.study.training import cross_entropy, descend
+from cenote.study.harness.training import cross_entropy, descend
 
 DIGITS, DIM, HEADS, LAYERS = 10, 32, 2, 1
 LENGTHS = (16, 32)

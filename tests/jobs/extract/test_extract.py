@@ -17,17 +17,17 @@ import torch
 from tests import tiny
 
 from cenote.core import InputError
-from cenote.features import read
+from cenote.features import TokenDataset, read
 from cenote.features.raw import RawItems, UnreadableError, open_raw
-from cenote.features.store import StoredDataset, read_manifest
+from cenote.features.store import StoredLayers, read_manifest
 from cenote.jobs.extract import ModelSpec, Options, Progress, estimate, extract
 
 from .conftest import Photos, content
 
 
-def stored(path: Path, **options: object) -> StoredDataset:
+def stored(path: Path, **options: object) -> TokenDataset:
     data = read(path, **options)  # type: ignore[arg-type]
-    assert isinstance(data, StoredDataset)
+    assert isinstance(data.x, StoredLayers)
     return data
 
 

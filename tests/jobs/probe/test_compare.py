@@ -18,12 +18,13 @@ from scipy.stats import wilcoxon
 from tests.jobs.probe.conftest import make_dataset, make_ragged
 
 import cenote
+from cenote.compare import processes, verdict
+from cenote.compare.cells import load_cell
+from cenote.compare.statistics import holm
 from cenote.core import InputError
 from cenote.features.dataset import TokenDataset
-from cenote.jobs.probe import Comparison, Recipe, compare, trials, verdict
-from cenote.jobs.probe.cells import load_cell
+from cenote.jobs.probe import Comparison, Recipe, compare
 from cenote.jobs.probe.job import chosen_methods
-from cenote.jobs.probe.statistics import holm
 
 QUICK = Recipe(learning_rates=(1e-2,), epochs=8)
 METHODS = ["mean", "max", "simpool"]
@@ -51,6 +52,14 @@ def test_the_comparison_holds_what_it_says(toy: TokenDataset) -> None:
 def test_json_round_trip(toy: TokenDataset) -> None:
     c = compare(toy, METHODS, seeds=1, recipe=QUICK)
     assert Comparison.from_json(c.to_json()) == c
+
+
+def test_tables_from_before_there_were_controls_still_load(toy: TokenDataset) -> None:
+    c = compare(toy, METHODS, seeds=1, recipe=QUICK)
+    stored = json.loads(c.to_json())
+    for result in stored["results"]:
+        del result["control"]
+    assert Comparison.from_json(json.dumps(stored)) == c
 
 
 def test_the_same_folder_resumes_and_gives_the_same(toy: TokenDataset, tmp_path: Path) -> None:
@@ -117,8 +126,9 @@ compare(make_dataset(), ["mean", "max", "gem", "simpool"], seeds=1, out=sys.argv
 
 def test_a_killed_run_leaves_only_whole_cells(tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
+    path = os.pathsep.join([str(root), str(root / "src")])
     run = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path)], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}
+        [sys.executable, "-c", KILLED, str(tmp_path)], cwd=root, env={**os.environ, "PYTHONPATH": path}
     )
     cells = tmp_path / "cells"
     deadline = time.monotonic() + 60
@@ -151,7 +161,7 @@ def test_processes_give_the_same(tmp_path: Path) -> None:
 
 
 def test_processes_tell_how_far_they_are(toy: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(processes, "LOOK_SECONDS", 0.01)
     told: dict[str, list[float]] = {}
     recipe = Recipe(learning_rates=(1e-2,), epochs=50, patience=50)
     compare(
@@ -180,8 +190,8 @@ def test_ctrl_c_in_processes_keeps_what_is_done(toy: TokenDataset, tmp_path: Pat
 
 
 def test_what_a_dead_process_left_is_trained_here(toy: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "_run", lambda _number: os._exit(1))
-    with pytest.warns(UserWarning, match="a training process died"):
+    monkeypatch.setattr(processes, "_run", lambda _number: os._exit(1))
+    with pytest.warns(UserWarning, match="a process died"):
         c = compare(toy, METHODS, seeds=1, recipe=QUICK, workers=2)
     assert {r.method for r in c.results} == set(METHODS)
 

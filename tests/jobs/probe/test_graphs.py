@@ -10,7 +10,6 @@ from cenote.cli import main
 from cenote.core import InputError
 from cenote.core.graphs import Graphs
 from cenote.features import digits, read
-from cenote.features.graph_view import with_edges
 from cenote.jobs.probe import Comparison, Recipe, compare, load
 from cenote.jobs.probe.arms import chosen_methods
 from cenote.jobs.probe.module import Probe
@@ -75,7 +74,7 @@ def test_without_edges_graph_pools_are_skipped_and_say_why() -> None:
 
 
 def test_graphs_are_not_cut_by_length(rings: Path) -> None:
-    data = with_edges(read(rings))
+    data = read(rings).with_edges()
     parts = [part.tolist() for _, part in pieces(data, torch.arange(48), 12 * 20)]
     assert [len(p) for p in parts] == [20, 20, 8]
     x, mask = data.batch(torch.tensor([3, 1]))

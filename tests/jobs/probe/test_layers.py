@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from cenote.core import Bags, InputError
-from cenote.features.layered import LayeredDataset
+from cenote.features import LayeredDataset, TokenDataset
 from cenote.jobs.probe import Comparison, Recipe, compare, load
 from cenote.jobs.probe.arms import columns_of
 from cenote.jobs.probe.module import build_probe
@@ -18,7 +18,7 @@ QUICK = Recipe(learning_rates=(0.1,), epochs=15, least_steps=4, patience=15)
 ITEMS, DIM = 240, 8
 
 
-def middle(ragged: bool = False) -> LayeredDataset:
+def middle(ragged: bool = False) -> TokenDataset:
     """The class shows in layer 2 of 0 to 3, and nowhere else."""
     g = torch.Generator().manual_seed(0)
     y = torch.arange(ITEMS) % 2
@@ -65,7 +65,8 @@ def test_one_layer_keeps_plain_names() -> None:
     assert [(c.name, c.layers) for c in columns] == [("mean", (3,)), ("max", (3,)), ("weighted-layer-sum", (1, 2, 3))]
     assert baseline == "mean"
     columns, _, _ = columns_of(data, ["mean"], "2")
-    assert torch.equal(columns[0].data.x, data.x[:, 2])
+    every = torch.arange(ITEMS)
+    assert torch.equal(columns[0].data.batch(every)[0], data.batch(every)[0][:, 2])
     columns, baseline, _ = columns_of(data, ["mean"], "-2:")
     assert [c.name for c in columns] == ["mean@3", "mean@2"]
     assert baseline == "mean@3"

@@ -8,10 +8,10 @@ from tests.pools import QUICK_SETTINGS
 from torch import Tensor, nn
 
 import cenote
+from cenote.compare.metrics import accuracy, auroc, mean_average_precision, r2
 from cenote.core import InputError
 from cenote.features.dataset import TokenDataset
 from cenote.jobs.probe import training
-from cenote.jobs.probe.metrics import accuracy, auroc, mean_average_precision, r2
 from cenote.jobs.probe.module import Probe, build_probe
 from cenote.jobs.probe.recipe import Recipe
 
@@ -190,3 +190,12 @@ def test_a_pool_that_vmap_cannot_batch_is_trained_all_the_same(toy: TokenDataset
 
     trained = training.train(lambda: Probe(Stubborn(), 3), toy, accuracy, (0, 1), Recipe(epochs=40))
     assert min(trained.validation) > 0.6
+
+
+def test_a_probe_that_an_earlier_version_pickled_drops_what_it_dropped() -> None:
+    probe = Probe(cenote.create("mean", dim=4), 2, prefix_tokens=1).eval()
+    state = {k: v for k, v in probe.__dict__.items() if k != "prefix_tokens"} | {"drop": 1}
+    old = Probe.__new__(Probe)
+    old.__setstate__(state)
+    x = torch.randn(3, 5, 4)
+    torch.testing.assert_close(old(x), probe(x))

@@ -1,10 +1,10 @@
 """The feature store: token features on disk, in plain Arrow files with a manifest."""
 
-from cenote.features.store.dataset import StoredDataset
 from cenote.features.store.listing import Listing, changes, read_listing, write_listing
 from cenote.features.store.manifest import Dtype, Manifest, ShardEntry, is_store, read_manifest
 from cenote.features.store.pictures import StoredPictures
 from cenote.features.store.shards import Rows, ShardFile, finished_shards, write_shard
+from cenote.features.store.source import StoredLayers
 from cenote.features.store.tokens import StoredTokens
 
 __all__ = [
@@ -14,7 +14,7 @@ __all__ = [
     "Rows",
     "ShardEntry",
     "ShardFile",
-    "StoredDataset",
+    "StoredLayers",
     "StoredPictures",
     "StoredTokens",
     "changes",

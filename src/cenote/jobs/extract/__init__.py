@@ -6,7 +6,10 @@ decides who computes which shard, and nothing that it does wrong can damage a st
 """
 
 from cenote.jobs.extract.engine import Engine, LocalEngine
-from cenote.jobs.extract.job import Estimate, Extracted, Options, Progress, estimate, extract, planned
+from cenote.jobs.extract.job import extract
+from cenote.jobs.extract.measure import estimate
+from cenote.jobs.extract.plan import Options, planned
+from cenote.jobs.extract.result import Estimate, Extracted, Progress
 from cenote.jobs.extract.spec import Job, ModelSpec, Shard, shards
 from cenote.jobs.extract.work import Worker
 

@@ -1,9 +1,10 @@
 """Labelled token features -> which pooling wins, by how much, at what cost."""
 
+from cenote.compare import PairTest
 from cenote.jobs.probe.job import compare
 from cenote.jobs.probe.module import Probe, build_probe
 from cenote.jobs.probe.recipe import Recipe
-from cenote.jobs.probe.result import Comparison, MethodResult, PairTest
+from cenote.jobs.probe.result import Comparison, MethodResult
 from cenote.jobs.probe.saved import SavedProbe, load
 
 __all__ = [

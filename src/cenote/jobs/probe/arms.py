@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
 
 from cenote.catalog import Method, method, methods
+from cenote.compare.arms import Arm, OnShare, unheard
+from cenote.compare.cells import Cell
+from cenote.compare.metrics import METRICS
 from cenote.core import InputError
 from cenote.features.dataset import TokenDataset
-from cenote.features.graph_view import with_edges
-from cenote.features.layered import at_layer, layers_of, with_layers
+from cenote.jobs.probe import cost, module, training
+from cenote.jobs.probe.module import Probe, build_probe
+from cenote.jobs.probe.recipe import Recipe
 from cenote.models.base import layer_numbers
 
 BASELINE = "mean"
 KINDS = ("sets", "layers", "graphs")
 EMBEDDINGS = 0
+
+MAX_PAIRWISE_TOKENS = 8192
+
+LARGEST_COPY = 2**31
+"""Bytes of features that are written to a temporary file for other processes."""
 
 Layers = str | int | Sequence[int] | None
 
@@ -39,6 +54,141 @@ class Column:
     def reads_stack(self) -> bool:
         """Whether it pools layers and tokens together."""
         return self.method.kind == "layers"
+
+
+@dataclass(frozen=True)
+class Trial(Arm):
+    """One column to train, and how: everything that its cell follows from.
+
+    A cell holds the test logits as `scores`, `[seeds, items, outputs]`, and as `state.S.NAME` the probe of seed number S.
+
+    Attributes:
+        column: what is trained, on which view of the data.
+        metric: decides on validation.
+        seeds: of the initialisations.
+        recipe: of the training.
+        fingerprint: of data, remembered for all columns that read the same.
+    """
+
+    column: Column
+    metric: str
+    seeds: tuple[int, ...]
+    recipe: Recipe
+    fingerprint: Callable[[TokenDataset], str] = TokenDataset.fingerprint
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """That of the column."""
+        return self.column.name
+
+    @property
+    def summary(self) -> str:  # type: ignore[override]
+        """That of the method."""
+        return self.column.method.summary
+
+    def key(self) -> Mapping[str, Any]:
+        """Data, settings, recipe, seeds, metric."""
+        return {
+            "data": self.fingerprint(self.column.data),
+            "method": self.column.method.path,
+            "settings": dict(self.column.method.settings or {}),
+            "recipe": dataclasses.asdict(self.recipe),
+            "seeds": self.seeds,
+            "metric": self.metric,
+        }
+
+    def sources(self) -> tuple[type | ModuleType, ...]:
+        """The pool, and what trains and measures its probe."""
+        return (self.column.method.load(), type(self), Trial, module, training, cost)
+
+    def unfit(self) -> str | None:
+        """Why the pool cannot be trained on such data."""
+        name, data = self.column.method.name, self.column.data
+        try:
+            pool = build_probe(name, data).pool
+        except InputError as error:
+            return str(error).removeprefix(f"{name}: ")
+        if getattr(pool, "pairwise", False) and int(data.lengths().max()) > MAX_PAIRWISE_TOKENS:
+            longest = int(data.lengths().argmax())
+            return (
+                f"its tokens attend to each other, which at the {int(data.lengths()[longest]):,} tokens of item "
+                f"{data.ids[longest]!r} would take too long; the limit is {MAX_PAIRWISE_TOKENS:,}"
+            )
+        return None
+
+    def run(self, on_share: OnShare = unheard) -> Cell:
+        """The trained cell."""
+        data = self.column.data
+        trained = training.train(
+            self.build,
+            data,
+            METRICS[self.metric],
+            self.seeds,
+            self.recipe,
+            lambda share: on_share(self.name, 0.95 * share),
+        )
+        test = data.indices("test")
+        scores = torch.stack([training.predict(p, data, test, self.recipe.tokens_at_once) for p in trained.probes])
+        probe = trained.probes[0]
+        record = {
+            "settings": dict(self.column.method.settings or {}),
+            "layers": self.column.layers,
+            "validation_per_seed": trained.validation,
+            "learning_rate": trained.learning_rate,
+            "epochs": trained.epochs,
+            "parameters": cost.parameters(probe),
+            "multiply_adds": cost.multiply_adds(probe, data),
+            "seconds": trained.seconds,
+            "train_loss": trained.train_loss,
+            "validation_curve": trained.validation_curve,
+        }
+        states: dict[str, Tensor] = {
+            f"state.{s}.{name}": value for s, p in enumerate(trained.probes) for name, value in p.state_dict().items()
+        }
+        return Cell(self.name, record, {"scores": scores, **states})
+
+    def finish(self, cell: Cell) -> Cell:
+        """The same cell with the latency of its probe."""
+        if "latency_ms" in cell.record:
+            return cell
+        return cell.with_record(latency_ms=cost.latency_ms(self.probe(cell, 0), self.column.data))
+
+    def work(self) -> int:
+        """Multiply-adds for one item."""
+        return cost.multiply_adds(self.build(), self.column.data)
+
+    def gains_by_processes(self) -> bool:
+        """Whether its steps are small, and its data can be copied."""
+        data = self.column.data
+        return training.steps_are_small(data, self.recipe) and data.nbytes() <= LARGEST_COPY
+
+    def travelling(self) -> Self:
+        """The same, without what only reports and keys need."""
+        data = dataclasses.replace(self.column.data, images=None, words=None)
+        column = dataclasses.replace(self.column, data=data)
+        return dataclasses.replace(self, column=column, fingerprint=TokenDataset.fingerprint)
+
+    def build(self) -> Probe:
+        """A fresh probe."""
+        return build_probe(self.column.method.name, self.column.data)
+
+    def probe(self, cell: Cell, seed_number: int) -> Probe:
+        """The trained probe of one seed."""
+        prefix = f"state.{seed_number}."
+        probe = self.build()
+        probe.load_state_dict({k.removeprefix(prefix): v for k, v in cell.tensors.items() if k.startswith(prefix)})
+        return probe.eval()
+
+
+def remembered() -> Callable[[TokenDataset], str]:
+    """Fingerprints; each view of the data is read once."""
+    known: dict[int, tuple[TokenDataset, str]] = {}
+
+    def fingerprint(view: TokenDataset) -> str:
+        # the view is kept, so that no other can get its number
+        return known.setdefault(id(view), known.get(id(view)) or (view, view.fingerprint()))[1]
+
+    return fingerprint
 
 
 def chosen_methods(wanted: str | Sequence[str], layered: bool = False, edges: bool = False) -> tuple[str, ...]:
@@ -75,7 +225,7 @@ def columns_of(
     Raises:
         InputError: where layers are chosen of data that hold one.
     """
-    held = layers_of(data)
+    held = data.layers
     several = len(held) > 1
     if layers is not None and not several:
         raise InputError(
@@ -83,7 +233,7 @@ def columns_of(
         )
     names = chosen_methods(wanted, layered=several, edges=data.has_edges)
     numbers = layer_numbers(layers, held) if several else ()
-    views = {n: at_layer(data, n) for n in numbers}
+    views = {n: data.at(n) for n in numbers}
     stack = tuple(n for n in held if n != EMBEDDINGS)
     columns: list[Column] = []
     skipped: dict[str, str] = {}
@@ -93,12 +243,12 @@ def columns_of(
             if len(stack) < 2:
                 skipped[name] = "pools several layers, and the data hold one"
             else:
-                columns.append(Column(name, entry, stack, with_layers(data, stack)))
+                columns.append(Column(name, entry, stack, data.only(stack)))
         elif entry.kind == "graphs":
             if not data.has_edges:
                 skipped[name] = "reads edges between tokens, and the data have none"
             else:
-                columns.append(Column(name, entry, held, with_edges(data)))
+                columns.append(Column(name, entry, held, data.with_edges()))
         elif not several:
             columns.append(Column(name, entry, held, data))
         else:

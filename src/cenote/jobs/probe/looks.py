@@ -63,7 +63,7 @@ def save_looks(
         "grid": None if data.grid is None else list(data.grid),
         "prefix_tokens": data.prefix_tokens,
         "methods": [r.method for r in comparison.results],
-        "token_labels": None if data.token_labels is None else [_token_labels(data, i).tolist() for i in items],
+        "token_labels": None if data.token_labels is None else [data.labels_of(i).tolist() for i in items],
     }
     files.write_whole(folder / "attention.safetensors", save(tensors))
     files.write_whole(folder / "attention.json", json.dumps(card))
@@ -79,7 +79,7 @@ def localisation(
     from sklearn.metrics import roc_auc_score
 
     found: dict[str, float] = {}
-    labels = {i: _token_labels(data, i)[data.prefix_tokens :].bool() for i in data.indices("test").tolist()}
+    labels = {i: data.labels_of(i)[data.prefix_tokens :].bool() for i in data.indices("test").tolist()}
     mixed = [i for i, marked in labels.items() if bool(marked.any()) and not bool(marked.all())]
     for name, probe in probes.items():
         scores = []
@@ -112,14 +112,6 @@ def _sampled(data: TokenDataset) -> list[int]:
         by_class.setdefault(int(data.y[i]), []).append(i)
     rounds = [i for rank in range(SAMPLES) for c in sorted(by_class) for i in by_class[c][rank : rank + 1]]
     return rounds[:SAMPLES]
-
-
-def _token_labels(data: TokenDataset, item: int) -> Tensor:
-    assert data.token_labels is not None
-    if data.tokens is not None:
-        return data.token_labels[item]
-    start = int(data.lengths()[:item].sum())
-    return data.token_labels[start : start + int(data.lengths()[item])]
 
 
 def _label(data: TokenDataset, item: int) -> str:

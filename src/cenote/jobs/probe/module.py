@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from cenote.catalog import create
 from cenote.features.dataset import TokenDataset
-from cenote.features.layered import layers_of
 from cenote.pool.base import Pool, Pooled
 from cenote.pool.fitting import FittedPool, Known, decided_arguments, require_runs_on, width
 from cenote.pool.graph.base import GraphPool
@@ -33,6 +32,11 @@ class Probe(nn.Module):
         self.prefix_tokens = prefix_tokens
         self.norm = nn.BatchNorm1d(width(pool), affine=False)
         self.classifier = nn.Linear(width(pool), outputs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # pickled by a version that kept how many tokens its pool does not see
+        state.setdefault("prefix_tokens", state.pop("drop", 0))
+        super().__setstate__(state)
 
     @property
     def fitted(self) -> FittedPool:
@@ -68,7 +72,7 @@ def sized_arguments(name: str, data: TokenDataset) -> dict[str, Any]:
     Raises:
         InputError: where the method cannot run on such data, saying why.
     """
-    known = Known(data.dim, data.prefix_tokens, data.tokens, len(layers_of(data)))
+    known = Known(data.dim, data.prefix_tokens, data.tokens, len(data.layers))
     require_runs_on(name, known)
     return decided_arguments(name, known)
 

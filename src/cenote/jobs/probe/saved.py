@@ -17,8 +17,6 @@ import cenote.core.files as files
 from cenote.catalog import create
 from cenote.core import Bags, InputError
 from cenote.features.dataset import Task, TokenDataset
-from cenote.features.graph_view import with_edges
-from cenote.features.layered import at_layer, layers_of, with_layers
 from cenote.jobs.probe.arms import Column
 from cenote.jobs.probe.module import Probe, sized_arguments
 from cenote.jobs.probe.result import Comparison
@@ -57,8 +55,8 @@ class SavedProbe:
             InputError: where the data do not hold them.
         """
         if isinstance(self.probe.pool, GraphPool):
-            return with_edges(data)
-        held = layers_of(data)
+            return data.with_edges()
+        held = data.layers
         if not self.layers or (held == () and len(self.layers) == 1):
             return data
         missing = [n for n in self.layers if n not in held]
@@ -66,7 +64,7 @@ class SavedProbe:
             raise InputError(
                 f"data: the probe reads layers {', '.join(map(str, self.layers))}, and {missing} are not there"
             )
-        return at_layer(data, self.layers[0]) if len(self.layers) == 1 else with_layers(data, self.layers)
+        return data.at(self.layers[0]) if len(self.layers) == 1 else data.only(self.layers)
 
     @torch.no_grad()
     def scores(

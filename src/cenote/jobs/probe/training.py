@@ -15,10 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cenote.compare.metrics import Metric
 from cenote.core.binding import bind
 from cenote.core.tokenwise import ROWS_AT_ONCE
 from cenote.features.dataset import Task, TokenDataset
-from cenote.jobs.probe.metrics import Metric
 from cenote.jobs.probe.module import Probe
 from cenote.jobs.probe.optimiser import CosineAdamW
 from cenote.jobs.probe.recipe import Recipe

@@ -1,0 +1,77 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cenote.core import InputError
+
+# what is compared, and how it is judged
+Methods = Annotated[str, typer.Option(help="fast, all, or names separated by commas (see cenote list).")]
+Seeds = Annotated[int, typer.Option(min=1, help="How many initialisations of each probe.")]
+Out = Annotated[Path, typer.Option(help="Folder for results; the same folder again resumes.")]
+Metric = Annotated[str | None, typer.Option(help="Default by task: AUROC, accuracy, mean average precision, R2.")]
+Significance = Annotated[
+    str, typer.Option(help="Where p-values come from: bootstrap, or wilcoxon (signed ranks of the test items).")
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="How many methods are trained at once; default: one per core where that is faster."),
+]
+
+# labelled items
+Task = Annotated[
+    str | None, typer.Option(help="binary, multiclass, multilabel or regression; default: found from the labels.")
+]
+Labels = Annotated[Path | None, typer.Option(help="CSV with the labels, if not labels.csv in the folder.")]
+Label = Annotated[str | None, typer.Option(help="Name of the label column.")]
+Vectors = Annotated[str | None, typer.Option(help="Name of the column with lists of vectors.")]
+Group = Annotated[
+    str | None, typer.Option(help="Column with patient, speaker, ...: its items stay on one side of a split.")
+]
+Id = Annotated[str | None, typer.Option("--id", help="Column with the items' names.")]
+Split = Annotated[str | None, typer.Option(help="Column with train, val or test.")]
+SplitSeed = Annotated[int, typer.Option(help="Seed of the split, where none is given.")]
+Grid = Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of the patch tokens, for pictures: 14x14.")]
+PrefixTokens = Annotated[int, typer.Option(min=0, help="Leading tokens that are [CLS] or registers.")]
+
+# raw items
+Kind = Annotated[str | None, typer.Option(help="image, audio or text, where folder or model hold several.")]
+Column = Annotated[str | None, typer.Option(help="Of a table: the column with the text, image or sound.")]
+Names = Annotated[
+    str | None, typer.Option(help="Names of the columns, of CSV files without a header line: text,label.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only so many items, the first ones.")]
+
+# a model, and what is kept of its tokens
+Dtype = Annotated[str, typer.Option(help="Stored numbers: float16, bfloat16 or float32.")]
+Batch = Annotated[int, typer.Option(min=1, help="Items in one call of the model.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable items out, and list them.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+Precision = Annotated[str, typer.Option(help="The model computes in float32, bfloat16 or float16.")]
+MaxLength = Annotated[int | None, typer.Option(min=1, help="Cut texts at so many tokens.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that lies with the model.")]
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also take weights that are not safetensors.")]
+
+# where it is computed
+Engine = Annotated[str, typer.Option(help="local, or ray: on an existing cluster.")]
+Address = Annotated[str, typer.Option(help="Of the Ray cluster; auto: the one that this machine belongs to.")]
+
+
+def parsed_grid(text: str | None) -> tuple[int, int] | None:
+    """`"14x14"` as numbers."""
+    if text is None:
+        return None
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise InputError(f"--grid: expected HEIGHTxWIDTH such as 14x14, got {text!r}")
+    return int(height), int(width)
+
+
+def split_names(text: str | None) -> list[str] | None:
+    """`"text,label"` as a list."""
+    return None if text is None else [name.strip() for name in text.split(",")]

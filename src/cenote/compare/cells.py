@@ -1,0 +1,115 @@
+"""Finished cells on disk: one file per arm holds its numbers and its tensors.
+
+A cell is believed only if it is whole and its key matches: same data, same settings, same seeds, same code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+import cenote.core.files as files
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm, measured.
+
+    Attributes:
+        name: of the arm.
+        record: numbers and texts that go into JSON.
+        tensors: by names that the job gives; `scores` are what is judged.
+    """
+
+    name: str
+    record: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> Float[Tensor, "seeds units *outputs"]:
+        """What the metric is computed from."""
+        return self.tensors["scores"]
+
+    def with_record(self, **more: Any) -> Cell:
+        """The same cell, with more in its record."""
+        return replace(self, record={**self.record, **more})
+
+
+class Cells:
+    """The folder that keeps them.
+
+    Args:
+        folder: made when the first cell is saved.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, name: str) -> Path:
+        """The file of an arm's cell, whatever the arm is called."""
+        return self.folder / f"{quote(name, safe='@+=,() ')}.safetensors"
+
+    def save(self, key: str, cell: Cell) -> None:
+        """Write a cell in one step."""
+        save_cell(self.path(cell.name), key, cell)
+
+    def load(self, name: str, key: str) -> Cell | None:
+        """See `load_cell`."""
+        return load_cell(self.path(name), key)
+
+
+def cell_key(parts: Mapping[str, Any]) -> str:
+    """Text that changes whenever one of the parts does.
+
+    >>> cell_key({"seeds": (0, 1)}) == cell_key({"seeds": [0, 1]})
+    True
+    """
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def save_cell(path: Path, key: str, cell: Cell) -> None:
+    """Write a cell in one step."""
+    # a slice of a large tensor would otherwise bring all of it, or be refused
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in cell.tensors.items()}
+    record = json.dumps(cell.record)
+    metadata = {"key": key, "name": cell.name, "record": record, "digest": _digest(cell.name, record, tensors)}
+    files.write_whole(path, save(tensors, metadata=metadata))
+
+
+def load_cell(path: Path, key: str) -> Cell | None:
+    """The cell, or `None` where there is none, it is damaged, or it answers another question."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("key") != key:
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        name, record = metadata["name"], metadata["record"]
+        if metadata["digest"] != _digest(name, record, tensors):
+            return None
+        return Cell(name, json.loads(record), tensors)
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return None
+
+
+def _digest(name: str, record: str, tensors: dict[str, Tensor]) -> str:
+    """Of all that a cell holds; each part says how long it is, so that none can pass for the end of another."""
+    digest = hashlib.sha256(json.dumps([name, record]).encode())
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

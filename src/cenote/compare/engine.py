@@ -1,0 +1,152 @@
+"""Measure arms: what is finished is kept, what is missing is run, and Ctrl-C loses nothing that is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cenote.compare.arms import Arm, OnShare, unheard
+from cenote.compare.cells import Cell, Cells, cell_key
+from cenote.compare.processes import processors, run_in_processes, run_in_turn
+from cenote.compare.sources import source_digest
+from cenote.core.errors import InputError
+
+PROCESSES_PAY_FROM = 2.0
+"""Seconds of work, if every arm were as cheap as the baseline, from which starting processes pays."""
+
+Engine = Callable[[Sequence[Arm], OnShare], Iterator[tuple[Arm, Cell]]]
+"""Runs all arms somewhere, and gives their cells as they finish; see `cenote.scale.RaySweep`."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is finished.
+
+    Attributes:
+        arms: in the order that they were given in.
+        cells: of each arm, by its name.
+        skipped: arm -> why it could not be measured.
+        complete: False after an interruption.
+    """
+
+    arms: tuple[Arm, ...]
+    cells: dict[str, Cell]
+    skipped: dict[str, str]
+    complete: bool = True
+
+
+def measure(
+    arms: Sequence[Arm],
+    baseline: str,
+    *,
+    folder: Path | None = None,
+    workers: int | None = None,
+    engine: Engine | None = None,
+    on_share: OnShare = unheard,
+) -> Measured:
+    """The cells of all arms that fit.
+
+    Args:
+        arms: what is compared, in the order in which they are run one by one; controls among them.
+        baseline: the arm without which there is no comparison; it is run first.
+        folder: of finished cells, which are not run again; `None`: nothing is written.
+        workers: how many arms at once, in processes of their own. `None`: one per thread of torch where all arms gain by
+            that and there is enough to do, else one.
+        engine: runs the arms elsewhere, instead of `workers`.
+        on_share: progress.
+
+    Returns:
+        The finished arms; after Ctrl-C those that had finished, if the baseline is one of them.
+
+    Raises:
+        InputError: where two arms share a name, there is no baseline, or it does not fit.
+    """
+    names = [arm.name for arm in arms]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise InputError(f"arms: expected different names, got {', '.join(twice)} more than once")
+    if baseline not in names:
+        raise InputError(f"baseline: {baseline} is not among the arms {', '.join(names)}")
+    store = None if folder is None else Cells(folder)
+    cells: dict[str, Cell] = {}
+    keys: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    missing: list[Arm] = []
+    for arm in arms:
+        reason = arm.unfit()
+        if reason is not None:
+            if arm.name == baseline:
+                raise InputError(f"{arm.name}: {reason}")
+            skipped[arm.name] = reason
+            on_share(arm.name, 1.0)
+            continue
+        cell = None
+        if store is not None:
+            keys[arm.name] = key_of(arm)
+            cell = store.load(arm.name, keys[arm.name])
+        if cell is None:
+            missing.append(arm)
+        else:
+            cells[arm.name] = cell
+            on_share(arm.name, 1.0)
+
+    def keep(cell: Cell) -> None:
+        if store is not None:
+            store.save(keys[cell.name], cell)
+        cells[cell.name] = cell
+
+    complete = True
+    try:
+        run = engine(missing, on_share) if engine else _run(missing, cells, baseline, workers, on_share)
+        for arm, cell in run:
+            keep(cell)
+            on_share(arm.name, 1.0)
+    except KeyboardInterrupt:
+        if baseline not in cells:
+            raise
+        complete = False
+    done = tuple(arm for arm in arms if arm.name in cells)
+    for arm in done:
+        finished = arm.finish(cells[arm.name])
+        if finished is not cells[arm.name]:
+            keep(finished)
+    return Measured(done, cells, skipped, complete)
+
+
+def key_of(arm: Arm) -> str:
+    """Text that changes whenever the arm's cell could: with what the arm says of itself, and with the code that it runs."""
+    kind = f"{type(arm).__module__}.{type(arm).__qualname__}"
+    return cell_key({"kind": kind, "arm": arm.name, "of": dict(arm.key()), "sources": source_digest(*arm.sources())})
+
+
+def prepared(out: Path) -> Path:
+    """A folder to write results to, with one for cells in it.
+
+    Raises:
+        InputError: where it cannot be one.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"out: {out} is a file; name a folder")
+    try:
+        (out / "cells").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out: cannot write to {out}: {error.strerror}; name another folder") from error
+    return out
+
+
+def _run(
+    arms: list[Arm], cells: dict[str, Cell], baseline: str, workers: int | None, on_share: OnShare
+) -> Iterator[tuple[Arm, Cell]]:
+    """Cells of all arms, the baseline's first: how long it takes says whether processes of their own pay."""
+    yield from run_in_turn([arm for arm in arms if arm.name == baseline], on_share)
+    others = [arm for arm in arms if arm.name != baseline]
+    if workers is None:
+        least = float(cells[baseline].record["seconds"]) * len(others)
+        pays = least >= PROCESSES_PAY_FROM and all(arm.gains_by_processes() for arm in others)
+        workers = processors() if pays else 1
+    workers = min(workers, len(others))
+    if workers <= 1:
+        yield from run_in_turn(others, on_share)
+    else:
+        yield from run_in_processes(others, workers, on_share)

@@ -1,0 +1,98 @@
+"""From finished cells to a comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from cenote.compare.engine import Measured
+from cenote.compare.inference import Inference, Measure
+from cenote.compare.pareto import pareto
+from cenote.compare.result import Comparison, PairTest, as_tuple
+from cenote.compare.statistics import Significance, holm
+from cenote.compare.units import Units
+from cenote.compare.verdict import with_sentence
+from cenote.core.errors import InputError
+
+C = TypeVar("C", bound=Comparison[Any])
+
+
+def judge(
+    kind: type[C],
+    measured: Measured,
+    units: Units,
+    measure: Measure,
+    *,
+    baseline: str,
+    significance: Significance = "bootstrap",
+    provenance: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> C:
+    """The table, its tests and its sentence.
+
+    Args:
+        kind: the job's class of comparison.
+        measured: finished arms and their cells, the baseline's among them.
+        units: what the arms were measured on.
+        measure: what they are compared by.
+        baseline: name of the arm that the others are compared with.
+        significance: where p-values come from.
+        provenance: see `cenote.compare.provenance`.
+        more: the job's own fields of its comparison.
+
+    Raises:
+        InputError: where an arm has not one score for each unit.
+    """
+    arms, cells = measured.arms, measured.cells
+    for arm in arms:
+        shape = tuple(cells[arm.name].scores.shape)
+        if len(shape) < 2 or shape[1] != len(units):
+            raise InputError(f"{arm.name}: expected scores of [seeds, {len(units)} units, ...], got {list(shape)}")
+    scores = [cells[arm.name].scores.double().cpu().numpy() for arm in arms]
+    inferred = Inference(measure, scores, units, significance)
+    row = {arm.name: i for i, arm in enumerate(arms)}
+
+    def paired(pairs: list[tuple[str, str]]) -> tuple[PairTest, ...]:
+        found = [inferred.difference(row[a], row[b]) for a, b in pairs]
+        adjusted = holm([p for _, _, p in found])
+        return tuple(PairTest(a, b, *f, q) for (a, b), f, q in zip(pairs, found, adjusted, strict=True))
+
+    known = {f.name for f in dataclasses.fields(kind.result_type)}
+    results = []
+    for arm in sorted(arms, key=lambda a: -inferred.means[row[a.name]]):
+        i = row[arm.name]
+        reported = {k: as_tuple(v) for k, v in arm.reported(cells[arm.name]).items() if k in known}
+        results.append(
+            kind.result_type(
+                **{
+                    **reported,
+                    "method": arm.name,
+                    "summary": arm.summary,
+                    "metric": inferred.means[i],
+                    "interval": inferred.interval(i),
+                    "metric_per_seed": inferred.per_seed[i],
+                    "control": arm.control,
+                }
+            )
+        )
+    order = [r.method for r in results]
+    winner = next((r.method for r in results if not r.control), order[0])
+    costs = [0.0 if r.cost is None else r.cost for r in results]
+    return with_sentence(
+        kind(
+            metric_name=measure.name,
+            results=tuple(results),
+            skipped=measured.skipped,
+            baseline=baseline,
+            winner=winner,
+            against_baseline=paired([(n, baseline) for n in order if n != baseline]),
+            against_winner=paired([(n, winner) for n in order if n != winner]),
+            pairs=paired([(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]),
+            pareto=tuple(order[i] for i in pareto([r.metric for r in results], costs)),
+            sentence="",
+            provenance={**(provenance or {}), **inferred.provenance()},
+            complete=measured.complete,
+            **more,
+        )
+    )

@@ -1,0 +1,141 @@
+"""Metrics under item weights, many weightings at once: the bootstrap needs thousands of them.
+
+Every metric takes `scores [items, outputs]`, `y` and `weights [resamples, items]` and gives `[resamples]`; weights of one
+give the plain metric. Items are the units of a comparison; where each has a score of its own, `mean` is the metric.
+scikit-learn's functions are the reference in the tests; called once per resample, method and seed they would take minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+Metric = Callable[[Any, Any, Float[ndarray, "resamples items"]], Float[ndarray, "resamples"]]
+"""`(scores [items, *outputs], y [items, *targets], weights) -> [resamples]`; higher is better."""
+
+Shares = Callable[[Any, Any], Float[ndarray, "items"]]
+"""`(scores, y) -> [items]`: what each item adds to a metric by itself; the shares of all items sum to it."""
+
+RESAMPLES_AT_ONCE = 128
+"""Whose weights of a thousand items stay in the cache."""
+
+
+def mean(scores: Float[ndarray, "items"], _y: object, weights: ndarray) -> ndarray:
+    """Mean of the items' own scores; there is nothing to compare them with."""
+    return weights @ scores / weights.sum(1)
+
+
+def accuracy(scores: ndarray, y: ndarray, weights: ndarray) -> ndarray:
+    """Share of items whose highest score is their class."""
+    return weights @ _right(scores, y) / weights.sum(1)
+
+
+def balanced_accuracy(scores: ndarray, y: ndarray, weights: ndarray) -> ndarray:
+    """Mean over the classes of the share of their items that are right."""
+    right = _right(scores, y)
+    of_class = (y[:, None] == np.unique(y)).astype(weights.dtype)
+    with np.errstate(invalid="ignore"):
+        recall = weights @ (of_class * right[:, None]) / (weights @ of_class)
+    return np.nanmean(recall, 1)
+
+
+def auroc(scores: ndarray, y: ndarray, weights: ndarray) -> ndarray:
+    """Probability that a positive item scores above a negative one; NaN where a resample has only one class."""
+    positive = y == 1
+    s_pos, s_neg = scores[positive, 0], scores[~positive, 0]
+    order = np.argsort(s_neg, kind="stable")
+    negatives, positives = np.flatnonzero(~positive)[order], np.flatnonzero(positive)
+    # of each positive item the number of negative ones below it, and of those not above it
+    below = np.searchsorted(s_neg[order], s_pos, "left")
+    not_above = np.searchsorted(s_neg[order], s_pos, "right")
+    tied = bool((below != not_above).any())
+    found = np.empty(len(weights))
+    for start in range(0, len(weights), RESAMPLES_AT_ONCE):
+        # items first: a resample's weights then lie side by side in every step
+        w = weights[start : start + RESAMPLES_AT_ONCE].T
+        w_pos, w_neg = w[positives], np.zeros((len(negatives) + 1, w.shape[1]))
+        np.cumsum(w[negatives], 0, out=w_neg[1:])
+        beaten = w_neg[below]
+        if tied:
+            beaten = (beaten + w_neg[not_above]) / 2
+        with np.errstate(invalid="ignore"):
+            pairs = w_pos.sum(0) * w_neg[-1]
+            found[start : start + RESAMPLES_AT_ONCE] = np.einsum("ir,ir->r", w_pos, beaten) / pairs
+    return found
+
+
+def mean_average_precision(scores: ndarray, y: ndarray, weights: ndarray) -> ndarray:
+    """Mean over the labels of average precision; labels without a positive item in a resample are left out of its mean."""
+    with np.errstate(invalid="ignore"):
+        per_label = [_average_precision(scores[:, k], y[:, k] > 0.5, weights) for k in range(scores.shape[1])]
+        return np.nanmean(np.stack(per_label), 0)
+
+
+def r2(scores: ndarray, y: ndarray, weights: ndarray) -> ndarray:
+    """Explained share of the variance, averaged over the targets."""
+    total = weights.sum(1, keepdims=True)
+    mean = weights @ y / total
+    with np.errstate(invalid="ignore", divide="ignore"):
+        unexplained = weights @ (scores - y) ** 2 / (weights @ y**2 - total * mean**2)
+    return (1 - unexplained).mean(1)
+
+
+def mean_shares(scores: Float[ndarray, "items"], _y: object) -> ndarray:
+    """What each item adds to the mean."""
+    return scores / len(scores)
+
+
+def accuracy_shares(scores: ndarray, y: ndarray) -> ndarray:
+    """What each item adds to the accuracy."""
+    return _right(scores, y) / len(y)
+
+
+def balanced_accuracy_shares(scores: ndarray, y: ndarray) -> ndarray:
+    """What each item adds to the balanced accuracy: more where its class is rare."""
+    classes, of_item, count = np.unique(y, return_inverse=True, return_counts=True)
+    return _right(scores, y) / (count[of_item] * len(classes))
+
+
+def r2_shares(scores: ndarray, y: ndarray) -> ndarray:
+    """What each item adds to R2: an even share less what it leaves unexplained."""
+    return (1 / len(y) - (scores - y) ** 2 / ((y - y.mean(0)) ** 2).sum(0)).mean(1)
+
+
+SHARES: dict[str, Shares] = {
+    "accuracy": accuracy_shares,
+    "balanced accuracy": balanced_accuracy_shares,
+    "R2": r2_shares,
+}
+"""What each item adds to a metric, by itself: the shares of all items sum to it.
+
+AUROC and mean average precision have none. They rank the items against each other, so that what one of them adds hangs on the
+others; a test that took such shares as independent would raise a false alarm of AUROC in a third of all cases.
+"""
+
+METRICS: dict[str, Metric] = {
+    "accuracy": accuracy,
+    "balanced accuracy": balanced_accuracy,
+    "AUROC": auroc,
+    "mean average precision": mean_average_precision,
+    "R2": r2,
+}
+
+
+def _right(scores: ndarray, y: ndarray) -> ndarray:
+    guess = scores[:, 0] > 0 if scores.shape[1] == 1 else scores.argmax(1)
+    return (guess == y).astype(np.float64)
+
+
+def _average_precision(s: ndarray, positive: ndarray, weights: ndarray) -> ndarray:
+    order = np.argsort(-s, kind="stable")
+    s, positive, w = s[order], positive[order], weights[:, order]
+    last_of_tie = np.flatnonzero(np.r_[s[1:] != s[:-1], True])
+    found = np.cumsum(w * positive, 1)[:, last_of_tie]
+    read = np.cumsum(w, 1)[:, last_of_tie]
+    precision = np.divide(found, read, out=np.zeros_like(found), where=read > 0)
+    gained = np.diff(found, axis=1, prepend=0.0)
+    return (precision * gained).sum(1) / found[:, -1]

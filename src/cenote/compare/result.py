@@ -1,0 +1,143 @@
+"""What a comparison found: plain data that reports, the command line and Python read alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+from cenote.compare.words import Words
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmResult:
+    """One arm over all its seeds. A job adds what it measures besides.
+
+    Attributes:
+        method: the arm's name.
+        summary: one line for people.
+        settings: what makes the arm this arm.
+        metric: mean over the seeds.
+        interval: bootstrap 95 % interval of `metric` over units (whole groups where there are groups).
+        metric_per_seed: one number per seed.
+        seconds: that measuring it took.
+        control: whether it must lose.
+    """
+
+    method: str
+    summary: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    metric: float
+    interval: tuple[float, float]
+    metric_per_seed: tuple[float, ...]
+    seconds: float
+    control: bool = False
+
+    @property
+    def cost(self) -> float | None:
+        """What the Pareto set weighs against the metric; `None` where nothing is."""
+        return None
+
+
+@dataclass(frozen=True)
+class PairTest:
+    """Paired comparison of two arms on the same units.
+
+    Attributes:
+        first, second: names of arms.
+        difference: metric of `first` minus metric of `second`.
+        interval: bootstrap 95 % interval of `difference`.
+        p_value: two-sided, from the paired bootstrap or from Wilcoxon's test: `provenance["significance"]` says which.
+        p_adjusted: after Holm's correction within its family (against the baseline, or against the winner).
+    """
+
+    first: str
+    second: str
+    difference: float
+    interval: tuple[float, float]
+    p_value: float
+    p_adjusted: float
+
+
+R = TypeVar("R", bound=ArmResult)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Generic[R]):
+    """The whole verdict. A job names its class of results, and adds what it knows besides.
+
+    Attributes:
+        metric_name: what arms are compared by; higher is better.
+        results: best first, controls among them.
+        skipped: arm -> why it could not be measured.
+        baseline: the arm that the others are compared with.
+        winner: the best arm that is no control.
+        against_baseline, against_winner: paired tests, Holm-corrected as a family each.
+        pairs: all pairs, for the significance matrix; Holm-corrected over all of them.
+        pareto: names of the arms that no other beats in both metric and cost.
+        sentence: the verdict in plain words.
+        provenance: versions, machine, command, when, and what the job adds.
+        complete: False where the run was interrupted and arms are missing.
+    """
+
+    result_type: ClassVar[type[Any]] = ArmResult
+
+    metric_name: str
+    results: tuple[R, ...]
+    skipped: dict[str, str]
+    baseline: str
+    winner: str
+    against_baseline: tuple[PairTest, ...]
+    against_winner: tuple[PairTest, ...]
+    pairs: tuple[PairTest, ...]
+    pareto: tuple[str, ...]
+    sentence: str
+    provenance: dict[str, Any] = field(default_factory=dict)
+    complete: bool = True
+
+    @property
+    def words(self) -> Words:
+        """How the sentence calls things."""
+        return Words()
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """The arms that must lose."""
+        return tuple(r.method for r in self.results if r.control)
+
+    def __getitem__(self, method: str) -> R:
+        """The result of one arm."""
+        for result in self.results:
+            if result.method == method:
+                return result
+        raise KeyError(f"{method!r} was not compared; there are {[r.method for r in self.results]}")
+
+    def to_json(self) -> str:
+        """The comparison as text; `from_json` reads it back."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Inverse of `to_json`."""
+        raw = json.loads(text)
+        raw["results"] = tuple(_rebuild(cls.result_type, r) for r in raw["results"])
+        for name in ("against_baseline", "against_winner", "pairs"):
+            raw[name] = tuple(_rebuild(PairTest, p) for p in raw[name])
+        raw["pareto"] = tuple(raw["pareto"])
+        return cls(**raw)
+
+    @classmethod
+    def load(cls, out: Path) -> Self:
+        """Read `comparison.json` of an output folder."""
+        return cls.from_json((Path(out) / "comparison.json").read_text("utf-8"))
+
+
+def as_tuple(value: Any) -> Any:
+    """Lists as tuples, at every depth: JSON knows no tuples."""
+    return tuple(as_tuple(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _rebuild(cls: type[Any], raw: dict[str, Any]) -> Any:
+    return cls(**{k: as_tuple(v) for k, v in raw.items()})

@@ -1,0 +1,76 @@
+"""The verdict in plain words."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+from cenote.compare.result import Comparison
+
+SIGNIFICANT = 0.05
+
+C = TypeVar("C", bound="Comparison[Any]")
+
+
+def with_sentence(comparison: C) -> C:
+    """The comparison with its sentence filled in."""
+    return dataclasses.replace(comparison, sentence=sentence(comparison))
+
+
+def sentence(c: Comparison[Any]) -> str:
+    """Who wins against the baseline, by how much, at what cost, who cannot be told apart, and which control did not lose."""
+    words = c.words
+    if len(c.results) == 1:
+        return f"Only {c.baseline} was run: {words.amount(c.results[0].metric)} {c.metric_name}."
+    close = [
+        t.first
+        for t in c.against_winner
+        if t.p_adjusted > SIGNIFICANT and t.first != c.baseline and t.first not in c.controls
+    ]
+    if c.winner == c.baseline:
+        beaten = [t for t in c.against_baseline if t.p_adjusted <= SIGNIFICANT and t.difference < 0]
+        text = f"Nothing beats {c.baseline} ({words.amount(c[c.baseline].metric)} {c.metric_name})"
+        text += (
+            f"; it is significantly better than {len(beaten)} of {len(c.against_baseline)} {words.arms}"
+            if beaten
+            else ""
+        )
+        return f"{text}{_controls(c)}."
+    test = next(t for t in c.against_baseline if t.first == c.winner)
+    lead = words.difference(test.difference, test.interval)
+    if test.p_adjusted <= SIGNIFICANT and test.difference > 0:
+        text = f"{c.winner} beats {c.baseline} by {lead}"
+        first, second = c[c.winner].cost, c[c.baseline].cost
+        if first is not None and second is not None:
+            text += f" and costs {first / max(second, 1e-9):.1f} times the {words.cost}"
+    elif test.difference < 0:
+        text = f"{c.winner} comes first of what is no control, and {c.baseline} is ahead of it: {lead}"
+    else:
+        text = (
+            f"{c.winner} comes first, but its lead over {c.baseline} of {lead} is not significant "
+            f"(p = {test.p_adjusted:.2g} after Holm's correction)"
+        )
+    if close:
+        verb = "is" if len(close) == 1 else "are"
+        text += f"; {_listed(close)} {verb} not distinguishable from it"
+    return f"{text}{_controls(c)}."
+
+
+def _controls(c: Comparison[Any]) -> str:
+    """Controls that did not lose to the winner; a control that is the baseline was spoken of."""
+    tests = {t.first: t for t in c.against_winner}
+    unbeaten = [
+        n
+        for n in c.controls
+        if n in tests and n != c.baseline and (tests[n].p_adjusted > SIGNIFICANT or tests[n].difference > 0)
+    ]
+    if not unbeaten:
+        return ""
+    kind, verb = ("a control", "does") if len(unbeaten) == 1 else ("controls", "do")
+    return f"; {_listed(unbeaten)}, {kind}, {verb} not lose to it: this table decides nothing"
+
+
+def _listed(names: list[str]) -> str:
+    if len(names) > 4:
+        return f"{', '.join(names[:3])} and {len(names) - 3} others"
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

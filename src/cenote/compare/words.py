@@ -1,0 +1,44 @@
+"""What a job calls things, and how it writes its metric."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a job calls things, and how it writes its metric.
+
+    Attributes:
+        arms: several of what is compared.
+        percent: whether the metric is a share, told in per cent and points; otherwise it is told as it is.
+        digits: after the point; default 1 of per cent, 3 of others.
+        cost: what the winner takes so many times of.
+    """
+
+    arms: str = "methods"
+    percent: bool = False
+    digits: int | None = None
+    cost: str = "time"
+
+    def amount(self, value: float) -> str:
+        """A metric.
+
+        >>> Words().amount(0.5), Words(percent=True).amount(0.5)
+        ('0.500', '50.0 %')
+        """
+        return f"{100 * value:.{self._digits}f} %" if self.percent else f"{value:.{self._digits}f}"
+
+    def difference(self, value: float, interval: tuple[float, float]) -> str:
+        """Of two metrics.
+
+        >>> Words(percent=True).difference(0.061, (0.042, 0.08))
+        '6.1 points (4.2 to 8.0)'
+        """
+        scale, unit, d = (100.0, " points", self._digits) if self.percent else (1.0, "", self._digits)
+        low, high = (scale * v for v in interval)
+        return f"{scale * value:.{d}f}{unit} ({low:.{d}f} to {high:.{d}f})"
+
+    @property
+    def _digits(self) -> int:
+        return self.digits if self.digits is not None else 1 if self.percent else 3

@@ -1,0 +1,40 @@
+"""Where labels, groups and splits come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cenote.core import InputError
+
+FRACTIONS = (0.6, 0.2, 0.2)
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """How items are labelled, grouped and split: the arguments of `cenote.features.read` that say so, as one.
+
+    Attributes:
+        task: `"binary"`, `"multiclass"`, `"multilabel"` or `"regression"`; default by the rules of `cenote.features.targets`.
+        label: the column with the label, or several columns; default by name, see `cenote.features.read`.
+        group: column with the patient, speaker, ...; default `group`, if there.
+        split: column with train, val or test; default `split`, if there.
+        fractions: shares of train, val, test where no split is given.
+        seed: of the split that is made.
+
+    Raises:
+        InputError: where the fractions are no three positive shares that sum to 1.
+    """
+
+    task: str | None = None
+    label: str | Sequence[str] | None = None
+    group: str | None = None
+    split: str | None = None
+    fractions: Sequence[float] = FRACTIONS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.fractions) != 3 or min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-6:
+            raise InputError(
+                f"fractions: expected three positive shares that sum to 1, train, val, test; got {tuple(self.fractions)}"
+            )

@@ -1,0 +1,107 @@
+"""The shards that are missing are computed, and the store is finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cenote.core.files as files
+from cenote.core import InputError
+from cenote.features.raw import Item, RawItems, UnreadableError
+from cenote.features.store import Manifest, ShardEntry, ShardFile, finished_shards
+from cenote.features.store.shards import open_shard
+from cenote.features.validate import Problems
+from cenote.jobs.extract.engine import Engine
+from cenote.jobs.extract.result import OnProgress, Progress
+from cenote.jobs.extract.resume import TIMES
+from cenote.jobs.extract.spec import Job, shards
+
+READERS, READ_AT_ONCE = 4, 256
+
+
+def require_readable(items: RawItems, manifest: Manifest, kept: set[int], old_bad: list[tuple[str, str]]) -> None:
+    """Every item that is still to do can be read; all that cannot are named at once."""
+    problems = Problems("data")
+    hint = "repair it, take it out, or leave such items out with --skip-bad"
+    for name, reason in old_bad:
+        problems.add("unreadable", f"item {name!r} was left out by an earlier run: it {reason}; {hint}")
+    with ThreadPoolExecutor(READERS) as readers:
+        # a text lies in memory: asking other threads would take longer than to look
+        ask = map if items.kind == "text" else readers.map
+        for shard in shards(items, manifest, kept):
+            for start in range(0, len(shard.items), READ_AT_ONCE):
+                part = shard.items[start : start + READ_AT_ONCE]
+                for item, why in zip(part, ask(_unreadable, part), strict=True):
+                    if why is not None:
+                        problems.add("unreadable", f"item {item.id!r} {why}; {hint}")
+    problems.raise_any()
+
+
+def _unreadable(item: Item) -> str | None:
+    try:
+        item.check()
+    except UnreadableError as error:
+        return str(error)
+    return None
+
+
+def run(
+    items: RawItems, job: Job, kept: set[int], engine: Engine, on_progress: OnProgress
+) -> tuple[list[ShardEntry], int]:
+    """Have an engine compute all shards but those that are kept: what was written, and how many items that took."""
+    manifest = job.manifest
+    done = sum(len(shard.items) for shard in shards(items, manifest, set(range(manifest.shard_count)) - kept))
+    computed, began = 0, time.perf_counter()
+    written: list[ShardEntry] = []
+
+    def on_items(count: int) -> None:
+        nonlocal computed
+        computed += count
+        on_progress(Progress(done + computed, len(items), computed, time.perf_counter() - began))
+
+    engine.run(job, shards(items, manifest, kept), written.append, on_items)
+    return written, computed
+
+
+def completed(store: Path, manifest: Manifest, written: list[ShardEntry]) -> Manifest:
+    """The manifest with all shards, from what lies in the folder."""
+    entries: dict[str, ShardEntry] = {entry.file: entry for entry in written}
+    found = finished_shards(store)
+    missing = sorted(set(range(manifest.shard_count)) - set(found))
+    if missing:
+        raise InputError(
+            f"{store}: shards {missing[:5]} are missing after all work is done; run the same command again"
+        )
+    return manifest.finished(tuple(entries.get(found[n].path.name) or _entry(found[n]) for n in sorted(found)))
+
+
+def _entry(shard: ShardFile) -> ShardEntry:
+    with shard.path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    batch, about = open_shard(shard.path)
+    column = next(name for name in batch.schema.names if name.startswith("layer_"))
+    offsets = batch.column(column).offsets
+    skipped = json.loads(about[b"cenote.skipped"])
+    return ShardEntry(
+        shard.path.name,
+        digest,
+        len(batch),
+        int(offsets[len(batch)].as_py()),
+        shard.path.stat().st_size,
+        len(skipped),
+        int(about[b"cenote.shortened"]),
+    )
+
+
+def write_times(store: Path, computed: int, seconds: float) -> None:
+    """Add what this call took to what others took."""
+    path = store / TIMES
+    try:
+        runs = json.loads(path.read_text("utf-8"))["runs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        runs = []
+    runs.append({"finished": time.time(), "items": computed, "seconds": seconds})
+    files.write_whole(path, json.dumps({"runs": runs}, indent=1) + "\n")

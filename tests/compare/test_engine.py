@@ -1,0 +1,171 @@
+"""A job of three arms and a control, which has nothing to do with probes."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from cenote.compare import Arm, ArmResult, Cell, Comparison, Measure, OnShare, Units, Words, engine, judge, measure
+from cenote.compare.arms import unheard
+from cenote.compare.cells import Cells, load_cell, save_cell
+from cenote.core import InputError
+
+UNITS = Units(tuple(f"text {i}" for i in range(60)))
+runs: list[str] = []
+
+
+@dataclass(frozen=True)
+class Guess(Arm):
+    name: str
+    level: float
+    control: bool = False
+
+    def key(self) -> Mapping[str, Any]:
+        return {"level": self.level}
+
+    def run(self, on_share: OnShare = unheard) -> Cell:
+        runs.append(self.name)
+        on_share(self.name, 0.5)
+        noise = torch.randn(2, len(UNITS), generator=torch.Generator().manual_seed(len(self.name)))
+        return Cell(self.name, {"tokens": 7}, {"scores": self.level + 0.1 * noise})
+
+
+ARMS = [Guess("mean", 0.5), Guess("better", 0.9), Guess("worse", 0.2), Guess("random", 0.0, control=True)]
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> None:
+    runs.clear()
+
+
+def table(arms: list[Guess] = ARMS, **options: Any) -> Comparison[ArmResult]:
+    return judge(Comparison, measure(arms, "mean", **options), UNITS, Measure("faithfulness"), baseline="mean")
+
+
+def test_the_table_of_a_job_with_scores_per_unit() -> None:
+    c = table()
+    assert [r.method for r in c.results] == ["better", "mean", "worse", "random"]
+    assert (c.winner, c.baseline, c.controls, c.pareto) == ("better", "mean", ("random",), ("better",))
+    assert c.sentence.startswith("better beats mean by 0.396 (")
+    assert all(r.seconds >= 0 and len(r.metric_per_seed) == 2 for r in c.results)
+    assert Comparison.from_json(c.to_json()) == c
+
+
+def test_a_control_that_does_not_lose_is_told() -> None:
+    c = table([*ARMS[:3], dataclasses.replace(ARMS[3], level=1.5)])
+    assert c.results[0].method == "random"
+    assert c.winner == "better"
+    assert c.sentence.endswith("; random, a control, does not lose to it: this table decides nothing.")
+
+
+def test_ctrl_c_keeps_what_is_done_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    def interrupt(name: str, share: float) -> None:
+        if name == "worse":
+            raise KeyboardInterrupt
+
+    c = table(folder=tmp_path, on_share=interrupt)
+    assert not c.complete
+    assert {r.method for r in c.results} == {"mean", "better"}
+    runs.clear()
+    assert table(folder=tmp_path).complete
+    assert runs == ["worse", "random"]
+
+
+def test_changed_source_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table(folder=tmp_path)
+    runs.clear()
+    table(folder=tmp_path)
+    assert runs == []
+    monkeypatch.setattr(engine, "source_digest", lambda *_: "edited")
+    table(folder=tmp_path)
+    assert runs == [arm.name for arm in ARMS]
+
+
+def test_a_changed_number_of_the_record_is_damage(tmp_path: Path) -> None:
+    table(folder=tmp_path)
+    file = tmp_path / "better.safetensors"
+    raw = file.read_bytes()
+    assert raw.count(b'tokens\\": 7') == 1
+    file.write_bytes(raw.replace(b'tokens\\": 7', b'tokens\\": 8'))
+    runs.clear()
+    table(folder=tmp_path)
+    assert runs == ["better"]
+
+
+def test_a_changed_tensor_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_cell(path, "key", Cell("a", {}, {"scores": torch.arange(6.0).view(2, 3).T}))
+    loaded = load_cell(path, "key")
+    assert loaded is not None
+    assert loaded.scores.tolist() == [[0, 3], [1, 4], [2, 5]]
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    assert load_cell(path, "key") is None
+
+
+def test_two_jobs_share_nothing(tmp_path: Path) -> None:
+    class Other(Guess):
+        """The same names and keys, of another job."""
+
+    table(folder=tmp_path)
+    runs.clear()
+    table([Other(a.name, a.level, a.control) for a in ARMS], folder=tmp_path)
+    assert runs == [arm.name for arm in ARMS]
+
+
+def test_names_of_arms_stay_in_the_folder(tmp_path: Path) -> None:
+    assert Cells(tmp_path).path("../a/b").parent == tmp_path
+    assert Cells(tmp_path).path("simpool@4").name == "simpool@4.safetensors"
+
+
+def test_what_does_not_fit_is_skipped_with_its_reason() -> None:
+    class Unfit(Guess):
+        def unfit(self) -> str | None:
+            return "reads colours, and these are texts"
+
+    c = table([*ARMS, Unfit("hue", 1.0)])
+    assert c.skipped == {"hue": "reads colours, and these are texts"}
+    with pytest.raises(InputError, match="mean: reads colours"):
+        measure([Unfit("mean", 1.0)], "mean")
+
+
+def test_wrong_arms_are_named() -> None:
+    with pytest.raises(InputError, match="arms: expected different names, got mean more than once"):
+        measure([ARMS[0], ARMS[0]], "mean")
+    with pytest.raises(InputError, match="baseline: median is not among the arms mean"):
+        measure(ARMS[:1], "median")
+    with pytest.raises(InputError, match=r"mean: expected scores of \[seeds, 1 units, ...\], got \[2, 60\]"):
+        judge(Comparison, measure(ARMS[:1], "mean"), Units(("one",)), Measure("m"), baseline="mean")
+
+
+def test_processes_give_the_same() -> None:
+    alone, together = table(workers=1), table(workers=2)
+    assert [r.metric_per_seed for r in alone.results] == [r.metric_per_seed for r in together.results]
+
+
+def test_a_job_has_its_own_words_and_fields() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Row(ArmResult):
+        tokens: int
+
+        @property
+        def cost(self) -> float:
+            return self.tokens
+
+    @dataclass(frozen=True, kw_only=True)
+    class Mine(Comparison[Row]):
+        result_type: ClassVar[type[Any]] = Row
+
+        @property
+        def words(self) -> Words:
+            return Words(percent=True, cost="tokens")
+
+    c = judge(Mine, measure(ARMS, "mean"), UNITS, Measure("nDCG"), baseline="mean")
+    assert c["better"].tokens == 7
+    assert c.sentence.endswith("and costs 1.0 times the tokens.")
+    assert Mine.from_json(c.to_json()) == c
