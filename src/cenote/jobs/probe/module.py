@@ -36,7 +36,7 @@ class Probe(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # pickled by a version that kept how many tokens its pool does not see
         state.setdefault("prefix_tokens", state.pop("drop", 0))
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     @property
     def fitted(self) -> FittedPool:
