@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cenote.core import InputError
 from cenote.core.reduced import Reduced
-from cenote.models.live import places, shortened
+from cenote.models.live import AttentionCall, AttentionEdit, Where, edited, places, shortened
 
 STACKS = {
     "llama": "model.layers", "qwen3": "model.layers", "vit": None, "dinov2": None, "clip": "vision_model.layers",
@@ -79,8 +79,9 @@ def test_decoding_with_a_cache_equals_recomputation_of_survivors(attention: str)
 
 
 def test_cross_attention_is_refused() -> None:
-    with pytest.raises(InputError, match="cross"), shortened(
-        zoo.MODELS["bart"]("sdpa").model, {0: same}, stack="decoder.layers"
+    with (
+        pytest.raises(InputError, match="cross"),
+        shortened(zoo.MODELS["bart"]("sdpa").model, {0: same}, stack="decoder.layers"),
     ):
         pass
 
@@ -132,3 +133,31 @@ def test_merged_copies_weigh_as_many(attention: str) -> None:
     handle.remove()
     assert short.shape[1] == 5
     assert torch.allclose(run.expand(short), plain, atol=1e-5)
+
+
+class Hiding(AttentionEdit):
+    """Keys that nothing may read from block 1 on."""
+
+    def __init__(self, keep: Tensor, stack: str) -> None:
+        self.keep, self.at = keep, Where(blocks=range(1, 9), stack=stack)
+
+    def inputs(self, call: AttentionCall) -> AttentionCall:
+        before, keep = call.readable(), self.keep.view(1, 1, 1, -1)
+        return call.replace(allowed=lambda rows: keep if before is None else before & keep)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "vit", "dinov2", "llava", "qwen2_vl"])
+def test_dropped_tokens_are_as_hidden_ones_and_protected_ones_stay(name: str) -> None:
+    case = zoo.MODELS[name]("sdpa")
+    stack = stack_of(case.model, name)
+    plain = zoo.tensors(case.model(**case.inputs))[0]
+    tokens = plain.shape[1]
+    keep = torch.arange(tokens) % 3 != 1
+    protect = torch.zeros(1, tokens, dtype=torch.bool)
+    protect[0, 1] = True
+    with edited(case.model, Hiding(keep | protect[0], stack)):
+        hidden = zoo.tensors(case.model(**case.inputs))[0]
+    with shortened(case.model, {0: dropping(keep)}, stack=stack, protect=protect):
+        short = zoo.tensors(case.model(**case.inputs))[0]
+    assert torch.allclose(short, hidden[:, keep | protect[0]], atol=1e-5)
+    assert torch.equal(zoo.tensors(case.model(**case.inputs))[0], plain)

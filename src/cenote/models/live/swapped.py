@@ -40,7 +40,9 @@ class AsMixer(nn.Module):
             raise InputError("module: its place is called without hidden states, first or by the name hidden_states")
         y = self.mixer(x, mask=_mask(given.get("attention_mask"), x), positions=given.get("position_ids"))
         if y.shape != x.shape:
-            raise InputError(f"module: a mixer gave {tuple(y.shape)} for states {tuple(x.shape)}; expected the same shape")
+            raise InputError(
+                f"module: a mixer gave {tuple(y.shape)} for states {tuple(x.shape)}; expected the same shape"
+            )
         return y if self._gives == 1 else (y, *[None] * (self._gives - 1))
 
 
@@ -134,7 +136,13 @@ def _mask(mask: Any, x: Tensor) -> Tensor | None:
     """Which tokens are real, `[batch, tokens]`: those that read themselves."""
     if not isinstance(mask, Tensor):
         return None
-    readable = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask > 0
+    readable = (
+        mask
+        if mask.dtype == torch.bool
+        else mask > torch.finfo(mask.dtype).min / 2
+        if mask.is_floating_point()
+        else mask > 0
+    )
     if mask.dim() == 2:
         return readable[:, -x.shape[1] :]
     return readable[..., -x.shape[1] :].diagonal(dim1=2, dim2=3).any(1).expand(len(x), -1)
