@@ -12,8 +12,9 @@ from torch import Tensor
 class Reduced(NamedTuple):
     """Fewer tokens.
 
-    `tokens` `[batch, left, dim]`; `sizes` `[batch, left]`, how many originals each stands for; `assignment` `[batch, tokens]`,
-    the reduced token that an original went to, -1 where it was dropped; `mask` `[batch, left]`, True = a real token, None for all.
+    `tokens` `[batch, left, dim]`; `sizes` `[batch, left]`, how many originals each stands for; `assignment`
+    `[batch, tokens]`, the reduced token that an original went to, -1 where it was dropped; `mask` `[batch, left]`, True = a
+    real token, None for all.
     """
 
     tokens: Float[Tensor, "batch left dim"]
