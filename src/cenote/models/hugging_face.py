@@ -8,7 +8,7 @@ import logging
 import typing
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cenote.core import InputError
 from cenote.models.base import Backbone, Identity, Kind, Layout, Prepared, States, to_device
+from cenote.models.maps import maps
 
 BIGGER_THAN_ANY = 10**9
 
@@ -84,13 +85,10 @@ class HuggingFaceBackbone(Backbone):
         for number in wanted:
             if not 0 <= number <= blocks:
                 raise InputError(f"layers: there is no layer {number}; numbers go from 0 to {blocks}")
-        with self._giving_attentions() if attentions else _nothing():
-            output = self._run(prepared, hidden=any(n < blocks for n in wanted), attentions=attentions)
+        with maps(self.model, self.identity.model_class) if attentions else nullcontext() as weights:
+            output = self._run(prepared, hidden=any(n < blocks for n in wanted))
         mask = self.mask(prepared, output)
         found = {n: _tokens(_hidden(output, n, blocks)) for n in wanted}
-        weights = getattr(output, "attentions", None) if attentions else None
-        if attentions and (not weights or any(w is None for w in weights)):
-            raise InputError(f"attentions: {self.identity.model_class} gives no attention weights")
         return States(found, mask, None if weights is None else tuple(weights))
 
     def arguments(self, prepared: Prepared) -> dict[str, Tensor]:
@@ -98,23 +96,11 @@ class HuggingFaceBackbone(Backbone):
         known = {k: v for k, v in prepared.inputs.items() if k in self.takes or "kwargs" in self.takes}
         return to_device(known, self.device, self.precision)
 
-    def _run(self, prepared: Prepared, hidden: bool, attentions: bool = False) -> Any:
+    def _run(self, prepared: Prepared, hidden: bool) -> Any:
         options: dict[str, Any] = {"output_hidden_states": True} if hidden else {}
-        if attentions:
-            options["output_attentions"] = True
         if "use_cache" in self.takes:
             options["use_cache"] = False
         return self.model(**self.arguments(prepared), **options)
-
-    @contextmanager
-    def _giving_attentions(self) -> Iterator[None]:
-        before = getattr(self.config, "_attn_implementation", None)
-        self.model.set_attn_implementation("eager")
-        try:
-            yield
-        finally:
-            if before is not None:
-                self.model.set_attn_implementation(before)
 
     @torch.inference_mode()
     def _layout(self) -> Layout:
@@ -242,8 +228,3 @@ def quiet() -> Iterator[None]:
         logger.setLevel(before)
         if had_bars:
             bars.enable_progress_bar()
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
