@@ -8,7 +8,7 @@ import logging
 import typing
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,12 @@ class HuggingFaceBackbone(Backbone):
         for number in wanted:
             if not 0 <= number <= blocks:
                 raise InputError(f"layers: there is no layer {number}; numbers go from 0 to {blocks}")
-        with maps(self.model, self.identity.model_class) if attentions else nullcontext() as weights:
-            output = self._run(prepared, hidden=any(n < blocks for n in wanted))
+        hidden = any(n < blocks for n in wanted)
+        weights: Sequence[Tensor] | None = None
+        if attentions:
+            output, weights = self._with_attentions(prepared, hidden)
+        else:
+            output = self._run(prepared, hidden)
         mask = self.mask(prepared, output)
         found = {n: _tokens(_hidden(output, n, blocks)) for n in wanted}
         return States(found, mask, None if weights is None else tuple(weights))
@@ -96,11 +100,37 @@ class HuggingFaceBackbone(Backbone):
         known = {k: v for k, v in prepared.inputs.items() if k in self.takes or "kwargs" in self.takes}
         return to_device(known, self.device, self.precision)
 
-    def _run(self, prepared: Prepared, hidden: bool) -> Any:
+    def _run(self, prepared: Prepared, hidden: bool, attentions: bool = False) -> Any:
         options: dict[str, Any] = {"output_hidden_states": True} if hidden else {}
+        if attentions:
+            options["output_attentions"] = True
         if "use_cache" in self.takes:
             options["use_cache"] = False
         return self.model(**self.arguments(prepared), **options)
+
+    def _with_attentions(self, prepared: Prepared, hidden: bool) -> tuple[Any, Sequence[Tensor]]:
+        try:
+            with maps(self.model, self.identity.model_class) as weights:
+                return self._run(prepared, hidden), weights
+        except InputError as error:
+            refused = error
+        # attention that a model writes out itself is the model's to give
+        with self._giving_attentions():
+            output = self._run(prepared, hidden, attentions=True)
+        given = getattr(output, "attentions", None)
+        if not given or any(w is None for w in given):
+            raise refused
+        return output, given
+
+    @contextmanager
+    def _giving_attentions(self) -> Iterator[None]:
+        before = getattr(self.config, "_attn_implementation", None)
+        self.model.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            if before is not None:
+                self.model.set_attn_implementation(before)
 
     @torch.inference_mode()
     def _layout(self) -> Layout:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -27,11 +27,12 @@ def maps(model: nn.Module, name: str) -> Iterator[list[Float[Tensor, "batch head
             f"attentions: {name} gives no attention weights: it has no attention; leave attentions out, or use a transformer"
         )
     recorder = RowRecorder("all", Where(kinds=("self", "joint")))
-    try:
-        with edited(model, recorder):
-            yield found
-    except InputError as error:
-        raise InputError(
-            f"attentions: {name} gives no attention weights ({error}); its hidden states can be had"
-        ) from error
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(edited(model, recorder))
+        except InputError as error:
+            raise InputError(
+                f"attentions: {name} gives no attention weights ({error}); its hidden states can be had"
+            ) from error
+        yield found
     found += [rows for steps in recorder.found.values() for rows in steps]
