@@ -9,19 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from cenote.compare import (
-    Arm,
-    ArmResult,
-    Cell,
-    Comparison,
-    Measure,
-    OnShare,
-    Units,
-    Words,
-    engine,
-    judge,
-    measure,
-)
+from cenote.compare import Arm, ArmResult, Cell, Comparison, Measure, OnShare, Units, Words, engine, judge, measure
 from cenote.compare.arms import unheard
 from cenote.compare.cells import Cells, load_cell, save_cell
 from cenote.core import InputError

@@ -176,6 +176,11 @@ def test_waveforms(tmp_path: Path, model: str) -> None:
     assert not backbone.equal_sizes
     assert_no_mate_matters(backbone, tolerance=1e-4)
     assert_lengths(backbone, [(np.zeros(4000, np.float32), 16000), (np.zeros(9000, np.float32), 16000)])
+    # WavLM writes its attention out, and is asked for it
+    states = backbone([(np.zeros(4000, np.float32), 16000)], attentions=True)
+    assert states.attentions is not None
+    for weights in states.attentions:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
 
 
 def test_waveforms_without_a_mask_stay_among_their_like(tmp_path: Path) -> None:

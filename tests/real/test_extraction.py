@@ -14,7 +14,7 @@ from cenote import create, methods
 from cenote.core import Bags
 from cenote.features import TokenDataset, read
 from cenote.features.raw import open_raw
-from cenote.scale import ModelSpec, Options, extract
+from cenote.jobs.extract import ModelSpec, Options, extract
 
 pytestmark = pytest.mark.real("extracts with four models")
 

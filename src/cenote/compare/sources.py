@@ -49,10 +49,10 @@ class Source(NamedTuple):
 def source_digest(*roots: type | ModuleType | Any) -> str:
     """SHA-256 over the files of some classes, functions or modules, and over all of their packages that these import.
 
-    Imports are read, never run. A name that a package only passes on (`from cenote.core import InputError`), or finds when it is
-    asked for and lists in its stub (`from cenote.pool import SimPool`), leads to the file that it is from: the other files of
-    the package do not count. Of other people's distributions, and of torch and numpy, the
-    version counts; a module that belongs to no distribution counts by its source. Each file is read once in a process.
+    Imports are read, never run. A name that a package only passes on (`from cenote.core import InputError`), or finds later and
+    lists in its stub (`from cenote.pool import SimPool`), leads to the file that it is from: the other files of the package do
+    not count. Of other people's distributions, and of torch and numpy, the version counts; a module that belongs to no
+    distribution counts by its source. Each file is read once in a process.
 
     Returns:
         The digest; a new one each time where some source is in no file (a notebook): such results are never found again.

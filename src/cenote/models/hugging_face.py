@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cenote.core import InputError
 from cenote.models.base import Backbone, Identity, Kind, Layout, Prepared, States, to_device
+from cenote.models.maps import maps
 
 BIGGER_THAN_ANY = 10**9
 
@@ -84,13 +85,14 @@ class HuggingFaceBackbone(Backbone):
         for number in wanted:
             if not 0 <= number <= blocks:
                 raise InputError(f"layers: there is no layer {number}; numbers go from 0 to {blocks}")
-        with self._giving_attentions() if attentions else _nothing():
-            output = self._run(prepared, hidden=any(n < blocks for n in wanted), attentions=attentions)
+        hidden = any(n < blocks for n in wanted)
+        weights: Sequence[Tensor] | None = None
+        if attentions:
+            output, weights = self._with_attentions(prepared, hidden)
+        else:
+            output = self._run(prepared, hidden)
         mask = self.mask(prepared, output)
         found = {n: _tokens(_hidden(output, n, blocks)) for n in wanted}
-        weights = getattr(output, "attentions", None) if attentions else None
-        if attentions and (not weights or any(w is None for w in weights)):
-            raise InputError(f"attentions: {self.identity.model_class} gives no attention weights")
         return States(found, mask, None if weights is None else tuple(weights))
 
     def arguments(self, prepared: Prepared) -> dict[str, Tensor]:
@@ -105,6 +107,20 @@ class HuggingFaceBackbone(Backbone):
         if "use_cache" in self.takes:
             options["use_cache"] = False
         return self.model(**self.arguments(prepared), **options)
+
+    def _with_attentions(self, prepared: Prepared, hidden: bool) -> tuple[Any, Sequence[Tensor]]:
+        try:
+            with maps(self.model, self.identity.model_class) as weights:
+                return self._run(prepared, hidden), weights
+        except InputError as error:
+            refused = error
+        # attention that a model writes out itself is the model's to give
+        with self._giving_attentions():
+            output = self._run(prepared, hidden, attentions=True)
+        given = getattr(output, "attentions", None)
+        if not given or any(w is None for w in given):
+            raise refused
+        return output, given
 
     @contextmanager
     def _giving_attentions(self) -> Iterator[None]:
@@ -242,8 +258,3 @@ def quiet() -> Iterator[None]:
         logger.setLevel(before)
         if had_bars:
             bars.enable_progress_bar()
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

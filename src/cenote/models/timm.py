@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from cenote.core import InputError
 from cenote.models import sources
 from cenote.models.base import Backbone, Identity, Layout, Prepared, States, to_device
 from cenote.models.grids import lie
+from cenote.models.maps import maps
 
 
 class TimmBackbone(Backbone):
@@ -71,8 +73,6 @@ class TimmBackbone(Backbone):
     @torch.inference_mode()
     def states(self, prepared: Prepared, layers: Sequence[int] | None = None, attentions: bool = False) -> States:
         """See `Backbone.states`; timm gives the blocks' outputs but not the embeddings, so layer 0 is not there."""
-        if attentions:
-            raise InputError("attentions: timm's fused attention gives no weights; use the model from transformers")
         blocks = self.layout.blocks
         wanted = (blocks,) if layers is None else tuple(layers)
         if any(not 1 <= n <= blocks for n in wanted):
@@ -80,12 +80,15 @@ class TimmBackbone(Backbone):
         found: dict[int, Tensor] = {}
         inner = [n - 1 for n in wanted if n < blocks]
         x = to_device(prepared.inputs, self.device, self.precision)["x"]
+        with maps(self.model, self.identity.model_class) if attentions else nullcontext() as weights:
+            if attentions or blocks in wanted:
+                output = self.model.forward_features(x)
         if blocks in wanted:
-            found[blocks] = _tokens(self.model.forward_features(x), self._channels_last())
+            found[blocks] = _tokens(output, self._channels_last())
         if inner:
             for number, state in zip(inner, self._inner(x, inner), strict=True):
                 found[number + 1] = state
-        return States({n: found[n] for n in wanted}, None)
+        return States({n: found[n] for n in wanted}, None, None if weights is None else tuple(weights))
 
     def _inner(self, x: Tensor, numbers: list[int] | None) -> list[Tensor]:
         """Outputs of some blocks or stages, counted from 0; `None`: of all."""

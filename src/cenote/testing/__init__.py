@@ -2,7 +2,17 @@
 
 from cenote.testing.graphs import check_graph_pool
 from cenote.testing.layers import check_layer_pool
+from cenote.testing.live import LiveReport, check_live
 from cenote.testing.pools import PLAIN_MODULE, ContractError, check_pool
 from cenote.testing.spatial import check_spatial_pool
 
-__all__ = ["PLAIN_MODULE", "ContractError", "check_graph_pool", "check_layer_pool", "check_pool", "check_spatial_pool"]
+__all__ = [
+    "PLAIN_MODULE",
+    "ContractError",
+    "LiveReport",
+    "check_graph_pool",
+    "check_layer_pool",
+    "check_live",
+    "check_pool",
+    "check_spatial_pool",
+]

@@ -190,3 +190,12 @@ def test_a_pool_that_vmap_cannot_batch_is_trained_all_the_same(toy: TokenDataset
 
     trained = training.train(lambda: Probe(Stubborn(), 3), toy, accuracy, (0, 1), Recipe(epochs=40))
     assert min(trained.validation) > 0.6
+
+
+def test_a_probe_that_an_earlier_version_pickled_drops_what_it_dropped() -> None:
+    probe = Probe(cenote.create("mean", dim=4), 2, prefix_tokens=1).eval()
+    state = {k: v for k, v in probe.__dict__.items() if k != "prefix_tokens"} | {"drop": 1}
+    old = Probe.__new__(Probe)
+    old.__setstate__(state)
+    x = torch.randn(3, 5, 4)
+    torch.testing.assert_close(old(x), probe(x))

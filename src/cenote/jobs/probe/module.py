@@ -33,6 +33,11 @@ class Probe(nn.Module):
         self.norm = nn.BatchNorm1d(width(pool), affine=False)
         self.classifier = nn.Linear(width(pool), outputs)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # pickled by a version that kept how many tokens its pool does not see
+        state.setdefault("prefix_tokens", state.pop("drop", 0))
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
     @property
     def fitted(self) -> FittedPool:
         """The pool as it is shown these data."""

@@ -27,10 +27,13 @@ from cenote.models.live.edits import (
 )
 from cenote.models.live.heads import AblatedHeads, AddedStates, ScaledHeads
 from cenote.models.live.places import attentions, blocks, embeddings, final_norm, stacks
+from cenote.models.live.shorten import Shortening, shortened
+from cenote.models.live.swapped import AsMixer, as_mixer, swapped
 
 __all__ = [
     "AblatedHeads",
     "AddedStates",
+    "AsMixer",
     "AttentionCall",
     "AttentionEdit",
     "BlockEdit",
@@ -43,14 +46,18 @@ __all__ = [
     "RowRecorder",
     "Run",
     "ScaledHeads",
+    "Shortening",
     "StateRecorder",
     "Trace",
     "Where",
+    "as_mixer",
     "attentions",
     "blocks",
     "edited",
     "embeddings",
     "final_norm",
     "recorded",
+    "shortened",
     "stacks",
+    "swapped",
 ]

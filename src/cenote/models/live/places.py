@@ -7,6 +7,7 @@ member of a list of modules of one class that hold attention.
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -198,13 +199,13 @@ def _functions(module: nn.Module) -> Iterator[FunctionType]:
                 todo.append((type(own).__call__, own, depth + 1))
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
+@functools.cache
+def _names(code: CodeType) -> frozenset[str]:
+    """What a function's body names; read once, as a model has many modules of one class."""
+    names = set(code.co_names)
     if any(
         step.opname in ("BINARY_OP", "BINARY_MATRIX_MULTIPLY") and step.argrepr == "@"
         for step in dis.get_instructions(code)
     ):
-        yield "@"
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
+        names.add("@")
+    return frozenset(names).union(*(_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)))

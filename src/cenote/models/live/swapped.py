@@ -1,0 +1,148 @@
+"""Another module in a place of a running model."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cenote.core import InputError
+from cenote.models.live.calls import Place
+
+_LOCK = threading.RLock()
+_STANDING: dict[tuple[nn.Module, str], list[tuple[object, nn.Module]]] = {}
+"""Of a parent and a name: what the model had there, then what each context put there, in the order of entering."""
+
+
+class AsMixer(nn.Module):
+    """A mixer `(x, mask=None, positions=None) -> x'` that is called, and answers, as the attention whose place it takes.
+
+    Args:
+        mixer: what mixes.
+        old: the attention, for the names of its arguments and the form of its answer; it is not run, nor a submodule.
+    """
+
+    def __init__(self, mixer: nn.Module, old: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self._names = list(inspect.signature(old.forward).parameters)
+        self._gives = _length(old.forward)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        x = given.get("hidden_states", given.get(self._names[0]))
+        if not isinstance(x, Tensor):
+            raise InputError("module: its place is called without hidden states, first or by the name hidden_states")
+        y = self.mixer(x, mask=_mask(given.get("attention_mask"), x), positions=given.get("position_ids"))
+        if y.shape != x.shape:
+            raise InputError(
+                f"module: a mixer gave {tuple(y.shape)} for states {tuple(x.shape)}; expected the same shape"
+            )
+        return y if self._gives == 1 else (y, *[None] * (self._gives - 1))
+
+
+def as_mixer(mixer: nn.Module) -> Callable[[nn.Module], nn.Module]:
+    """For `swapped`: this mixer, dressed as what stands in the place."""
+    return lambda old: AsMixer(mixer, old)
+
+
+@contextmanager
+def swapped(
+    model: nn.Module, modules: Mapping[Place | str, nn.Module | Callable[[nn.Module], nn.Module]]
+) -> Iterator[None]:
+    """Run a model with other modules in some places; on leaving the old ones stand there, also after an exception.
+
+    Contexts may be nested and left in any order. A new module is moved to the device and dtype of the one whose place it takes,
+    and follows its training mode; gradients reach it.
+
+    Args:
+        model: any module; not compiled.
+        modules: of a place or path, the module that is called as the old one was; or a function that makes it from the old
+            one, as `as_mixer(mixer)`.
+
+    Raises:
+        InputError: for a place that is not in the model, or what is no module.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise InputError("model: is compiled, and cannot be changed inside; give the module that you compiled")
+    if not modules:
+        raise InputError("modules: give at least one")
+    new: dict[tuple[nn.Module, str], nn.Module] = {}
+    for place, given in modules.items():
+        parent, name = _seat(model, place)
+        old = parent.get_submodule(name)
+        module = given if isinstance(given, nn.Module) or not callable(given) else given(old)
+        if not isinstance(module, nn.Module):
+            raise InputError(f"modules: expected a torch.nn.Module, got {type(module).__name__}")
+        like = next((p for p in old.parameters() if p.is_floating_point()), None)
+        if like is not None:
+            module.to(like.device, like.dtype)
+        new[parent, name] = module.train(old.training)
+    run = object()
+    try:
+        with _LOCK:
+            for (parent, name), module in new.items():
+                standing = _STANDING.setdefault((parent, name), [(None, parent._modules[name])])  # type: ignore[list-item]
+                standing.append((run, module))
+                parent._modules[name] = module
+        yield
+    finally:
+        with _LOCK:
+            for seat in new:
+                parent, name = seat
+                left = [(who, module) for who, module in _STANDING.get(seat, []) if who is not run]
+                if not left:
+                    continue
+                parent._modules[name] = left[-1][1]
+                _STANDING[seat] = left
+                if len(left) == 1:
+                    del _STANDING[seat]
+
+
+def _seat(model: nn.Module, place: Place | str) -> tuple[nn.Module, str]:
+    path = place.path if isinstance(place, Place) else place
+    above, _, name = path.rpartition(".")
+    try:
+        parent, module = model.get_submodule(above), model.get_submodule(path)
+    except AttributeError:
+        raise InputError(f"modules: {path!r} is no module of {type(model).__name__}") from None
+    if not path:
+        raise InputError("modules: the whole model cannot be swapped; give a path inside of it")
+    if isinstance(place, Place) and module is not place.module and (parent, name) not in _STANDING:
+        raise InputError(f"modules: {path!r} is of another model; take places of this one")
+    return parent, name
+
+
+def _length(forward: Callable[..., Any]) -> int:
+    """How many values it says that it returns; 1 = no tuple."""
+    answer = inspect.signature(inspect.unwrap(forward), eval_str=False).return_annotation
+    text = answer if isinstance(answer, str) else str(answer)
+    if "tuple[" not in text.lower():
+        return 1
+    inside = text[text.lower().index("tuple[") + 6 : text.rindex("]")]
+    depth, commas = 0, 0
+    for letter in inside:
+        depth += (letter == "[") - (letter == "]")
+        commas += letter == "," and depth == 0
+    return commas + 1
+
+
+def _mask(mask: Any, x: Tensor) -> Tensor | None:
+    """Which tokens are real, `[batch, tokens]`: those that read themselves."""
+    if not isinstance(mask, Tensor):
+        return None
+    readable = (
+        mask
+        if mask.dtype == torch.bool
+        else mask > torch.finfo(mask.dtype).min / 2
+        if mask.is_floating_point()
+        else mask > 0
+    )
+    if mask.dim() == 2:
+        return readable[:, -x.shape[1] :]
+    return readable[..., -x.shape[1] :].diagonal(dim1=2, dim2=3).any(1).expand(len(x), -1)
