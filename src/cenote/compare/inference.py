@@ -71,8 +71,8 @@ class Inference:
             shares = measure.shares
             if shares is None:
                 raise InputError(
-                    f"significance: wilcoxon compares what each unit adds to the metric, and {measure.name} has no such shares; use "
-                    f"bootstrap, or give Measure(shares=...)"
+                    f"significance: wilcoxon compares what units add to the metric, and {measure.name} has no such shares, "
+                    "use bootstrap, or give Measure(shares=...)"
                 )
             self._shares = [np.bincount(groups, np.mean([shares(s, measure.truth) for s in arm], 0)) for arm in scores]
 
