@@ -55,6 +55,26 @@ def test_the_table_of_a_job_with_scores_per_unit() -> None:
     assert Comparison.from_json(c.to_json()) == c
 
 
+@pytest.mark.parametrize("level", [float("nan"), float("inf")])
+def test_an_arm_whose_scores_are_not_finite_is_left_out_and_named(level: float) -> None:
+    c = table([*ARMS, Guess("broken", level)])
+    assert c.winner == "better"
+    assert c.skipped["broken"].startswith(f"gives NaN or infinity on {len(UNITS)} of {len(UNITS)} units, ")
+    assert "broken" not in {r.method for r in c.results}
+    with pytest.raises(InputError, match="mean: gives NaN or infinity"):
+        table([Guess("mean", level), *ARMS[1:]])
+
+
+def test_signed_ranks_need_what_each_unit_adds() -> None:
+    ranked = Measure("AUROC of logits", lambda scores, truth, weights: scores.max(-1) + 0 * weights[:, 0])
+    arms = measure(ARMS, "mean")
+    with pytest.raises(InputError, match="AUROC of logits has no such shares"):
+        judge(Comparison, arms, UNITS, ranked, baseline="mean", significance="wilcoxon")
+    with pytest.raises(InputError, match="significance: expected 'bootstrap' or 'wilcoxon', got 'wilcoxn'"):
+        judge(Comparison, arms, UNITS, Measure("m"), baseline="mean", significance="wilcoxn")
+    assert judge(Comparison, arms, UNITS, Measure("m"), baseline="mean", significance="wilcoxon").winner == "better"
+
+
 def test_a_control_that_does_not_lose_is_told() -> None:
     c = table([*ARMS[:3], dataclasses.replace(ARMS[3], level=1.5)])
     assert c.results[0].method == "random"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Float
@@ -14,6 +14,8 @@ from cenote.compare import statistics
 from cenote.compare.metrics import Metric, Shares, mean, mean_shares
 from cenote.compare.statistics import Significance
 from cenote.compare.units import Units
+from cenote.core.errors import InputError
+from cenote.core.requirements import require_one_of
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,17 @@ class Measure:
         name: for people.
         metric: of scores under weights of the units; higher is better.
         truth: what the scores are compared with, one entry per unit; `None` where units have scores of their own.
-        shares: what each unit adds to the metric; `None` for metrics that rank units against each other.
+        shares: what each unit adds to the metric; `None` for metrics that rank units against each other. The mean's are known.
     """
 
     name: str
     metric: Metric = mean
     truth: Any = None
-    shares: Shares | None = mean_shares
+    shares: Shares | None = None
+
+    def __post_init__(self) -> None:
+        if self.metric is mean and self.shares is None:
+            object.__setattr__(self, "shares", mean_shares)
 
 
 class Inference:
@@ -41,6 +47,9 @@ class Inference:
         scores: of each arm.
         units: that they were measured on.
         significance: where p-values come from; intervals are always those of the bootstrap.
+
+    Raises:
+        InputError: where that is unknown, or asks for shares that the measure has not.
     """
 
     def __init__(
@@ -50,6 +59,7 @@ class Inference:
         units: Units,
         significance: Significance = "bootstrap",
     ) -> None:
+        require_one_of(get_args(Significance), significance=significance)
         groups, ones = units.group_numbers(), np.ones((1, len(units)))
         by_rank = significance == "wilcoxon"
         self.per_seed = [tuple(float(measure.metric(s, measure.truth, ones)[0]) for s in arm) for arm in scores]
@@ -59,7 +69,11 @@ class Inference:
         self._shares: list[ndarray] | None = None
         if by_rank:
             shares = measure.shares
-            assert shares is not None, "the job says beforehand which metrics have no shares"
+            if shares is None:
+                raise InputError(
+                    f"significance: wilcoxon compares what units add to the metric, and {measure.name} has no such shares, "
+                    "use bootstrap, or give Measure(shares=...)"
+                )
             self._shares = [np.bincount(groups, np.mean([shares(s, measure.truth) for s in arm], 0)) for arm in scores]
 
     def interval(self, arm: int) -> tuple[float, float]:

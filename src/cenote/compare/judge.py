@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 from cenote.compare.engine import Measured
 from cenote.compare.inference import Inference, Measure
 from cenote.compare.pareto import pareto
@@ -42,13 +45,21 @@ def judge(
         more: the job's own fields of its comparison.
 
     Raises:
-        InputError: where an arm has not one score for each unit.
+        InputError: where an arm has not one score for each unit, or a score of the baseline is no finite number. Another arm
+            with such a score is told under `skipped`.
     """
     arms, cells = measured.arms, measured.cells
     for arm in arms:
         shape = tuple(cells[arm.name].scores.shape)
         if len(shape) < 2 or shape[1] != len(units):
             raise InputError(f"{arm.name}: expected scores of [seeds, {len(units)} units, ...], got {list(shape)}")
+    skipped = dict(measured.skipped)
+    for arm in arms:
+        if reason := _not_finite(cells[arm.name].scores, units):
+            if arm.name == baseline:
+                raise InputError(f"{arm.name}: {reason}, and the others are compared with it; look at that unit")
+            skipped[arm.name] = reason
+    arms = tuple(arm for arm in arms if arm.name not in skipped)
     scores = [cells[arm.name].scores.double().cpu().numpy() for arm in arms]
     inferred = Inference(measure, scores, units, significance)
     row = {arm.name: i for i, arm in enumerate(arms)}
@@ -83,7 +94,7 @@ def judge(
         kind(
             metric_name=measure.name,
             results=tuple(results),
-            skipped=measured.skipped,
+            skipped=skipped,
             baseline=baseline,
             winner=winner,
             against_baseline=paired([(n, baseline) for n in order if n != baseline]),
@@ -95,4 +106,14 @@ def judge(
             complete=measured.complete,
             **more,
         )
+    )
+
+
+def _not_finite(scores: Tensor, units: Units) -> str | None:
+    """Why these scores cannot be judged; `None` where they can."""
+    bad = ~torch.isfinite(scores.movedim(1, 0).flatten(1)).all(1)
+    if not bad.any():
+        return None
+    return (
+        f"gives NaN or infinity on {int(bad.sum())} of {len(units)} units, {units.names[int(bad.nonzero()[0])]!r} first"
     )

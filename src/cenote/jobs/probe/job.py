@@ -113,7 +113,8 @@ def compare(
         dataset={**facts(data), "classes": list(data.classes)},
     )
     if folder is not None:
-        done = {arm.name: trials[arm.name] for arm in measured.arms}
+        judged = {r.method for r in comparison.results}
+        done = {arm.name: trials[arm.name] for arm in measured.arms if arm.name in judged}
         probes = {name: trial.probe(measured.cells[name], 0) for name, trial in done.items()}
         views = {name: trial.column.data for name, trial in done.items()}
         comparison = save_looks(folder, comparison, data, probes, views)
