@@ -134,8 +134,9 @@ def edited(
         2
         >>> _ = torch.backends.mha.set_fastpath_enabled(True)
     """
-    run = Run(model, edits, dict(spans or {}))
-    acting, hooked = _checked(model, edits, run.spans)
+    spans = dict(spans or {})
+    acting, hooked = _checked(model, edits, spans)
+    run = Run(model, edits, spans)
     handles: list[RemovableHandle] = []
     try:
         for edit in edits:

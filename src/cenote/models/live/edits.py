@@ -97,11 +97,11 @@ class RowEdit(AttentionEdit):
 class BlockEdit(Edit):
     """A change of hidden states."""
 
-    def enters(self, place: Place, h: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+    def enters(self, place: Place, h: Float[Tensor, "*batch tokens dim"]) -> Float[Tensor, "*batch tokens dim"]:
         """Other states for the block to read."""
         return h
 
-    def leaves(self, place: Place, h: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+    def leaves(self, place: Place, h: Float[Tensor, "*batch tokens dim"]) -> Float[Tensor, "*batch tokens dim"]:
         """Other states than those that it wrote."""
         return h
 
