@@ -87,7 +87,7 @@ def test_trains_with_its_trainer(minilm: Any, tmp_path: Path) -> None:
         output_dir=str(tmp_path), per_device_train_batch_size=3, max_steps=3, learning_rate=1e-2, report_to=[],
         save_strategy="no", use_cpu=True, disable_tqdm=True, seed=0, logging_strategy="no",
     )  # fmt: skip
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     loss = MultipleNegativesRankingLoss(model)
     st.SentenceTransformerTrainer(model=model, args=settings, train_dataset=pairs, loss=loss).train()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,13 @@ class CenotePooling(nn.Module):
         if form_of(self.pool) == "layers" and config is not None:
             config.output_hidden_states = True
 
-    def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
+    def forward(self, features: MutableMapping[str, Any], **_: Any) -> MutableMapping[str, Any]:
         """Add `sentence_embedding` to the features."""
         fitted, x, mask = self._fitted(features)
         features["sentence_embedding"] = fitted.pooled(x, mask)
         return features
 
-    def attend(self, features: dict[str, Any]) -> Any:
+    def attend(self, features: Mapping[str, Any]) -> Any:
         """Output and weights of the pool: what each embedding took from each token."""
         fitted, x, mask = self._fitted(features)
         return fitted.attend(x, mask)
@@ -165,7 +166,7 @@ class CenotePooling(nn.Module):
             )
         return self.pool
 
-    def _fitted(self, features: dict[str, Any]) -> tuple[FittedPool, Tensor | Tokens, Tensor | None]:
+    def _fitted(self, features: Mapping[str, Any]) -> tuple[FittedPool, Tensor | Tokens, Tensor | None]:
         """The pool and its input: sets of tokens, or a stack of layers, and the mask of what is real and no prompt."""
         pool = self._built()
         fitted, layered = FittedPool(pool, self.prefix_tokens), form_of(pool) == "layers"
@@ -227,7 +228,7 @@ def _without_prompt_of_bags(bags: Bags, length: int, prefix_tokens: int) -> Bags
     return Bags.from_padded(values, kept)
 
 
-def _prompt_length(features: dict[str, Any]) -> int:
+def _prompt_length(features: Mapping[str, Any]) -> int:
     length = features.get("prompt_length", 0)
     return int(length.flatten()[0]) if isinstance(length, Tensor) else int(length)
 
