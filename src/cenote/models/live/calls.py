@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from cenote.core import InputError
@@ -197,9 +197,20 @@ def picked(
 
 def dense(mask: Bool[Tensor, "_batch _heads _queries keys"] | Float[Tensor, "_batch _heads _queries keys"]) -> Allowed:
     """A mask that is there as a whole: True = may be read; or added to scores: about the lowest number = may not."""
+    return lambda rows: may_read(picked(mask, rows))
+
+
+def may_read(mask: Shaped[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+    """A mask as models have them, as one of True = may be read: added to scores, about the lowest number = may not; of whole
+    numbers, 0 = may not."""
     if mask.dtype == torch.bool:
-        return lambda rows: picked(mask, rows)
-    return lambda rows: picked(mask, rows) > torch.finfo(mask.dtype).min / 2
+        return mask
+    return mask > (torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else 0)
+
+
+def real_tokens(mask: Shaped[Tensor, "_batch _heads tokens tokens"], batch: int) -> Bool[Tensor, "batch tokens"]:
+    """Those that read themselves: a token that is no padding does."""
+    return may_read(mask).diagonal(dim1=2, dim2=3).any(1).expand(batch, -1)
 
 
 def causal(

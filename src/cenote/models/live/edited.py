@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from cenote.core import InputError
 from cenote.models.live import places, sdpa, seats, transformers
-from cenote.models.live.calls import AttentionCall, Kind, Place
+from cenote.models.live.calls import AttentionCall, Place
 from cenote.models.live.edits import (
     AttentionEdit,
     BlockEdit,
@@ -90,13 +90,8 @@ class Run:
         """Raise where an edit did nothing."""
         for edit in self.edits:
             if id(edit) not in self._acted:
-                why = (
-                    "the model did not run in this thread"
-                    if not self._forwards and not self.effect
-                    else "its places did not run"
-                )
-                if self.effect or self._forwards:
-                    why += ", or it chose no query"
+                ran = self._forwards or self.effect
+                why = "its places did not run, or it chose no query" if ran else "the model did not run in this thread"
                 raise InputError(f"edits: {type(edit).__name__} did nothing: {why}")
 
 
@@ -135,7 +130,7 @@ def edited(
         >>> _ = torch.backends.mha.set_fastpath_enabled(True)
     """
     spans = dict(spans or {})
-    acting, hooked = _checked(model, edits, spans)
+    acting, hooked, ways = _checked(model, edits, spans)
     run = Run(model, edits, spans)
     handles: list[RemovableHandle] = []
     try:
@@ -144,7 +139,7 @@ def edited(
         handles.append(model.register_forward_pre_hook(lambda *_: run.begins_forward()))
         for place, of_block in hooked.items():
             handles += _hooks(run, place, of_block)
-        by_registry = [place.module for place in acting if places.how(place.module) == "registry"]
+        by_registry = [place.module for place in acting if ways[place] == "registry"]
         if by_registry:
             transformers.enter(run, by_registry)
         for place, of_place in acting.items():
@@ -209,8 +204,8 @@ def recorded(
 
 def _checked(
     model: nn.Module, edits: Sequence[Edit], spans: Mapping[str, Tensor]
-) -> tuple[dict[Place, list[AttentionEdit]], dict[Place, list[BlockEdit]]]:
-    """The edits of each place, where all can be reached."""
+) -> tuple[dict[Place, list[AttentionEdit]], dict[Place, list[BlockEdit]], dict[Place, str]]:
+    """The edits of each place, where all can be reached, and how attention is computed where there is some."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if hasattr(model, "_orig_mod"):
@@ -222,8 +217,9 @@ def _checked(
     _check_spans(spans)
     acting: dict[Place, list[AttentionEdit]] = {}
     hooked: dict[Place, list[BlockEdit]] = {}
-    attention = places.attentions(model)
-    blocks = places.blocks(model)
+    ways = places.ways(model)
+    attention = places.in_blocks(ways)
+    blocks = places.blocks(model, attention)
     for edit in edits:
         if not isinstance(edit, (AttentionEdit, BlockEdit)):
             raise InputError(f"edits: expected AttentionEdit or BlockEdit, got {type(edit).__name__}")
@@ -244,20 +240,19 @@ def _checked(
                 acting.setdefault(place, []).append(edit)
             else:
                 hooked.setdefault(place, []).append(edit)
-    _check_reach(model, acting)
-    return acting, hooked
+    _check_reach(acting, ways)
+    return acting, hooked, ways
 
 
-def _check_reach(model: nn.Module, acting: Mapping[Place, object]) -> None:
-    written = places.unreached(model)
+def _check_reach(acting: Mapping[Place, object], ways: Mapping[Place, str]) -> None:
     for place in acting:
-        if place.module in written:
+        if ways[place] == "written out":
             name = type(place.module).__name__
             why: str | None = (
                 f"{name} writes it out in its own forward; edits of blocks (BlockEdit) work, or give other places"
             )
         else:
-            seat = transformers if places.how(place.module) == "registry" else sdpa
+            seat = transformers if ways[place] == "registry" else sdpa
             why = seat.why_not(place.module)
         if why:
             raise InputError(f"model: attention at {place.path} cannot be reached: {why}")
@@ -310,6 +305,3 @@ def _hooks(run: Run, place: Place, edits: Sequence[BlockEdit]) -> list[Removable
         place.module.register_forward_pre_hook(enters, with_kwargs=True),
         place.module.register_forward_hook(leaves),
     ]
-
-
-__all__ = ["Kind", "Run", "edited", "recorded"]

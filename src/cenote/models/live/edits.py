@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -76,16 +77,16 @@ class AttentionEdit(Edit):
         return y
 
 
-class RowEdit(AttentionEdit):
+class RowEdit(AttentionEdit, ABC):
     """A change of the weights of a few queries: these are computed beside the user's attention function, and what that gave is
     overwritten where weights differ, for the heads where they do. `forced` overwrites all chosen rows: gradients then flow
     through their weights."""
 
     forced: bool = False
 
+    @abstractmethod
     def queries(self, call: AttentionCall) -> Bool[Tensor, "batch queries"]:
         """Which queries."""
-        raise NotImplementedError
 
     def rows(
         self, call: AttentionCall, weights: Float[Tensor, "batch heads rows keys"]
@@ -219,6 +220,10 @@ def _wide(rows: Tensor, weights: Tensor) -> Tensor:
 class Trace(dict[Place, list[Any]]):
     """What was recorded: at each place one tensor per computation, which is one per step of decoding."""
 
+    def keep(self, place: Place, x: Tensor, detach: bool) -> None:
+        """One tensor more of a place; with its graph, or as a copy without."""
+        self.setdefault(place, []).append(x.detach().clone() if detach else x)
+
     def stack(self, step: int = 0) -> Tensor:
         """`[places, ...]` of one step, in the order of the model."""
         return torch.stack([found[step] for found in self.values()])
@@ -241,7 +246,7 @@ class Recorder(AttentionEdit):
         self.found.clear()
 
     def keep(self, place: Place, x: Tensor) -> None:
-        self.found.setdefault(place, []).append(x.detach().clone() if self.detach else x)
+        self.found.keep(place, x, self.detach)
 
 
 class InputsRecorder(Recorder):
@@ -315,9 +320,9 @@ class StateRecorder(BlockEdit):
 
     def enters(self, place: Place, h: Tensor) -> Tensor:
         if place.block == 0:
-            self.read.setdefault(place, []).append(h.detach().clone() if self.detach else h)
+            self.read.keep(place, h, self.detach)
         return h
 
     def leaves(self, place: Place, h: Tensor) -> Tensor:
-        self.written.setdefault(place, []).append(h.detach().clone() if self.detach else h)
+        self.written.keep(place, h, self.detach)
         return h

@@ -10,7 +10,7 @@ import dis
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -29,13 +29,23 @@ NORM = re.compile(r"norm|^ln_|layernorm", re.IGNORECASE)
 
 def attentions(model: nn.Module) -> list[Place]:
     """Where attention happens in the model's blocks, in order; outside of blocks only where there are none."""
-    found = [place for place, _ in _attentions(model)]
-    return [place for place in found if place.stack] or found
+    return in_blocks(ways(model))
 
 
-def blocks(model: nn.Module) -> list[Place]:
-    """The blocks that hold attention, and their neighbours in the same list."""
-    stacks = dict.fromkeys(place.stack for place in attentions(model) if place.stack)
+def in_blocks(found: Iterable[Place]) -> list[Place]:
+    """Those of the places that are in blocks; all of them where none is."""
+    everywhere = list(found)
+    return [place for place in everywhere if place.stack] or everywhere
+
+
+def blocks(model: nn.Module, attention: Iterable[Place] | None = None) -> list[Place]:
+    """The blocks that hold attention, and their neighbours in the same list.
+
+    Args:
+        model: any module.
+        attention: where it happens, if that is known.
+    """
+    stacks = dict.fromkeys(place.stack for place in attention or attentions(model) if place.stack)
     return [
         Place(number, "block", stack, f"{stack}.{name}", block)
         for stack in stacks
@@ -104,8 +114,9 @@ def how(module: nn.Module) -> str | None:
     return None
 
 
-def _attentions(model: nn.Module) -> list[tuple[Place, str]]:
-    ways: dict[str, str] = {}
+def ways(model: nn.Module) -> dict[Place, str]:
+    """Where attention happens, in order, and how it is computed there: "registry", "fused" or "written out"."""
+    by_path: dict[str, str] = {}
     by_class: dict[type, str | None] = {}
     for path, module in model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
@@ -115,32 +126,27 @@ def _attentions(model: nn.Module) -> list[tuple[Place, str]]:
             by_class[type(module)] = how(module)
         way = by_class[type(module)]
         if way is not None:
-            ways[path] = way
+            by_path[path] = way
     inner = {
         path
-        for path in ways
-        if not any(other.startswith(f"{path}." if path else "") and other != path for other in ways)
+        for path in by_path
+        if not any(other.startswith(f"{path}." if path else "") and other != path for other in by_path)
     }
     found: list[tuple[Place, str]] = []
     firsts: dict[tuple[str, int], str] = {}
     reached: set[tuple[str, int]] = set()
-    for path in ways:
+    for path in by_path:
         if path not in inner:
             continue
         stack, number, rest = _block(model, path)
         module = model.get_submodule(path)
         first = firsts.setdefault((stack, number), path)
         place = Place(number, _kind(module, rest, first == path or not stack), stack, path, module)
-        found.append((place, ways[path]))
-        if ways[path] != "written out":
+        found.append((place, by_path[path]))
+        if by_path[path] != "written out":
             reached.add((stack, number))
     # a softmax beside attention that can be reached is a router or a gate
-    return [(p, way) for p, way in found if way != "written out" or (p.stack and (p.stack, p.block) not in reached)]
-
-
-def unreached(model: nn.Module) -> dict[nn.Module, str]:
-    """Attention whose products and softmax are written out in its own forward, with the path."""
-    return {place.module: place.path for place, way in _attentions(model) if way == "written out"}
+    return {p: way for p, way in found if way != "written out" or (p.stack and (p.stack, p.block) not in reached)}
 
 
 def _kind(module: nn.Module, rest: str, first: bool) -> Kind:

@@ -78,7 +78,7 @@ def attend(
     """One attention computation with the edits of all contexts, in the order of entering."""
     acts: list[Act] = []
     for run, place, edits in seated:
-        known = run.arrives(place, call.replace(place=place))
+        known = run.arrives(place, call)
 
         def seen(c: AttentionCall, place: Place = place, known: Mapping[str, object] = known) -> AttentionCall:
             return c.replace(place=place, **known)

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from cenote.core import InputError
 from cenote.core.reduced import Reduced, expanded
 from cenote.models.live import places
-from cenote.models.live.calls import Place
+from cenote.models.live.calls import Place, may_read, real_tokens
 
 Reducer = Callable[..., Reduced]
 
@@ -36,6 +36,8 @@ class Shortening:
     ) -> None:
         self.reducers, self.protect, self.proportional = reducers, protect, proportional
         self.thread = threading.get_ident()
+        # tokens behind the prompt, and whether this call is of them
+        self.decoded, self.decoding = 0, False
         self.forgets()
 
     def forgets(self) -> None:
@@ -121,10 +123,8 @@ class Shortening:
             if mask.dim() == 2:
                 self.real = mask.bool()
             elif mask.dim() == 4 and mask.shape[2] == mask.shape[3] == h.shape[1]:
-                readable = _readable(mask)
-                # a token that is no padding reads itself
-                self.real = readable.diagonal(dim1=2, dim2=3).any(1).expand(len(h), -1)
-                self.causal = h.shape[1] > 1 and not bool(readable[:, :, :-1].triu(1).any())
+                self.real = real_tokens(mask, len(h))
+                self.causal = h.shape[1] > 1 and not bool(may_read(mask)[:, :, :-1].triu(1).any())
             else:
                 raise InputError(
                     f"model: a mask {tuple(mask.shape)} for {h.shape[1]} tokens cannot be shortened; use a growing cache"
@@ -187,9 +187,6 @@ class Shortening:
             mask = torch.where(mask > lowest / 2, mask + bias, mask)
         new["attention_mask"] = mask.masked_fill(hidden, lowest)
         return new
-
-    decoded: int = 0
-    decoding: bool = False
 
 
 @contextmanager
@@ -286,10 +283,6 @@ def _hooks(run: Shortening, place: Place, causal: bool) -> list[RemovableHandle]
         place.module.register_forward_pre_hook(enters, with_kwargs=True),
         place.module.register_forward_hook(leaves),
     ]
-
-
-def _readable(mask: Tensor) -> Bool[Tensor, "_batch _heads queries keys"]:
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _taken(x: Tensor, origin: Int[Tensor, "batch left"]) -> Tensor:

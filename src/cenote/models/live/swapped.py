@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cenote.core import InputError
-from cenote.models.live.calls import Place
+from cenote.models.live.calls import Place, may_read, real_tokens
 
 _LOCK = threading.RLock()
 _STANDING: dict[tuple[nn.Module, str], list[tuple[object, nn.Module]]] = {}
@@ -136,13 +135,5 @@ def _mask(mask: Any, x: Tensor) -> Tensor | None:
     """Which tokens are real, `[batch, tokens]`: those that read themselves."""
     if not isinstance(mask, Tensor):
         return None
-    readable = (
-        mask
-        if mask.dtype == torch.bool
-        else mask > torch.finfo(mask.dtype).min / 2
-        if mask.is_floating_point()
-        else mask > 0
-    )
-    if mask.dim() == 2:
-        return readable[:, -x.shape[1] :]
-    return readable[..., -x.shape[1] :].diagonal(dim1=2, dim2=3).any(1).expand(len(x), -1)
+    seen = mask[..., -x.shape[1] :]
+    return may_read(seen) if mask.dim() == 2 else real_tokens(seen, len(x))
