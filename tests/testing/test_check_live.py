@@ -142,60 +142,61 @@ def forgets_padding(model: nn.Module, *edits: Edit, **options: Any) -> Iterator[
         yield run
 
 
-class IgnoresGenerators:
-    """A context that takes the end of a generator for no end."""
-
-    def __init__(self, model: nn.Module, *edits: Edit, **options: Any) -> None:
-        self.inner = edited(model, *edits, **options)
-
-    def __enter__(self) -> Any:
-        return self.inner.__enter__()
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> Any:
-        if kind is GeneratorExit:
-            LEFT_OPEN.append(self.inner)
-            return None
-        return self.inner.__exit__(kind, error, trace)
-
-
-class OneAtATime:
-    """Entering ends what was entered before."""
-
-    current: ClassVar[list[Any]] = []
-
-    def __init__(self, model: nn.Module, *edits: Edit, **options: Any) -> None:
-        self.inner = edited(model, *edits, **options)
-
-    def __enter__(self) -> Any:
-        while self.current:
-            self.current.pop().__exit__(None, None, None)
-        self.current.append(self.inner)
-        return self.inner.__enter__()
-
-    def __exit__(self, *error: Any) -> Any:
-        if self.inner in self.current:
-            self.current.remove(self.inner)
-            return self.inner.__exit__(*error)
-        return None
-
-
-class PutsBack:
-    """On leaving the model's forward is what it was on entering, whoever entered since."""
+class Around:
+    """A context around `edited`, to be broken."""
 
     def __init__(self, model: nn.Module, *edits: Edit, **options: Any) -> None:
         self.model, self.inner = model, edited(model, *edits, **options)
 
     def __enter__(self) -> Any:
+        return self.inner.__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        return self.inner.__exit__(*error)
+
+
+class IgnoresGenerators(Around):
+    """A context that takes the end of a generator for no end."""
+
+    def __exit__(self, *error: Any) -> Any:
+        if error[0] is GeneratorExit:
+            LEFT_OPEN.append(self.inner)
+            return None
+        return super().__exit__(*error)
+
+
+class OneAtATime(Around):
+    """Entering ends what was entered before."""
+
+    current: ClassVar[list[Any]] = []
+
+    def __enter__(self) -> Any:
+        while self.current:
+            self.current.pop().__exit__(None, None, None)
+        self.current.append(self.inner)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        if self.inner in self.current:
+            self.current.remove(self.inner)
+            return super().__exit__(*error)
+        return None
+
+
+class PutsBack(Around):
+    """On leaving the model's forward is what it was on entering, whoever entered since."""
+
+    def __enter__(self) -> Any:
         self.before = self.model.__dict__.get("forward")
         own = self.model.forward
         self.model.__dict__["forward"] = lambda *args, **kwargs: own(*args, **kwargs)
-        return self.inner.__enter__()
+        return super().__enter__()
 
     def __exit__(self, *error: Any) -> Any:
         self.model.__dict__.pop("forward", None)
         if self.before is not None:
             self.model.__dict__["forward"] = self.before
-        return self.inner.__exit__(*error)
+        return super().__exit__(*error)
 
 
 @contextmanager
@@ -232,20 +233,14 @@ def not_neutral(edits: tuple[Edit, ...]) -> bool:
     return any(type(edit).__name__ == "_Silent" for edit in edits)
 
 
-class LeavesTheDispatcher:
+class LeavesTheDispatcher(Around):
     """The registry of transformers keeps handing out functions inside a dispatcher."""
-
-    def __init__(self, model: nn.Module, *edits: Edit, **options: Any) -> None:
-        self.inner = edited(model, *edits, **options)
 
     def __enter__(self) -> Any:
         other = edited(zoo.MODELS["bert"]("sdpa").model, AttentionEdit())
         other.__enter__()
         LEFT_OPEN.append(other)
-        return self.inner.__enter__()
-
-    def __exit__(self, *error: Any) -> Any:
-        return self.inner.__exit__(*error)
+        return super().__enter__()
 
 
 LEFT_OPEN: list[Any] = []
