@@ -46,7 +46,9 @@ def _fake(slug: str):
 def fakes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, str]]:
     CALLS.clear()
     monkeypatch.setattr(runner, "study_of", _fake)
-    monkeypatch.setattr(runner, "source_of", lambda module: f"code of {module.rpartition('.')[2].replace('_', '-')}")
+    monkeypatch.setattr(
+        runner, "source_digest", lambda module: f"code of {module.__name__.rpartition('.')[2].replace('_', '-')}"
+    )
     return CALLS
 
 

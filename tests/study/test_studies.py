@@ -111,16 +111,16 @@ def test_a_result_is_of_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a study measures counts, though no import leads there: the room finds it in the catalog."""
     from cenote.compare import sources
     from cenote.pool import SimPool
-    from cenote.study.harness.sources import source_of
+    from cenote.study.harness import tiles
 
     module = importlib.import_module("cenote.study.simpool")
-    before = source_of(module.__name__)
-    assert before == source_of(module.__name__) != source_of("cenote.study.harness.tiles")
+    before = sources.source_digest(module)
+    assert before == sources.source_digest(module) != sources.source_digest(tiles)
     files: list[Path] = []
     read_file = sources._read
     monkeypatch.setattr(sources, "_read", lambda path: files.append(path) or read_file(path))
     sources._targets.cache_clear()
-    source_of(module.__name__)
+    sources.source_digest(module)
     read_names = {path.name for path in files}
     assert Path(sys.modules[SimPool.__module__].__file__ or "").name in read_names
     assert {"simpool.py", "tiles.py", "training.py", "verdict.py"} <= read_names

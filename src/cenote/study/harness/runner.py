@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cenote.catalog import System, systems
+from cenote.compare.sources import source_digest
 from cenote.core import InputError, files
 from cenote.study.harness.pages import page
-from cenote.study.harness.sources import source_of
 from cenote.study.harness.verdict import Size, Verdict
 
 INCHES = (8.0, 3.2)
@@ -51,7 +51,7 @@ def is_current(verdict: Verdict) -> bool:
         module = importlib.import_module(str(system.study))
     except Exception:
         return False
-    return verdict.provenance["source"] == source_of(module.__name__)
+    return verdict.provenance["source"] == source_digest(module)
 
 
 def write(verdict: Verdict, out: Path, earlier: bool = False) -> Verdict:

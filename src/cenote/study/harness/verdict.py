@@ -14,11 +14,11 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from cenote.compare.sources import source_digest
 from cenote.core import InputError
 from cenote.core.requirements import require_one_of
 from cenote.core.version import __version__
 from cenote.study.harness.checks import UNDECIDED, Check, Holds, decide
-from cenote.study.harness.sources import source_of
 
 Size = Literal["smoke", "small", "full"]
 Figure = Callable[[Any], None]
@@ -129,7 +129,7 @@ def study(run: Callable[[int, Size], Findings]) -> Callable[[int, Size], Verdict
             seconds=time.process_time() - start,
             notes=found.notes,
             tried=found.tried,
-            provenance=_provenance() | {"source": source_of(run.__module__)},
+            provenance=_provenance() | {"source": source_digest(sys.modules[run.__module__])},
         )
 
     return timed
