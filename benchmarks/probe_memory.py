@@ -58,7 +58,7 @@ def main() -> None:
     if arguments.child:
         run(arguments.child)
         return
-    from cenote.jobs.probe.job import chosen_methods
+    from cenote.jobs.probe.arms import chosen_methods
 
     for method in chosen_methods(arguments.methods):
         command = [sys.executable, "-m", "benchmarks.probe_memory", "--child", method]

@@ -24,7 +24,7 @@ from cenote.compare.statistics import holm
 from cenote.core import InputError
 from cenote.features.dataset import TokenDataset
 from cenote.jobs.probe import Comparison, Recipe, compare
-from cenote.jobs.probe.job import chosen_methods
+from cenote.jobs.probe.arms import chosen_methods
 
 QUICK = Recipe(learning_rates=(1e-2,), epochs=8)
 METHODS = ["mean", "max", "simpool"]

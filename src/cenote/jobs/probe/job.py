@@ -19,7 +19,7 @@ from cenote.core import InputError
 from cenote.core.memory import return_freed_blocks
 from cenote.features import facts
 from cenote.features.dataset import SPLITS, TokenDataset
-from cenote.jobs.probe.arms import BASELINE, Layers, Trial, chosen_methods, columns_of, remembered
+from cenote.jobs.probe.arms import Layers, Trial, columns_of, remembered
 from cenote.jobs.probe.looks import save_looks
 from cenote.jobs.probe.measure import judged_by, measured_by
 from cenote.jobs.probe.recipe import Recipe
@@ -123,6 +123,3 @@ def compare(
         save_best(folder / "best", comparison, winner.column, winner.probe(measured.cells[winner.name], best_seed))
         files.write_whole(folder / "comparison.json", comparison.to_json())
     return comparison
-
-
-__all__ = ["BASELINE", "Recipe", "chosen_methods", "compare"]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cenote.compare import Engine, OnShare
+from cenote.compare.arms import unheard
 from cenote.compare.statistics import Significance
 from cenote.features import Labelling, TokenDataset
 from cenote.features.raw import RawItems
@@ -107,7 +108,7 @@ def compare_raw(
     engine: Engine | None = None,
     backbone: Backbone | None = None,
     on_progress: OnProgress = lambda _: None,
-    on_method: OnShare = lambda _name, _share: None,
+    on_method: OnShare = unheard,
 ) -> Comparison:
     """Find out which pooling wins on the tokens that a model makes of raw items.
 
