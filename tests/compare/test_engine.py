@@ -70,7 +70,7 @@ def test_signed_ranks_need_what_each_unit_adds() -> None:
     arms = measure(ARMS, "mean")
     with pytest.raises(InputError, match="AUROC of logits has no such shares"):
         judge(Comparison, arms, UNITS, ranked, baseline="mean", significance="wilcoxon")
-    with pytest.raises(InputError, match="significance: expected 'bootstrap' or 'wilcoxon', got 'wilcoxn'"):
+    with pytest.raises(InputError, match="significance: expected 'permutation' or 'wilcoxon', got 'wilcoxn'"):
         judge(Comparison, arms, UNITS, Measure("m"), baseline="mean", significance="wilcoxn")
     assert judge(Comparison, arms, UNITS, Measure("m"), baseline="mean", significance="wilcoxon").winner == "better"
 

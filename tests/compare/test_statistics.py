@@ -1,11 +1,19 @@
+import dataclasses
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import scipy.stats
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
 from cenote.compare import statistics
-from cenote.compare.metrics import SHARES, accuracy
+from cenote.compare.inference import Inference, Measure
+from cenote.compare.intervals import Spread, interval
+from cenote.compare.metrics import SHARES, auroc, auroc_pair_shares, ranked
 from cenote.compare.pareto import pareto
+from cenote.compare.units import Units
+from cenote.core import InputError
 
 
 def test_holm_agrees_with_statsmodels() -> None:
@@ -13,51 +21,128 @@ def test_holm_agrees_with_statsmodels() -> None:
     assert statistics.holm(p.tolist()) == pytest.approx(multipletests(p, method="holm")[1].tolist())
 
 
-def _scores(right: np.ndarray) -> np.ndarray:
-    """Logits of two classes that are right exactly where told, for targets of all ones."""
-    return np.stack([~right, right], -1).astype(float)[None]
+def test_sign_flips_are_counted_out_as_scipy_does() -> None:
+    d = np.random.default_rng(0).normal(0.4, 1, size=(10, 3))
+    theirs = scipy.stats.permutation_test((d[:, 0],), np.sum, permutation_type="samples", n_resamples=np.inf)
+    assert statistics.sign_flip_p(d)[0] == pytest.approx(theirs.pvalue)
+    drawn = statistics.sign_flip_p(d, flips=400)
+    assert drawn == pytest.approx(statistics.sign_flip_p(d), abs=0.06)
+    assert (drawn != statistics.sign_flip_p(d)).any()
 
 
-def test_the_interval_agrees_with_scipys_bootstrap() -> None:
+@pytest.mark.parametrize("groups", [1, 2, 5, 6, 9])
+def test_few_groups_have_a_floor_that_no_difference_goes_below(groups: int) -> None:
+    assert statistics.sign_flip_p(np.full((groups, 1), 1e9))[0] == pytest.approx(2.0 ** (1 - groups))
+    assert (2.0 ** (1 - groups) <= 0.05) == (groups >= statistics.least_groups(1))
+
+
+def test_what_is_not_known_is_not_significant() -> None:
+    shares = np.array([[0.0, np.nan], [0.0, 1.0]])
+    assert statistics.sign_flip_p(shares).tolist() == [1.0, 1.0]
+    assert statistics.exchange_p(lambda kept: np.full(len(kept), np.nan), 9, 99) == 1.0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_shares_of_a_difference_of_aurocs_tell_every_exchange_of_two_arms(tied: bool) -> None:
     rng = np.random.default_rng(0)
-    right = rng.random(200) < 0.7
-    samples = statistics.resampled_metrics(accuracy, [_scores(right)], np.ones(200, int), np.arange(200))
-    theirs = scipy.stats.bootstrap((right.astype(float),), np.mean, method="percentile", n_resamples=9999, rng=1)
-    assert statistics.interval(samples[0]) == pytest.approx(tuple(theirs.confidence_interval), abs=0.011)
+    y = (rng.random(40) < 0.3).astype(int)
+    a, b = (y[:, None] + rng.normal(size=(40, 1)) for _ in range(2))
+    a, b = (ranked(np.round(s, 1) if tied else s) for s in (a, b))
+    shares, ones = auroc_pair_shares(a, b, y), np.ones((1, 40))
+    for kept in (np.ones(40, bool), *(rng.random((20, 40)) < 0.5)):
+        first, second = np.where(kept[:, None], a, b), np.where(kept[:, None], b, a)
+        exchanged = float(auroc(first, y, ones)[0] - auroc(second, y, ones)[0])
+        assert float(np.where(kept, shares, -shares).sum()) == pytest.approx(exchanged, abs=1e-12)
 
 
-def test_resampling_whole_groups_widens_the_interval() -> None:
+def test_exchanges_by_brute_force_agree_with_shares() -> None:
     rng = np.random.default_rng(0)
-    groups = np.repeat(np.arange(20), 10)
-    right = (rng.random(20) < 0.7)[groups]
-    alone = statistics.resampled_metrics(accuracy, [_scores(right)], np.ones(200, int), np.arange(200))
-    together = statistics.resampled_metrics(accuracy, [_scores(right)], np.ones(200, int), groups)
-    assert np.std(together[0]) > 2 * np.std(alone[0])
+    y = (rng.random(30) < 0.4).astype(int)
+    scores = [(2.0 * i * y[:, None] + rng.normal(size=(30, 1)))[None] for i in range(3)]
+    units = Units([str(i) for i in range(30)], [str(i % 12) for i in range(30)])
+    known = Measure.known("AUROC", y)
+    slow = dataclasses.replace(known, pair_shares=None)
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    quick = [p for *_, p in Inference(known, scores, units).differences(pairs)]
+    assert [p for *_, p in Inference(slow, scores, units).differences(pairs)] == pytest.approx(quick, abs=0.04)
+    assert quick[1] < 0.05 < max(quick)
 
 
-def test_the_paired_test_finds_a_real_difference_and_no_other() -> None:
+def test_beyond_all_exchanges_a_bound_decides_that_few_groups_limit() -> None:
+    def difference(groups: int) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda kept: (2 * kept - 1).sum(1) / groups
+
+    assert statistics.exchange_p(difference(100), 100, 199) < 1e-10
+    assert statistics.exchange_p(difference(5), 5, 199) >= 2 / 2**5
+
+
+@pytest.mark.parametrize("name", ["accuracy", "AUROC", "R2"])
+def test_few_groups_raise_no_more_false_alarms_than_promised(name: str) -> None:
+    rng, alarms = np.random.default_rng(0), 0
+    groups = np.repeat(np.arange(8), 10)
+    units = Units([str(i) for i in range(80)], [str(g) for g in groups])
+    for _ in range(200):
+        y = rng.normal(size=(80, 1)) if name == "R2" else (rng.random(80) < 0.5).astype(int)
+        hard = y.reshape(80, 1) + rng.normal(size=(80, 1))
+        scores = [(hard - 0.5 + rng.normal(size=(80, 1)) + rng.normal(size=8)[groups, None])[None] for _ in range(2)]
+        alarms += Inference(Measure.known(name, y), scores, units).differences([(0, 1)])[0][2] <= 0.05
+    assert alarms / 200 <= 0.08
+
+
+def test_intervals_of_shares_are_wilsons_and_keep_a_width_at_the_end() -> None:
+    right = np.r_[np.ones(17), np.zeros(3)]
+    spread = Spread.of(np.array([(17 - r) / 19 for r in right]), 20)
+    low, high = interval(0.85, Spread(spread.variance * 19 / 20, 1e9), (0.0, 1.0), 20)
+    assert (low, high) == pytest.approx(proportion_confint(17, 20, method="wilson"), abs=1e-6)
+    low, high = interval(1.0, Spread.of(np.ones(20), 20), (0.0, 1.0), 20)
+    assert 0.7 < low < 0.9
+    assert high == pytest.approx(1.0)
+
+
+def test_intervals_stay_within_limits_and_turn_with_the_scale() -> None:
+    low, high = interval(0.9, Spread(0.04, 5.0), (None, 1.0))
+    assert low < 0.0
+    assert 0.9 < high < 1.0
+    assert interval(0.9, Spread(0.04, 5.0))[1] > 1.0
+    low, high = interval(4.5, Spread(0.04 * 25, 5.0), (0.0, 5.0), 9)
+    assert (low / 5, high / 5) == pytest.approx(interval(0.9, Spread(0.04, 5.0), (0.0, 1.0), 9))
+
+
+def test_one_group_has_no_interval() -> None:
+    units = Units(["a", "b"], ["g", "g"])
+    inferred = Inference(Measure("score"), [np.array([[0.1, 0.2]]), np.array([[0.3, 0.4]])], units)
+    assert np.isnan(inferred.interval(0)).all()
+    difference, between, p = inferred.differences([(1, 0)])[0]
+    assert difference == pytest.approx(0.2)
+    assert np.isnan(between).all()
+    assert p == 1.0
+
+
+def test_carriers_count_groups_of_the_rarest_class() -> None:
+    y, rng = (np.arange(100) < 3).astype(int), np.random.default_rng(0)
+    scores = [(y + rng.normal(size=100))[None, :, None] for _ in range(2)]
+    inferred = Inference(Measure.known("AUROC", y), scores, Units([str(i) for i in range(100)]))
+    (_, (low, high), _) = inferred.differences([(0, 1)])[0]
+    assert high - low > 1.0, "three positives cannot place a difference"
+
+
+def test_other_seeds_widen_what_is_said_of_methods() -> None:
     rng = np.random.default_rng(0)
-    base = rng.random(400) < 0.6
-    better = base | (rng.random(400) < 0.3)
-    same = rng.permutation(base)
-    a, b, c = statistics.resampled_metrics(
-        accuracy, [_scores(base), _scores(better), _scores(same)], np.ones(400, int), np.arange(400)
-    )
-    assert statistics.two_sided_p(b - a) <= 2 / 9999
-    assert statistics.two_sided_p(c - a) > 0.5
-    assert statistics.two_sided_p(np.zeros(99)) == 1.0
+    scores = [i + rng.normal(size=60) + np.array([[-2.0], [0.0], [2.0]]) * i for i in (0, 1)]
+    units, pairs = Units([str(i) for i in range(60)]), [(1, 0)]
+    fixed = Inference(Measure("score"), scores, units).differences(pairs)[0]
+    random = Inference(Measure("score"), scores, units, seed_effects="random").differences(pairs)[0]
+    assert fixed[0] == random[0]
+    assert fixed[2] < 0.01 < 0.05 < random[2]
+    assert random[1][0] < 0 < fixed[1][0]
+    with pytest.raises(InputError, match="seed_effects: random needs at least 2 seeds"):
+        Inference(Measure("score"), [s[:1] for s in scores], units, seed_effects="random")
 
 
-def test_false_alarms_are_as_rare_as_promised() -> None:
-    rng = np.random.default_rng(0)
-    alarms = 0
-    for trial in range(200):
-        a, b = rng.random(150) < 0.7, rng.random(150) < 0.7
-        s = statistics.resampled_metrics(
-            accuracy, [_scores(a), _scores(b)], np.ones(150, int), np.arange(150), resamples=499, seed=trial
-        )
-        alarms += statistics.two_sided_p(s[0] - s[1]) < 0.05
-    assert alarms / 200 < 0.1
+def test_more_groups_than_are_needed_are_thrown_together() -> None:
+    groups = statistics.merged(np.arange(2500), 1000)
+    assert np.bincount(groups).tolist() == [3] * 500 + [2] * 500
+    assert statistics.merged(np.arange(9), 1000).tolist() == list(range(9))
 
 
 def test_signed_ranks_agree_with_darwins_maize() -> None:

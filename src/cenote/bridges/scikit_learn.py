@@ -19,7 +19,7 @@ from cenote.features.dataset import Task, TokenDataset
 from cenote.jobs.probe.measure import metric_name
 from cenote.jobs.probe.module import build_probe
 from cenote.jobs.probe.recipe import Recipe
-from cenote.jobs.probe.training import predict, train
+from cenote.jobs.probe.training import TargetScale, predict, train
 
 Sets = ndarray | Sequence[ndarray]
 
@@ -62,7 +62,11 @@ class _ProbeEstimator(BaseEstimator):  # type: ignore[misc]
         if len(x) != len(y):
             raise InputError(f"y: has {len(y)} targets for {len(x)} items of X")
         recipe = Recipe(
-            tuple(self.learning_rates), self.epochs, self.patience, self.batch_size, weight_decay=self.weight_decay
+            tuple(self.learning_rates),
+            epochs=self.epochs,
+            patience=self.patience,
+            batch_size=self.batch_size,
+            weight_decay=self.weight_decay,
         )
         data = TokenDataset(
             name="X",
@@ -176,7 +180,7 @@ class ProbeClassifier(ClassifierMixin, _ProbeEstimator):  # type: ignore[misc]
 class ProbeRegressor(RegressorMixin, _ProbeEstimator):  # type: ignore[misc]
     """A pooling with a linear regressor on frozen token features.
 
-    Arguments and attributes as of `ProbeClassifier`; targets are standardised for training.
+    Arguments and attributes as of `ProbeClassifier`.
 
     Example:
         >>> import numpy as np
@@ -191,14 +195,19 @@ class ProbeRegressor(RegressorMixin, _ProbeEstimator):  # type: ignore[misc]
         if not np.isfinite(targets).all():
             raise InputError("y: holds NaN or infinite targets")
         self._one_target = targets.ndim == 1
-        targets = targets.reshape(len(targets), -1)
-        self.target_mean_, self.target_std_ = targets.mean(0), np.maximum(targets.std(0), 1e-12)
-        scaled = torch.as_tensor((targets - self.target_mean_) / self.target_std_, dtype=torch.float32)
-        return self._fit(X, scaled, "regression", tuple(map(str, range(scaled.shape[1]))), groups)
+        made = torch.as_tensor(targets.reshape(len(targets), -1), dtype=torch.float32)
+        return self._fit(X, made, "regression", tuple(map(str, range(made.shape[1]))), groups)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "target_std_" in state:
+            # pickled by a version whose probe gave standardised targets
+            mean, deviation = (torch.as_tensor(vars(self).pop(n)) for n in ("target_mean_", "target_std_"))
+            self.probe_ = TargetScale(mean, deviation).restored(self.probe_)
 
     def predict(self, X: Sets) -> ndarray:
         """Predicted targets, in the form of `y`."""
-        y = self._scores(X) * self.target_std_ + self.target_mean_
+        y = self._scores(X)
         return y[:, 0] if self._one_target else y
 
 

@@ -15,7 +15,16 @@ Seeds = Annotated[int, typer.Option(min=1, help="How many initialisations of eac
 Out = Annotated[Path, typer.Option(help="Folder for results; the same folder again resumes.")]
 Metric = Annotated[str | None, typer.Option(help="Default by task: AUROC, accuracy, mean average precision, R2.")]
 Significance = Annotated[
-    str, typer.Option(help="Where p-values come from: bootstrap, or wilcoxon (signed ranks of the test items).")
+    str,
+    typer.Option(
+        help="Where p-values come from: permutation (methods exchanged in items or groups), or wilcoxon (signed ranks)."
+    ),
+]
+SeedEffects = Annotated[
+    str,
+    typer.Option(
+        help="What the verdict speaks of: fixed, these trained probes; random, the methods trained with any seeds."
+    ),
 ]
 Workers = Annotated[
     int | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -38,7 +39,8 @@ def probe(
     seeds: options.Seeds = 3,
     out: options.Out = Path("cenote-out"),
     metric: options.Metric = None,
-    significance: options.Significance = "bootstrap",
+    significance: options.Significance = "permutation",
+    seed_effects: options.SeedEffects = "fixed",
     task: options.Task = None,
     labels: options.Labels = None,
     label: options.Label = None,
@@ -145,6 +147,7 @@ def probe(
             out=out,
             metric=metric,
             significance=significance,  # type: ignore[arg-type]
+            seed_effects=seed_effects,  # type: ignore[arg-type]
             recipe=recipe,
             layers=layers,
             workers=workers,
@@ -197,7 +200,7 @@ def table_of(comparison: Comparison, width: int) -> Table:
     columns = {
         "method": [f"{r.method}{' *' if r.method in comparison.pareto else ''}" for r in comparison.results],
         comparison.metric_name: [f"{r.metric:.3f}" for r in comparison.results],
-        "interval": [f"{r.interval[0]:.3f}-{r.interval[1]:.3f}" for r in comparison.results],
+        "interval": [_interval(r.interval) for r in comparison.results],
         difference: [_difference(tests.get(r.method)) for r in comparison.results],
         "p adj.": [_adjusted(tests.get(r.method)) for r in comparison.results],
         "params": [f"{r.parameters:,}" for r in comparison.results],
@@ -213,6 +216,10 @@ def table_of(comparison: Comparison, width: int) -> Table:
         luxuries=("multiply-adds", "train s"),
         spared=("params", "ms/item", "interval", "p adj.", difference),
     )
+
+
+def _interval(interval: tuple[float, float]) -> str:
+    return "" if math.isnan(interval[0]) else f"{interval[0]:.3f}-{interval[1]:.3f}"
 
 
 def _difference(test: PairTest | None) -> str:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from cenote.compare import statistics
-from cenote.compare.metrics import Metric, Shares, mean, mean_shares
+from cenote.compare import metrics, statistics
+from cenote.compare.intervals import Limits, Spread, interval, left_out, over_seeds
+from cenote.compare.metrics import Carriers, Metric, PairShares, Shares, mean, mean_shares
 from cenote.compare.statistics import Significance
 from cenote.compare.units import Units
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_one_of
+
+SeedEffects = Literal["fixed", "random"]
+"""Whether a verdict speaks of the trained seeds alone, or of all that might have been drawn."""
+
+BLOCKS = 1000
+"""More groups than these are thrown together at random: an interval does not get better by more."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +34,39 @@ class Measure:
         metric: of scores under weights of the units; higher is better.
         truth: what the scores are compared with, one entry per unit; `None` where units have scores of their own.
         shares: what each unit adds to the metric; `None` for metrics that rank units against each other. The mean's are known.
+        pair_shares: what each unit adds to a difference, of a metric without `shares`; where there is neither, arms are
+            exchanged by brute force.
+        by_rank: whether the metric sees only the order of the scores; they are then exchanged as ranks.
+        limits: between which the metric lies.
+        carriers: how many groups it stands on; default: all.
     """
 
     name: str
     metric: Metric = mean
     truth: Any = None
     shares: Shares | None = None
+    pair_shares: PairShares | None = None
+    by_rank: bool = False
+    limits: Limits = (None, None)
+    carriers: Carriers | None = None
 
     def __post_init__(self) -> None:
         if self.metric is mean and self.shares is None:
             object.__setattr__(self, "shares", mean_shares)
+
+    @classmethod
+    def known(cls, name: str, truth: Any) -> Measure:
+        """A metric of `cenote.compare.metrics.METRICS`, with all that is known of it."""
+        return cls(
+            name,
+            metrics.METRICS[name],
+            truth,
+            metrics.SHARES.get(name),
+            metrics.PAIR_SHARES.get(name),
+            name in metrics.RANKING,
+            metrics.LIMITS[name],
+            metrics.CARRIERS.get(name),
+        )
 
 
 class Inference:
@@ -46,10 +76,14 @@ class Inference:
         measure: what arms are compared by.
         scores: of each arm.
         units: that they were measured on.
-        significance: where p-values come from; intervals are always those of the bootstrap.
+        significance: where p-values come from: `"permutation"`, the two arms exchanged in whole groups, exact where that can
+            be counted out; `"wilcoxon"`, signed ranks of what each group adds.
+        seed_effects: `"fixed"`: intervals and p-values speak of the mean of these seeds on other units. `"random"`: of other
+            seeds as well: the variance over the seeds is added, and a difference's p-value is the larger of the units' and
+            that of a t test with both variances.
 
     Raises:
-        InputError: where that is unknown, or asks for shares that the measure has not.
+        InputError: where that is unknown, asks for shares that the measure has not, or for the variance over one seed.
     """
 
     def __init__(
@@ -57,42 +91,112 @@ class Inference:
         measure: Measure,
         scores: Sequence[Float[ndarray, "seeds units *outputs"]],
         units: Units,
-        significance: Significance = "bootstrap",
+        significance: Significance = "permutation",
+        seed_effects: SeedEffects = "fixed",
     ) -> None:
         require_one_of(get_args(Significance), significance=significance)
-        groups, ones = units.group_numbers(), np.ones((1, len(units)))
-        by_rank = significance == "wilcoxon"
-        self.per_seed = [tuple(float(measure.metric(s, measure.truth, ones)[0]) for s in arm) for arm in scores]
+        require_one_of(get_args(SeedEffects), seed_effects=seed_effects)
+        if significance == "wilcoxon" and measure.shares is None:
+            raise InputError(
+                f"significance: wilcoxon compares what units add to the metric, and {measure.name} has no such shares, "
+                "use permutation, or give Measure(shares=...)"
+            )
+        if seed_effects == "random" and min(len(arm) for arm in scores) < 2:
+            raise InputError("seed_effects: random needs at least 2 seeds of each arm, for their variance")
+        self.measure, self.significance, self.seed_effects = measure, significance, seed_effects
+        self.units, groups = len(units), units.group_numbers()
+        self.groups = int(groups.max()) + 1
+        self._blocks = statistics.merged(groups, BLOCKS)
+        self._count = int(self._blocks.max()) + 1
+        self._carriers = self._count if measure.carriers is None else measure.carriers(measure.truth, self._blocks)
+        ones = np.ones((1, len(units)))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            self.per_seed = [tuple(float(measure.metric(s, measure.truth, ones)[0]) for s in arm) for arm in scores]
         self.means = [float(np.mean(p)) for p in self.per_seed]
-        self.resamples = statistics.RESAMPLES if by_rank else statistics.resamples_for(len(scores))
-        self._samples = statistics.resampled_metrics(measure.metric, scores, measure.truth, groups, self.resamples)
-        self._shares: list[ndarray] | None = None
-        if by_rank:
-            shares = measure.shares
-            if shares is None:
-                raise InputError(
-                    f"significance: wilcoxon compares what units add to the metric, and {measure.name} has no such shares, "
-                    "use bootstrap, or give Measure(shares=...)"
-                )
-            self._shares = [np.bincount(groups, np.mean([shares(s, measure.truth) for s in arm], 0)) for arm in scores]
+        self.flips = statistics.flips_for(len(scores))
+        self._scores = [np.stack([metrics.ranked(s) for s in arm]) for arm in scores] if measure.by_rank else scores
+        self._left_out = [
+            np.mean([left_out(measure.metric, s, measure.truth, self._blocks) for s in arm], 0) for arm in scores
+        ]
 
     def interval(self, arm: int) -> tuple[float, float]:
-        """Of an arm's metric, 95 %."""
-        return statistics.interval(self._samples[arm])
+        """Of an arm's metric, 95 %; NaN where it cannot be known."""
+        spread = Spread.of(self._left_out[arm], self._carriers)
+        if self.seed_effects == "random":
+            spread = spread.plus(over_seeds(np.asarray(self.per_seed[arm])))
+        return interval(self.means[arm], spread, self.measure.limits, self._carriers)
 
-    def difference(self, first: int, second: int) -> tuple[float, tuple[float, float], float]:
-        """`(difference, its 95 % interval, two-sided p-value)` of two arms."""
-        d = self._samples[first] - self._samples[second]
-        p = (
-            statistics.two_sided_p(d)
-            if self._shares is None
-            else statistics.signed_rank_p(self._shares[first] - self._shares[second])
-        )
-        return self.means[first] - self.means[second], statistics.interval(d), p
+    def differences(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[float, tuple[float, float], float]]:
+        """`(difference, its 95 % interval, two-sided p-value)` of pairs of arms."""
+        found = []
+        for (a, b), p in zip(pairs, self._p_values(pairs), strict=True):
+            d = self.means[a] - self.means[b]
+            spread = Spread.of(self._left_out[a] - self._left_out[b], self._carriers)
+            if self.seed_effects == "random":
+                seeds = [over_seeds(np.asarray(self.per_seed[arm])) for arm in (a, b)]
+                spread = spread.plus(seeds[0].plus(seeds[1]))
+                p = max(p, _t_test(d, spread))
+            found.append((d, interval(d, spread), p))
+        return found
 
     def provenance(self) -> dict[str, Any]:
         """What a reader needs to repeat it."""
         return {
-            "bootstrap_resamples": self.resamples,
-            "significance": "bootstrap" if self._shares is None else "wilcoxon",
+            "significance": self.significance,
+            "flips": self.flips,
+            "groups": self.groups,
+            "seed_effects": self.seed_effects,
         }
+
+    def _p_values(self, pairs: Sequence[tuple[int, int]]) -> list[float]:
+        measure = self.measure
+        if measure.shares is None and measure.pair_shares is None:
+            return [self._exchanged(a, b, len(pairs)) for a, b in pairs]
+        if not pairs:
+            return []
+        if measure.shares is not None:
+            of_arm = [
+                np.bincount(self._blocks, np.mean([measure.shares(s, measure.truth) for s in arm], 0), self._count)
+                for arm in self._scores
+            ]
+            shares = np.stack([of_arm[a] - of_arm[b] for a, b in pairs], 1)
+        else:
+            shares = np.stack([self._pair_shares(a, b) for a, b in pairs], 1)
+        if self.significance == "wilcoxon":
+            return [statistics.signed_rank_p(d) for d in shares.T]
+        return [float(p) for p in statistics.sign_flip_p(shares, self.flips)]
+
+    def _pair_shares(self, a: int, b: int) -> Float[ndarray, "groups"]:
+        """What each group adds to the mean over the seeds, each seed exchanged with one of the other arm."""
+        assert self.measure.pair_shares is not None
+        shares = [self.measure.pair_shares(x, y, self.measure.truth) for x, y in self._matched(a, b)]
+        return np.bincount(self._blocks, np.mean(shares, 0), self._count)
+
+    def _exchanged(self, a: int, b: int, pairs: int) -> float:
+        measure = self.measure
+        matched = [np.concatenate([x, y]) for x, y in self._matched(a, b)]
+        truth = None if measure.truth is None else np.concatenate([measure.truth, measure.truth])
+
+        def difference(kept: Float[ndarray, "exchanges groups"]) -> Float[ndarray, "exchanges"]:
+            own = kept[:, self._blocks]
+            there, back = np.concatenate([own, 1 - own], 1), np.concatenate([1 - own, own], 1)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                return np.mean(
+                    [measure.metric(s, truth, there) - measure.metric(s, truth, back) for s in matched], axis=0
+                )
+
+        numbers = 2.0 * pairs * sum(s.size for s in matched)
+        return statistics.exchange_p(difference, self._count, statistics.exchanges_for(numbers))
+
+    def _matched(self, a: int, b: int) -> list[tuple[ndarray, ndarray]]:
+        first, second = self._scores[a], self._scores[b]
+        count = max(len(first), len(second))
+        return [(first[s % len(first)], second[s % len(second)]) for s in range(count)]
+
+
+def _t_test(difference: float, spread: Spread) -> float:
+    import scipy.stats
+
+    if not spread.variance > 0:
+        return 1.0
+    return float(2 * scipy.stats.t.sf(abs(difference) / np.sqrt(spread.variance), spread.freedom))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from cenote.compare.engine import Measured
-from cenote.compare.inference import Inference, Measure
+from cenote.compare.inference import Inference, Measure, SeedEffects
 from cenote.compare.pareto import pareto
 from cenote.compare.result import Comparison, PairTest, as_tuple
-from cenote.compare.statistics import Significance, holm
+from cenote.compare.statistics import SIGNIFICANT, Significance, holm, least_groups
 from cenote.compare.units import Units
 from cenote.compare.verdict import with_sentence
 from cenote.core.errors import InputError
@@ -28,7 +28,8 @@ def judge(
     measure: Measure,
     *,
     baseline: str,
-    significance: Significance = "bootstrap",
+    significance: Significance = "permutation",
+    seed_effects: SeedEffects = "fixed",
     provenance: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> C:
@@ -40,7 +41,8 @@ def judge(
         units: what the arms were measured on.
         measure: what they are compared by.
         baseline: name of the arm that the others are compared with.
-        significance: where p-values come from.
+        significance: where p-values come from, see `Inference`.
+        seed_effects: whether the verdict speaks of the trained seeds or of any, see `Inference`.
         provenance: see `cenote.compare.provenance`.
         more: the job's own fields of its comparison.
 
@@ -61,13 +63,8 @@ def judge(
             skipped[arm.name] = reason
     arms = tuple(arm for arm in arms if arm.name not in skipped)
     scores = [cells[arm.name].scores.double().cpu().numpy() for arm in arms]
-    inferred = Inference(measure, scores, units, significance)
+    inferred = Inference(measure, scores, units, significance, seed_effects)
     row = {arm.name: i for i, arm in enumerate(arms)}
-
-    def paired(pairs: list[tuple[str, str]]) -> tuple[PairTest, ...]:
-        found = [inferred.difference(row[a], row[b]) for a, b in pairs]
-        adjusted = holm([p for _, _, p in found])
-        return tuple(PairTest(a, b, *f, q) for (a, b), f, q in zip(pairs, found, adjusted, strict=True))
 
     known = {f.name for f in dataclasses.fields(kind.result_type)}
     results = []
@@ -89,6 +86,15 @@ def judge(
         )
     order = [r.method for r in results]
     winner = next((r.method for r in results if not r.control), order[0])
+    pairs = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]
+    found = inferred.differences([(row[a], row[b]) for a, b in pairs])
+    tests = [PairTest(a, b, *f, f[2]) for (a, b), f in zip(pairs, found, strict=True)]
+    against_baseline = _adjusted(
+        [t.seen_from(n) for n in order for t in tests if {n, baseline} == {t.first, t.second} and n != baseline]
+    )
+    # the winner was chosen after the scores were seen: as one of all pairs, and only where the table holds any difference
+    least = min((t.p_adjusted for t in against_baseline), default=1.0)
+    all_pairs = tuple(dataclasses.replace(t, p_adjusted=max(t.p_adjusted, least)) for t in _adjusted(tests))
     costs = [0.0 if r.cost is None else r.cost for r in results]
     return with_sentence(
         kind(
@@ -97,15 +103,36 @@ def judge(
             skipped=skipped,
             baseline=baseline,
             winner=winner,
-            against_baseline=paired([(n, baseline) for n in order if n != baseline]),
-            against_winner=paired([(n, winner) for n in order if n != winner]),
-            pairs=paired([(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]),
+            against_baseline=against_baseline,
+            against_winner=tuple(
+                t.seen_from(n) for n in order for t in all_pairs if n != winner and {n, winner} == {t.first, t.second}
+            ),
+            pairs=all_pairs,
             pareto=tuple(order[i] for i in pareto([r.metric for r in results], costs)),
             sentence="",
+            no_verdict=_too_few(inferred, len(order) - 1, units),
             provenance={**(provenance or {}), **inferred.provenance()},
             complete=measured.complete,
             **more,
         )
+    )
+
+
+def _adjusted(tests: list[PairTest]) -> tuple[PairTest, ...]:
+    return tuple(
+        dataclasses.replace(t, p_adjusted=p) for t, p in zip(tests, holm([t.p_value for t in tests]), strict=True)
+    )
+
+
+def _too_few(inferred: Inference, tests: int, units: Units) -> str:
+    """Why no arm could be told from the baseline, however much better it is; empty where one could."""
+    needed = least_groups(tests)
+    if not tests or inferred.groups >= needed:
+        return ""
+    kind = "unit" if units.groups is None else "group"
+    return (
+        f"{inferred.groups} test {kind}{'' if inferred.groups == 1 else 's'} cannot carry one: with fewer than {needed}, "
+        f"none of {tests + 1} can be told from the others at p <= {SIGNIFICANT}, however much better it is"
     )
 
 

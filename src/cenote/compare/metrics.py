@@ -1,4 +1,4 @@
-"""Metrics under item weights, many weightings at once: the bootstrap needs thousands of them.
+"""Metrics under item weights, many weightings at once: the jackknife leaves out each group once.
 
 Every metric takes `scores [items, outputs]`, `y` and `weights [resamples, items]` and gives `[resamples]`; weights of one
 give the plain metric. Items are the units of a comparison; where each has a score of its own, `mean` is the metric.
@@ -19,6 +19,14 @@ Metric = Callable[[Any, Any, Float[ndarray, "resamples items"]], Float[ndarray, 
 
 Shares = Callable[[Any, Any], Float[ndarray, "items"]]
 """`(scores, y) -> [items]`: what each item adds to a metric by itself; the shares of all items sum to it."""
+
+PairShares = Callable[[Any, Any, Any], Float[ndarray, "items"]]
+"""`(scores, scores of another arm, y) -> [items]`: what each item adds to the difference of a metric, averaged over all
+exchanges of the two arms in the other items. The shares sum to the difference; the arms exchanged in an item, its share
+changes sign."""
+
+Carriers = Callable[[Any, Any], int]
+"""`(y, group of each item) -> int`: how many groups a metric stands on."""
 
 RESAMPLES_AT_ONCE = 128
 """Whose weights of a thousand items stay in the cache."""
@@ -77,6 +85,9 @@ def mean_average_precision(scores: ndarray, y: ndarray, weights: ndarray) -> nda
 
 def r2(scores: ndarray, y: ndarray, weights: ndarray) -> ndarray:
     """Explained share of the variance, averaged over the targets."""
+    # squares of targets far from zero would cancel
+    middle = np.asarray(y, dtype=np.float64).mean(0)
+    scores, y = np.asarray(scores, dtype=np.float64) - middle, np.asarray(y, dtype=np.float64) - middle
     total = weights.sum(1, keepdims=True)
     mean = weights @ y / total
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -102,7 +113,28 @@ def balanced_accuracy_shares(scores: ndarray, y: ndarray) -> ndarray:
 
 def r2_shares(scores: ndarray, y: ndarray) -> ndarray:
     """What each item adds to R2: an even share less what it leaves unexplained."""
+    scores, y = np.asarray(scores, dtype=np.float64), np.asarray(y, dtype=np.float64)
     return (1 / len(y) - (scores - y) ** 2 / ((y - y.mean(0)) ** 2).sum(0)).mean(1)
+
+
+def auroc_pair_shares(first: ndarray, second: ndarray, y: ndarray) -> ndarray:
+    """What each item adds to the difference of two AUROCs.
+
+    AUROC is a mean over pairs of a positive and a negative item. Exchange two arms in some items and in the rest: in the
+    difference of the two AUROCs all terms cancel but those that are linear in the signs of the exchanges. So the exchange is
+    one of signs, of each item's rank in the first arm less its rank in the second, both among the items of the other class
+    in both arms together.
+    """
+    positive = y == 1
+    first, second = ranked(first[:, :1])[:, 0], ranked(second[:, :1])[:, 0]
+    shares = np.empty(len(y))
+    for own, sign in ((positive, 0.5), (~positive, -0.5)):
+        others = np.sort(np.concatenate([first[~own], second[~own]]))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            shares[own] = (
+                sign * (_below(first[own], others) - _below(second[own], others)) / np.float64(own.sum() * (~own).sum())
+            )
+    return shares
 
 
 SHARES: dict[str, Shares] = {
@@ -116,6 +148,32 @@ AUROC and mean average precision have none. They rank the items against each oth
 others; a test that took such shares as independent would raise a false alarm of AUROC in a third of all cases.
 """
 
+PAIR_SHARES: dict[str, PairShares] = {"AUROC": auroc_pair_shares}
+
+RANKING = ("AUROC", "mean average precision")
+"""Metrics that see the order of the scores, and not their scale."""
+
+LIMITS: dict[str, tuple[float | None, float | None]] = {
+    "accuracy": (0.0, 1.0),
+    "balanced accuracy": (0.0, 1.0),
+    "AUROC": (0.0, 1.0),
+    "mean average precision": (0.0, 1.0),
+    "R2": (None, 1.0),
+}
+
+
+def rarest_class(y: ndarray, groups: ndarray) -> int:
+    """Groups with an item of the class that is in the fewest of them.
+
+    >>> rarest_class(np.array([0, 0, 1, 1, 1]), np.array([0, 1, 2, 2, 0]))
+    2
+    """
+    return min(len(np.unique(groups[y == c])) for c in np.unique(y))
+
+
+CARRIERS: dict[str, Carriers] = {"AUROC": rarest_class, "balanced accuracy": rarest_class}
+"""Of metrics that stand on fewer groups than there are."""
+
 METRICS: dict[str, Metric] = {
     "accuracy": accuracy,
     "balanced accuracy": balanced_accuracy,
@@ -123,6 +181,18 @@ METRICS: dict[str, Metric] = {
     "mean average precision": mean_average_precision,
     "R2": r2,
 }
+
+
+def ranked(scores: Float[ndarray, "items outputs"]) -> Float[ndarray, "items outputs"]:
+    """The rank of each item in each output, as a share of the items; ties share theirs."""
+    import scipy.stats
+
+    return scipy.stats.rankdata(scores, axis=0) / len(scores)
+
+
+def _below(values: ndarray, others: ndarray) -> ndarray:
+    """Of how many others, in order, each value is above; of equal ones half."""
+    return (np.searchsorted(others, values, "left") + np.searchsorted(others, values, "right")) / 2
 
 
 def _right(scores: ndarray, y: ndarray) -> ndarray:

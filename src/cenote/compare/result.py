@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -20,7 +21,8 @@ class ArmResult:
         summary: one line for people.
         settings: what makes the arm this arm.
         metric: mean over the seeds.
-        interval: bootstrap 95 % interval of `metric` over units (whole groups where there are groups).
+        interval: 95 % interval of `metric` on other units (whole groups where there are groups), see
+            `cenote.compare.intervals`; NaN where it cannot be known, as with one group.
         metric_per_seed: one number per seed.
         seconds: that measuring it took.
         control: whether it must lose.
@@ -48,9 +50,11 @@ class PairTest:
     Attributes:
         first, second: names of arms.
         difference: metric of `first` minus metric of `second`.
-        interval: bootstrap 95 % interval of `difference`.
-        p_value: two-sided, from the paired bootstrap or from Wilcoxon's test: `provenance["significance"]` says which.
-        p_adjusted: after Holm's correction within its family (against the baseline, or against the winner).
+        interval: 95 % interval of `difference`; NaN where it cannot be known.
+        p_value: two-sided, from exchanges of the two arms or from Wilcoxon's test: `provenance["significance"]` says which.
+        p_adjusted: after Holm's correction, over the comparisons with the baseline or over all pairs. That of a pair is never
+            below the least of those with the baseline, so that the whole table raises a false alarm no more often than one
+            comparison would.
     """
 
     first: str
@@ -60,8 +64,30 @@ class PairTest:
     p_value: float
     p_adjusted: float
 
+    def seen_from(self, arm: str) -> PairTest:
+        """The same with this arm first."""
+        if arm == self.first:
+            return self
+        low, high = self.interval
+        return dataclasses.replace(
+            self, first=self.second, second=self.first, difference=-self.difference, interval=(-high, -low)
+        )
+
 
 R = TypeVar("R", bound=ArmResult)
+
+NUMBERS = (
+    "metric",
+    "interval",
+    "metric_per_seed",
+    "validation_per_seed",
+    "train_loss",
+    "validation_curve",
+    "difference",
+    "p_value",
+    "p_adjusted",
+)
+"""Fields in which a number may be unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +100,12 @@ class Comparison(Generic[R]):
         skipped: arm -> why it could not be measured.
         baseline: the arm that the others are compared with.
         winner: the best arm that is no control.
-        against_baseline, against_winner: paired tests, Holm-corrected as a family each.
-        pairs: all pairs, for the significance matrix; Holm-corrected over all of them.
+        against_baseline: paired tests, Holm-corrected over them.
+        against_winner, pairs: those with the winner, and all pairs; Holm-corrected over all pairs.
         pareto: names of the arms that no other beats in both metric and cost.
         sentence: the verdict in plain words.
+        recommended: the cheapest arm that cannot be told from the winner.
+        no_verdict: why these units cannot carry a verdict; empty where they can.
         provenance: versions, machine, command, when, and what the job adds.
         complete: False where the run was interrupted and arms are missing.
     """
@@ -96,6 +124,8 @@ class Comparison(Generic[R]):
     sentence: str
     provenance: dict[str, Any] = field(default_factory=dict)
     complete: bool = True
+    recommended: str = ""
+    no_verdict: str = ""
 
     @property
     def words(self) -> Words:
@@ -116,7 +146,7 @@ class Comparison(Generic[R]):
 
     def to_json(self) -> str:
         """The comparison as text; `from_json` reads it back."""
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        return json.dumps(_null_for_nan(dataclasses.asdict(self)), indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -140,4 +170,19 @@ def as_tuple(value: Any) -> Any:
 
 
 def _rebuild(cls: type[Any], raw: dict[str, Any]) -> Any:
-    return cls(**{k: as_tuple(v) for k, v in raw.items()})
+    return cls(**{k: _nan_for_null(as_tuple(v)) if k in NUMBERS else as_tuple(v) for k, v in raw.items()})
+
+
+def _null_for_nan(value: Any) -> Any:
+    """JSON has no word for what is not known or infinite."""
+    if isinstance(value, dict):
+        return {k: _null_for_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_null_for_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _nan_for_null(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_nan_for_null(v) for v in value)
+    return math.nan if value is None else value

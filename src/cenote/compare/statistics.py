@@ -1,81 +1,121 @@
-"""Which differences are real: a paired bootstrap over test items, Wilcoxon's test and Holm's correction."""
+"""Which differences could be chance: exchanges of two arms in whole groups, Wilcoxon's test, Holm's correction."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import math
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from cenote.compare.metrics import Metric
-
-Significance = Literal["bootstrap", "wilcoxon"]
+Significance = Literal["permutation", "wilcoxon"]
 """Where p-values come from."""
 
-RESAMPLES = 9999
-RESAMPLES_PER_PAIR = 80
-CHUNK_ELEMENTS = 4_000_000
+SIGNIFICANT = 0.05
+FLIPS = 9999
+FLIPS_PER_PAIR = 40
+FLIPS_AT_ONCE = 2000
+EXCHANGES = (199, 1999)
+EXCHANGED_NUMBERS = 4e9
+PINELIS = 2 * math.e**3 / 9
+"""A weighted sum of random signs exceeds a bound at most so many times as often as a normal variable of its variance (Pinelis
+1994, "Extremal probabilistic problems and Hotelling's T2 test under a symmetry condition")."""
 
 
-def resampled_metrics(
-    metric: Metric,
-    scores: Sequence[Float[ndarray, "seeds items *outputs"]],
-    y: ndarray | None,
-    groups: Int[ndarray, "items"],
-    resamples: int = RESAMPLES,
+def flips_for(arms: int) -> int:
+    """Enough random flips that the smallest p-value, `1 / (flips + 1)`, stays significant when Holm corrects over all pairs.
+
+    >>> flips_for(3), flips_for(32)
+    (9999, 19840)
+    """
+    return max(FLIPS, FLIPS_PER_PAIR * arms * (arms - 1) // 2)
+
+
+def sign_flip_p(shares: Float[ndarray, "groups pairs"], flips: int = FLIPS, seed: int = 0) -> Float[ndarray, "pairs"]:
+    """Two-sided p-values of sums of differences: how often would they be as large with the arms exchanged in random groups?
+
+    Exact where at most `flips` sign patterns differ (the sum of the opposite signs is as large), else of random ones. Where no
+    arm is better, a group's difference is as likely as its opposite, and the p-values hold for however few groups; the
+    smallest is `2 / 2 ** groups`.
+
+    Args:
+        shares: what each group adds to each pair's difference.
+        flips: sign patterns, at most.
+        seed: of random ones.
+
+    >>> sign_flip_p(np.array([[0.1], [0.2], [0.3], [0.1], [0.2], [0.4]])).tolist()
+    [0.03125]
+    """
+    groups = len(shares)
+    finite = np.isfinite(shares).all(0)
+    shares = np.where(finite, shares, 0.0)
+    exact = groups <= 1 + math.log2(flips)
+    observed = np.abs(shares.sum(0)) - 1e-9 * np.abs(shares).sum(0)
+    total = 2 ** (groups - 1) if exact else flips
+    rng, hits = np.random.default_rng(seed), np.zeros(shares.shape[1])
+    for start in range(0, total, FLIPS_AT_ONCE):
+        size = min(FLIPS_AT_ONCE, total - start)
+        patterns = (
+            np.arange(start, start + size)[:, None] >> np.arange(groups) & 1
+            if exact
+            else rng.integers(0, 2, (size, groups), dtype=np.int8)
+        )
+        hits += (np.abs((1.0 - 2.0 * patterns) @ shares) >= observed).sum(0)
+    p = hits / total if exact else (hits + 1) / (total + 1)
+    return np.where(finite, p, 1.0)
+
+
+def exchange_p(
+    difference: Callable[[Float[ndarray, "exchanges groups"]], Float[ndarray, "exchanges"]],
+    groups: int,
+    exchanges: int,
     seed: int = 0,
-) -> Float[ndarray, "methods resamples"]:
-    """The metric of each method, mean over its seeds, on the same bootstrap resamples of the test items.
+) -> float:
+    """The same for a difference that is no sum over groups.
 
-    Whole groups are drawn with replacement; items that are their own group give the ordinary bootstrap. All methods see the
-    same draws, so differences are paired.
+    Where none of the random exchanges reaches what was seen, the p-value is that of `PINELIS`' bound, if it is smaller, as if
+    the difference were a sum over groups, and never below `2 / 2 ** groups`.
+
+    Args:
+        difference: of rows of 1 (as measured) and 0 (exchanged), one number per group.
+        groups: how many there are.
+        exchanges: random ones.
+        seed: of them.
     """
-    rng = np.random.default_rng(seed)
-    count = int(groups.max()) + 1
-    out = np.empty((len(scores), resamples))
-    step = max(1, CHUNK_ELEMENTS // max(len(groups), count))
-    for start in range(0, resamples, step):
-        size = min(step, resamples - start)
-        draws = rng.multinomial(count, np.full(count, 1 / count), size=size)
-        # in the memory items come first, for metrics that take the items in another order
-        weights = np.ascontiguousarray(draws.T[groups], dtype=np.float64).T
-
-        def judged(m: int, start: int = start, size: int = size, weights: ndarray = weights) -> None:
-            out[m, start : start + size] = np.mean([metric(s, y, weights) for s in scores[m]], 0)
-
-        # numpy lets go of the interpreter
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            list(threads.map(judged, range(len(scores))))
-    return out
+    kept = np.random.default_rng(seed).integers(0, 2, (exchanges, groups)).astype(np.float64)
+    observed = float(difference(np.ones((1, groups)))[0])
+    drawn = difference(kept)
+    drawn = np.abs(drawn[np.isfinite(drawn)])
+    if not math.isfinite(observed) or not len(drawn):
+        return 1.0
+    hits = int((drawn >= abs(observed) * (1 - 1e-9)).sum())
+    p = (hits + 1) / (len(drawn) + 1)
+    if hits:
+        return p
+    spread = math.sqrt(float(np.mean(drawn**2)))
+    bound = PINELIS * math.erfc(abs(observed) / spread / math.sqrt(2)) if spread else 1.0
+    return min(p, max(bound, 2.0 ** (1 - groups)))
 
 
-def resamples_for(methods: int) -> int:
-    """Enough that the smallest p-value, `2 / (resamples + 1)`, stays significant when Holm corrects over all pairs.
+def exchanges_for(numbers: float) -> int:
+    """How many exchanges can be paid for where each costs so many numbers of a metric.
 
-    >>> resamples_for(3), resamples_for(32)
-    (9999, 39680)
+    >>> exchanges_for(1e5), exchanges_for(1e9)
+    (1999, 199)
     """
-    return max(RESAMPLES, RESAMPLES_PER_PAIR * methods * (methods - 1) // 2)
+    low, high = EXCHANGES
+    return int(min(high, max(low, EXCHANGED_NUMBERS / numbers)))
 
 
-def interval(values: Float[ndarray, "resamples"]) -> tuple[float, float]:
-    """The central 95 % of bootstrap values; resamples without a defined metric are left out."""
-    # where every resample has a metric, the quicker of the two gives the same
-    percentile = np.nanpercentile if np.isnan(values).any() else np.percentile
-    low, high = percentile(values, [2.5, 97.5])
-    return float(low), float(high)
+def least_groups(tests: int) -> int:
+    """The fewest groups with which one of so many tests can be significant after Holm's correction.
 
-
-def two_sided_p(differences: Float[ndarray, "resamples"]) -> float:
-    """How often the bootstrap difference falls on the other side of zero, doubled; never below `2 / (resamples + 1)`."""
-    undefined = np.isnan(differences)
-    d = differences[~undefined] if undefined.any() else differences
-    tail = min(int((d <= 0).sum()), int((d >= 0).sum()))
-    return min(1.0, 2 * (tail + 1) / (len(d) + 1))
+    >>> least_groups(1), least_groups(3), least_groups(31)
+    (6, 7, 11)
+    """
+    return 1 + math.ceil(math.log2(max(tests, 1) / SIGNIFICANT))
 
 
 def signed_rank_p(differences: Float[ndarray, "pairs"]) -> float:
@@ -108,3 +148,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
         running = max(running, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = running
     return adjusted
+
+
+def merged(groups: Int[ndarray, "units"], most: int, seed: int = 0) -> Int[ndarray, "units"]:
+    """The group of each unit, groups thrown together at random where there are more than so many."""
+    count = int(groups.max()) + 1
+    if count <= most:
+        return groups
+    return (np.random.default_rng(seed).permutation(count) % most)[groups]

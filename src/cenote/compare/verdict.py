@@ -6,15 +6,27 @@ import dataclasses
 from typing import Any, TypeVar
 
 from cenote.compare.result import Comparison
-
-SIGNIFICANT = 0.05
+from cenote.compare.statistics import SIGNIFICANT
 
 C = TypeVar("C", bound="Comparison[Any]")
 
 
 def with_sentence(comparison: C) -> C:
-    """The comparison with its sentence filled in."""
+    """The comparison with its recommendation and its sentence filled in."""
+    comparison = dataclasses.replace(comparison, recommended=recommended(comparison))
     return dataclasses.replace(comparison, sentence=sentence(comparison))
+
+
+def recommended(c: Comparison[Any]) -> str:
+    """The cheapest arm that cannot be told from the winner; of arms without a cost, the baseline if it is one of them.
+
+    Controls are never recommended.
+    """
+    close = [c.winner, *(t.first for t in c.against_winner if t.p_adjusted > SIGNIFICANT and t.first not in c.controls)]
+    costs = {name: c[name].cost for name in close}
+    if None in costs.values():
+        return c.baseline if c.baseline in close else c.winner
+    return min(close, key=lambda name: costs[name] or 0.0)
 
 
 def sentence(c: Comparison[Any]) -> str:
@@ -22,6 +34,9 @@ def sentence(c: Comparison[Any]) -> str:
     words = c.words
     if len(c.results) == 1:
         return f"Only {c.baseline} was run: {words.amount(c.results[0].metric)} {c.metric_name}."
+    if c.no_verdict:
+        lead = f"{c.winner} comes first ({words.amount(c[c.winner].metric)} {c.metric_name})"
+        return f"No verdict: {lead}, but {c.no_verdict}{_controls(c)}.{_advice(c)}"
     close = [
         t.first
         for t in c.against_winner
@@ -35,7 +50,7 @@ def sentence(c: Comparison[Any]) -> str:
             if beaten
             else ""
         )
-        return f"{text}{_controls(c)}."
+        return f"{text}{_controls(c)}.{_advice(c)}"
     test = next(t for t in c.against_baseline if t.first == c.winner)
     lead = words.difference(test.difference, test.interval)
     if test.p_adjusted <= SIGNIFICANT and test.difference > 0:
@@ -53,7 +68,15 @@ def sentence(c: Comparison[Any]) -> str:
     if close:
         verb = "is" if len(close) == 1 else "are"
         text += f"; {_listed(close)} {verb} not distinguishable from it"
-    return f"{text}{_controls(c)}."
+    return f"{text}{_controls(c)}.{_advice(c)}"
+
+
+def _advice(c: Comparison[Any]) -> str:
+    """What to use, where that is not the arm that was named first."""
+    if c.recommended in (c.winner, ""):
+        return ""
+    cheapest = "the cheapest that" if c[c.recommended].cost is not None else "it"
+    return f" Use {c.recommended}: {cheapest} cannot be told from {c.winner}."
 
 
 def _controls(c: Comparison[Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -30,13 +31,15 @@ class Words:
         return f"{100 * value:.{self._digits}f} %" if self.percent else f"{value:.{self._digits}f}"
 
     def difference(self, value: float, interval: tuple[float, float]) -> str:
-        """Of two metrics.
+        """Of two metrics; without an interval where none is known.
 
         >>> Words(percent=True).difference(0.061, (0.042, 0.08))
         '6.1 points (4.2 to 8.0)'
         """
         scale, unit, d = (100.0, " points", self._digits) if self.percent else (1.0, "", self._digits)
         low, high = (scale * v for v in interval)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            return f"{scale * value:.{d}f}{unit}"
         return f"{scale * value:.{d}f}{unit} ({low:.{d}f} to {high:.{d}f})"
 
     @property

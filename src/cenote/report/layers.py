@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from cenote.compare.statistics import SIGNIFICANT
 from cenote.jobs.probe.result import Comparison, MethodResult
-from cenote.report.leaderboard import SIGNIFICANT
 
 
 @dataclass(frozen=True)

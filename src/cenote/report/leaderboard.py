@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass
 
 from cenote.compare import PairTest
+from cenote.compare.statistics import SIGNIFICANT
 from cenote.jobs.probe.result import Comparison, MethodResult
-
-SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from cenote.compare import PairTest
+from cenote.compare.statistics import SIGNIFICANT
 from cenote.jobs.probe.result import Comparison
-from cenote.report.leaderboard import SIGNIFICANT
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Matrix:
     Attributes:
         significant: pairs that differ.
         tested: all pairs.
-        least_p: the smallest p that Holm's correction can leave with so many pairs and resamples; 0 where unknown.
+        least_p: the smallest p that Holm's correction can leave with so many pairs, groups and random draws; 0 where unknown.
     """
 
     names: tuple[str, ...]
@@ -50,7 +52,7 @@ def matrix(c: Comparison) -> Matrix | None:
     if not c.pairs:
         return None
     tests = {(t.first, t.second): t for t in c.pairs}
-    tests |= {(t.second, t.first): _turned(t) for t in c.pairs}
+    tests |= {(t.second, t.first): t.seen_from(t.second) for t in c.pairs}
     names = tuple(r.method for r in c.results)
     largest = max((abs(t.difference) for t in c.pairs if math.isfinite(t.difference)), default=0.0) or 1.0
 
@@ -61,12 +63,14 @@ def matrix(c: Comparison) -> Matrix | None:
         return Cell(test, real, round(20 + 60 * abs(test.difference) / largest) if real else 0)
 
     cells = tuple(tuple(cell(tests.get((a, b))) for b in names) for a in names)
-    # Wilcoxon's p has no such bound
-    resamples = 0 if c.provenance.get("significance") == "wilcoxon" else c.provenance.get("bootstrap_resamples", 0)
-    least = 2 * len(c.pairs) / (resamples + 1) if resamples else 0.0
+    least = len(c.pairs) * _least_p(c.provenance)
     return Matrix(names, cells, sum(t.p_adjusted <= SIGNIFICANT for t in c.pairs), len(c.pairs), least)
 
 
-def _turned(test: PairTest) -> PairTest:
-    low, high = test.interval
-    return replace(test, first=test.second, second=test.first, difference=-test.difference, interval=(-high, -low))
+def _least_p(provenance: Mapping[str, Any]) -> float:
+    """Of one test."""
+    if resamples := provenance.get("bootstrap_resamples"):
+        # by a version that drew units with replacement; Wilcoxon's p has no such bound
+        return 0.0 if provenance.get("significance") == "wilcoxon" else 2 / (resamples + 1)
+    groups, flips = provenance.get("groups"), provenance.get("flips")
+    return 0.0 if groups is None or flips is None else max(2.0 ** (1 - groups), 1 / (flips + 1))

@@ -116,7 +116,6 @@ def _page(c: Comparison, attention: Attention | None, count: int) -> str:
         plots=[p for p in (pareto_plot(c, units, *WIDE), pareto_plot(c, units, *NARROW)) if p],
         layers=layer_map(c),
         matrix=matrix(c),
-        resamples=c.provenance.get("bootstrap_resamples"),
         curves=curves(c),
         panel={"width": WIDTH, "height": HEIGHT},
         samples=drawn,

@@ -6,17 +6,20 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 import cenote.core.files as files
 from cenote.compare.arms import OnShare, unheard
 from cenote.compare.engine import Engine, measure, prepared
+from cenote.compare.inference import SeedEffects
 from cenote.compare.judge import judge
 from cenote.compare.provenance import provenance
 from cenote.compare.statistics import Significance
 from cenote.core import InputError
 from cenote.core.memory import return_freed_blocks
+from cenote.core.requirements import require_one_of
 from cenote.features import facts
 from cenote.features.dataset import SPLITS, TokenDataset
 from cenote.jobs.probe.arms import Layers, Trial, columns_of, remembered
@@ -36,7 +39,8 @@ def compare(
     seeds: int | Sequence[int] = 3,
     out: str | Path | None = None,
     metric: str | None = None,
-    significance: Significance = "bootstrap",
+    significance: Significance = "permutation",
+    seed_effects: SeedEffects = "fixed",
     recipe: Recipe | None = None,
     layers: Layers = None,
     workers: int | None = None,
@@ -52,9 +56,11 @@ def compare(
         out: folder for the finished cells, `comparison.json`, attention samples and the best probe; given the same folder
             again, finished cells are not recomputed. `None`: nothing is written.
         metric: default by task, see `cenote.jobs.probe.measure`.
-        significance: where p-values come from: `"bootstrap"`, paired, of the metric itself; `"wilcoxon"`, signed ranks of what
-            each test item (each group) adds to the metric, mean over the seeds: not for AUROC and mean average precision.
-            Intervals are those of the bootstrap in both. Finished cells serve both.
+        significance: where p-values come from: `"permutation"`, how often a difference would be as large if two methods were
+            exchanged in random test items (whole groups); `"wilcoxon"`, signed ranks of what each test item (each group) adds
+            to the metric, mean over the seeds: not for AUROC and mean average precision. Finished cells serve both.
+        seed_effects: `"fixed"`: the verdict speaks of these trained probes, on other test items. `"random"`: of the methods,
+            trained with other seeds as well.
         recipe: how probes are trained.
         layers: of data that hold several: at which of them token pools are tried, `"last"` (the default), `"all"`, a number,
             several, or a text such as `"-4:"`. Pools of layers are compared in the same table; they read all layers but the
@@ -82,6 +88,9 @@ def compare(
     if not seed_numbers:
         raise InputError(f"seeds: expected at least one, got {seeds}")
     name_of_metric = judged_by(data.task, metric, significance)
+    require_one_of(get_args(SeedEffects), seed_effects=seed_effects)
+    if seed_effects == "random" and len(seed_numbers) < 2:
+        raise InputError("seed_effects: random needs at least 2 seeds, for their variance")
     for split in SPLITS:
         if not len(data.indices(split)):
             raise InputError(f"data: no item is in the {split} split; it needs train, val and test items")
@@ -104,6 +113,7 @@ def compare(
         by,
         baseline=baseline,
         significance=significance,
+        seed_effects=seed_effects,
         provenance=provenance(
             "cenote.jobs.probe.compare",
             seeds=list(seed_numbers),

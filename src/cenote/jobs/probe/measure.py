@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 from cenote.compare.inference import Measure
-from cenote.compare.metrics import METRICS, SHARES
+from cenote.compare.metrics import SHARES
 from cenote.compare.statistics import Significance
 from cenote.compare.units import Units
 from cenote.core import InputError
@@ -39,7 +39,7 @@ def metric_name(task: Task, wanted: str | None = None) -> str:
     return by_lower[wanted.lower()]
 
 
-def judged_by(task: Task, metric: str | None = None, significance: str = "bootstrap") -> str:
+def judged_by(task: Task, metric: str | None = None, significance: str = "permutation") -> str:
     """The metric that methods are compared by.
 
     Raises:
@@ -47,12 +47,13 @@ def judged_by(task: Task, metric: str | None = None, significance: str = "bootst
     """
     name = metric_name(task, metric)
     if significance not in get_args(Significance):
-        raise InputError(f"significance: expected bootstrap or wilcoxon, got {significance!r}")
+        told = "; the bootstrap over few groups called chance a winner" if significance == "bootstrap" else ""
+        raise InputError(f"significance: expected permutation or wilcoxon, got {significance!r}{told}")
     if significance == "wilcoxon" and name not in SHARES:
         fitting = [m for m in FITTING[task] if m in SHARES]
         raise InputError(
             f"significance: wilcoxon compares what each item adds to the metric, and {name} ranks items against each other; "
-            f"use bootstrap{''.join(f', or metric {m!r}' for m in fitting)}"
+            f"use permutation{''.join(f', or metric {m!r}' for m in fitting)}"
         )
     return name
 
@@ -63,4 +64,4 @@ def measured_by(data: TokenDataset, metric: str) -> tuple[Units, Measure]:
     numbers = items.tolist()
     groups = None if data.groups is None else tuple(data.groups[i] for i in numbers)
     units = Units(tuple(data.ids[i] for i in numbers), groups)
-    return units, Measure(metric, METRICS[metric], data.y[items].numpy(), SHARES.get(metric))
+    return units, Measure.known(metric, data.y[items].numpy())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cenote.compare import Engine, OnShare
 from cenote.compare.arms import unheard
+from cenote.compare.inference import SeedEffects
 from cenote.compare.statistics import Significance
 from cenote.features import Labelling, TokenDataset
 from cenote.features.raw import RawItems
@@ -37,7 +38,7 @@ def tokens_of_raw(
     options: Options | None = None,
     layers: Layers = None,
     metric: str | None = None,
-    significance: str = "bootstrap",
+    significance: str = "permutation",
     extractor: Extractor | None = None,
     backbone: Backbone | None = None,
     on_progress: OnProgress = lambda _: None,
@@ -100,7 +101,8 @@ def compare_raw(
     options: Options | None = None,
     seeds: int | Sequence[int] = 3,
     metric: str | None = None,
-    significance: Significance = "bootstrap",
+    significance: Significance = "permutation",
+    seed_effects: SeedEffects = "fixed",
     recipe: Recipe | None = None,
     layers: Layers = None,
     workers: int | None = None,
@@ -115,8 +117,8 @@ def compare_raw(
     Args:
         items: see `cenote.features.raw.open_raw`.
         model: which model.
-        methods: see `cenote.jobs.probe.compare`, as for `seeds`, `metric`, `significance`, `recipe`, `layers`, `workers`,
-            `engine` and `on_method`.
+        methods: see `cenote.jobs.probe.compare`, as for `seeds`, `metric`, `significance`, `seed_effects`, `recipe`,
+            `layers`, `workers`, `engine` and `on_method`.
         out: folder for results, the tokens in `features` among them; the same folder again resumes.
         labelling: see `tokens_of_raw`, as for `name`, `options`, `extractor`, `backbone` and `on_progress`.
 
@@ -148,6 +150,7 @@ def compare_raw(
         out=out,
         metric=metric,
         significance=significance,
+        seed_effects=seed_effects,
         recipe=recipe,
         layers=layers,
         workers=workers,

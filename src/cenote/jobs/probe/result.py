@@ -18,7 +18,7 @@ class MethodResult(ArmResult):
         method: name in the catalog; where it was tried at several layers, followed by `@` and the layer.
         settings: the constructor arguments that were used.
         metric: mean over the seeds of the test metric.
-        interval: bootstrap 95 % interval of `metric` over test items (whole groups where there are groups).
+        interval: 95 % interval of `metric` on other items (of other groups where there are groups).
         validation_per_seed: one number per seed.
         learning_rate: the one chosen on validation.
         epochs: epochs trained until the kept state, per seed.

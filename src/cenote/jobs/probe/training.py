@@ -119,7 +119,9 @@ def _train(
     )
     ensemble.pool_once(data, torch.cat([train_items, val_items]), recipe.tokens_at_once)
     order = torch.Generator().manual_seed(seeds[0])
-    y_val = data.y[val_items].numpy()
+    scale = TargetScale.of(data, train_items)
+    y = scale.standardised(data.y)
+    y_val = y[val_items].numpy()
     ones = torch.ones(1, len(val_items), dtype=torch.float64).numpy()
 
     losses: list[list[float]] = []
@@ -134,7 +136,7 @@ def _train(
         total = torch.zeros(ensemble.members)
         for items in _passes(train_items, size, passes, order):
             logits = ensemble.logits(data, items, recipe.tokens_at_once)
-            loss = _losses(logits, data.y[items], data.task)
+            loss = _losses(logits, y[items], data.task)
             loss.sum().backward()
             optimiser.step()
             total += loss.detach() * len(items)
@@ -143,7 +145,7 @@ def _train(
         now = [float(metric(s, y_val, ones)[0]) for s in logits.numpy()]
         curves.append(now)
         # of epochs that are equally good, the one whose scores can be believed most: a ranking may be right long before
-        now_loss = _losses(logits, data.y[val_items], data.task).tolist()
+        now_loss = _losses(logits, y[val_items], data.task).tolist()
         better = [
             n > b or b == -math.inf or (n == b and loss < least)
             for n, b, loss, least in zip(now, best, now_loss, best_loss, strict=True)
@@ -163,7 +165,7 @@ def _train(
     chosen = int(_mean_by_rate(best, len(seeds)).argmax())
     members = range(chosen * len(seeds), (chosen + 1) * len(seeds))
     return Trained(
-        probes=tuple(ensemble.probe(kept, m) for m in members),
+        probes=tuple(scale.restored(ensemble.probe(kept, m)) for m in members),
         learning_rate=recipe.learning_rates[chosen],
         validation=tuple(best[m] for m in members),
         epochs=tuple(best_epoch[m] for m in members),
@@ -224,6 +226,43 @@ def pieces(
     for group in groups:
         where = torch.tensor(group)
         yield where, items[where]
+
+
+@dataclass(frozen=True)
+class TargetScale:
+    """Of regression targets: probes are trained to standardised ones, so that one recipe fits all units of measurement.
+
+    Attributes:
+        mean, deviation: of the training items' targets; a target that does not vary keeps its unit. `None`: no regression.
+    """
+
+    mean: Float[Tensor, "targets"] | None
+    deviation: Float[Tensor, "targets"] | None
+
+    @classmethod
+    def of(cls, data: TokenDataset, items: Int[Tensor, "train"]) -> TargetScale:
+        """That of these items."""
+        if data.task != "regression":
+            return cls(None, None)
+        targets = data.y[items].double()
+        mean, deviation = targets.mean(0), targets.std(0, correction=0)
+        varies = deviation > 1e-12 * targets.abs().amax(0).clamp(min=1e-300)
+        return cls(mean, torch.where(varies, deviation, 1.0))
+
+    def standardised(self, y: Tensor) -> Tensor:
+        """Targets as probes are trained to them; labels as they are."""
+        if self.mean is None or self.deviation is None:
+            return y
+        return ((y.double() - self.mean) / self.deviation).to(y.dtype)
+
+    @torch.no_grad()
+    def restored(self, probe: Probe) -> Probe:
+        """The same probe, whose classifier gives targets in their own unit."""
+        if self.mean is not None and self.deviation is not None:
+            weight, bias = probe.classifier.weight, probe.classifier.bias
+            weight.copy_(weight.double() * self.deviation.unsqueeze(1))
+            bias.copy_(bias.double() * self.deviation + self.mean)
+        return probe
 
 
 class _Ensemble:

@@ -1,0 +1,111 @@
+"""How far off a metric may be: the jackknife over groups, on the scale that the metric lives on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy import ndarray
+
+from cenote.compare.metrics import Metric
+
+Limits = tuple[float | None, float | None]
+"""The least and the largest value that a metric can have; `None`: there is none."""
+
+LEVEL = 0.95
+UNKNOWN = (math.nan, math.nan)
+
+
+def left_out(metric: Metric, scores: ndarray, truth: object, groups: Int[ndarray, "units"]) -> Float[ndarray, "groups"]:
+    """The metric without each group."""
+    count = int(groups.max()) + 1
+    weights = np.ones((count, len(groups)))
+    weights[groups, np.arange(len(groups))] = 0.0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return metric(scores, truth, weights)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The variance of a metric, and how well it is known.
+
+    Attributes:
+        variance: of the metric.
+        freedom: degrees of freedom of `variance`.
+    """
+
+    variance: float
+    freedom: float
+
+    @classmethod
+    def of(cls, values: Float[ndarray, "groups"], carriers: int) -> Spread:
+        """Of a metric, from its values without each group.
+
+        Few groups that decide the metric leave few degrees of freedom: Satterthwaite's, from the kurtosis of what each
+        group changes, and no more than the groups that carry the metric leave.
+
+        Args:
+            values: the metric without each group.
+            carriers: groups without which it could not be measured, such as those with an item of the rarest class.
+        """
+        count = len(values)
+        if count < 2 or not np.isfinite(values).all():
+            return cls(math.nan, 0.0)
+        changes = values - values.mean()
+        squares = float((changes**2).sum())
+        most = float(max(1, min(count, carriers) - 1))
+        if squares == 0:
+            return cls(0.0, most)
+        kurtosis = count * float((changes**4).sum()) / squares**2
+        freedom = 2 * count / (kurtosis - 1) if kurtosis > 1 else most
+        return cls((count - 1) / count * squares, min(most, max(1.0, freedom)))
+
+    def plus(self, other: Spread) -> Spread:
+        """Of the sum of two independent numbers, with Satterthwaite's degrees of freedom."""
+        variance = self.variance + other.variance
+        parts = self.variance**2 / max(self.freedom, 1e-9) + other.variance**2 / max(other.freedom, 1e-9)
+        return Spread(variance, variance**2 / parts if parts > 0 else min(self.freedom, other.freedom))
+
+    @property
+    def quantile(self) -> float:
+        """Of Student's t, for an interval of 95 %."""
+        import scipy.stats
+
+        return float(scipy.stats.t.ppf(0.5 + LEVEL / 2, self.freedom))
+
+
+def over_seeds(per_seed: Float[ndarray, "seeds"]) -> Spread:
+    """Of a mean over seeds."""
+    return Spread(float(np.var(per_seed, ddof=1)) / len(per_seed), len(per_seed) - 1.0)
+
+
+def interval(value: float, spread: Spread, limits: Limits = (None, None), carriers: int = 1) -> tuple[float, float]:
+    """95 % interval of a metric or a difference, of the t distribution.
+
+    Between two limits it is Wilson's, with as many units as have the metric's variance, so that it has a width also where
+    nothing went wrong; below an upper limit it is taken of the logarithm of what is missing.
+
+    Args:
+        value: the metric.
+        spread: of it.
+        limits: see `Limits`.
+        carriers: units that a metric at its limit counts as.
+    """
+    if not (math.isfinite(value) and math.isfinite(spread.variance)):
+        return UNKNOWN
+    t, (low, high) = spread.quantile, limits
+    if low is not None and high is not None:
+        share = min(1.0, max(0.0, (value - low) / (high - low)))
+        variance, binomial = spread.variance / (high - low) ** 2, share * (1 - share)
+        units = binomial / variance if variance > 0 and binomial > 0 else carriers
+        middle = (share + t**2 / (2 * units)) / (1 + t**2 / units)
+        reach = t / (1 + t**2 / units) * math.sqrt(binomial / units + (t / (2 * units)) ** 2)
+        return low + (high - low) * (middle - reach), low + (high - low) * (middle + reach)
+    if high is not None and value < high:
+        missing = high - value
+        factor = math.exp(min(700.0, t * math.sqrt(spread.variance) / missing))
+        return high - missing * factor, high - missing / factor
+    reach = t * math.sqrt(spread.variance)
+    return value - reach, value + reach
