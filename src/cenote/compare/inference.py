@@ -115,13 +115,12 @@ class Inference:
         self.means = [float(np.mean(p)) for p in self.per_seed]
         self.flips = statistics.flips_for(len(scores))
         self._scores = [np.stack([metrics.ranked(s) for s in arm]) for arm in scores] if measure.by_rank else scores
-        self._left_out = [
-            np.mean([left_out(measure.metric, s, measure.truth, self._blocks) for s in arm], 0) for arm in scores
-        ]
+        self._given = scores
+        self._left_out: dict[int, Float[ndarray, "groups"]] = {}
 
     def interval(self, arm: int) -> tuple[float, float]:
         """Of an arm's metric, 95 %; NaN where it cannot be known."""
-        spread = Spread.of(self._left_out[arm], self._carriers)
+        spread = Spread.of(self._without(arm), self._carriers)
         if self.seed_effects == "random":
             spread = spread.plus(over_seeds(np.asarray(self.per_seed[arm])))
         return interval(self.means[arm], spread, self.measure.limits, self._carriers)
@@ -131,7 +130,7 @@ class Inference:
         found = []
         for (a, b), p in zip(pairs, self._p_values(pairs), strict=True):
             d = self.means[a] - self.means[b]
-            spread = Spread.of(self._left_out[a] - self._left_out[b], self._carriers)
+            spread = Spread.of(self._without(a) - self._without(b), self._carriers)
             if self.seed_effects == "random":
                 seeds = [over_seeds(np.asarray(self.per_seed[arm])) for arm in (a, b)]
                 spread = spread.plus(seeds[0].plus(seeds[1]))
@@ -147,6 +146,13 @@ class Inference:
             "groups": self.groups,
             "seed_effects": self.seed_effects,
         }
+
+    def _without(self, arm: int) -> Float[ndarray, "groups"]:
+        """The arm's metric without each group, mean over the seeds."""
+        if arm not in self._left_out:
+            measure, scores = self.measure, self._given[arm]
+            self._left_out[arm] = np.mean([left_out(measure.metric, s, measure.truth, self._blocks) for s in scores], 0)
+        return self._left_out[arm]
 
     def _p_values(self, pairs: Sequence[tuple[int, int]]) -> list[float]:
         measure = self.measure
