@@ -108,7 +108,11 @@ class Inference:
         self.groups = int(groups.max()) + 1
         self._blocks = statistics.merged(groups, BLOCKS)
         self._count = int(self._blocks.max()) + 1
-        self._carriers = self._count if measure.carriers is None else measure.carriers(measure.truth, self._blocks)
+        sizes = np.bincount(self._blocks)
+        # groups of unlike sizes are as good as fewer of one size (Kish)
+        self._carriers = float(sizes.sum() ** 2 / (sizes**2).sum())
+        if measure.carriers is not None:
+            self._carriers = min(self._carriers, measure.carriers(measure.truth, self._blocks))
         ones = np.ones((1, len(units)))
         with np.errstate(invalid="ignore", divide="ignore"):
             self.per_seed = [tuple(float(measure.metric(s, measure.truth, ones)[0]) for s in arm) for arm in scores]
