@@ -2,7 +2,8 @@
 
 `edited(model, *edits, spans=None)` changes attention and hidden states for as long as its block lasts; `recorded(model, ...)`
 looks. The model is never wrapped, copied or renamed: the attention function that the user loaded stays and runs; where a few
-rows are read or edited, these are computed beside it. On leaving, the model is what it was.
+rows are read or edited, these are computed beside it. On leaving, the model is what it was. `denoising(pipeline, *edits,
+on_step=f)` is the same in a loop of diffusion, where f sees and sets latents before each step.
 
 What it does not know: compiled modules; attention that a model writes out itself (an error at entry); packed sequences under
 flash attention; other threads than the one that entered; attention outside of a model's blocks, such as pooling heads.
@@ -11,6 +12,7 @@ name.
 """
 
 from cenote.models.live.calls import AttentionCall, Place
+from cenote.models.live.denoise import AttentionMaps, Denoising, Look, MapRecorder, Step, denoising
 from cenote.models.live.edited import Run, edited, recorded
 from cenote.models.live.edits import (
     AttentionEdit,
@@ -36,10 +38,14 @@ __all__ = [
     "AsMixer",
     "AttentionCall",
     "AttentionEdit",
+    "AttentionMaps",
     "BlockEdit",
+    "Denoising",
     "Edit",
     "HeadRecorder",
     "InputsRecorder",
+    "Look",
+    "MapRecorder",
     "Place",
     "Recorder",
     "RowEdit",
@@ -48,11 +54,13 @@ __all__ = [
     "ScaledHeads",
     "Shortening",
     "StateRecorder",
+    "Step",
     "Trace",
     "Where",
     "as_mixer",
     "attentions",
     "blocks",
+    "denoising",
     "edited",
     "embeddings",
     "final_norm",

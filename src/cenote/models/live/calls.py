@@ -47,10 +47,11 @@ class AttentionCall:
         softcap: scores become `softcap tanh(scores / softcap)`, before the bias.
         sinks: one score per head that takes part in the softmax and has no value, `[heads]`.
         spans: of the prompt's tokens, `[batch, tokens]`.
-        step: of decoding: 0 for the prompt.
+        step: of decoding: 0 for the prompt; of denoising.
         query_start, key_start: number of the first query, and key, among all tokens so far.
         rows: numbers of the queries, where only some of them are computed, `[batch, rows]`.
         real: False where a row only fills up, `[batch, rows]`.
+        conditional: which items read the prompt, where guidance has others beside them, `[batch]`; None for all.
     """
 
     place: Place
@@ -68,6 +69,7 @@ class AttentionCall:
     key_start: int = 0
     rows: Int[Tensor, "batch rows"] | None = None
     real: Bool[Tensor, "batch rows"] | None = None
+    conditional: Bool[Tensor, "batch"] | None = None
 
     @property
     def batch(self) -> int:

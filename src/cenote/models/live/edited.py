@@ -6,7 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool
@@ -33,6 +33,7 @@ RECORDERS: dict[str, Callable[..., Edit]] = {
     "inputs": InputsRecorder,
     "states": StateRecorder,
 }
+Entered = TypeVar("Entered", bound="Run")
 
 
 class Run:
@@ -130,13 +131,21 @@ def edited(
         >>> _ = torch.backends.mha.set_fastpath_enabled(True)
     """
     spans = dict(spans or {})
-    acting, hooked, ways = _checked(model, edits, spans)
-    run = Run(model, edits, spans)
+    reached = reach(model, edits, spans)
+    with entered(Run(model, edits, spans), reached) as run:
+        yield run
+        run.require_effect()
+
+
+@contextmanager
+def entered(run: Entered, reached: Reached) -> Iterator[Entered]:
+    """Let a run's edits act where they were found to reach."""
+    acting, hooked, ways = reached
     handles: list[RemovableHandle] = []
     try:
-        for edit in edits:
+        for edit in run.edits:
             edit.begins()
-        handles.append(model.register_forward_pre_hook(lambda *_: run.begins_forward()))
+        handles.append(run.model.register_forward_pre_hook(lambda *_: run.begins_forward()))
         for place, of_block in hooked.items():
             handles += _hooks(run, place, of_block)
         by_registry = [place.module for place in acting if ways[place] == "registry"]
@@ -147,7 +156,6 @@ def edited(
             if place.module not in by_registry:
                 sdpa.enter(place.module)
         yield run
-        run.require_effect()
     finally:
         with seats.LOCK:
             for handle in handles:
@@ -202,16 +210,32 @@ def recorded(
         yield found
 
 
-def _checked(
-    model: nn.Module, edits: Sequence[Edit], spans: Mapping[str, Tensor]
-) -> tuple[dict[Place, list[AttentionEdit]], dict[Place, list[BlockEdit]], dict[Place, str]]:
-    """The edits of each place, where all can be reached, and how attention is computed where there is some."""
+class Reached(NamedTuple):
+    """The edits of each place and of each block, and how attention is computed where there is some."""
+
+    acting: dict[Place, list[AttentionEdit]]
+    hooked: dict[Place, list[BlockEdit]]
+    ways: dict[Place, str]
+
+
+def require_module(model: object) -> None:
+    """Raise where it's no module, or one that is compiled, itself or in parts."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if hasattr(model, "_orig_mod"):
         raise InputError(
             "model: is compiled, and what runs inside cannot be reached; give the module that you compiled"
         )
+    # of module.compile(), which compiles in place
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
+        raise InputError(
+            "model: was compiled in place, and what runs inside cannot be reached; compile it after leaving, or not at all"
+        )
+
+
+def reach(model: nn.Module, edits: Sequence[Edit], spans: Mapping[str, Tensor]) -> Reached:
+    """Where these edits act; raise where one cannot."""
+    require_module(model)
     if not edits:
         raise InputError("edits: give at least one")
     _check_spans(spans)
@@ -241,7 +265,7 @@ def _checked(
             else:
                 hooked.setdefault(place, []).append(edit)
     _check_reach(acting, ways)
-    return acting, hooked, ways
+    return Reached(acting, hooked, ways)
 
 
 def _check_reach(acting: Mapping[Place, object], ways: Mapping[Place, str]) -> None:
@@ -250,6 +274,12 @@ def _check_reach(acting: Mapping[Place, object], ways: Mapping[Place, str]) -> N
             name = type(place.module).__name__
             why: str | None = (
                 f"{name} writes it out in its own forward; edits of blocks (BlockEdit) work, or give other places"
+            )
+        elif ways[place] == "elsewhere":
+            name = type(place.module.processor).__name__
+            why = (
+                f"{name} computes it in a function that cannot be edited; set a processor of scaled_dot_product_attention, "
+                f"such as model.set_attn_processor(AttnProcessor2_0())"
             )
         else:
             seat = transformers if ways[place] == "registry" else sdpa
