@@ -6,8 +6,9 @@ graph, so that losses on attention maps have gradients at the latents. Of diffus
 states in which schedulers are inside of a step: any denoiser and any object with `step(..., sample)` will do.
 
 What it does not know: latents that a pipeline changes between the denoiser and `scheduler.step`; what beside the latents
-depends on them (a ControlNet's residuals are taken as they are, without a gradient); which rows are conditional, where guidance
-calls the denoiser several times per step and not with the prompt first.
+depends on them (a ControlNet's residuals are taken as they are, without a gradient); where latents end, if other channels or
+tokens stand behind them and `scheduler.scale_model_input` did not see the latents alone; which rows are conditional, where
+guidance calls the denoiser several times per step and not with the prompt first.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from cenote.models.live.calls import AttentionCall, Kind, Place
 from cenote.models.live.edited import Reached, Run, entered, reach, require_module
 from cenote.models.live.edits import Edit, RowRecorder, Trace, Where
 
-CROSS = Where(kinds=["cross"])
+PROMPT: tuple[Kind, ...] = ("cross",)
+CROSS = Where(kinds=PROMPT)
 DENOISERS = ("unet", "transformer")
 
 
@@ -55,7 +57,7 @@ class AttentionMaps:
         self,
         rows: int,
         columns: int,
-        kinds: Collection[Kind] = ("cross",),
+        kinds: Collection[Kind] = PROMPT,
         image: Bool[Tensor, "_items tokens"] | None = None,
     ) -> Float[Tensor, "items keys rows columns"]:
         """What the pixels of one resolution take from each key: mean over the heads of all places of that resolution.
@@ -91,7 +93,7 @@ class AttentionMaps:
         span: Bool[Tensor, "_items keys"],
         rows: int,
         columns: int,
-        kinds: Collection[Kind] = ("cross",),
+        kinds: Collection[Kind] = PROMPT,
         image: Bool[Tensor, "_items tokens"] | None = None,
     ) -> Float[Tensor, "items rows columns"]:
         """The mean over a span's tokens of their maps; other arguments as in `mean`.
@@ -420,6 +422,10 @@ class Denoising(Run):
         if threading.get_ident() != self.thread or self._looking:
             return None
         forward = _Forward(denoiser, args, kwargs)
+        timesteps = getattr(self.scheduler, "timesteps", None)
+        if timesteps is not self._timesteps:
+            # a loop begins; the one before may have been broken off
+            self._timesteps, self._index, self._seen, self.now = timesteps, -1, None, None
         if self._seen is None:
             self._begins(forward)
         else:
@@ -533,9 +539,6 @@ class Denoising(Run):
         self._lay(seen.conditional, len(seen.latents))
         if _inside(self.scheduler):
             return
-        timesteps = getattr(self.scheduler, "timesteps", None)
-        if timesteps is not self._timesteps:
-            self._timesteps, self._index = timesteps, -1
         self._index += 1
         self.now = Step(self, self._index, forward, seen)
         if self.on_step is not None:
@@ -545,7 +548,8 @@ class Denoising(Run):
             raise InputError(why)
 
     def _looked_at(self, x: Tensor) -> _Seen:
-        full, scaled, scale = x, x, _as_it_is
+        full, scaled = x, x
+        scale: Callable[[Tensor], Tensor] = _as_it_is
         if self._scaled is not None:
             sample, out, again = self._scaled
             rows, width = len(out), out.shape[1]
