@@ -47,14 +47,21 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "EulerDiscreteScheduler": {},
     "EulerAncestralDiscreteScheduler": {},
     "HeunDiscreteScheduler": {},
-    "KDPM2DiscreteScheduler": {},
+    "KDPM2DiscreteScheduler": {"num_train_timesteps": 100},
     "PNDMScheduler": {"skip_prk_steps": True},
     "DPMSolverMultistepScheduler": {},
     "DPMSolverSinglestepScheduler": {},
     "FlowMatchEulerDiscreteScheduler": {},
     "FlowMatchHeunDiscreteScheduler": {},
 }
-OF_TWO = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+OF_TWO = (
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "DPMSolverSinglestepScheduler",
+    "PNDMScheduler",
+)
+"""That evaluate the denoiser twice in the first step, if not in all."""
 
 
 def scheduler(name: str = "EulerDiscreteScheduler", **settings: Any) -> Any:
@@ -379,12 +386,11 @@ def test_a_look_at_places_of_one_size() -> None:
 # ------------------------------------------------------------------------------------------------------- latents that are set
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULERS if "Singlestep" not in name])
+@pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("at", [0, 1])
 def test_latents_that_are_set_act_in_their_own_step(name: str, at: int) -> None:
     model, z, read = unet(), noise(), states()
-    # evaluations: of second order two for a step, of PNDM two for the first
-    number = 2 * at if name in OF_TWO or name == "PNDMScheduler" else at
+    number = 2 * at if name in OF_TWO else at
 
     def change(latents: Tensor) -> Tensor:
         return latents * 0.5 + 0.1
