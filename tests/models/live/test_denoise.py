@@ -32,6 +32,7 @@ from cenote.models.live import (
     Step,
     Where,
     denoising,
+    edited,
     recorded,
     spans,
 )
@@ -172,6 +173,13 @@ def everything(run: Any) -> list[Any]:
     if not isinstance(run, nn.Module):
         found += [sorted(vars(run)), run.step, getattr(run, "scale_model_input", None)]
     return found
+
+
+class Halved(AttentionEdit):
+    """Heads give half."""
+
+    def context(self, call: AttentionCall, y: Tensor) -> Tensor:
+        return y / 2
 
 
 class Louder(RowEdit):
@@ -653,6 +661,27 @@ def test_edits_hold_in_looks_and_are_not_counted_there() -> None:
         assert torch.allclose(found.mean(8, 8), ours, atol=1e-5)
 
 
+def test_edits_around_the_loop_hold_in_looks() -> None:
+    model, z, read = unet(), noise(), states()
+    plain: list[Tensor] = []
+    ours: list[Tensor] = []
+    with denoising(model, scheduler=(schedule := scheduler()), on_step=lambda s: plain.append(s.look().prediction)):
+        loop(model, schedule, z, read, 1)
+    schedule = scheduler()
+    with (
+        edited(model, Halved()),
+        denoising(model, scheduler=schedule, on_step=lambda s: ours.append(s.look().prediction)),
+    ):
+        edited_loop = loop(model, schedule, z, read, 1)
+    with edited(model, Halved()):
+        t, x = schedule.timesteps[0], noise()
+        scaled = x / (schedule.sigmas[0] ** 2 + 1) ** 0.5
+        direct = model(scaled, t, encoder_hidden_states=read[2:]).sample
+        assert torch.equal(loop(model, scheduler(), z, read, 1), edited_loop)
+    assert torch.allclose(ours[0], direct, atol=1e-5)
+    assert not torch.allclose(ours[0], plain[0], atol=1e-4)
+
+
 def test_maps_of_the_loop_are_means_over_steps_and_heads() -> None:
     model, z, read, schedule = unet(), noise(), states(), scheduler()
     plain = loop(model, schedule, z, read)
@@ -974,6 +1003,12 @@ def test_what_a_step_refuses() -> None:
     model, schedule = unet(), scheduler()
     stale: list[Step] = []
 
+    def too_far(step: Step) -> None:
+        step.latents.div_(0)
+
+    with pytest.raises(InputError, match="not finite at step 0"), denoising(model, scheduler=schedule, on_step=too_far):
+        loop(model, schedule, noise(), states(), 2)
+
     def refused(step: Step) -> None:
         for wrong, says in (
             (step.latents[:1], r"latents: expected a tensor \(2, 4, 8, 8\)"),
@@ -982,9 +1017,13 @@ def test_what_a_step_refuses() -> None:
         ):
             with pytest.raises(InputError, match=says):
                 step.latents = wrong
+        assert not step.changed
         with pytest.raises(InputError, match=r"expected \(2, 4, 8, 8\), got \(1, 4, 8, 8\)"):
             step.look(step.latents[:1])
         look = step.look()
+        look.gradient(look.prediction.sum())
+        with pytest.raises(InputError, match="retain=True"):
+            look.gradient(look.prediction.square().sum())
         with pytest.raises(InputError, match="has no graph"):
             look.gradient(look.prediction.detach().sum())
         with pytest.raises(InputError, match="does not depend on the latents"):

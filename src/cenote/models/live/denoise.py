@@ -193,11 +193,16 @@ class Look:
             retain: keep the graph for another gradient.
 
         Raises:
-            InputError: for a loss that does not depend on the latents.
+            InputError: for a loss that does not depend on the latents; for a second gradient of a graph that was not retained.
         """
         if not loss.requires_grad:
             raise InputError("loss: has no graph; was it computed under torch.no_grad(), or of detached maps?")
-        (found,) = torch.autograd.grad(loss.sum(), self.latents, retain_graph=retain, allow_unused=True)
+        try:
+            (found,) = torch.autograd.grad(loss.sum(), self.latents, retain_graph=retain, allow_unused=True)
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            raise InputError("loss: its graph went with an earlier gradient; take that with retain=True") from error
         if found is None:
             raise InputError("loss: does not depend on the latents of this look")
         return found
@@ -230,11 +235,9 @@ class Step:
         if not isinstance(latents, Tensor) or latents.shape != before.shape:
             got = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
             raise InputError(f"latents: expected a tensor {tuple(before.shape)} as they were, got {got}")
-        if not latents.isfinite().all():
-            raise InputError(f"latents: not finite at step {self.index}; was the update too large?")
-        if (why := _corrects(self._run.scheduler)) is not None:
-            raise InputError(why)
-        self._latents = latents.detach().to(before)
+        latents = latents.detach().to(before)
+        self.check(latents)
+        self._latents = latents
 
     @property
     def changed(self) -> bool:
@@ -244,11 +247,19 @@ class Step:
             return True
         return not torch.equal(tensor, self._seen.latents) if version is None else tensor._version != version
 
+    def check(self, latents: Float[Tensor, "items ..."]) -> None:
+        """Raise where other latents would be no good here, or be lost."""
+        if not latents.isfinite().all():
+            raise InputError(f"latents: not finite at step {self.index}; was the update too large?")
+        if (why := _corrects(self._run.scheduler)) is not None:
+            raise InputError(why)
+
     def look(self, latents: Float[Tensor, "items ..."] | None = None, queries: int | None = None) -> Look:
         """Run the conditional rows through the denoiser once more, beside the loop, with a graph from the latents.
 
-        Edits act as in the loop, and are not counted; what recorders find is left out. Parameters stay as they are; where they
-        require gradients, `denoiser.requires_grad_(False)` before the loop saves memory.
+        Edits act as in the loop, and are not counted; what recorders find is left out. To contexts of `edited` and `recorded`
+        around the loop a look is a call of the denoiser. Parameters stay as they are; where they require gradients,
+        `denoiser.requires_grad_(False)` before the loop saves memory.
 
         Args:
             latents: `[items, ...]`, those of the step by default; a graph that they have is kept.
@@ -544,8 +555,8 @@ class Denoising(Run):
         if self.on_step is not None:
             with torch.enable_grad():
                 self.on_step(self.now)
-        if self.now.changed and (why := _corrects(self.scheduler)) is not None:
-            raise InputError(why)
+        if self.now.changed:
+            self.now.check(self.now.latents)
 
     def _looked_at(self, x: Tensor) -> _Seen:
         full, scaled = x, x
