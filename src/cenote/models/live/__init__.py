@@ -27,7 +27,7 @@ from cenote.models.live.edits import (
 )
 from cenote.models.live.heads import AblatedHeads, AddedStates, ScaledHeads
 from cenote.models.live.places import attentions, blocks, embeddings, final_norm, stacks
-from cenote.models.live.shorten import Shortening, shortened
+from cenote.models.live.shorten import Shorten, Shortening, shortened
 from cenote.models.live.swapped import AsMixer, as_mixer, swapped
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "RowRecorder",
     "Run",
     "ScaledHeads",
+    "Shorten",
     "Shortening",
     "StateRecorder",
     "Trace",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cenote.core import InputError
-from cenote.models.live import places, sdpa, seats, transformers
+from cenote.models.live import left, places, sdpa, seats, transformers
 from cenote.models.live.calls import AttentionCall, Place
 from cenote.models.live.edits import (
     AttentionEdit,
@@ -25,6 +26,7 @@ from cenote.models.live.edits import (
     RowRecorder,
     StateRecorder,
     Where,
+    overrides,
 )
 
 RECORDERS: dict[str, Callable[..., Edit]] = {
@@ -58,22 +60,23 @@ class Run:
     def arrives(self, place: Place, call: AttentionCall) -> Mapping[str, object]:
         """Spans, step, and where the queries and keys of this call lie among all tokens so far."""
         queries, keys = call.queries, call.keys
+        spans = left.spans_at(place, self.spans)
         before = self._so_far.get(place)
         if place.kind == "cross":
             so_far = (before or 0) + queries if queries == 1 else queries
             self._so_far[place] = so_far
-            return {"spans": self.spans, "step": self.step, "query_start": so_far - queries, "key_start": 0}
+            return {"spans": spans, "step": self.step, "query_start": so_far - queries, "key_start": 0}
         if queries == keys:
             so_far = keys
         elif before is None:
             # a cache that was filled before, or one with room for more
-            so_far = keys if any(span.shape[1] == keys for span in self.spans.values()) else queries
+            so_far = keys if any(span.shape[1] == keys for span in spans.values()) else queries
         else:
             so_far = before + queries
         self._so_far[place] = so_far
         # a cache of a sliding window holds the last keys only
         key_start = max(0, so_far - keys)
-        return {"spans": self.spans, "step": self.step, "query_start": so_far - queries, "key_start": key_start}
+        return {"spans": spans, "step": self.step, "query_start": so_far - queries, "key_start": key_start}
 
     def counts(self, edit: Edit, place: Place, number: int) -> None:
         """This edit acted, on that many."""
@@ -130,12 +133,13 @@ def edited(
         >>> _ = torch.backends.mha.set_fastpath_enabled(True)
     """
     spans = dict(spans or {})
-    acting, hooked, ways = _checked(model, edits, spans)
+    edits, acting, hooked, ways = _checked(model, edits, spans)
     run = Run(model, edits, spans)
     handles: list[RemovableHandle] = []
     try:
         for edit in edits:
             edit.begins()
+            edit.joins(run)
         handles.append(model.register_forward_pre_hook(lambda *_: run.begins_forward()))
         for place, of_block in hooked.items():
             handles += _hooks(run, place, of_block)
@@ -156,6 +160,8 @@ def edited(
                 if seats.rise(place.module, run):
                     sdpa.leave(place.module)
             transformers.leave(run)
+        for edit in edits:
+            edit.ends()
 
 
 @contextmanager
@@ -204,8 +210,8 @@ def recorded(
 
 def _checked(
     model: nn.Module, edits: Sequence[Edit], spans: Mapping[str, Tensor]
-) -> tuple[dict[Place, list[AttentionEdit]], dict[Place, list[BlockEdit]], dict[Place, str]]:
-    """The edits of each place, where all can be reached, and how attention is computed where there is some."""
+) -> tuple[list[Edit], dict[Place, list[AttentionEdit]], dict[Place, list[BlockEdit]], dict[Place, str]]:
+    """The edits, those of each place, where all can be reached, and how attention is computed where there is some."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if hasattr(model, "_orig_mod"):
@@ -223,6 +229,8 @@ def _checked(
     for edit in edits:
         if not isinstance(edit, (AttentionEdit, BlockEdit)):
             raise InputError(f"edits: expected AttentionEdit or BlockEdit, got {type(edit).__name__}")
+    parts = [part for edit in edits for part in edit.parts(model, spans)]
+    for edit in parts:
         for name in edit.asks:
             if name not in spans:
                 raise InputError(
@@ -241,7 +249,7 @@ def _checked(
             else:
                 hooked.setdefault(place, []).append(edit)
     _check_reach(acting, ways)
-    return acting, hooked, ways
+    return parts, acting, hooked, ways
 
 
 def _check_reach(acting: Mapping[Place, object], ways: Mapping[Place, str]) -> None:
@@ -275,21 +283,32 @@ def _check_spans(spans: Mapping[str, Tensor]) -> None:
 
 
 def _hooks(run: Run, place: Place, edits: Sequence[BlockEdit]) -> list[RemovableHandle]:
+    names = list(inspect.signature(place.module.forward).parameters)
+    rewriting = any(overrides(edit, "given") for edit in edits)
+
     def enters(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if threading.get_ident() != run.thread:
             return None
-        by_name = "hidden_states" in kwargs
-        if not by_name and (not args or not isinstance(args[0], Tensor)):
+        name = next((name for name in ("hidden_states", *names[:1]) if isinstance(kwargs.get(name), Tensor)), None)
+        if name is None and (not args or not isinstance(args[0], Tensor)):
             raise InputError(
                 f"model: block {place.path} is not called with hidden states first, nor by the name hidden_states"
             )
-        before = h = kwargs["hidden_states"] if by_name else args[0]
+        before = h = args[0] if name is None else kwargs[name]
+        beside = {**dict(zip(names, args, strict=False)), **kwargs} if rewriting else {}
+        beside.pop(name or next(iter(beside), ""), None)
+        given: Mapping[str, Any] = beside
         for edit in edits:
             h = edit.enters(place, h)
-            run.counts(edit, place, 1)
+            if rewriting:
+                given = edit.given(place, given)
+            if not edit.counts_itself:
+                run.counts(edit, place, 1)
+        if given is not beside:
+            return (h,), dict(given)
         if h is before:
             return None
-        return (args, {**kwargs, "hidden_states": h}) if by_name else ((h, *args[1:]), kwargs)
+        return ((h, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: h})
 
     def leaves(_: nn.Module, __: Any, output: Any) -> Any:
         if threading.get_ident() != run.thread:

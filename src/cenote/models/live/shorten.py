@@ -1,192 +1,721 @@
-"""Fewer tokens from a block on: states, masks, positions and cache of a running model, together."""
+"""Fewer tokens from a block on: states, masks, positions and cache of a running model, together.
+
+`Shorten` is an edit like any other; what reduces is arithmetic on tensors and sees none of this. Survivors keep their positions.
+With a cache the blocks behind a cut hold fewer keys than those before it, and decoded tokens go on at the prompt's length.
+
+Does not know: attention in windows of a grid, packed images, flash and flex attention, static caches, blocks that know positions
+by themselves (each an error at entry, or where the model is called).
+"""
 
 from __future__ import annotations
 
 import inspect
+import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from cenote.core import InputError
 from cenote.core.reduced import Reduced, expanded
-from cenote.models.live import places
-from cenote.models.live.calls import Place, may_read, real_tokens
+from cenote.models.live import left, places, transformers
+from cenote.models.live.calls import AttentionCall, Place, may_read, real_tokens
+from cenote.models.live.edited import edited
+from cenote.models.live.edits import AttentionEdit, BlockEdit, Edit, Where
 
 Reducer = Callable[..., Reduced]
+GIVEN = ("x", "sizes", "mask")
+READ = ("attention", "keys", "values")
+"""Signals that are read from the block's own attention."""
+MASKS = ("attention_mask", "attn_mask", "mask", "src_key_padding_mask")
+PAIRS = re.compile("mask|bias|alibi")
+TURNS = re.compile("position_emb|pos_emb|rotary|rope|freqs|^cos$|^sin$")
+OWN_POSITIONS = re.compile("rotary|(^|[._])rope|rel_pos|relative|distance|position|bias_table", re.IGNORECASE)
+CHUNK = 128
+
+_LOCK = threading.RLock()
+_RUNNING: dict[tuple[nn.Module, int], Shortening] = {}
+
+
+class Stage(NamedTuple):
+    """What is left behind a cut."""
+
+    origin: Int[Tensor, "batch left"]
+    mask: Bool[Tensor, "batch left"]
+    sizes: Float[Tensor, "batch left"]
+    assignment: Int[Tensor, "batch tokens"]
 
 
 class Shortening:
-    """What became of the prompt's tokens; None before the model ran.
+    """What became of a prompt's tokens in one stack of blocks; None before the model ran.
 
     Attributes:
-        sizes: how many originals each token stands for, `[batch, left]`.
-        assignment: the token that an original went to, -1 where it was dropped or is padding, `[batch, tokens]`.
-        origin: of each token the first original that went to it: its position, `[batch, left]`.
-        mask: True = a real token, `[batch, left]`.
+        counts: of a block that shortened: how many real tokens came to it, and how many it left, all items together.
     """
 
-    def __init__(
-        self, reducers: Mapping[int, Reducer], protect: Bool[Tensor, "batch tokens"] | None, proportional: bool
-    ) -> None:
-        self.reducers, self.protect, self.proportional = reducers, protect, proportional
+    def __init__(self, blocks: Sequence[Place], attention: Sequence[Place], causal: bool, crossed: bool) -> None:
+        self.blocks, self.attention, self.is_causal, self.crossed = blocks, attention, causal, crossed
+        self.stack = blocks[0].stack
         self.thread = threading.get_ident()
+        self.cuts: list[Shorten] = []
         # tokens behind the prompt, and whether this call is of them
         self.decoded, self.decoding = 0, False
+        self.queries = 0
+        self.cache: Any = None
         self.forgets()
 
     def forgets(self) -> None:
         """Another prompt begins."""
-        self.sizes: Tensor | None = None
-        self.assignment: Tensor | None = None
-        self.origin: Tensor | None = None
-        self.mask: Tensor | None = None
+        self.counts: dict[int, tuple[int, int]] = {}
+        self.now: Stage | None = None
+        self.last: Stage | None = None
         self.real: Tensor | None = None
-        self.causal = False
-        # of a block that shortened: origin, mask and sizes behind it, which caches of later blocks hold
-        self.stages: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.causal = self.is_causal
+        # of a block: what stands behind it, None where all tokens are back
+        self.stages: dict[int, Stage | None] = {}
+        # states on the originals when they were last seen, for putting back
+        self.seen: Tensor | None = None
+        # what a block was given instead of what, by the identity of the new
+        self.made: dict[int, tuple[Tensor, Any]] = {}
+        self.gathered: dict[tuple[int, str, int], Tensor] = {}
+
+    @property
+    def sizes(self) -> Float[Tensor, "batch left"] | None:
+        """How many originals each token stands for."""
+        return self.last and self.last.sizes
+
+    @property
+    def assignment(self) -> Int[Tensor, "batch tokens"] | None:
+        """The token that an original went to, -1 where it was dropped or is padding."""
+        return self.last and self.last.assignment
+
+    @property
+    def origin(self) -> Int[Tensor, "batch left"] | None:
+        """Where each token stands: at the first original that went to it; at the last in a causal stack, where it would
+        otherwise be read by tokens that must not know all of it."""
+        return self.last and self.last.origin
+
+    @property
+    def mask(self) -> Bool[Tensor, "batch left"] | None:
+        """True = a real token: items of which more is left fill up the others, on the left in a causal stack."""
+        return self.last and self.last.mask
 
     def expand(self, scores: Float[Tensor, "batch left *channels"]) -> Float[Tensor, "batch tokens *channels"]:
-        """Scores or states of the tokens that are left, on the originals; zeros where these were dropped."""
-        if self.assignment is None:
-            raise InputError("model: nothing was shortened yet; run the model first")
-        return expanded(scores, self.assignment)
+        """Scores or states of the tokens that are left, on the originals; zeros where these were dropped.
 
-    def reduce(self, block: int, h: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch left dim"]:
+        Raises:
+            InputError: where nothing was shortened yet.
+        """
+        if self.last is None:
+            raise InputError("model: nothing was shortened yet; run the model first")
+        return expanded(scores, self.last.assignment)
+
+    def lets_go(self) -> None:
+        """The last cut left: nothing of the model is kept."""
+        self.blocks, self.attention, self.cache, self.seen = (), (), None, None
+        self.made.clear()
+        self.gathered.clear()
+
+    def at(self, block: int) -> Stage | None:
+        """What this block reads; None where it reads all tokens."""
+        before = [number for number in self.stages if number < block]
+        return self.stages[max(before)] if before else None
+
+    def spans_at(self, place: Place, spans: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        own = place.stack == self.stack
+        stage = self.at(place.block if own else len(self.blocks))
+        if stage is None or (not own and place.kind != "cross"):
+            return spans
+        batch, tokens = stage.assignment.shape
+        followed: dict[str, Tensor] = {}
+        for name, span in spans.items():
+            if span.shape[1] != tokens or batch % len(span):
+                followed[name] = span
+                continue
+            span = span.to(stage.origin.device).repeat_interleave(batch // len(span), 0)
+            index = stage.assignment.masked_fill(stage.assignment < 0, stage.origin.shape[1])
+            inside = torch.zeros(batch, stage.origin.shape[1] + 1, dtype=torch.long, device=index.device)
+            followed[name] = inside.scatter_reduce(1, index, span.long(), "amax")[:, :-1].bool()
+        return followed
+
+    def arrives(self, h: Tensor, given: Mapping[str, Any]) -> None:
+        """The first block is called: with a prompt, or with tokens behind it."""
+        if h.dim() != 3:
+            raise InputError(f"model: {self.stack} reads states {tuple(h.shape)}; expected [batch, tokens, dim]")
+        self.cache = next((value for value in given.values() if hasattr(value, "get_seq_length")), None)
+        before = int(self.cache.get_seq_length()) if self.cache is not None else 0
+        self.decoding, self.queries = before > 0, h.shape[1]
+        self.made.clear()
+        self.gathered.clear()
+        if not before:
+            self.forgets()
+            self.decoded = 0
+            self._looks(h, given)
+            everything = torch.arange(h.shape[1], device=h.device).expand(len(h), -1)
+            real = torch.ones_like(everything, dtype=torch.bool) if self.real is None else self.real
+            self.now = Stage(everything, real, real.to(h.dtype), everything.masked_fill(~real, -1))
+            return
+        seen = self.now.assignment.shape[1] if self.now is not None else before + 1
+        self.decoded = before + h.shape[1] - seen
+        fits = self.now is not None and before >= seen and len(self.now.assignment) == len(h)
+        for block, stage in self.stages.items():
+            if fits and stage is not None and block + 1 < len(self.blocks):
+                expected = before - seen + stage.origin.shape[1]
+                fits = int(self.cache.get_seq_length(self._layer(block + 1))) == expected
+        if not fits:
+            raise InputError(
+                f"model: the cache holds {before} tokens of {len(h)} items that were not shortened here; run their prompt inside "
+                f"of this context, with an empty cache"
+            )
+
+    def _looks(self, h: Tensor, given: Mapping[str, Any]) -> None:
+        """What the prompt's mask says: which tokens are padding, and whether tokens read later ones."""
+        mask = next((given[name] for name in MASKS if isinstance(given.get(name), Tensor)), None)
+        if mask is None:
+            return
+        tokens = h.shape[1]
+        if mask.dim() == 2 and mask.shape[1] == tokens:
+            self.real = may_read(mask)
+        elif mask.dim() == 4 and mask.shape[3] == tokens and mask.shape[2] in (1, tokens):
+            if mask.shape[2] == 1 and tokens > 1:
+                self.real = may_read(mask)[:, :, 0].any(1).expand(len(h), -1)
+            else:
+                self.real = real_tokens(mask, len(h))
+                self.causal = tokens > 1 and not bool(may_read(mask)[:, :, :-1].triu(1).any())
+        else:
+            raise InputError(
+                f"model: a mask {tuple(mask.shape)} for {tokens} tokens cannot be shortened; use a growing cache (DynamicCache) and "
+                f"a mask of the tokens or of pairs of them"
+            )
+
+    def reduce(self, cut: Shorten, h: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch left dim"]:
+        """The tokens of the reducer, and those that it must not touch, in the order of the prompt."""
+        assert self.now is not None
+        now, block = self.now, cut.block
         batch, tokens, _ = h.shape
         everything = torch.arange(tokens, device=h.device).expand(batch, -1)
-        if self.origin is None:
-            self.origin = self.assignment = everything
-            self.mask = self.real if self.real is not None else torch.ones_like(everything, dtype=torch.bool)
-            self.sizes = self.mask.to(h.dtype)
-            self.assignment = everything.masked_fill(~self.mask, -1)
-        assert self.sizes is not None
-        assert self.mask is not None
-        assert self.assignment is not None
-        kept = torch.zeros_like(self.mask)
-        if self.protect is not None:
-            kept = self._protected(batch).gather(1, self.origin) & self.mask
-        reduced = self.reducers[block](h, sizes=self.sizes, mask=self.mask & ~kept)
-        to = reduced.assignment.masked_fill(~self.mask | kept, -1)
-        left = reduced.tokens.shape[1]
-        if reduced.assignment.shape != (batch, tokens) or int(to.max()) >= left:
-            raise InputError(
-                f"reducer: of block {block} gave an assignment {tuple(reduced.assignment.shape)} onto {left} tokens; expected "
-                f"{(batch, tokens)}, numbers below {left}, -1 where dropped"
-            )
+        kept = now.mask & self._followed(cut.untouched(now.assignment, self._real())).bool()
+        asked = now.mask & ~kept
+        signals = cut.reads() | {name: self._signal(name, value) for name, value in cut.signals.items()}
+        reduced = cut.reducer(
+            h, sizes=now.sizes, mask=asked, **{name: value for name, value in signals.items() if name in cut.needs}
+        )
+        number = self._fits(block, reduced, batch, tokens)
+        to = reduced.assignment.masked_fill(~asked, -1)
         # tokens of the reducer first, then those that it must not touch, each at the place of its first original
-        to = torch.where(kept, left + everything, to)
-        first = h.new_full((batch, left + tokens), tokens, dtype=torch.long)
-        first.scatter_reduce_(1, to.clamp(min=0), everything.masked_fill(to < 0, tokens), "amin")
-        asked = self.mask & ~kept
-        if bool((to == everything)[asked].all()) and left == tokens and torch.equal(reduced.tokens[asked], h[asked]):
+        to = torch.where(kept, number + everything, to)
+        stands = self._ends_of(to, number + tokens, everything)
+        if bool((to == everything)[asked].all()) and number == tokens and torch.equal(reduced.tokens[asked], h[asked]):
+            self.counts[block] = (int(now.mask.sum()), int(now.mask.sum()))
             return h
-        real = first < tokens
+        real = stands < tokens
         counts = real.sum(1, keepdim=True)
         most = int(counts.max())
-        order = first.argsort(dim=1, stable=True)[:, :most]
+        if not most:
+            raise InputError(f"reducer: of block {block} left no token")
+        order = stands.argsort(dim=1, stable=True)[:, :most]
         at = torch.arange(most, device=h.device).expand(batch, -1)
         if self.causal:
             order = order.gather(1, (at - (most - counts)).clamp(min=0))
             mask = at >= most - counts
         else:
             mask = at < counts
+            if not mask.all() and not (cut.uneven or cut.restore is not None or self.crossed):
+                raise InputError(
+                    f"reducer: of block {block} left {int(counts.min())} to {most} tokens of the items, and what stands behind "
+                    f"{self.stack} would take what fills up for tokens; let it keep as many of each, put tokens back "
+                    f"(restore=-1), or give uneven=True and read the mask of what is left"
+                )
         item = torch.arange(batch, device=h.device)[:, None]
-        number = torch.full_like(first, -1)
+        slot = torch.full_like(stands, -1)
         rows, slots = mask.nonzero(as_tuple=True)
-        number[rows, order[rows, slots]] = slots
-        onto = torch.where(to < 0, to, number.gather(1, to.clamp(min=0)))
-        self.assignment = torch.where(
-            self.assignment < 0, self.assignment, onto.gather(1, self.assignment.clamp(min=0))
-        )
-        origin = self.origin.gather(1, first.gather(1, order).clamp(max=tokens - 1))
-        sizes = torch.cat([reduced.sizes.to(self.sizes), self.sizes], 1)[item, order]
-        self.origin, self.mask, self.sizes = origin, mask, sizes * mask
-        self.stages[block] = self.origin, self.mask, self.sizes
+        slot[rows, order[rows, slots]] = slots
+        onto = torch.where(to < 0, to, slot.gather(1, to.clamp(min=0)))
+        assignment = torch.where(now.assignment < 0, now.assignment, onto.gather(1, now.assignment.clamp(min=0)))
+        origin = now.origin.gather(1, stands.gather(1, order).clamp(max=tokens - 1))
+        sizes = torch.cat([reduced.sizes.to(now.sizes), now.sizes], 1)[item, order]
+        if any(other.restore is not None for other in self.cuts):
+            self.seen = self._put_back(h)
+        self.now = self.last = self.stages[block] = Stage(origin, mask, sizes * mask, assignment)
+        self.gathered.clear()
+        self.counts[block] = (int(now.mask.sum()), int(mask.sum()))
         return torch.cat([reduced.tokens.to(h), h], 1)[item, order]
 
-    def _protected(self, batch: int) -> Tensor:
-        assert self.protect is not None
-        assert self.real is None or self.real.shape[1] == self.protect.shape[1]
-        return self.protect.expand(batch, -1)
+    def restored(self, block: int, h: Float[Tensor, "batch left dim"]) -> Float[Tensor, "batch tokens dim"]:
+        """All tokens in their places: copies of what they went to; dropped ones as they were last seen."""
+        assert self.now is not None
+        if self.now is not self.last:
+            return h
+        h = self._put_back(h)
+        real, everything = self._real(), torch.arange(h.shape[1], device=h.device).expand(len(h), -1)
+        self.now = Stage(everything, real, real.to(h.dtype), everything.masked_fill(~real, -1))
+        self.stages[block] = None
+        self.seen = None
+        return h
 
-    def looks(self, h: Tensor, given: Mapping[str, Any], causal: bool) -> None:
-        """What the prompt's mask says: which tokens are padding, and whether tokens read later ones."""
-        mask = given.get("attention_mask")
-        self.causal = causal
-        if isinstance(mask, Tensor):
-            if mask.dim() == 2:
-                self.real = mask.bool()
-            elif mask.dim() == 4 and mask.shape[2] == mask.shape[3] == h.shape[1]:
-                self.real = real_tokens(mask, len(h))
-                self.causal = h.shape[1] > 1 and not bool(may_read(mask)[:, :, :-1].triu(1).any())
-            else:
-                raise InputError(
-                    f"model: a mask {tuple(mask.shape)} for {h.shape[1]} tokens cannot be shortened; use a growing cache"
-                )
+    def _put_back(self, h: Tensor) -> Tensor:
+        assert self.now is not None
+        if self.seen is None:
+            return h
+        known = (self.now.assignment >= 0)[..., None]
+        return torch.where(known, expanded(h, self.now.assignment), self.seen)
 
-    def rewritten(self, block: int, h: Tensor, given: dict[str, Any], takes_mask: bool) -> dict[str, Any]:
-        """A block's other arguments, for the tokens that are left, and those decoded since."""
-        before = [number for number in self.stages if number < block]
-        if not before or self.assignment is None:
-            return given
-        origin, real, sizes = self.stages[max(before)]
-        new = dict(given)
-        prompt = not self.decoding
-        if prompt:
-            if isinstance(given.get("position_ids"), Tensor):
-                new["position_ids"] = _taken(given["position_ids"][..., None], origin)[..., 0]
-            if given.get("position_embeddings") is not None:
-                new["position_embeddings"] = tuple(_taken(part, origin) for part in given["position_embeddings"])
-        mask = given.get("attention_mask")
-        bare = mask is None and bool(real.all())
-        if not self.proportional and bare:
-            return new
-        if not takes_mask:
-            raise InputError("model: its blocks take no attention_mask; proportional and uneven shortening need it")
-        seen = self.assignment.shape[1]
-        total = seen + self.decoded
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            if self.proportional:
-                raise InputError("proportional: sizes cannot be told to flash attention; load with 'sdpa' or 'eager'")
-            new["attention_mask"] = torch.cat([real.to(mask.dtype), mask[:, seen:]], 1)
-            return new
-        if mask is None:
-            allowed = torch.ones(1, 1, h.shape[1] if not prompt else seen, total, dtype=torch.bool, device=h.device)
-            allowed = allowed.tril(total - allowed.shape[2]) if self.causal else allowed
-            mask = torch.zeros(allowed.shape, device=h.device, dtype=h.dtype)
-            mask = mask.masked_fill(~allowed, torch.finfo(h.dtype).min)
-        if mask.shape[-1] != total:
+    def _real(self) -> Bool[Tensor, "batch tokens"]:
+        assert self.now is not None
+        return torch.ones_like(self.now.assignment, dtype=torch.bool) if self.real is None else self.real
+
+    def _followed(self, x: Shaped[Tensor, "batch tokens"]) -> Shaped[Tensor, "batch left"]:
+        """The largest of what the originals of a token have."""
+        assert self.now is not None
+        number = self.now.origin.shape[1]
+        index = self.now.assignment.masked_fill(self.now.assignment < 0, number)
+        made = torch.zeros(len(x), number + 1, dtype=torch.long, device=x.device)
+        return made.scatter_reduce(1, index, x.long(), "amax")[:, :-1]
+
+    def _signal(self, name: str, value: Tensor) -> Tensor:
+        """What the user gave of the prompt's tokens, of those that are left."""
+        assert self.now is not None
+        batch, tokens = self.now.assignment.shape
+        if value.dim() < 2 or value.shape[1] != tokens or batch % len(value):
             raise InputError(
-                f"model: a mask of {mask.shape[-1]} keys after {total} tokens cannot be shortened; windows and static caches "
-                f"cannot be decoded with: use_cache=False"
+                f"signals: {name!r} is of shape {tuple(value.shape)}; expected [batch, tokens, ...] for {batch} items of {tokens} "
+                f"tokens"
             )
-        batch = len(origin)
-        mask = mask.expand(batch, *mask.shape[1:])
-        item = torch.arange(batch, device=h.device)[:, None]
-        behind = torch.arange(seen, total, device=h.device).expand(batch, -1)
-        keys = torch.cat([origin, behind], 1)
-        mask = mask[item, :, :, keys].permute(0, 2, 3, 1)
-        if prompt:
-            mask = mask[item, :, origin].transpose(1, 2)
-        pad = nn.functional.pad
-        hidden = ~pad(real, (0, total - seen), value=True)[:, None, None]
-        if mask.dtype == torch.bool and not self.proportional:
-            new["attention_mask"] = mask & ~hidden
-            return new
-        lowest = torch.finfo(h.dtype).min
-        if mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape, dtype=h.dtype, device=h.device).masked_fill(~mask, lowest)
-        if self.proportional:
-            bias = pad(sizes.clamp(min=1e-6), (0, total - seen), value=1.0).log().to(mask)[:, None, None]
-            mask = torch.where(mask > lowest / 2, mask + bias, mask)
-        new["attention_mask"] = mask.masked_fill(hidden, lowest)
+        value = value.to(self.now.origin.device).repeat_interleave(batch // len(value), 0)
+        return value[torch.arange(batch, device=value.device)[:, None], self.now.origin]
+
+    def _fits(self, block: int, reduced: Reduced, batch: int, tokens: int) -> int:
+        """How many tokens the reducer gave, where what it gave is of one piece."""
+        number, to = reduced.tokens.shape[1], reduced.assignment
+        if to.shape != (batch, tokens) or int(to.max()) >= number or int(to.min()) < -1:
+            raise InputError(
+                f"reducer: of block {block} gave an assignment {tuple(to.shape)} onto {number} tokens; expected "
+                f"{(batch, tokens)}, numbers below {number}, -1 where dropped"
+            )
+        if len(reduced.tokens) != batch or reduced.sizes.shape != (batch, number):
+            raise InputError(
+                f"reducer: of block {block} gave tokens {tuple(reduced.tokens.shape)} with sizes {tuple(reduced.sizes.shape)}; "
+                f"expected {batch} items and one size for each token"
+            )
+        return number
+
+    def _ends_of(self, to: Tensor, number: int, everything: Tensor) -> Int[Tensor, "batch number"]:
+        """The token at which each new one stands; beyond the last where nothing went to it."""
+        tokens = everything.shape[1]
+        beyond = everything.new_full((len(to), number), tokens)
+        if not self.causal:
+            return beyond.scatter_reduce(1, to.clamp(min=0), everything.masked_fill(to < 0, tokens), "amin")
+        found = torch.full_like(beyond, -1)
+        found = found.scatter_reduce(1, to.clamp(min=0), everything.masked_fill(to < 0, -1), "amax")
+        return torch.where(found < 0, beyond, found)
+
+    def rewritten(self, place: Place, given: Mapping[str, Any], takes: Sequence[str]) -> Mapping[str, Any]:
+        """A block's other arguments, for the tokens that are left and those decoded since."""
+        stage = self.at(place.block)
+        if stage is None:
+            if not self.made:
+                return given
+            return {name: self._original(value) for name, value in given.items()}
+        new = {name: self._of_left(name, value, stage, place) for name, value in given.items()}
+        name = next((name for name in MASKS if name in takes), None)
+        proportional = any(cut.proportional for cut in self.cuts if cut.block < place.block)
+        mask = self._mask(stage, place, new.get(name) if name else None, proportional)
+        if mask is not None and name is None:
+            raise InputError(
+                f"model: {place.path} takes no mask, which proportional and uneven shortening need; keep as many tokens of each "
+                f"item, with proportional=False"
+            )
+        if name is not None and mask is not new.get(name):
+            old = given.get(name)
+            if mask is not None:
+                self.made[id(mask)] = (mask, self._original(old))
+            new[name] = mask
         return new
+
+    def _original(self, value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(self._original, value))
+        made = self.made.get(id(value))
+        return made[1] if made is not None else value
+
+    def _of_left(self, name: str, value: Any, stage: Stage, place: Place) -> Any:
+        if isinstance(value, (tuple, list)) and value and all(isinstance(part, Tensor) for part in value):
+            return type(value)(self._of_left(name, part, stage, place) for part in value)
+        if not isinstance(value, Tensor):
+            return value
+        value = self._original(value)
+        if value is None:
+            return None
+        key = (id(value), name, id(stage))
+        if key not in self.gathered:
+            new = self._picked(name, value, stage, place)
+            self.gathered[key] = new
+            self.made[id(new)] = (new, value)
+        return self.gathered[key]
+
+    def _picked(self, name: str, value: Tensor, stage: Stage, place: Place) -> Tensor:
+        tokens = stage.assignment.shape[1]
+        if PAIRS.search(name):
+            return self._pairs(name, value, stage, place)
+        if self.decoding or name == "cache_position":
+            return value
+        if name == "position_ids":
+            return _taken(value[..., None], stage.origin)[..., 0]
+        if TURNS.search(name):
+            return _taken(value, stage.origin)
+        if tokens in (value.shape[-2:] if value.dim() > 2 else value.shape[-1:]):
+            raise InputError(
+                f"model: {place.path} is given {name} of shape {tuple(value.shape)} for {tokens} tokens, which cannot be shortened"
+            )
+        return value
+
+    def _pairs(self, name: str, value: Tensor, stage: Stage, place: Place) -> Tensor:
+        """A mask or bias of keys, or of pairs of queries and keys, of those that are left."""
+        batch, tokens = stage.assignment.shape
+        total = tokens + self.decoded
+        if name == "src_mask" or value.dim() not in (2, 3, 4):
+            raise InputError(f"model: {place.path} is given {name} {tuple(value.shape)}, which cannot be shortened")
+        if value.shape[-1] != total:
+            # made for a layer behind the cut, or of a window's keys: read from positions instead
+            if self.decoding and name in MASKS:
+                return value
+            raise InputError(
+                f"model: {place.path} is given {name} {tuple(value.shape)} after {total} tokens, which cannot be shortened; use a "
+                f"growing cache (DynamicCache)"
+            )
+        behind = torch.arange(tokens, total, device=value.device).expand(batch, -1)
+        keys = torch.cat([stage.origin, behind], 1)
+        item = torch.arange(batch, device=value.device)[:, None]
+        if value.dim() == 2:
+            return value.expand(batch, -1)[item, keys]
+        flat = value.dim() == 3
+        heads = _heads(self._self_attention(place.block).module)
+        if flat and len(value) in (1, batch):
+            value = value[:, None]
+        elif flat and len(value) == batch * heads:
+            value = value.view(batch, heads, *value.shape[1:])
+        elif flat:
+            raise InputError(
+                f"model: {place.path} is given {name} {tuple(value.shape)} for {batch} items of {heads} heads, which cannot be "
+                f"shortened"
+            )
+        value = value.expand(batch, *value.shape[1:])
+        value = value[item, :, :, keys].permute(0, 2, 3, 1)
+        if not self.decoding and value.shape[2] == tokens:
+            value = value[item, :, stage.origin].transpose(1, 2)
+        return value.flatten(0, 1) if flat else value
+
+    def _mask(self, stage: Stage, place: Place, mask: Any, proportional: bool) -> Any:
+        """The block's mask with what fills up hidden, and sizes where keys weigh by them; None where all may be read."""
+        tokens, number = stage.assignment.shape[1], stage.origin.shape[1]
+        window = _window(self._self_attention(place.block).module)
+        short = self.decoding and window is not None and tokens + self.decoded > window
+        if mask is None and bool(stage.mask.all()) and not proportional and not short:
+            return None
+        total = number + self.decoded
+        behind = torch.arange(tokens, tokens + self.decoded, device=stage.origin.device).expand(len(stage.origin), -1)
+        keys = torch.cat([stage.origin, behind], 1)
+        real = nn.functional.pad(stage.mask, (0, self.decoded), value=True)
+        sizes = nn.functional.pad(stage.sizes, (0, self.decoded), value=1.0)
+        lowest = torch.finfo(sizes.dtype).min
+        if mask is None or mask.shape[-1] != total:
+            queries = keys[:, -self.queries :] if self.decoding else keys
+            apart = queries[:, :, None] - keys[:, None]
+            may = apart >= 0 if self.causal or self.decoding else torch.ones_like(apart, dtype=torch.bool)
+            if window is not None and self.decoding:
+                may = may & (apart < window)
+            mask = may[:, None]
+            if (
+                not proportional
+                and place.module is not None
+                and not _takes_bool(self._self_attention(place.block).module)
+            ):
+                mask = sizes.new_zeros(mask.shape).masked_fill(~mask, lowest)
+        flat = mask.dim() == 2
+        hidden = ~real if flat else ~real[:, None, None]
+        if mask.dtype == torch.bool and not proportional:
+            mask = mask & ~hidden
+        else:
+            if not mask.is_floating_point():
+                mask = sizes.new_zeros(mask.shape).masked_fill(~may_read(mask), lowest)
+            if proportional:
+                bias = sizes.clamp(min=1e-6).log().to(mask)
+                mask = torch.where(may_read(mask), mask + (bias if flat else bias[:, None, None]), mask)
+            mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+        # a cache of a sliding window holds the last keys only
+        return mask[..., -self._held(place.block, total) :]
+
+    def crosses(self, place: Place, given: Mapping[str, Any], takes: Sequence[str], queries: int) -> Mapping[str, Any]:
+        """What a block of another stack is given, where it reads states that came out of this one."""
+        states, stage = given.get("encoder_hidden_states"), self.at(len(self.blocks))
+        if stage is None or not isinstance(states, Tensor) or states.shape[1] != stage.origin.shape[1]:
+            return given
+        if len(states) % len(stage.mask):
+            raise InputError(f"model: {place.path} reads {len(states)} items, and {len(stage.mask)} were shortened")
+        proportional = any(cut.proportional for cut in self.cuts)
+        bare = bool(stage.mask.all()) and not proportional
+        if "encoder_attention_mask" not in takes:
+            if bare:
+                return given
+            raise InputError(
+                f"model: {place.path} takes no encoder_attention_mask; keep as many tokens of each item, or put them back "
+                f"(restore=-1)"
+            )
+        if bare:
+            return {**given, "encoder_attention_mask": None}
+        mask = stage.sizes.clamp(min=1e-6).log() if proportional else torch.zeros_like(stage.sizes)
+        mask = mask.masked_fill(~stage.mask, torch.finfo(mask.dtype).min)
+        mask = mask.repeat_interleave(len(states) // len(stage.mask), 0)[:, None, None]
+        return {**given, "encoder_attention_mask": mask.to(states.dtype).expand(-1, -1, queries, -1)}
+
+    def _self_attention(self, block: int) -> Place:
+        return next(place for place in self.attention if place.block == block)
+
+    def _layer(self, block: int) -> int:
+        found = next((place.module for place in self.attention if place.block == block), None)
+        number = getattr(found, "layer_idx", None)
+        return number if isinstance(number, int) else block
+
+    def _held(self, block: int, total: int) -> int:
+        """How many keys this block will read."""
+        if not self.decoding:
+            return total
+        layers = getattr(self.cache, "layers", None)
+        layer = layers[self._layer(block)] if layers else None
+        if layer is None or not getattr(layer, "is_sliding", False):
+            return total
+        stored = min(int(layer.keys.shape[-2]), int(layer.sliding_window) - 1)
+        return min(total, stored + self.queries)
+
+
+class Shorten(BlockEdit):
+    """Fewer tokens behind a block, as an edit of a running model.
+
+    Several of them in one stack, in one context or nested, shorten one after the other. Spans, in whatever context, follow the
+    tokens: behind a cut a token is in a span if one of its originals was.
+
+    Args:
+        reducer: `reducer(x, sizes=, mask=, **signals) -> Reduced`, from the states that the block wrote, `[batch, tokens, dim]`. It
+            must leave out tokens where its mask is False. It is given the signals that its `needs` names, or else its
+            arguments: "attention" `[batch, heads, tokens]`, what each token is given in the block's attention by the rows below,
+            their mean; "keys" and "values", after positions, `[batch, kv_heads, tokens, width]`; those in `signals`.
+        block: the block behind which tokens are fewer.
+        span: where it may reduce: the name of a span, or `[batch or 1, tokens]`; all other tokens are protected.
+        protect: what is never touched: the first so many real tokens ([CLS] and registers), names of spans, or
+            `[batch or 1, tokens]`.
+        stack: path of the list of blocks, where there are several.
+        proportional: behind this block keys weigh by how many originals they stand for (`log size` is added to scores).
+        rows: queries whose attention is read: "first", "last", "all" (means over columns), or the name of a span.
+        signals: of the prompt's tokens `[batch, tokens, ...]`, by name, such as a saliency; they follow the tokens.
+        restore: the block behind which all tokens are back in their places, -1 for the last: merged ones as copies, so that a mean
+            over tokens weighs by size, dropped ones as they were last seen.
+        uneven: in a stack that is not causal, allow items to keep different numbers of tokens.
+
+    Raises:
+        InputError: at entry, where the stack cannot be shortened; where the model is called; on leaving, where it took no token away.
+
+    Example:
+        >>> def every_other(x, sizes, mask):
+        ...     to = torch.arange(x.shape[1]).expand(len(x), -1) // 2
+        ...     return Reduced(x[:, ::2], torch.full_like(sizes[:, ::2], 2.0), to)
+        >>> _ = torch.backends.mha.set_fastpath_enabled(False)
+        >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+        >>> model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        >>> shorten = Shorten(every_other, block=0)
+        >>> with edited(model, shorten):
+        ...     model(torch.ones(1, 6, 8)).shape
+        torch.Size([1, 3, 8])
+        >>> shorten.found.counts, shorten.found.assignment.tolist()
+        ({0: (6, 3)}, [[0, 0, 1, 1, 2, 2]])
+        >>> _ = torch.backends.mha.set_fastpath_enabled(True)
+    """
+
+    counts_itself = True
+
+    def __init__(
+        self,
+        reducer: Reducer,
+        block: int,
+        *,
+        span: str | Bool[Tensor, "_batch tokens"] | None = None,
+        protect: int | str | Sequence[str] | Bool[Tensor, "_batch tokens"] = 0,
+        stack: str | None = None,
+        proportional: bool = False,
+        rows: Literal["first", "last", "all"] | str = "last",
+        signals: Mapping[str, Tensor] | None = None,
+        restore: int | None = None,
+        uneven: bool = False,
+    ) -> None:
+        for name, given in (("span", span), ("protect", protect)):
+            if isinstance(given, Tensor) and (given.dtype != torch.bool or given.dim() != 2):
+                raise InputError(
+                    f"{name}: expected a bool tensor [batch, tokens], got {given.dtype} {tuple(given.shape)}"
+                )
+        self.reducer, self.block, self.stack = reducer, block, stack
+        self.span, self.protect = span, [protect] if isinstance(protect, str) else protect
+        self.proportional, self.rows, self.uneven, self.restore = proportional, rows, uneven, restore
+        self.signals = dict(signals or {})
+        self.needs = _needs(reducer, self.signals)
+        named = [span] if isinstance(span, str) else []
+        named += list(self.protect) if isinstance(self.protect, Sequence) else []
+        self.asks = named
+        self.found: Shortening | None = None
+        self._read: _Signals | None = None
+        self._run: Any = None
+        self._takes: dict[Place, list[str]] = {}
+
+    def parts(self, model: nn.Module, spans: Mapping[str, Tensor]) -> Sequence[Edit]:
+        if self._run is not None:
+            raise InputError("edits: this Shorten is entered already; make another one")
+        self._model_stack, self._blocks, self._attention, self._crossed = _checked(model, self)
+        self._read = None
+        if not self.needs & set(READ):
+            return (self,)
+        self._read = _Signals(self, Where([self.block], ["self"], self._blocks[0].stack))
+        return (self, self._read)
+
+    def joins(self, run: Any) -> None:
+        self._run = run
+        key = (self._model_stack, run.thread)
+        with _LOCK:
+            found = _RUNNING.get(key)
+            if found is None:
+                causal = any(getattr(place.module, "is_causal", False) for place in self._attention)
+                found = _RUNNING[key] = Shortening(self._blocks, self._attention, causal, bool(self._crossed))
+                left.stand([place.module for place in (*self._attention, *self._crossed)], found)
+            found.cuts.append(self)
+        self.found = found
+
+    def ends(self) -> None:
+        if self._run is None or self.found is None:
+            return
+        with _LOCK:
+            found, key = self.found, (self._model_stack, self._run.thread)
+            found.cuts = [cut for cut in found.cuts if cut is not self]
+            if not found.cuts:
+                _RUNNING.pop(key, None)
+                left.go(found)
+                found.lets_go()
+        self._run = self._read = None
+        self._takes.clear()
+        del self._model_stack, self._blocks, self._attention, self._crossed
+
+    def enters(self, place: Place, h: Tensor) -> Tensor:
+        self._states = h
+        return h
+
+    def given(self, place: Place, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        found, h = self.found, self.__dict__.pop("_states")
+        assert found is not None
+        if found.cuts[0] is not self:
+            return given
+        if place not in self._takes:
+            self._takes[place] = list(inspect.signature(place.module.forward).parameters)
+        if place.stack != found.stack:
+            return found.crosses(place, given, self._takes[place], h.shape[1])
+        if place.block == 0:
+            found.arrives(h, given)
+        return found.rewritten(place, given, self._takes[place])
+
+    def leaves(self, place: Place, h: Tensor) -> Tensor:
+        found = self.found
+        assert found is not None
+        if place.stack != found.stack or found.decoding:
+            return h
+        if place.block == self.block:
+            h = found.reduce(self, h)
+            before, after = found.counts[self.block]
+            self._run.counts(self, place, before - after)
+        if self.restore is not None and place.block == self.restore % len(found.blocks):
+            h = found.restored(place.block, h)
+        return h
+
+    def untouched(self, assignment: Tensor, real: Bool[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
+        """Which of the prompt's tokens the reducer must not touch."""
+        batch, tokens = assignment.shape
+        kept = torch.zeros_like(real)
+        if isinstance(self.protect, int):
+            kept = kept | (real.cumsum(1) <= self.protect)
+        elif isinstance(self.protect, Tensor):
+            kept = kept | self._of_batch("protect", self.protect, real)
+        else:
+            for name in self.protect:
+                kept = kept | self._of_batch(name, self._run.spans[name], real)
+        if self.span is not None:
+            span = self.span if isinstance(self.span, Tensor) else self._run.spans[self.span]
+            kept = kept | ~self._of_batch("span", span, real)
+        return kept
+
+    def _of_batch(self, name: str, span: Tensor, real: Tensor) -> Tensor:
+        batch, tokens = real.shape
+        if span.shape[1] != tokens or batch % len(span):
+            raise InputError(
+                f"spans: {name} is of {len(span)} items of {span.shape[1]} tokens, and {self.found and self.found.stack} reads "
+                f"{batch} items of {tokens} tokens"
+            )
+        return span.to(real.device).repeat_interleave(batch // len(span), 0)
+
+    def reads(self) -> dict[str, Tensor]:
+        """What was read in the block's attention."""
+        if self._read is None:
+            return {}
+        read, self._read.found = self._read.found, {}
+        if not read:
+            raise InputError(f"model: block {self.block} has no attention of its own from which signals could be read")
+        return read
+
+
+class _Signals(AttentionEdit):
+    """What a reducer asks of the attention in its block; only rows of weights are ever computed."""
+
+    def __init__(self, cut: Shorten, at: Where) -> None:
+        self.cut, self.at = cut, at
+        self.found: dict[str, Tensor] = {}
+        self.asks = (cut.rows,) if "attention" in cut.needs and cut.rows not in ("first", "last", "all") else ()
+
+    def begins(self) -> None:
+        self.found = {}
+
+    def inputs(self, call: AttentionCall) -> AttentionCall:
+        shortening = self.cut.found
+        assert shortening is not None
+        if shortening.decoding:
+            return call
+        if "keys" in self.cut.needs:
+            self.found["keys"] = call.k
+        if "values" in self.cut.needs:
+            self.found["values"] = call.v
+        if "attention" in self.cut.needs:
+            assert shortening.now is not None
+            self.found["attention"] = self._attention(call, shortening.now.mask)
+        return call
+
+    def _attention(
+        self, call: AttentionCall, real: Bool[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch heads tokens"]:
+        rows = self.cut.rows
+        if rows == "first":
+            chosen = real & (real.cumsum(1) == 1)
+        elif rows == "last":
+            chosen = real & (real.flip(1).cumsum(1).flip(1) == 1)
+        else:
+            chosen = real if rows == "all" else real & call.queries_in(rows)
+        if not chosen.any(1).all():
+            raise InputError(f"rows: {rows!r} has no query in some item at {call.place.path}")
+        total = call.q.new_zeros(call.batch, call.heads, call.keys, dtype=torch.float32)
+        for start in range(0, call.queries, CHUNK):
+            part = torch.zeros_like(chosen)
+            part[:, start : start + CHUNK] = chosen[:, start : start + CHUNK]
+            if part.any():
+                some = call.only(part)
+                assert some.real is not None
+                weights = some.softmax(some.scores()).masked_fill(~some.real[:, None, :, None], 0.0)
+                total = total + weights.sum(2)
+        return total / chosen.sum(1).view(-1, 1, 1)
 
 
 @contextmanager
@@ -194,102 +723,164 @@ def shortened(
     model: nn.Module,
     reducers: Mapping[int, Reducer],
     *,
-    stack: str | None = None,
-    protect: Bool[Tensor, "batch tokens"] | None = None,
-    proportional: bool = False,
+    spans: Mapping[str, Bool[Tensor, "batch tokens"]] | None = None,
+    **options: Any,
 ) -> Iterator[Shortening]:
     """Run a model with fewer tokens behind some of its blocks; on leaving it is as it was, also after an exception.
 
-    Survivors keep their positions; with a cache, later blocks hold fewer keys.
+    The short form of `edited(model, Shorten(reducer, block), ...)`.
 
     Args:
-        model: any module whose blocks read states first.
-        reducers: of a block, what reduces the states that it wrote: `reducer(x, sizes=, mask=) -> Reduced`. It must leave out
-            tokens where its mask is False.
-        stack: path of the list of blocks, where there are several.
-        protect: tokens that are never touched, `[batch or 1, tokens]`.
-        proportional: keys weigh by how many originals they stand for (`log size` is added to scores).
+        model: any module whose blocks read states first; not compiled.
+        reducers: of a block, what reduces the states that it wrote.
+        spans: as in `edited`.
+        options: of every `Shorten`.
+
+    Returns:
+        What became of the tokens.
 
     Raises:
-        InputError: where the blocks cannot be shortened.
+        InputError: as `Shorten`.
     """
-    hooked = _checked(model, reducers, stack, protect)
-    run = Shortening(dict(reducers), protect, proportional)
-    handles: list[RemovableHandle] = []
-    try:
-        for place, causal in hooked:
-            handles += _hooks(run, place, causal)
-        yield run
-    finally:
-        for handle in handles:
-            handle.remove()
+    if not reducers:
+        raise InputError("reducers: give at least one, by the number of the block that it stands behind")
+    cuts = [Shorten(reducer, block, **options) for block, reducer in sorted(reducers.items())]
+    with edited(model, *cuts, spans=spans):
+        assert cuts[0].found is not None
+        yield cuts[0].found
 
 
-def _checked(
-    model: nn.Module, reducers: Mapping[int, Reducer], stack: str | None, protect: Tensor | None
-) -> list[tuple[Place, bool]]:
-    counts = places.stacks(model)
-    path = next(iter(counts)) if stack is None and len(counts) == 1 else stack
-    if path is None or path not in counts:
-        raise InputError(f"stack: {stack!r} is none of {', '.join(map(repr, counts)) or 'the model, which has none'}")
-    if not reducers or not all(0 <= block < counts[path] for block in reducers):
-        raise InputError(f"reducers: expected blocks of 0 to {counts[path] - 1}, got {sorted(reducers)}")
-    if protect is not None and (protect.dtype != torch.bool or protect.dim() != 2):
-        raise InputError(f"protect: expected a bool tensor [batch, tokens], got {protect.dtype} {tuple(protect.shape)}")
-    here = [place for place in places.attentions(model) if place.stack == path]
-    if any(place.kind != "self" for place in here):
-        raise InputError(f"model: {path} has cross or joint attention, which cannot be shortened; give another stack")
-    for place in here:
-        if hasattr(place.module, "window_size") or hasattr(place.module, "relative_position_bias_table"):
-            raise InputError(f"model: {place.path} attends in windows of a grid, which cannot be shortened")
+def _needs(reducer: Reducer, signals: Mapping[str, Tensor]) -> set[str]:
+    """Names of the signals that a reducer asks for: its `needs`, or its arguments."""
+    known = {*READ, *signals}
+    asked = getattr(reducer, "needs", None)
+    if asked is None:
+        call = reducer.forward if isinstance(reducer, nn.Module) else reducer
+        named = [
+            p for p in inspect.signature(call).parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        ]
+        named = [p for p in named[1:] if p.name not in GIVEN]
+        unknown = {p.name for p in named if p.default is p.empty} - known
+        asked = {p.name for p in named} & known
+    else:
+        unknown = set(asked) - known
+    if unknown:
+        raise InputError(
+            f"reducer: asks for {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}; give others by name in signals"
+        )
+    return set(asked)
+
+
+def _checked(model: nn.Module, cut: Shorten) -> tuple[nn.Module, list[Place], list[Place], list[Place]]:
+    """The stack, its blocks, its attention, and the attention of others that may read what comes out of it."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    everywhere = places.attentions(model)
+    by_stack: dict[str, list[Place]] = {}
+    for place in places.blocks(model, everywhere):
+        by_stack.setdefault(place.stack, []).append(place)
+    path = next(iter(by_stack)) if cut.stack is None and len(by_stack) == 1 else cut.stack
+    if path is None or path not in by_stack:
+        raise InputError(f"stack: {path!r} is none of {', '.join(map(repr, by_stack)) or 'the model, which has none'}")
+    blocks, here = by_stack[path], [place for place in everywhere if place.stack == path]
+    last = len(blocks) - 1
+    if not 0 <= cut.block <= last:
+        raise InputError(f"block: expected one of 0 to {last} of {path}, got {cut.block}")
+    if cut.restore is not None and not (cut.restore == -1 or cut.block <= cut.restore <= last):
+        raise InputError(f"restore: expected -1 or a block of {cut.block} to {last}, got {cut.restore}")
+    until = len(blocks) if cut.restore is None else cut.restore % len(blocks) + 1
+    crossed = [place for place in everywhere if place.kind == "cross" and place.stack != path]
+    why = _why_not(model, cut, blocks, here, until)
+    if why:
+        raise InputError(f"model: {path} cannot be shortened: {why}")
+    return model.get_submodule(path), blocks, here, crossed
+
+
+def _why_not(model: nn.Module, cut: Shorten, blocks: Sequence[Place], here: Sequence[Place], until: int) -> str | None:
+    """What stands against it, and what would work, in words."""
     causal = any(getattr(place.module, "is_causal", False) for place in here)
-    return [(place, causal) for place in places.blocks(model) if place.stack == path]
+    for place in here:
+        name = place.path
+        if place.kind != "self":
+            return f"{name} is {place.kind} attention, whose tokens come from elsewhere too; give the stack that makes these"
+        if hasattr(place.module, "window_size") or hasattr(place.module, "relative_position_bias_table"):
+            return f"{name} attends in windows of a grid; reduce what comes out of the model"
+        implementation = transformers.implementation_of(place.module)
+        if "flash" in implementation or "flex" in implementation or "paged" in implementation:
+            return f"{implementation!r} is told no positions of single keys; load it with attn_implementation='sdpa' or 'eager'"
+        if isinstance(place.module, nn.MultiheadAttention) and not place.module.batch_first:
+            return f"{name} reads [tokens, batch, dim]; make it with batch_first=True"
+    config = getattr(model, "config", None)
+    if len(blocks) == 1 and getattr(config, "num_hidden_layers", 1) > 1:
+        return "its one block runs several times, and there is no block behind it"
+    parameters = [inspect.signature(place.module.forward).parameters for place in blocks]
+    if any("cu_seqlens" in taken for taken in parameters):
+        return "it packs several images into one row of tokens; shorten the text's stack, in the span of the image"
+    if any(p.kind is p.VAR_POSITIONAL for taken in parameters for p in taken.values()):
+        return "its blocks don't name their arguments, so that masks and positions cannot be told apart"
+    placeholder = (
+        next((n for n in vars(config or {}) if re.match("(image|video|audio)_token_(id|index)$", n)), None)
+        if config
+        else None
+    )
+    if placeholder and not causal and cut.restore is None:
+        return (
+            f"its features take the places of the text's tokens of config.{placeholder}, one each; shorten the text's stack, in the "
+            f"span of the image, or put tokens back (restore=-1)"
+        )
+    for place in blocks[cut.block + 1 : until]:
+        own = _own_positions(place.module)
+        if own:
+            return (
+                f"{place.path}.{own} knows positions or neighbours by itself, by counting tokens; cut behind the last such block, or "
+                f"reduce what comes out of the model"
+            )
+    if cut.proportional and not any(name in taken for taken in parameters for name in MASKS):
+        return "its blocks take no mask, through which keys could weigh by their sizes; give proportional=False"
+    return None
 
 
-def _hooks(run: Shortening, place: Place, causal: bool) -> list[RemovableHandle]:
-    names = list(inspect.signature(place.module.forward).parameters)
+def _own_positions(block: nn.Module) -> str | None:
+    """The part of a block that knows where tokens stand without being told."""
+    for path, module in block.named_modules():
+        own = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+        named = next((name for name in own if OWN_POSITIONS.search(name)), None)
+        if named:
+            return f"{path}.{named}" if path else named
+        last = path.rpartition(".")[2]
+        wide = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and any(size > 1 for size in module.kernel_size)
+        if path and (wide or OWN_POSITIONS.search(last) or OWN_POSITIONS.search(type(module).__name__)):
+            return path
+    return None
 
-    def enters(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        if threading.get_ident() != run.thread:
-            return None
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        h = given[names[0]]
-        if h.dim() != 3:
-            raise InputError(f"model: {place.path} reads states {tuple(h.shape)}; expected [batch, tokens, dim]")
-        if place.block == 0:
-            cache = next((given[name] for name in ("past_key_values", "cache") if given.get(name) is not None), None)
-            before = cache.get_seq_length() if cache is not None else 0
-            run.decoding = before > 0
-            if before:
-                seen = run.assignment.shape[1] if run.assignment is not None else before
-                run.decoded = before + h.shape[1] - seen
-            else:
-                run.decoded = 0
-                run.forgets()
-                run.looks(h, given, causal)
-        if not any(block < place.block for block in run.stages):
-            return None
-        new = run.rewritten(place.block, h, given, "attention_mask" in names)
-        return (), new
 
-    def leaves(_: nn.Module, __: Any, output: Any) -> Any:
-        if threading.get_ident() != run.thread or place.block not in run.reducers or run.decoding:
-            return None
-        h = output if isinstance(output, Tensor) else output[0]
-        new = run.reduce(place.block, h)
-        return new if isinstance(output, Tensor) else (new, *output[1:])
+def _heads(module: nn.Module) -> int:
+    config = getattr(module, "config", None)
+    for owner in (module, config):
+        for name in ("num_heads", "n_heads", "num_attention_heads", "n_head"):
+            if isinstance(getattr(owner, name, None), int):
+                return int(getattr(owner, name))
+    return 1
 
-    return [
-        place.module.register_forward_pre_hook(enters, with_kwargs=True),
-        place.module.register_forward_hook(leaves),
-    ]
+
+def _window(module: nn.Module) -> int | None:
+    """How many of the last keys a query reads, where it doesn't read all."""
+    if hasattr(module, "sliding_window"):
+        found = module.sliding_window
+    else:
+        found = getattr(getattr(module, "config", None), "sliding_window", None)
+    return found if isinstance(found, int) else None
+
+
+def _takes_bool(module: nn.Module) -> bool:
+    return transformers.implementation_of(module) == "sdpa"
 
 
 def _taken(x: Tensor, origin: Int[Tensor, "batch left"]) -> Tensor:
     """`[..., batch or 1, tokens, width]` at these tokens."""
-    batch, left = origin.shape
+    batch, number = origin.shape
     if x.dim() == 2:
         x = x[None]
     x = x.expand(*x.shape[:-3], batch, *x.shape[-2:])
-    index = origin[..., None].expand(*x.shape[:-3], batch, left, x.shape[-1])
+    index = origin[..., None].expand(*x.shape[:-3], batch, number, x.shape[-1])
     return x.gather(-2, index)
