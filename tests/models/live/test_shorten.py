@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.live import zoo
+from tests.models.live import test_decoding, zoo
 from torch import Tensor
 
 from cenote.core import InputError
 from cenote.core.reduced import Reduced
-from cenote.models.live import AttentionCall, AttentionEdit, Where, edited, places, shortened
+from cenote.models.live import AttentionCall, AttentionEdit, Shorten, Where, edited, places, shortened
 
 STACKS = {
     "llama": "model.layers", "qwen3": "model.layers", "vit": None, "dinov2": None, "clip": "vision_model.layers",
@@ -162,3 +162,70 @@ def test_dropped_tokens_are_as_hidden_ones_and_protected_ones_stay(name: str) ->
         short = zoo.tensors(case.model(**case.inputs))[0]
     assert torch.allclose(short, hidden[:, keep | protect[0]], atol=1e-5)
     assert torch.equal(zoo.tensors(case.model(**case.inputs))[0], plain)
+
+
+class Dropping:
+    """Of the prompt's tokens these alone, `[batch, tokens]`, an item may keep more than another."""
+
+    needs = ("keep",)
+
+    def __call__(self, x: Tensor, sizes: Tensor, mask: Tensor, keep: Tensor) -> Reduced:
+        real = keep & mask
+        number = torch.arange(x.shape[1]).expand(len(x), -1)
+        return Reduced(x, sizes * real, number.masked_fill(~real, -1), real)
+
+
+def hidden_by_hooks(model: Any, stack: str, keep: Tensor) -> list[Any]:
+    """As `Hiding`, where attention is written out: through the masks that blocks are given."""
+
+    def hide(_: Any, args: Any, given: dict[str, Any]) -> Any:
+        mask = given["attention_mask"]
+        hidden = mask.masked_fill(~keep[:, None, None], torch.finfo(mask.dtype).min)
+        return args, {**given, "attention_mask": hidden}
+
+    return [block.register_forward_pre_hook(hide, with_kwargs=True) for block in model.get_submodule(stack)[1:]]
+
+
+@pytest.mark.parametrize(("name", "attention"), [*test_decoding.ATTENTIONS, ("bloom", "eager")])
+def test_generating_behind_an_uneven_padded_batch_equals_recomputation(name: str, attention: str) -> None:
+    model: Any = zoo.MODELS[name](attention).model
+    inputs, spans = test_decoding.padded()
+    real = inputs["attention_mask"].bool()
+    keep = torch.rand(real.shape, generator=torch.Generator().manual_seed(3)) < 0.6
+    keep = real & (keep | (torch.arange(9) == 8))
+    assert len({int(count) for count in keep.sum(1)}) > 1
+    stack = next(iter(places.stacks(model)))
+    # GPT-2 gives its output the shape of its input
+    shorten = Shorten(Dropping(), 0, signals={"keep": keep}, restore=-1 if name == "gpt2" else None)
+    with edited(model, shorten):
+        made = test_decoding.generated(model, inputs, max_new_tokens=6)
+    assert shorten.found is not None
+    assert shorten.found.counts == {0: (int(real.sum()), int(keep.sum()))}
+    for step, logits in enumerate(made.logits):
+        longer = torch.nn.functional.pad
+        shown = {
+            "input_ids": made.sequences[:, : 9 + step],
+            "attention_mask": longer(inputs["attention_mask"], (0, step), value=1),
+        }
+        seen = longer(keep, (0, step), value=True)
+        # what is padding reads nothing either way
+        if name == "bloom":
+            handles = hidden_by_hooks(model, stack, seen)
+            again = test_decoding.generated(model, shown, max_new_tokens=1, use_cache=False)
+            for handle in handles:
+                handle.remove()
+        else:
+            with edited(model, HidingItems(seen, stack)):
+                again = test_decoding.generated(model, shown, max_new_tokens=1, use_cache=False)
+        torch.testing.assert_close(logits, again.logits[0], rtol=1e-4, atol=1e-4)
+
+
+class HidingItems(AttentionEdit):
+    """Keys that nothing may read from block 1 on, by item."""
+
+    def __init__(self, keep: Tensor, stack: str) -> None:
+        self.keep, self.at = keep, Where(blocks=range(1, 9), stack=stack)
+
+    def inputs(self, call: AttentionCall) -> AttentionCall:
+        before, keep = call.readable(), self.keep[:, None, None]
+        return call.replace(allowed=lambda rows: keep if before is None else before & keep)

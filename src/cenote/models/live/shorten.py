@@ -80,8 +80,8 @@ class Shortening:
         # states on the originals when they were last seen, for putting back
         self.seen: Tensor | None = None
         # what a block was given instead of what, by the identity of the new
-        self.made: dict[int, tuple[Tensor, Any]] = {}
-        self.gathered: dict[tuple[int, str, int], Tensor] = {}
+        self.made: dict[int, tuple[Tensor | None, Any]] = {}
+        self.gathered: dict[tuple[int, str, int], Tensor | None] = {}
 
     @property
     def sizes(self) -> Float[Tensor, "batch left"] | None:
@@ -354,10 +354,11 @@ class Shortening:
         if key not in self.gathered:
             new = self._picked(name, value, stage, place)
             self.gathered[key] = new
-            self.made[id(new)] = (new, value)
+            # kept where there is no new one too: while it lives, nothing else has its identity
+            self.made[id(value if new is None else new)] = (new, value)
         return self.gathered[key]
 
-    def _picked(self, name: str, value: Tensor, stage: Stage, place: Place) -> Tensor:
+    def _picked(self, name: str, value: Tensor, stage: Stage, place: Place) -> Tensor | None:
         tokens = stage.assignment.shape[1]
         if PAIRS.search(name):
             return self._pairs(name, value, stage, place)
@@ -373,8 +374,8 @@ class Shortening:
             )
         return value
 
-    def _pairs(self, name: str, value: Tensor, stage: Stage, place: Place) -> Tensor:
-        """A mask or bias of keys, or of pairs of queries and keys, of those that are left."""
+    def _pairs(self, name: str, value: Tensor, stage: Stage, place: Place) -> Tensor | None:
+        """A mask or bias of keys, or of pairs of queries and keys, of those that are left; None where it is of other keys."""
         batch, tokens = stage.assignment.shape
         total = tokens + self.decoded
         if name == "src_mask" or value.dim() not in (2, 3, 4):
@@ -382,7 +383,7 @@ class Shortening:
         if value.shape[-1] != total:
             # made for a layer behind the cut, or of a window's keys: read from positions instead
             if self.decoding and name in MASKS:
-                return value
+                return None
             raise InputError(
                 f"model: {place.path} is given {name} {tuple(value.shape)} after {total} tokens, which cannot be shortened; use a "
                 f"growing cache (DynamicCache)"
@@ -414,6 +415,7 @@ class Shortening:
         tokens, number = stage.assignment.shape[1], stage.origin.shape[1]
         window = _window(self._self_attention(place.block).module)
         short = self.decoding and window is not None and tokens + self.decoded > window
+        short = short or (self.decoding and self.queries > 1)
         if mask is None and bool(stage.mask.all()) and not proportional and not short:
             return None
         total = number + self.decoded
@@ -422,7 +424,7 @@ class Shortening:
         real = nn.functional.pad(stage.mask, (0, self.decoded), value=True)
         sizes = nn.functional.pad(stage.sizes, (0, self.decoded), value=1.0)
         lowest = torch.finfo(sizes.dtype).min
-        if mask is None or mask.shape[-1] != total:
+        if mask is None:
             queries = keys[:, -self.queries :] if self.decoding else keys
             apart = queries[:, :, None] - keys[:, None]
             may = apart >= 0 if self.causal or self.decoding else torch.ones_like(apart, dtype=torch.bool)
@@ -828,6 +830,9 @@ def _why_not(model: nn.Module, cut: Shorten, blocks: Sequence[Place], here: Sequ
             f"its features take the places of the text's tokens of config.{placeholder}, one each; shorten the text's stack, in the "
             f"span of the image, or put tokens back (restore=-1)"
         )
+    above = inspect.unwrap(type(model.get_submodule(blocks[0].stack.rpartition(".")[0])).forward).__code__
+    if cut.restore is None and "output_shape" in above.co_varnames:
+        return "what comes out of it is given the shape of what went in; put tokens back (restore=-1)"
     for place in blocks[cut.block + 1 : until]:
         own = _own_positions(place.module)
         if own:
