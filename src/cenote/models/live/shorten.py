@@ -323,7 +323,7 @@ class Shortening:
         new = {name: self._of_left(name, value, stage, place) for name, value in given.items()}
         name = next((name for name in MASKS if name in takes), None)
         proportional = any(cut.proportional for cut in self.cuts if cut.block < place.block)
-        mask = self._mask(stage, place, new.get(name) if name else None, proportional)
+        mask = self._mask(stage, place, name, new.get(name) if name else None, proportional)
         if mask is not None and name is None:
             raise InputError(
                 f"model: {place.path} takes no mask, which proportional and uneven shortening need; keep as many tokens of each "
@@ -410,7 +410,7 @@ class Shortening:
             value = value[item, :, stage.origin].transpose(1, 2)
         return value.flatten(0, 1) if flat else value
 
-    def _mask(self, stage: Stage, place: Place, mask: Any, proportional: bool) -> Any:
+    def _mask(self, stage: Stage, place: Place, name: str | None, mask: Any, proportional: bool) -> Any:
         """The block's mask with what fills up hidden, and sizes where keys weigh by them; None where all may be read."""
         tokens, number = stage.assignment.shape[1], stage.origin.shape[1]
         window = _window(self._self_attention(place.block).module)
@@ -424,7 +424,9 @@ class Shortening:
         real = nn.functional.pad(stage.mask, (0, self.decoded), value=True)
         sizes = nn.functional.pad(stage.sizes, (0, self.decoded), value=1.0)
         lowest = torch.finfo(sizes.dtype).min
-        if mask is None:
+        if mask is None and name == "src_key_padding_mask":
+            mask = torch.zeros_like(sizes)
+        elif mask is None:
             queries = keys[:, -self.queries :] if self.decoding else keys
             apart = queries[:, :, None] - keys[:, None]
             may = apart >= 0 if self.causal or self.decoding else torch.ones_like(apart, dtype=torch.bool)
