@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from tests.models.live import test_decoding, zoo
+from tests import tiny
+from tests.models.live import test_decoding, test_models, zoo
 from torch import Tensor
 
 from cenote.core import InputError
@@ -20,6 +24,7 @@ from cenote.models.live import (
     StateRecorder,
     Where,
     edited,
+    left,
     places,
     recorded,
     shortened,
@@ -476,3 +481,327 @@ def without_alibi(blocks: Any) -> list[Any]:
         block.register_forward_pre_hook(lambda _, args, given: (args, {**given, "alibi": given["alibi"] * 0}), with_kwargs=True)
         for block in blocks
     ]
+
+
+@pytest.mark.parametrize(("name", "attention"), [(n, a) for n in ("t5", "bart", "whisper") for a in ("sdpa", "eager")])
+@pytest.mark.parametrize("proportional", [False, True])
+def test_what_reads_a_shortened_encoder_follows(name: str, attention: str, proportional: bool) -> None:
+    case = zoo.MODELS[name](attention)
+    stack = "encoder.block" if name == "t5" else "encoder.layers"
+    inputs = dict(case.inputs)
+    tokens = 20 if name == "whisper" else 7
+    if name != "whisper":
+        inputs["attention_mask"] = torch.ones(2, tokens, dtype=torch.long)
+        inputs["attention_mask"][1, 5:] = 0
+    keep = torch.ones(2, tokens, dtype=torch.bool)
+    keep[:, 1] = keep[0, 3] = keep[0, 4] = False
+    # a decoder that comes behind starts with what the encoder wrote
+    with edited(case.model, HidingItems(keep, stack), HidingFromCross(keep)):
+        hidden = case.model(**inputs)
+    shorten = Shorten(Dropping(), 0, stack=stack, signals={"keep": keep}, proportional=proportional)
+    with edited(case.model, shorten):
+        short = case.model(**inputs, use_cache=True)
+        words = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+        made = case.model.get_encoder()(**words)
+        cut = inputs["decoder_input_ids"][:, :3]
+        first = case.model(**{**inputs, "decoder_input_ids": cut}, encoder_outputs=made, use_cache=True)
+        after = case.model(
+            **{**inputs, "decoder_input_ids": inputs["decoder_input_ids"][:, 3:4]}, encoder_outputs=made,
+            past_key_values=first.past_key_values, use_cache=True,
+        )  # fmt: skip
+    torch.testing.assert_close(short.last_hidden_state, hidden.last_hidden_state, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after.last_hidden_state[:, 0], hidden.last_hidden_state[:, 3], rtol=1e-4, atol=1e-5)
+    assert shorten.found is not None
+    assert short.encoder_last_hidden_state.shape[1] == int(shorten.found.counts[0][1] >= 0) * max(
+        int((keep & shorten.found.expand(shorten.found.mask.float()).bool()).sum(1).max()), 1  # type: ignore[union-attr]
+    )
+
+
+class HidingFromCross(AttentionEdit):
+    """Keys of the encoder that the decoder may not read."""
+
+    at = Where(kinds=["cross"])
+
+    def __init__(self, keep: Tensor) -> None:
+        self.keep = keep
+
+    def inputs(self, call: AttentionCall) -> AttentionCall:
+        before, keep = call.readable(), self.keep[:, None, None]
+        return call.replace(allowed=lambda rows: keep if before is None else before & keep)
+
+
+def test_merged_tokens_of_an_encoder_weigh_in_its_decoder() -> None:
+    case = zoo.MODELS["bart"]("sdpa")
+    encoder, words = case.model.get_encoder(), case.inputs["input_ids"]
+    with shortened(case.model, {1: halves}, stack="encoder.layers", proportional=True) as run:
+        short = case.model(**case.inputs).last_hidden_state
+        made = encoder(input_ids=words)
+    copies = run.expand(made.last_hidden_state)
+    made["last_hidden_state"] = copies
+    whole = case.model(encoder_outputs=made, decoder_input_ids=case.inputs["decoder_input_ids"]).last_hidden_state
+    torch.testing.assert_close(short, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llava", "vit", "clip", "siglip"])
+def test_tokens_put_back_fill_their_places(name: str) -> None:
+    case = zoo.MODELS[name]("sdpa")
+    stack = next(path for path in places.stacks(case.model) if name == "vit" or "vision" in path)
+    first = 0 if name == "siglip" else 1
+    tokens = 16 + first
+    keep = torch.arange(tokens) % 3 != 2
+    with edited(case.model, Shorten(dropping(keep), 0, stack=stack, protect=first, restore=-1)):
+        out = zoo.tensors(case.model(**case.inputs))
+    assert [x.shape for x in out] == [x.shape for x in zoo.tensors(case.model(**case.inputs))]
+    blocks = [place for place in places.blocks(case.model) if place.stack == stack]
+    with (
+        recorded(case.model, "states", at=Where(stack=stack)) as before,
+        edited(case.model, Shorten(dropping(keep), 0, stack=stack, restore=1)),
+        recorded(case.model, "states", at=Where(stack=stack)) as found,
+    ):
+        case.model(**case.inputs)
+    with recorded(case.model, "states", at=Where(stack=stack)) as plain, edited(case.model, Hiding1(keep, stack)):
+        case.model(**case.inputs)
+    zero, one, two = (place for place in places.blocks(case.model) if place.stack == stack)
+    states = found["states"]
+    assert [states[place][0].shape[1] for place in (zero, one, two)] == [int(keep.sum()), tokens, tokens]
+    assert torch.allclose(states[one][0][:, keep], plain["states"][one][0][:, keep], atol=1e-5)
+    # what was dropped is as it was seen last
+    assert torch.equal(states[one][0][:, ~keep], before["states"][zero][0][:, ~keep])
+
+
+class Hiding1(Hiding):
+    """In block 1 alone."""
+
+    def __init__(self, keep: Tensor, stack: str) -> None:
+        super().__init__(keep, stack)
+        self.at = Where(blocks=[1], stack=stack)
+
+
+def test_a_mean_over_tokens_put_back_weighs_by_size() -> None:
+    case = zoo.MODELS["own"]("sdpa")
+    with shortened(case.model, {1: halves}) as run:
+        short = case.model(**case.inputs)
+    with shortened(case.model, {1: halves}, restore=-1):
+        whole = case.model(**case.inputs)
+    assert run.sizes is not None
+    mean = (short * run.sizes[..., None]).sum(1) / run.sizes.sum(1, keepdim=True)
+    torch.testing.assert_close(whole.mean(1), mean, rtol=1e-5, atol=1e-6)
+
+
+REFUSED = {
+    "swin": ("encoder.layers.0.blocks", "windows of a grid"),
+    "qwen2_vl": ("model.visual.blocks", "packs several images"),
+    "llava": ("model.vision_tower.encoder.layers", r"config\.image_token_.*restore=-1"),
+    "gpt2": ("transformer.h", "restore=-1"),
+    "t5": ("decoder.block", "cross attention"),
+    "flux": ("transformer_blocks", "joint attention"),
+    "albert": (None, "several times"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_shortened_is_an_error_at_entry(name: str) -> None:
+    stack, why = REFUSED[name]
+    model = zoo.MODELS[name]("sdpa").model
+    with pytest.raises(InputError, match=why), shortened(model, {0: halves}, stack=stack):
+        pytest.fail("entered")
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "block", "why"),
+    [
+        ("BertModel", {**zoo.TEXT, "position_embedding_type": "relative_key"}, 0, None),
+        ("UMT5EncoderModel", zoo.T5, 0, "knows positions"),
+        ("T5EncoderModel", zoo.T5, 0, None),
+        ("EsmModel", {**zoo.TEXT, "position_embedding_type": "rotary"}, 0, None),
+        ("Wav2Vec2ConformerModel", tiny.WAVES, 0, "knows positions"),
+    ],
+)
+def test_blocks_that_know_positions_by_themselves_are_found(cls: str, settings: Any, block: int, why: str | None) -> None:
+    model = zoo.built(cls, settings, "eager")
+    stack = next(iter(places.stacks(model)))
+    own = [place for place in places.blocks(model)[block + 1 :] if shorten_module._own_positions(place.module)]
+    assert bool(own) == (why is not None)
+    if why is not None:
+        with pytest.raises(InputError, match=why), shortened(model, {block: halves}, stack=stack):
+            pytest.fail("entered")
+        with pytest.raises(InputError, match="did nothing"), shortened(model, {len(places.blocks(model)) - 1: halves}, stack=stack):
+            pass
+
+
+def test_flash_attention_is_refused() -> None:
+    model = zoo.MODELS["llama"]("sdpa").model
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(InputError, match="'sdpa' or 'eager'"), shortened(model, {0: halves}):
+        pytest.fail("entered")
+
+
+def test_a_cache_that_was_filled_before_is_an_error() -> None:
+    model = zoo.MODELS["llama"]("sdpa").model
+    words = zoo.ids(2, 9)
+    filled = model(input_ids=words, use_cache=True).past_key_values
+    with pytest.raises(InputError, match="holds 9 tokens of 2 items that were not shortened here"), shortened(
+        model, {0: halves}
+    ):
+        model(input_ids=words[:, :1], past_key_values=filled)
+    with pytest.raises(InputError, match="holds 9 tokens"), shortened(model, {0: halves}):
+        model(input_ids=words[:, :9])
+        model(input_ids=words[:, :1], past_key_values=filled)
+    with shortened(model, {0: halves}):
+        ours = model(input_ids=words, use_cache=True).past_key_values
+        copied = copy.deepcopy(ours)
+        one = model(input_ids=words[:, :2], past_key_values=ours).logits
+        assert torch.equal(model(input_ids=words[:, :2], past_key_values=copied).logits, one)
+        ours.crop(-1)
+        again = model(input_ids=words[:, 1:2], past_key_values=ours).logits
+    torch.testing.assert_close(again, one[:, 1:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_static_cache_is_an_error() -> None:
+    model = zoo.MODELS["llama"]("sdpa").model
+    cache = tiny.transformers().StaticCache(config=model.config, max_cache_len=16)
+    with pytest.raises(InputError, match="growing cache"), shortened(model, {0: halves}):
+        model(input_ids=zoo.ids(2, 9), past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_beams_and_a_second_prompt(name: str) -> None:
+    model: Any = zoo.MODELS[name]("sdpa").model
+    inputs, _ = test_decoding.padded()
+    real = inputs["attention_mask"].bool()
+    keep = real & (torch.arange(9) % 3 != 1)
+    with edited(model, Shorten(Dropping(), 0, signals={"keep": keep})) as run:
+        batch = test_decoding.generated(model, inputs, num_beams=3)
+        again = test_decoding.generated(model, inputs, num_beams=3)
+    assert torch.equal(batch.sequences, again.sequences)
+    assert sum(run.effect.values()) == 2 * 3 * int((real & ~keep).sum())
+    for item, start in enumerate((0, 2, 5, 3)):
+        alone = {name: value[item : item + 1, start:] for name, value in inputs.items()}
+        cut = Shorten(Dropping(), 0, signals={"keep": keep[item : item + 1, start:]})
+        with edited(model, cut):
+            one = test_decoding.generated(model, alone, num_beams=3)
+        assert torch.equal(one.sequences[0, 9 - start :], batch.sequences[item, 9:])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_sizes_weigh_while_decoding_as_in_recomputation(name: str) -> None:
+    model: Any = zoo.MODELS[name]("sdpa").model
+    words = zoo.ids(2, 12)
+    span = torch.zeros(2, 12, dtype=torch.bool)
+    span[:, 1:7] = True
+    with edited(model, Shorten(halves, 0, span="text", proportional=True), spans={"text": span}):
+        whole = model(input_ids=words, use_cache=False).logits
+    with edited(model, Shorten(halves, 0, span="text", proportional=True), spans={"text": span[:, :9]}):
+        first = model(input_ids=words[:, :9], use_cache=True)
+        steps = [first.logits]
+        for i in range(9, 12):
+            steps.append(model(input_ids=words[:, i : i + 1], past_key_values=first.past_key_values).logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_items_that_keep_different_numbers_in_an_encoder() -> None:
+    case = zoo.MODELS["bert"]("sdpa")
+    keep = torch.arange(9).expand(2, -1) != 3
+    keep = keep & ~torch.eye(2, 9, dtype=torch.bool)[[1, 1]] | torch.tensor([[True], [False]]) & (torch.arange(9) != 3)
+    with pytest.raises(InputError, match="uneven=True"), edited(case.model, Shorten(Dropping(), 0, signals={"keep": keep})):
+        case.model(**case.inputs)
+    shorten = Shorten(Dropping(), 0, signals={"keep": keep}, uneven=True)
+    with edited(case.model, shorten):
+        short = case.model(**case.inputs).last_hidden_state
+    with edited(case.model, HidingItems(keep, "encoder.layer")):
+        whole = case.model(**case.inputs).last_hidden_state
+    assert shorten.found is not None
+    assert shorten.found.mask is not None
+    for item in range(2):
+        torch.testing.assert_close(short[item][shorten.found.mask[item]], whole[item][keep[item]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_leaving_by_an_error_puts_everything_back(error: type[BaseException]) -> None:
+    case = zoo.MODELS["qwen3"]("sdpa")
+    plain, before = case.model(**case.inputs).logits, test_models.fingerprint(case.model)
+
+    def failing(x: Tensor, sizes: Tensor, mask: Tensor, keys: Tensor) -> Reduced:
+        raise error("inside")
+
+    for _ in range(2):
+        with pytest.raises(error, match="inside"), edited(case.model, Shorten(failing, 1)):
+            case.model(**case.inputs)
+        assert test_models.fingerprint(case.model) == before
+        assert torch.equal(case.model(**case.inputs).logits, plain)
+        assert not shorten_module._RUNNING
+        assert not left._STANDING
+
+
+def test_two_models_and_leaving_in_any_order() -> None:
+    cases = [zoo.MODELS["llama"]("sdpa"), zoo.MODELS["llama"]("sdpa")]
+    plain = cases[0].model(**cases[0].inputs).logits
+    keep = torch.arange(9) != 4
+    one, two = (edited(cases[0].model, Shorten(dropping(keep), 0)), edited(cases[1].model, Shorten(dropping(keep), 1)))
+    one.__enter__()
+    two.__enter__()
+    outs = [case.model(**case.inputs).logits for case in cases]
+    assert [out.shape[1] for out in outs] == [8, 8]
+    assert not torch.equal(*outs)
+    one.__exit__(None, None, None)
+    assert torch.equal(cases[0].model(**cases[0].inputs).logits, plain)
+    assert torch.equal(cases[1].model(**cases[1].inputs).logits, outs[1])
+    two.__exit__(None, None, None)
+    assert torch.equal(cases[1].model(**cases[1].inputs).logits, plain)
+
+
+def test_nothing_of_the_model_is_kept() -> None:
+    case = zoo.MODELS["llama"]("sdpa")
+    shorten = Shorten(halves, 0)
+    with edited(case.model, shorten):
+        case.model(**case.inputs)
+    seen = weakref.ref(case.model)
+    del case
+    gc.collect()
+    assert seen() is None
+    assert shorten.found is not None
+    assert shorten.found.assignment is not None
+
+
+def test_entered_twice_is_an_error_and_once_more_is_not() -> None:
+    case = zoo.MODELS["llama"]("sdpa")
+    shorten = Shorten(halves, 0)
+    with edited(case.model, shorten):
+        with pytest.raises(InputError, match="entered already"), edited(case.model, shorten):
+            pytest.fail("entered")
+        first = case.model(**case.inputs).logits
+    with edited(case.model, shorten):
+        assert torch.equal(case.model(**case.inputs).logits, first)
+
+
+def test_an_option_that_fits_nothing_is_an_error() -> None:
+    model = zoo.MODELS["llama"]("sdpa").model
+    for options, why in (
+        ({"block": 9}, "block: expected one of 0 to 2"),
+        ({"block": 1, "restore": 0}, "restore: expected -1 or a block of 1 to 2"),
+        ({"block": 0, "span": "image"}, "needs 'image'"),
+        ({"block": 0, "stack": "layers"}, "stack: 'layers' is none of 'model.layers'"),
+    ):
+        with pytest.raises(InputError, match=why), edited(model, Shorten(halves, **options)):  # type: ignore[arg-type]
+            pytest.fail("entered")
+    with pytest.raises(InputError, match="protect: expected a bool tensor"):
+        Shorten(halves, 0, protect=torch.ones(1, 3))
+    short = torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(InputError, match="3 tokens, and model.layers reads 2 items of 9"), edited(
+        model, Shorten(halves, 0, protect=short)
+    ):
+        model(input_ids=zoo.ids())
+
+
+def test_what_a_reducer_gives_is_checked() -> None:
+    case = zoo.MODELS["llama"]("sdpa")
+
+    def beyond(x: Tensor, sizes: Tensor, mask: Tensor) -> Reduced:
+        return Reduced(x[:, :2], sizes[:, :2], torch.arange(x.shape[1]).expand(len(x), -1))
+
+    def nothing(x: Tensor, sizes: Tensor, mask: Tensor) -> Reduced:
+        return Reduced(x, sizes, torch.full(x.shape[:2], -1))
+
+    for reducer, why in ((beyond, "numbers below 2"), (nothing, "left no token")):
+        with pytest.raises(InputError, match=why), edited(case.model, Shorten(reducer, 0)):
+            case.model(**case.inputs)

@@ -147,6 +147,10 @@ class Shortening:
         if h.dim() != 3:
             raise InputError(f"model: {self.stack} reads states {tuple(h.shape)}; expected [batch, tokens, dim]")
         self.cache = next((value for value in given.values() if hasattr(value, "get_seq_length")), None)
+        if getattr(self.cache, "is_compileable", False):
+            raise InputError(
+                f"model: a {type(self.cache).__name__} holds as many places in each layer; use a growing cache (DynamicCache)"
+            )
         before = int(self.cache.get_seq_length()) if self.cache is not None else 0
         self.decoding, self.queries = before > 0, h.shape[1]
         self.made.clear()
@@ -803,12 +807,13 @@ def _checked(model: nn.Module, cut: Shorten) -> tuple[nn.Module, list[Place], li
 def _why_not(model: nn.Module, cut: Shorten, blocks: Sequence[Place], here: Sequence[Place], until: int) -> str | None:
     """What stands against it, and what would work, in words."""
     causal = any(getattr(place.module, "is_causal", False) for place in here)
+    for place in blocks:
+        if any(hasattr(module, "window_size") for module in place.module.modules()):
+            return f"{place.path} attends in windows of a grid; reduce what comes out of the model"
     for place in here:
         name = place.path
         if place.kind != "self":
             return f"{name} is {place.kind} attention, whose tokens come from elsewhere too; give the stack that makes these"
-        if hasattr(place.module, "window_size") or hasattr(place.module, "relative_position_bias_table"):
-            return f"{name} attends in windows of a grid; reduce what comes out of the model"
         implementation = transformers.implementation_of(place.module)
         if "flash" in implementation or "flex" in implementation or "paged" in implementation:
             return f"{implementation!r} is told no positions of single keys; load it with attn_implementation='sdpa' or 'eager'"
