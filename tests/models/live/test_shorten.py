@@ -206,10 +206,21 @@ def hidden_by_hooks(model: Any, stack: str, keep: Tensor) -> list[Any]:
     return [block.register_forward_pre_hook(hide, with_kwargs=True) for block in model.get_submodule(stack)[1:]]
 
 
-@pytest.mark.parametrize(("name", "attention"), [*test_decoding.ATTENTIONS, ("bloom", "eager")])
+OTHERS = {
+    "falcon": zoo.text("FalconForCausalLM", True, alibi=True, new_decoder_architecture=False),
+    "gptj": zoo.text("GPTJForCausalLM", True, n_embd=32, n_layer=3, n_head=4, rotary_dim=4, n_positions=32),
+    "phi3": zoo.text("Phi3ForCausalLM", True, num_key_value_heads=2, sliding_window=4),
+}
+"""Positions in other ways: a bias of keys, rotations inside of attention, a window that stands in the configuration alone."""
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [*test_decoding.ATTENTIONS, ("bloom", "eager"), *[(name, "sdpa") for name in OTHERS]],
+)
 def test_generating_behind_an_uneven_padded_batch_equals_recomputation(name: str, attention: str) -> None:
-    model: Any = zoo.MODELS[name](attention).model
-    inputs, spans = test_decoding.padded()
+    model: Any = {**zoo.MODELS, **OTHERS}[name](attention).model
+    inputs, _ = test_decoding.padded()
     real = inputs["attention_mask"].bool()
     keep = torch.rand(real.shape, generator=torch.Generator().manual_seed(3)) < 0.6
     keep = real & (keep | (torch.arange(9) == 8))
@@ -289,7 +300,7 @@ def test_it_stands_beside_recorders_in_one_context_and_spans_follow() -> None:
     # a merged token stands where its last original stood, as nothing may read what is behind it
     assert found.origin is not None
     assert found.origin[0].tolist() == [0, 1, 2, 3, *range(5, 18, 2), 18, 19, 20, 21, 22]
-    (place, step), = [key for key in run.effect if key[0].kind == "block" and run.effect[key] == 14 + 1]
+    ((place, step),) = [key for key in run.effect if key[0].kind == "block" and run.effect[key] == 14 + 1]
     assert (place.block, step) == (0, 0)
 
 
@@ -431,7 +442,13 @@ def test_k_equal_tokens_as_one_of_size_k(name: str, attention: str) -> None:
         pytest.skip("there is one way of attention")
     case = zoo.MODELS[name](attention)
     model = case.model
-    stack = "encoder.block" if name == "t5" else stack_of(model, name) if name in STACKS else next(iter(places.stacks(model)))
+    stack = (
+        "encoder.block"
+        if name == "t5"
+        else stack_of(model, name)
+        if name in STACKS
+        else next(iter(places.stacks(model)))
+    )
     blocks = model.get_submodule(stack)
     inputs = dict(case.inputs)
     if name == "torch":
@@ -478,7 +495,9 @@ def test_k_equal_tokens_as_one_of_size_k(name: str, attention: str) -> None:
 
 def without_alibi(blocks: Any) -> list[Any]:
     return [
-        block.register_forward_pre_hook(lambda _, args, given: (args, {**given, "alibi": given["alibi"] * 0}), with_kwargs=True)
+        block.register_forward_pre_hook(
+            lambda _, args, given: (args, {**given, "alibi": given["alibi"] * 0}), with_kwargs=True
+        )
         for block in blocks
     ]
 
@@ -512,9 +531,8 @@ def test_what_reads_a_shortened_encoder_follows(name: str, attention: str, propo
     torch.testing.assert_close(short.last_hidden_state, hidden.last_hidden_state, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(after.last_hidden_state[:, 0], hidden.last_hidden_state[:, 3], rtol=1e-4, atol=1e-5)
     assert shorten.found is not None
-    assert short.encoder_last_hidden_state.shape[1] == int(shorten.found.counts[0][1] >= 0) * max(
-        int((keep & shorten.found.expand(shorten.found.mask.float()).bool()).sum(1).max()), 1  # type: ignore[union-attr]
-    )
+    real = inputs.get("attention_mask", torch.ones(2, tokens)).bool()
+    assert short.encoder_last_hidden_state.shape[1] == int((keep & real).sum(1).max()) < tokens
 
 
 class HidingFromCross(AttentionEdit):
@@ -552,7 +570,6 @@ def test_tokens_put_back_fill_their_places(name: str) -> None:
     with edited(case.model, Shorten(dropping(keep), 0, stack=stack, protect=first, restore=-1)):
         out = zoo.tensors(case.model(**case.inputs))
     assert [x.shape for x in out] == [x.shape for x in zoo.tensors(case.model(**case.inputs))]
-    blocks = [place for place in places.blocks(case.model) if place.stack == stack]
     with (
         recorded(case.model, "states", at=Where(stack=stack)) as before,
         edited(case.model, Shorten(dropping(keep), 0, stack=stack, restore=1)),
@@ -617,7 +634,9 @@ def test_what_cannot_be_shortened_is_an_error_at_entry(name: str) -> None:
         ("Wav2Vec2ConformerModel", tiny.WAVES, 0, "knows positions"),
     ],
 )
-def test_blocks_that_know_positions_by_themselves_are_found(cls: str, settings: Any, block: int, why: str | None) -> None:
+def test_blocks_that_know_positions_by_themselves_are_found(
+    cls: str, settings: Any, block: int, why: str | None
+) -> None:
     model = zoo.built(cls, settings, "eager")
     stack = next(iter(places.stacks(model)))
     own = [place for place in places.blocks(model)[block + 1 :] if shorten_module._own_positions(place.module)]
@@ -625,8 +644,46 @@ def test_blocks_that_know_positions_by_themselves_are_found(cls: str, settings: 
     if why is not None:
         with pytest.raises(InputError, match=why), shortened(model, {block: halves}, stack=stack):
             pytest.fail("entered")
-        with pytest.raises(InputError, match="did nothing"), shortened(model, {len(places.blocks(model)) - 1: halves}, stack=stack):
+        with (
+            pytest.raises(InputError, match="did nothing"),
+            shortened(model, {len(places.blocks(model)) - 1: halves}, stack=stack),
+        ):
             pass
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "why"),
+    [
+        ("DebertaV2Model", {**zoo.TEXT, "relative_attention": True}, "relative_pos"),
+        ("RoFormerModel", zoo.TEXT, "sinusoidal_pos"),
+        ("MptForCausalLM", {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 40}, "True means hidden"),
+        (
+            "Llama4ForCausalLM",
+            {**zoo.GROUPED, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2},
+            "chunks",
+        ),
+    ],
+)
+def test_positions_told_in_other_ways_are_an_error(cls: str, settings: Any, why: str) -> None:
+    model = zoo.built(cls, settings, "eager")
+    with pytest.raises(InputError, match=why), shortened(model, {0: halves}):
+        model(input_ids=zoo.ids())
+
+
+def test_rotations_of_patches_alone_follow_where_the_rest_stays() -> None:
+    settings = {**tiny.SMALL, **tiny.VISION, "num_register_tokens": 2}
+    model = zoo.built("DINOv3ViTModel", settings, "sdpa")
+    keep = torch.rand(2, 19, generator=torch.Generator().manual_seed(0)) < 0.6
+    with pytest.raises(InputError, match="protect=3"), shortened(model, {0: dropping(torch.arange(19) != 1)}):
+        model(pixel_values=zoo.pixels())
+    shorten = Shorten(Dropping(), 0, protect=3, signals={"keep": keep}, uneven=True)
+    with edited(model, shorten):
+        short = model(pixel_values=zoo.pixels()).last_hidden_state
+    keep[:, :3] = True
+    with edited(model, HidingItems(keep, shorten.found.stack)):  # type: ignore[union-attr]
+        whole = model(pixel_values=zoo.pixels()).last_hidden_state
+    for item, real in enumerate(shorten.found.mask):  # type: ignore[union-attr, arg-type]
+        torch.testing.assert_close(short[item][real], whole[item][keep[item]], rtol=1e-4, atol=1e-5)
 
 
 def test_flash_attention_is_refused() -> None:
@@ -640,13 +697,15 @@ def test_a_cache_that_was_filled_before_is_an_error() -> None:
     model = zoo.MODELS["llama"]("sdpa").model
     words = zoo.ids(2, 9)
     filled = model(input_ids=words, use_cache=True).past_key_values
-    with pytest.raises(InputError, match="holds 9 tokens of 2 items that were not shortened here"), shortened(
-        model, {0: halves}
+    with (
+        pytest.raises(InputError, match="holds 9 tokens of 2 items that were not shortened here"),
+        shortened(model, {0: halves}),
     ):
         model(input_ids=words[:, :1], past_key_values=filled)
-    with pytest.raises(InputError, match="holds 9 tokens"), shortened(model, {0: halves}):
-        model(input_ids=words[:, :9])
-        model(input_ids=words[:, :1], past_key_values=filled)
+    with shortened(model, {0: halves}):
+        assert model(input_ids=words).logits.shape[1] == 5
+        with pytest.raises(InputError, match="holds 9 tokens"):
+            model(input_ids=words[:, :1], past_key_values=filled)
     with shortened(model, {0: halves}):
         ours = model(input_ids=words, use_cache=True).past_key_values
         copied = copy.deepcopy(ours)
@@ -703,7 +762,10 @@ def test_items_that_keep_different_numbers_in_an_encoder() -> None:
     case = zoo.MODELS["bert"]("sdpa")
     keep = torch.arange(9).expand(2, -1) != 3
     keep = keep & ~torch.eye(2, 9, dtype=torch.bool)[[1, 1]] | torch.tensor([[True], [False]]) & (torch.arange(9) != 3)
-    with pytest.raises(InputError, match="uneven=True"), edited(case.model, Shorten(Dropping(), 0, signals={"keep": keep})):
+    with (
+        pytest.raises(InputError, match="uneven=True"),
+        edited(case.model, Shorten(Dropping(), 0, signals={"keep": keep})),
+    ):
         case.model(**case.inputs)
     shorten = Shorten(Dropping(), 0, signals={"keep": keep}, uneven=True)
     with edited(case.model, shorten):
@@ -787,8 +849,9 @@ def test_an_option_that_fits_nothing_is_an_error() -> None:
     with pytest.raises(InputError, match="protect: expected a bool tensor"):
         Shorten(halves, 0, protect=torch.ones(1, 3))
     short = torch.ones(1, 3, dtype=torch.bool)
-    with pytest.raises(InputError, match="3 tokens, and model.layers reads 2 items of 9"), edited(
-        model, Shorten(halves, 0, protect=short)
+    with (
+        pytest.raises(InputError, match=r"3 tokens, and model\.layers reads 2 items of 9"),
+        edited(model, Shorten(halves, 0, protect=short)),
     ):
         model(input_ids=zoo.ids())
 
@@ -805,3 +868,18 @@ def test_what_a_reducer_gives_is_checked() -> None:
     for reducer, why in ((beyond, "numbers below 2"), (nothing, "left no token")):
         with pytest.raises(InputError, match=why), edited(case.model, Shorten(reducer, 0)):
             case.model(**case.inputs)
+
+
+def test_sizes_stay_whole_numbers_in_half_precision() -> None:
+    model = zoo.MODELS["llama"]("sdpa").model.bfloat16()
+
+    def one(x: Tensor, sizes: Tensor, mask: Tensor) -> Reduced:
+        assert sizes.dtype == torch.float32
+        return Reduced(x[:, :1], sizes.sum(1, keepdim=True), torch.zeros(x.shape[:2], dtype=torch.long))
+
+    with shortened(model, {0: one}, proportional=True) as run:
+        out = model(input_ids=zoo.ids(1, 30)).logits
+    assert out.dtype == torch.bfloat16
+    assert out.isfinite().all()
+    assert run.sizes is not None
+    assert run.sizes.tolist() == [[30.0]]

@@ -229,7 +229,7 @@ def _checked(
     for edit in edits:
         if not isinstance(edit, (AttentionEdit, BlockEdit)):
             raise InputError(f"edits: expected AttentionEdit or BlockEdit, got {type(edit).__name__}")
-    parts = [part for edit in edits for part in edit.parts(model, spans)]
+    parts = [part for edit in edits for part in edit.parts(model)]
     for edit in parts:
         for name in edit.asks:
             if name not in spans:
@@ -301,7 +301,7 @@ def _hooks(run: Run, place: Place, edits: Sequence[BlockEdit]) -> list[Removable
         for edit in edits:
             h = edit.enters(place, h)
             if rewriting:
-                given = edit.given(place, given)
+                given = edit.given(place, h, given)
             if not edit.counts_itself:
                 run.counts(edit, place, 1)
         if given is not beside:

@@ -45,7 +45,7 @@ class Edit:
     counts_itself: bool = False
     """Whether it tells the run what it edited; what else is called counts once a call."""
 
-    def parts(self, model: nn.Module, spans: Mapping[str, Tensor]) -> Sequence[Edit]:
+    def parts(self, model: nn.Module) -> Sequence[Edit]:
         """The edits that it is made of in this model; raises where it cannot act there. Called first."""
         return (self,)
 
@@ -110,8 +110,8 @@ class RowEdit(AttentionEdit, ABC):
 class BlockEdit(Edit):
     """A change of hidden states."""
 
-    def given(self, place: Place, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Other arguments, by name, than those that the block is called with beside the states."""
+    def given(self, place: Place, h: Float[Tensor, "*batch tokens dim"], given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Other arguments, by name, than those that the block is called with beside the states that it reads."""
         return given
 
     def enters(self, place: Place, h: Float[Tensor, "*batch tokens dim"]) -> Float[Tensor, "*batch tokens dim"]:

@@ -1,10 +1,11 @@
 """Fewer tokens from a block on: states, masks, positions and cache of a running model, together.
 
-`Shorten` is an edit like any other; what reduces is arithmetic on tensors and sees none of this. Survivors keep their positions.
-With a cache the blocks behind a cut hold fewer keys than those before it, and decoded tokens go on at the prompt's length.
+`Shorten` is an edit like any other; what reduces is arithmetic on tensors and sees none of this. Survivors keep their
+positions. With a cache the blocks behind a cut hold fewer keys than those before it, and decoded tokens go on at the prompt's
+length. What comes behind a prompt, in a second piece too, is decoded: only the prompt is shortened.
 
-Does not know: attention in windows of a grid, packed images, flash and flex attention, static caches, blocks that know positions
-by themselves (each an error at entry, or where the model is called).
+Does not know: attention in windows of a grid or in chunks, packed images, flash and flex attention, static caches, blocks that
+know positions by themselves (each an error at entry, or where the model is called).
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ READ = ("attention", "keys", "values")
 MASKS = ("attention_mask", "attn_mask", "mask", "src_key_padding_mask")
 PAIRS = re.compile("mask|bias|alibi")
 TURNS = re.compile("position_emb|pos_emb|rotary|rope|freqs|^cos$|^sin$")
+PLACEHOLDER = re.compile("(image|video|audio)_token_(id|index)$")
 OWN_POSITIONS = re.compile("rotary|(^|[._])rope|rel_pos|relative|distance|position|bias_table", re.IGNORECASE)
+UNKNOWN = ("relative_pos", "sinusoidal_pos", "per_layer_input")
+"""Told of all tokens in forms of their own: as in DeBERTa, RoFormer, Gemma 3n."""
 CHUNK = 128
 
 _LOCK = threading.RLock()
@@ -65,6 +69,7 @@ class Shortening:
         # tokens behind the prompt, and whether this call is of them
         self.decoded, self.decoding = 0, False
         self.queries = 0
+        self.dtype = torch.float32
         self.cache: Any = None
         self.forgets()
 
@@ -159,9 +164,10 @@ class Shortening:
             self.forgets()
             self.decoded = 0
             self._looks(h, given)
+            self.dtype = h.dtype
             everything = torch.arange(h.shape[1], device=h.device).expand(len(h), -1)
             real = torch.ones_like(everything, dtype=torch.bool) if self.real is None else self.real
-            self.now = Stage(everything, real, real.to(h.dtype), everything.masked_fill(~real, -1))
+            self.now = Stage(everything, real, real.float(), everything.masked_fill(~real, -1))
             return
         seen = self.now.assignment.shape[1] if self.now is not None else before + 1
         self.decoded = before + h.shape[1] - seen
@@ -172,8 +178,8 @@ class Shortening:
                 fits = int(self.cache.get_seq_length(self._layer(block + 1))) == expected
         if not fits:
             raise InputError(
-                f"model: the cache holds {before} tokens of {len(h)} items that were not shortened here; run their prompt inside "
-                f"of this context, with an empty cache"
+                f"model: the cache holds {before} tokens of {len(h)} items that were not shortened here; run their prompt "
+                f"inside of this context, with an empty cache"
             )
 
     def _looks(self, h: Tensor, given: Mapping[str, Any]) -> None:
@@ -182,6 +188,8 @@ class Shortening:
         if mask is None:
             return
         tokens = h.shape[1]
+        if mask is given.get("src_key_padding_mask") and not mask.is_floating_point():
+            raise InputError("src_key_padding_mask: of True for padding cannot be shortened; give numbers, 0 and -inf")
         if mask.dim() == 2 and mask.shape[1] == tokens:
             self.real = may_read(mask)
         elif mask.dim() == 4 and mask.shape[3] == tokens and mask.shape[2] in (1, tokens):
@@ -189,11 +197,16 @@ class Shortening:
                 self.real = may_read(mask)[:, :, 0].any(1).expand(len(h), -1)
             else:
                 self.real = real_tokens(mask, len(h))
+                if not self.real.any():
+                    raise InputError(
+                        f"model: by its mask no token of {self.stack} reads itself: True means hidden there, which cannot be "
+                        f"shortened; load the model with another attn_implementation, or reduce before it"
+                    )
                 self.causal = tokens > 1 and not bool(may_read(mask)[:, :, :-1].triu(1).any())
         else:
             raise InputError(
-                f"model: a mask {tuple(mask.shape)} for {tokens} tokens cannot be shortened; use a growing cache (DynamicCache) and "
-                f"a mask of the tokens or of pairs of them"
+                f"model: a mask {tuple(mask.shape)} for {tokens} tokens cannot be shortened; use a growing cache "
+                f"(DynamicCache) and a mask of the tokens or of pairs of them"
             )
 
     def reduce(self, cut: Shorten, h: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch left dim"]:
@@ -202,7 +215,7 @@ class Shortening:
         now, block = self.now, cut.block
         batch, tokens, _ = h.shape
         everything = torch.arange(tokens, device=h.device).expand(batch, -1)
-        kept = now.mask & self._followed(cut.untouched(now.assignment, self._real())).bool()
+        kept = now.mask & self._followed(cut.untouched(self._real())).bool()
         asked = now.mask & ~kept
         signals = cut.reads() | {name: self._signal(name, value) for name, value in cut.signals.items()}
         reduced = cut.reducer(
@@ -256,7 +269,7 @@ class Shortening:
             return h
         h = self._put_back(h)
         real, everything = self._real(), torch.arange(h.shape[1], device=h.device).expand(len(h), -1)
-        self.now = Stage(everything, real, real.to(h.dtype), everything.masked_fill(~real, -1))
+        self.now = Stage(everything, real, real.float(), everything.masked_fill(~real, -1))
         self.stages[block] = None
         self.seen = None
         return h
@@ -286,8 +299,8 @@ class Shortening:
         batch, tokens = self.now.assignment.shape
         if value.dim() < 2 or value.shape[1] != tokens or batch % len(value):
             raise InputError(
-                f"signals: {name!r} is of shape {tuple(value.shape)}; expected [batch, tokens, ...] for {batch} items of {tokens} "
-                f"tokens"
+                f"signals: {name!r} is of shape {tuple(value.shape)}; expected [batch, tokens, ...] for {batch} items of "
+                f"{tokens} tokens"
             )
         value = value.to(self.now.origin.device).repeat_interleave(batch // len(value), 0)
         return value[torch.arange(batch, device=value.device)[:, None], self.now.origin]
@@ -330,8 +343,8 @@ class Shortening:
         mask = self._mask(stage, place, name, new.get(name) if name else None, proportional)
         if mask is not None and name is None:
             raise InputError(
-                f"model: {place.path} takes no mask, which proportional and uneven shortening need; keep as many tokens of each "
-                f"item, with proportional=False"
+                f"model: {place.path} takes no mask, which proportional and uneven shortening need; keep as many tokens of "
+                f"each item, with proportional=False"
             )
         if name is not None and mask is not new.get(name):
             old = given.get(name)
@@ -371,12 +384,32 @@ class Shortening:
         if name == "position_ids":
             return _taken(value[..., None], stage.origin)[..., 0]
         if TURNS.search(name):
-            return _taken(value, stage.origin)
+            return self._turns(name, value, stage)
         if tokens in (value.shape[-2:] if value.dim() > 2 else value.shape[-1:]):
             raise InputError(
-                f"model: {place.path} is given {name} of shape {tuple(value.shape)} for {tokens} tokens, which cannot be shortened"
+                f"model: {place.path} is given {name} of shape {tuple(value.shape)} for {tokens} tokens, which cannot be "
+                f"shortened; reduce before the model"
             )
         return value
+
+    def _turns(self, name: str, value: Tensor, stage: Stage) -> Tensor:
+        """Rotations of the tokens that are left; some models have none for [CLS] and registers."""
+        if value.dim() > 3 and value.shape[-3] != len(stage.origin):
+            raise InputError(f"model: {self.stack} is given {name} {tuple(value.shape)}, which cannot be shortened")
+        prefix = stage.assignment.shape[1] - value.shape[-2]
+        at_front = torch.arange(max(prefix, 0), device=stage.origin.device)
+        if prefix < 0 or stage.origin.shape[1] < prefix or not bool((stage.origin[:, :prefix] == at_front).all()):
+            raise InputError(
+                f"model: {self.stack} is given {name} {tuple(value.shape)} for {stage.assignment.shape[1]} tokens; the first "
+                f"{max(prefix, 0)} must stay where they are: protect={max(prefix, 0)}"
+            )
+        origin = (stage.origin[:, prefix:] - prefix).clamp(min=0)
+        if value.dim() > 2:
+            return _taken(value, origin)
+        if bool((origin == origin[:1]).all()):
+            return value[origin[0]]
+        # it was to be spread over items and heads
+        return _taken(value, origin)[:, None]
 
     def _pairs(self, name: str, value: Tensor, stage: Stage, place: Place) -> Tensor | None:
         """A mask or bias of keys, or of pairs of queries and keys, of those that are left; None where it is of other keys."""
@@ -389,8 +422,8 @@ class Shortening:
             if self.decoding and name in MASKS:
                 return None
             raise InputError(
-                f"model: {place.path} is given {name} {tuple(value.shape)} after {total} tokens, which cannot be shortened; use a "
-                f"growing cache (DynamicCache)"
+                f"model: {place.path} is given {name} {tuple(value.shape)} after {total} tokens, which cannot be shortened; "
+                f"use a growing cache (DynamicCache)"
             )
         behind = torch.arange(tokens, total, device=value.device).expand(batch, -1)
         keys = torch.cat([stage.origin, behind], 1)
@@ -416,46 +449,57 @@ class Shortening:
 
     def _mask(self, stage: Stage, place: Place, name: str | None, mask: Any, proportional: bool) -> Any:
         """The block's mask with what fills up hidden, and sizes where keys weigh by them; None where all may be read."""
-        tokens, number = stage.assignment.shape[1], stage.origin.shape[1]
-        window = _window(self._self_attention(place.block).module)
-        short = self.decoding and window is not None and tokens + self.decoded > window
-        short = short or (self.decoding and self.queries > 1)
-        if mask is None and bool(stage.mask.all()) and not proportional and not short:
+        module = self._self_attention(place.block).module
+        window, tokens = _window(module), stage.assignment.shape[1]
+        limited = self.queries > 1 or (window is not None and tokens + self.decoded > window)
+        if mask is None and bool(stage.mask.all()) and not proportional and not (self.decoding and limited):
             return None
-        total = number + self.decoded
-        behind = torch.arange(tokens, tokens + self.decoded, device=stage.origin.device).expand(len(stage.origin), -1)
-        keys = torch.cat([stage.origin, behind], 1)
-        real = nn.functional.pad(stage.mask, (0, self.decoded), value=True)
-        sizes = nn.functional.pad(stage.sizes, (0, self.decoded), value=1.0)
-        lowest = torch.finfo(sizes.dtype).min
-        if mask is None and name == "src_key_padding_mask":
-            mask = torch.zeros_like(sizes)
-        elif mask is None:
-            queries = keys[:, -self.queries :] if self.decoding else keys
-            apart = queries[:, :, None] - keys[:, None]
-            may = apart >= 0 if self.causal or self.decoding else torch.ones_like(apart, dtype=torch.bool)
-            if window is not None and self.decoding:
-                may = may & (apart < window)
-            mask = may[:, None]
-            if (
-                not proportional
-                and place.module is not None
-                and not _takes_bool(self._self_attention(place.block).module)
-            ):
-                mask = sizes.new_zeros(mask.shape).masked_fill(~mask, lowest)
-        flat = mask.dim() == 2
-        hidden = ~real if flat else ~real[:, None, None]
-        if mask.dtype == torch.bool and not proportional:
-            mask = mask & ~hidden
-        else:
-            if not mask.is_floating_point():
-                mask = sizes.new_zeros(mask.shape).masked_fill(~may_read(mask), lowest)
-            if proportional:
-                bias = sizes.clamp(min=1e-6).log().to(mask)
-                mask = torch.where(may_read(mask), mask + (bias if flat else bias[:, None, None]), mask)
-            mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
         # a cache of a sliding window holds the last keys only
-        return mask[..., -self._held(place.block, total) :]
+        total = stage.origin.shape[1] + self.decoded
+        held = self._held(place.block, total)
+        key = (id(mask), f"mask {window} {held} {proportional}", id(stage))
+        if key not in self.gathered:
+            real = nn.functional.pad(stage.mask, (0, self.decoded), value=True)
+            if mask is not None:
+                made = mask
+            elif name == "src_key_padding_mask":
+                made = torch.zeros(real.shape, dtype=self.dtype, device=real.device)
+            else:
+                made = self._from_positions(stage, window)
+                if transformers.implementation_of(module) != "sdpa":
+                    made = _added(made, self.dtype)
+            made = self._told(made, real, stage.sizes if proportional else None)
+            self.gathered[key] = made[..., -held:]
+        return self.gathered[key]
+
+    def _from_positions(self, stage: Stage, window: int | None) -> Bool[Tensor, "batch 1 queries keys"]:
+        """Which keys the queries of this call may read, padding left aside."""
+        tokens = stage.assignment.shape[1]
+        behind = torch.arange(tokens, tokens + self.decoded, device=stage.origin.device)
+        keys = torch.cat([stage.origin, behind.expand(len(stage.origin), -1)], 1)
+        queries = keys[:, -self.queries :] if self.decoding else keys
+        apart = queries[:, :, None] - keys[:, None]
+        may = apart >= 0 if self.causal or self.decoding else torch.ones_like(apart, dtype=torch.bool)
+        return (may & (apart < window) if self.decoding and window is not None else may)[:, None]
+
+    def _told(self, mask: Tensor, real: Bool[Tensor, "batch keys"], sizes: Tensor | None) -> Tensor:
+        """A mask that hides what fills up, with sizes where they are given."""
+        flat = mask.dim() == 2
+        if flat and not mask.is_floating_point():
+            if sizes is not None:
+                raise InputError(
+                    "proportional: a mask of tokens alone tells no sizes; load the model with 'sdpa' or 'eager'"
+                )
+            return mask * real.to(mask.dtype)
+        if not flat:
+            real = real[:, None, None]
+        if mask.dtype == torch.bool and sizes is None:
+            return mask & real
+        mask = _added(mask, self.dtype)
+        if sizes is not None:
+            bias = nn.functional.pad(sizes, (0, self.decoded), value=1.0).clamp(min=1e-6).log().to(mask)
+            mask = torch.where(may_read(mask), mask + (bias if flat else bias[:, None, None]), mask)
+        return mask.masked_fill(~real, torch.finfo(mask.dtype).min)
 
     def crosses(self, place: Place, given: Mapping[str, Any], takes: Sequence[str], queries: int) -> Mapping[str, Any]:
         """What a block of another stack is given, where it reads states that came out of this one."""
@@ -476,9 +520,9 @@ class Shortening:
         if bare:
             return {**given, "encoder_attention_mask": None}
         mask = stage.sizes.clamp(min=1e-6).log() if proportional else torch.zeros_like(stage.sizes)
-        mask = mask.masked_fill(~stage.mask, torch.finfo(mask.dtype).min)
+        mask = mask.to(states.dtype).masked_fill(~stage.mask, torch.finfo(states.dtype).min)
         mask = mask.repeat_interleave(len(states) // len(stage.mask), 0)[:, None, None]
-        return {**given, "encoder_attention_mask": mask.to(states.dtype).expand(-1, -1, queries, -1)}
+        return {**given, "encoder_attention_mask": mask.expand(-1, -1, queries, -1)}
 
     def _self_attention(self, block: int) -> Place:
         return next(place for place in self.attention if place.block == block)
@@ -507,10 +551,10 @@ class Shorten(BlockEdit):
     tokens: behind a cut a token is in a span if one of its originals was.
 
     Args:
-        reducer: `reducer(x, sizes=, mask=, **signals) -> Reduced`, from the states that the block wrote, `[batch, tokens, dim]`. It
-            must leave out tokens where its mask is False. It is given the signals that its `needs` names, or else its
-            arguments: "attention" `[batch, heads, tokens]`, what each token is given in the block's attention by the rows below,
-            their mean; "keys" and "values", after positions, `[batch, kv_heads, tokens, width]`; those in `signals`.
+        reducer: `reducer(x, sizes=, mask=, **signals) -> Reduced`, from the states that the block wrote, `[batch, tokens,
+            dim]`. It must leave out tokens where its mask is False. It is given the signals that its `needs` names, or else
+            its arguments: "attention" `[batch, heads, tokens]`, what each token is given in the block's attention by the rows
+            below, their mean; "keys" and "values", after positions, `[batch, kv_heads, tokens, width]`; those in `signals`.
         block: the block behind which tokens are fewer.
         span: where it may reduce: the name of a span, or `[batch or 1, tokens]`; all other tokens are protected.
         protect: what is never touched: the first so many real tokens ([CLS] and registers), names of spans, or
@@ -519,12 +563,13 @@ class Shorten(BlockEdit):
         proportional: behind this block keys weigh by how many originals they stand for (`log size` is added to scores).
         rows: queries whose attention is read: "first", "last", "all" (means over columns), or the name of a span.
         signals: of the prompt's tokens `[batch, tokens, ...]`, by name, such as a saliency; they follow the tokens.
-        restore: the block behind which all tokens are back in their places, -1 for the last: merged ones as copies, so that a mean
-            over tokens weighs by size, dropped ones as they were last seen.
+        restore: the block behind which all tokens are back in their places, -1 for the last: merged ones as copies, so that a
+            mean over tokens weighs by size, dropped ones as they were last seen.
         uneven: in a stack that is not causal, allow items to keep different numbers of tokens.
 
     Raises:
-        InputError: at entry, where the stack cannot be shortened; where the model is called; on leaving, where it took no token away.
+        InputError: at entry, where the stack cannot be shortened; when the model is called, where what its blocks are given
+            cannot be; on leaving, where it took no token away.
 
     Example:
         >>> def every_other(x, sizes, mask):
@@ -576,7 +621,7 @@ class Shorten(BlockEdit):
         self._run: Any = None
         self._takes: dict[Place, list[str]] = {}
 
-    def parts(self, model: nn.Module, spans: Mapping[str, Tensor]) -> Sequence[Edit]:
+    def parts(self, model: nn.Module) -> Sequence[Edit]:
         if self._run is not None:
             raise InputError("edits: this Shorten is entered already; make another one")
         self._model_stack, self._blocks, self._attention, self._crossed = _checked(model, self)
@@ -612,12 +657,8 @@ class Shorten(BlockEdit):
         self._takes.clear()
         del self._model_stack, self._blocks, self._attention, self._crossed
 
-    def enters(self, place: Place, h: Tensor) -> Tensor:
-        self._states = h
-        return h
-
-    def given(self, place: Place, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        found, h = self.found, self.__dict__.pop("_states")
+    def given(self, place: Place, h: Tensor, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        found = self.found
         assert found is not None
         if found.cuts[0] is not self:
             return given
@@ -642,9 +683,8 @@ class Shorten(BlockEdit):
             h = found.restored(place.block, h)
         return h
 
-    def untouched(self, assignment: Tensor, real: Bool[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
+    def untouched(self, real: Bool[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
         """Which of the prompt's tokens the reducer must not touch."""
-        batch, tokens = assignment.shape
         kept = torch.zeros_like(real)
         if isinstance(self.protect, int):
             kept = kept | (real.cumsum(1) <= self.protect)
@@ -774,7 +814,8 @@ def _needs(reducer: Reducer, signals: Mapping[str, Tensor]) -> set[str]:
         unknown = set(asked) - known
     if unknown:
         raise InputError(
-            f"reducer: asks for {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}; give others by name in signals"
+            f"reducer: asks for {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}; give others by name in "
+            f"signals"
         )
     return set(asked)
 
@@ -814,6 +855,10 @@ def _why_not(model: nn.Module, cut: Shorten, blocks: Sequence[Place], here: Sequ
         name = place.path
         if place.kind != "self":
             return f"{name} is {place.kind} attention, whose tokens come from elsewhere too; give the stack that makes these"
+        if getattr(getattr(place.module, "config", None), "attention_chunk_size", None):
+            return (
+                f"{name} attends in chunks of tokens that it counts itself; reduce before the model, or in another one"
+            )
         implementation = transformers.implementation_of(place.module)
         if "flash" in implementation or "flex" in implementation or "paged" in implementation:
             return f"{implementation!r} is told no positions of single keys; load it with attn_implementation='sdpa' or 'eager'"
@@ -825,17 +870,17 @@ def _why_not(model: nn.Module, cut: Shorten, blocks: Sequence[Place], here: Sequ
     parameters = [inspect.signature(place.module.forward).parameters for place in blocks]
     if any("cu_seqlens" in taken for taken in parameters):
         return "it packs several images into one row of tokens; shorten the text's stack, in the span of the image"
+    unknown = next((name for taken in parameters for name in taken if name in UNKNOWN), None)
+    if unknown:
+        return f"its blocks are given {unknown}, of which nobody knows how it goes with fewer tokens; reduce before the model"
     if any(p.kind is p.VAR_POSITIONAL for taken in parameters for p in taken.values()):
         return "its blocks don't name their arguments, so that masks and positions cannot be told apart"
-    placeholder = (
-        next((n for n in vars(config or {}) if re.match("(image|video|audio)_token_(id|index)$", n)), None)
-        if config
-        else None
-    )
+    named = vars(config) if config is not None else {}
+    placeholder = next((name for name in named if PLACEHOLDER.match(name)), None)
     if placeholder and not causal and cut.restore is None:
         return (
-            f"its features take the places of the text's tokens of config.{placeholder}, one each; shorten the text's stack, in the "
-            f"span of the image, or put tokens back (restore=-1)"
+            f"its features take the places of the text's tokens of config.{placeholder}, one each; shorten the text's stack, "
+            f"in the span of the image, or put tokens back (restore=-1)"
         )
     above = inspect.unwrap(type(model.get_submodule(blocks[0].stack.rpartition(".")[0])).forward).__code__
     if cut.restore is None and "output_shape" in above.co_varnames:
@@ -844,8 +889,8 @@ def _why_not(model: nn.Module, cut: Shorten, blocks: Sequence[Place], here: Sequ
         own = _own_positions(place.module)
         if own:
             return (
-                f"{place.path}.{own} knows positions or neighbours by itself, by counting tokens; cut behind the last such block, or "
-                f"reduce what comes out of the model"
+                f"{place.path}.{own} knows positions or neighbours by itself, by counting tokens; cut behind the last such "
+                f"block, or reduce what comes out of the model"
             )
     if cut.proportional and not any(name in taken for taken in parameters for name in MASKS):
         return "its blocks take no mask, through which keys could weigh by their sizes; give proportional=False"
@@ -884,8 +929,11 @@ def _window(module: nn.Module) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _takes_bool(module: nn.Module) -> bool:
-    return transformers.implementation_of(module) == "sdpa"
+def _added(mask: Shaped[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
+    """A mask as what is added to scores."""
+    if mask.is_floating_point():
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~may_read(mask), torch.finfo(dtype).min)
 
 
 def _taken(x: Tensor, origin: Int[Tensor, "batch left"]) -> Tensor:
