@@ -41,7 +41,8 @@ class Run:
     """A model that is entered: what was edited, where, at which step.
 
     Attributes:
-        effect: `effect[place, step]` counts what was edited there: rows that a `RowEdit` chose, computations otherwise.
+        effect: `effect[place, step]` counts what was edited there: rows that a `RowEdit` chose, tokens that a `Shorten` took
+            away, computations otherwise.
         step: of decoding; 0 is the prompt.
     """
 
@@ -133,11 +134,11 @@ def edited(
         >>> _ = torch.backends.mha.set_fastpath_enabled(True)
     """
     spans = dict(spans or {})
-    edits, acting, hooked, ways = _checked(model, edits, spans)
-    run = Run(model, edits, spans)
+    parts, acting, hooked, ways = _checked(model, edits, spans)
+    run = Run(model, parts, spans)
     handles: list[RemovableHandle] = []
     try:
-        for edit in edits:
+        for edit in parts:
             edit.begins()
             edit.joins(run)
         handles.append(model.register_forward_pre_hook(lambda *_: run.begins_forward()))
@@ -160,7 +161,7 @@ def edited(
                 if seats.rise(place.module, run):
                     sdpa.leave(place.module)
             transformers.leave(run)
-        for edit in edits:
+        for edit in parts:
             edit.ends()
 
 
@@ -246,7 +247,7 @@ def _checked(
         for place in chosen:
             if isinstance(edit, AttentionEdit):
                 acting.setdefault(place, []).append(edit)
-            else:
+            elif isinstance(edit, BlockEdit):
                 hooked.setdefault(place, []).append(edit)
     _check_reach(acting, ways)
     return parts, acting, hooked, ways

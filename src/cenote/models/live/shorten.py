@@ -184,11 +184,12 @@ class Shortening:
 
     def _looks(self, h: Tensor, given: Mapping[str, Any]) -> None:
         """What the prompt's mask says: which tokens are padding, and whether tokens read later ones."""
-        mask = next((given[name] for name in MASKS if isinstance(given.get(name), Tensor)), None)
-        if mask is None:
+        name = next((name for name in MASKS if isinstance(given.get(name), Tensor)), None)
+        if name is None:
             return
+        mask: Tensor = given[name]
         tokens = h.shape[1]
-        if mask is given.get("src_key_padding_mask") and not mask.is_floating_point():
+        if name == "src_key_padding_mask" and not mask.is_floating_point():
             raise InputError("src_key_padding_mask: of True for padding cannot be shortened; give numbers, 0 and -inf")
         if mask.dim() == 2 and mask.shape[1] == tokens:
             self.real = may_read(mask)
@@ -223,10 +224,12 @@ class Shortening:
         )
         number = self._fits(block, reduced, batch, tokens)
         to = reduced.assignment.masked_fill(~asked, -1)
-        # tokens of the reducer first, then those that it must not touch, each at the place of its first original
+        # tokens of the reducer first, then those that it must not touch
         to = torch.where(kept, number + everything, to)
         stands = self._ends_of(to, number + tokens, everything)
-        if bool((to == everything)[asked].all()) and number == tokens and torch.equal(reduced.tokens[asked], h[asked]):
+        same = bool((to == everything)[asked].all()) and number == tokens
+        same = same and torch.equal(reduced.sizes[asked].to(now.sizes), now.sizes[asked])
+        if same and torch.equal(reduced.tokens[asked], h[asked]):
             self.counts[block] = (int(now.mask.sum()), int(now.mask.sum()))
             return h
         real = stands < tokens
@@ -922,10 +925,8 @@ def _heads(module: nn.Module) -> int:
 
 def _window(module: nn.Module) -> int | None:
     """How many of the last keys a query reads, where it doesn't read all."""
-    if hasattr(module, "sliding_window"):
-        found = module.sliding_window
-    else:
-        found = getattr(getattr(module, "config", None), "sliding_window", None)
+    owner = module if hasattr(module, "sliding_window") else getattr(module, "config", None)
+    found: object = getattr(owner, "sliding_window", None)
     return found if isinstance(found, int) else None
 
 
