@@ -27,6 +27,7 @@ from cenote.models.live import (
     left,
     places,
     recorded,
+    shortenable,
     shortened,
 )
 from cenote.models.live import shorten as shorten_module
@@ -548,6 +549,25 @@ class HidingFromCross(AttentionEdit):
         return call.replace(allowed=lambda rows: keep if before is None else before & keep)
 
 
+def test_spans_follow_to_what_reads_the_encoder() -> None:
+    case = zoo.MODELS["bart"]("sdpa")
+    span = torch.zeros(2, 7, dtype=torch.bool)
+    span[:, 2:5] = True
+    found: list[list[int]] = []
+
+    class LookingAcross(AttentionEdit):
+        at = Where(kinds=["cross"])
+
+        def inputs(self, call: AttentionCall) -> AttentionCall:
+            found.append(call.keys_in("named")[0].int().tolist())
+            return call
+
+    # 0-1, 2-3, 4-5, 6
+    with edited(case.model, LookingAcross(), Shorten(halves, 0, stack="encoder.layers"), spans={"named": span}):
+        case.model(**case.inputs)
+    assert found == [[0, 1, 1, 0]] * 2
+
+
 def test_merged_tokens_of_an_encoder_weigh_in_its_decoder() -> None:
     case = zoo.MODELS["bart"]("sdpa")
     encoder, words = case.model.get_encoder(), case.inputs["input_ids"]
@@ -639,7 +659,7 @@ def test_blocks_that_know_positions_by_themselves_are_found(
 ) -> None:
     model = zoo.built(cls, settings, "eager")
     stack = next(iter(places.stacks(model)))
-    own = [place for place in places.blocks(model)[block + 1 :] if shorten_module._own_positions(place.module)]
+    own = [place for place in places.blocks(model)[block + 1 :] if shortenable.own_positions(place.module)]
     assert bool(own) == (why is not None)
     if why is not None:
         with pytest.raises(InputError, match=why), shortened(model, {block: halves}, stack=stack):

@@ -2,7 +2,8 @@
 
 `edited(model, *edits, spans=None)` changes attention and hidden states for as long as its block lasts; `recorded(model, ...)`
 looks. The model is never wrapped, copied or renamed: the attention function that the user loaded stays and runs; where a few
-rows are read or edited, these are computed beside it. On leaving, the model is what it was.
+rows are read or edited, these are computed beside it. `Shorten` is the edit that goes on with fewer tokens behind a block. On
+leaving, the model is what it was.
 
 What it does not know: compiled modules; attention that a model writes out itself (an error at entry); packed sequences under
 flash attention; other threads than the one that entered; attention outside of a model's blocks, such as pooling heads.
@@ -27,7 +28,8 @@ from cenote.models.live.edits import (
 )
 from cenote.models.live.heads import AblatedHeads, AddedStates, ScaledHeads
 from cenote.models.live.places import attentions, blocks, embeddings, final_norm, stacks
-from cenote.models.live.shorten import Shorten, Shortening, shortened
+from cenote.models.live.shorten import Shorten, shortened
+from cenote.models.live.shortening import Shortening
 from cenote.models.live.swapped import AsMixer, as_mixer, swapped
 
 __all__ = [
