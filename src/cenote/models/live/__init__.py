@@ -2,8 +2,9 @@
 
 `edited(model, *edits, spans=None)` changes attention and hidden states for as long as its block lasts; `recorded(model, ...)`
 looks. The model is never wrapped, copied or renamed: the attention function that the user loaded stays and runs; where a few
-rows are read or edited, these are computed beside it. On leaving, the model is what it was. `denoising(pipeline, *edits,
-on_step=f)` is the same in a loop of diffusion, where f sees and sets latents before each step.
+rows are read or edited, these are computed beside it. `Shorten` is the edit that goes on with fewer tokens behind a block. On
+leaving, the model is what it was. `denoising(pipeline, *edits, on_step=f)` is the same in a loop of diffusion, where f sees
+and sets latents before each step.
 
 What it does not know: compiled modules; attention that a model writes out itself (an error at entry); packed sequences under
 flash attention; other threads than the one that entered; attention outside of a model's blocks, such as pooling heads.
@@ -29,7 +30,8 @@ from cenote.models.live.edits import (
 )
 from cenote.models.live.heads import AblatedHeads, AddedStates, ScaledHeads
 from cenote.models.live.places import attentions, blocks, embeddings, final_norm, stacks
-from cenote.models.live.shorten import Shortening, shortened
+from cenote.models.live.shorten import Shorten, shortened
+from cenote.models.live.shortening import Shortening
 from cenote.models.live.swapped import AsMixer, as_mixer, swapped
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "RowRecorder",
     "Run",
     "ScaledHeads",
+    "Shorten",
     "Shortening",
     "StateRecorder",
     "Step",

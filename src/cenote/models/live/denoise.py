@@ -717,7 +717,8 @@ def denoising(
         raise InputError("model: its loop is entered already; give all edits and one on_step to one denoising(...)")
     spans = dict(spans or {})
     reached = reach(denoiser, edits, spans) if edits else None
-    run = Denoising(denoiser, edits, spans, scheduler, pipeline, on_step, maps, copies, conditional)
+    acting = () if reached is None else reached.parts
+    run = Denoising(denoiser, acting, spans, scheduler, pipeline, on_step, maps, copies, conditional)
     with ExitStack() as stack:
         if reached is not None:
             stack.enter_context(entered(run, reached))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cenote.core import InputError
-from cenote.models.live import places, sdpa, seats, transformers
+from cenote.models.live import left, places, sdpa, seats, transformers
 from cenote.models.live.calls import AttentionCall, Place
 from cenote.models.live.edits import (
     AttentionEdit,
@@ -25,6 +26,7 @@ from cenote.models.live.edits import (
     RowRecorder,
     StateRecorder,
     Where,
+    overrides,
 )
 
 RECORDERS: dict[str, Callable[..., Edit]] = {
@@ -40,7 +42,8 @@ class Run:
     """A model that is entered: what was edited, where, at which step.
 
     Attributes:
-        effect: `effect[place, step]` counts what was edited there: rows that a `RowEdit` chose, computations otherwise.
+        effect: `effect[place, step]` counts what was edited there: rows that a `RowEdit` chose, tokens that a `Shorten` took
+            away, computations otherwise.
         step: of decoding; 0 is the prompt.
     """
 
@@ -59,22 +62,23 @@ class Run:
     def arrives(self, place: Place, call: AttentionCall) -> Mapping[str, object]:
         """Spans, step, and where the queries and keys of this call lie among all tokens so far."""
         queries, keys = call.queries, call.keys
+        spans = left.spans_at(place, self.spans)
         before = self._so_far.get(place)
         if place.kind == "cross":
             so_far = (before or 0) + queries if queries == 1 else queries
             self._so_far[place] = so_far
-            return {"spans": self.spans, "step": self.step, "query_start": so_far - queries, "key_start": 0}
+            return {"spans": spans, "step": self.step, "query_start": so_far - queries, "key_start": 0}
         if queries == keys:
             so_far = keys
         elif before is None:
             # a cache that was filled before, or one with room for more
-            so_far = keys if any(span.shape[1] == keys for span in self.spans.values()) else queries
+            so_far = keys if any(span.shape[1] == keys for span in spans.values()) else queries
         else:
             so_far = before + queries
         self._so_far[place] = so_far
         # a cache of a sliding window holds the last keys only
         key_start = max(0, so_far - keys)
-        return {"spans": self.spans, "step": self.step, "query_start": so_far - queries, "key_start": key_start}
+        return {"spans": spans, "step": self.step, "query_start": so_far - queries, "key_start": key_start}
 
     def counts(self, edit: Edit, place: Place, number: int) -> None:
         """This edit acted, on that many."""
@@ -132,7 +136,7 @@ def edited(
     """
     spans = dict(spans or {})
     reached = reach(model, edits, spans)
-    with entered(Run(model, edits, spans), reached) as run:
+    with entered(Run(model, reached.parts, spans), reached) as run:
         yield run
         run.require_effect()
 
@@ -140,11 +144,12 @@ def edited(
 @contextmanager
 def entered(run: Entered, reached: Reached) -> Iterator[Entered]:
     """Let a run's edits act where they were found to reach."""
-    acting, hooked, ways = reached
+    parts, acting, hooked, ways = reached
     handles: list[RemovableHandle] = []
     try:
-        for edit in run.edits:
+        for edit in parts:
             edit.begins()
+            edit.joins(run)
         handles.append(run.model.register_forward_pre_hook(lambda *_: run.begins_forward()))
         for place, of_block in hooked.items():
             handles += _hooks(run, place, of_block)
@@ -164,6 +169,8 @@ def entered(run: Entered, reached: Reached) -> Iterator[Entered]:
                 if seats.rise(place.module, run):
                     sdpa.leave(place.module)
             transformers.leave(run)
+        for edit in parts:
+            edit.ends()
 
 
 @contextmanager
@@ -211,8 +218,9 @@ def recorded(
 
 
 class Reached(NamedTuple):
-    """The edits of each place and of each block, and how attention is computed where there is some."""
+    """Edits as they act, those of each place and of each block, and how attention is computed where there is some."""
 
+    parts: list[Edit]
     acting: dict[Place, list[AttentionEdit]]
     hooked: dict[Place, list[BlockEdit]]
     ways: dict[Place, str]
@@ -247,6 +255,8 @@ def reach(model: nn.Module, edits: Sequence[Edit], spans: Mapping[str, Tensor]) 
     for edit in edits:
         if not isinstance(edit, (AttentionEdit, BlockEdit)):
             raise InputError(f"edits: expected AttentionEdit or BlockEdit, got {type(edit).__name__}")
+    parts = [part for edit in edits for part in edit.parts(model)]
+    for edit in parts:
         for name in edit.asks:
             if name not in spans:
                 raise InputError(
@@ -262,10 +272,10 @@ def reach(model: nn.Module, edits: Sequence[Edit], spans: Mapping[str, Tensor]) 
         for place in chosen:
             if isinstance(edit, AttentionEdit):
                 acting.setdefault(place, []).append(edit)
-            else:
+            elif isinstance(edit, BlockEdit):
                 hooked.setdefault(place, []).append(edit)
     _check_reach(acting, ways)
-    return Reached(acting, hooked, ways)
+    return Reached(parts, acting, hooked, ways)
 
 
 def _check_reach(acting: Mapping[Place, object], ways: Mapping[Place, str]) -> None:
@@ -305,21 +315,32 @@ def _check_spans(spans: Mapping[str, Tensor]) -> None:
 
 
 def _hooks(run: Run, place: Place, edits: Sequence[BlockEdit]) -> list[RemovableHandle]:
+    names = list(inspect.signature(place.module.forward).parameters)
+    rewriting = any(overrides(edit, "given") for edit in edits)
+
     def enters(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if threading.get_ident() != run.thread:
             return None
-        by_name = "hidden_states" in kwargs
-        if not by_name and (not args or not isinstance(args[0], Tensor)):
+        name = next((name for name in ("hidden_states", *names[:1]) if isinstance(kwargs.get(name), Tensor)), None)
+        if name is None and (not args or not isinstance(args[0], Tensor)):
             raise InputError(
                 f"model: block {place.path} is not called with hidden states first, nor by the name hidden_states"
             )
-        before = h = kwargs["hidden_states"] if by_name else args[0]
+        before = h = args[0] if name is None else kwargs[name]
+        beside = {**dict(zip(names, args, strict=False)), **kwargs} if rewriting else {}
+        beside.pop(name or next(iter(beside), ""), None)
+        given: Mapping[str, Any] = beside
         for edit in edits:
             h = edit.enters(place, h)
-            run.counts(edit, place, 1)
+            if rewriting:
+                given = edit.given(place, h, given)
+            if not edit.counts_itself:
+                run.counts(edit, place, 1)
+        if given is not beside:
+            return (h,), dict(given)
         if h is before:
             return None
-        return (args, {**kwargs, "hidden_states": h}) if by_name else ((h, *args[1:]), kwargs)
+        return ((h, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: h})
 
     def leaves(_: nn.Module, __: Any, output: Any) -> Any:
         if threading.get_ident() != run.thread:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cenote.models.live.calls import AttentionCall, Kind, Place
@@ -42,9 +42,21 @@ class Edit:
 
     at: Where = Where()
     asks: Sequence[str] = ()
+    counts_itself: bool = False
+    """Whether it tells the run what it edited; what else is called counts once a call."""
+
+    def parts(self, model: nn.Module) -> Sequence[Edit]:
+        """The edits that it is made of in this model; raises where it cannot act there. Called first."""
+        return (self,)
 
     def begins(self) -> None:
         """Forget what an earlier run left: called when a model is entered."""
+
+    def joins(self, run: Any) -> None:
+        """The `Run` that it is part of: called when a model is entered, behind `begins`."""
+
+    def ends(self) -> None:
+        """The model is left, also after an exception."""
 
 
 class AttentionEdit(Edit):
@@ -97,6 +109,10 @@ class RowEdit(AttentionEdit, ABC):
 
 class BlockEdit(Edit):
     """A change of hidden states."""
+
+    def given(self, place: Place, h: Float[Tensor, "*batch tokens dim"], given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Other arguments, by name, than those that the block is called with beside the states that it reads."""
+        return given
 
     def enters(self, place: Place, h: Float[Tensor, "*batch tokens dim"]) -> Float[Tensor, "*batch tokens dim"]:
         """Other states for the block to read."""

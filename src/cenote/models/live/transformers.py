@@ -31,7 +31,7 @@ _taken: dict[tuple[Any, str], Any] = {}
 
 def why_not(module: nn.Module) -> str | None:
     """What stands against editing this module, in words."""
-    implementation = _implementation(module)
+    implementation = implementation_of(module)
     if implementation.startswith("paged|"):
         return f"its attn_implementation is {implementation!r}; use 'sdpa' or 'eager'"
     return None
@@ -188,6 +188,6 @@ def _sinks(module: nn.Module, given: Mapping[str, Any]) -> Tensor | None:
     return found if found is not None else own if isinstance(own, Tensor) else None
 
 
-def _implementation(module: nn.Module) -> str:
+def implementation_of(module: nn.Module) -> str:
     config = getattr(module, "config", None)
     return str(getattr(config, "_attn_implementation", None) or "eager")
