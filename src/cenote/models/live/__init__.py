@@ -11,6 +11,7 @@ name.
 """
 
 from cenote.models.live.calls import AttentionCall, Place
+from cenote.models.live.decode import Branch, Branches
 from cenote.models.live.edited import Run, edited, recorded
 from cenote.models.live.edits import (
     AttentionEdit,
@@ -26,6 +27,7 @@ from cenote.models.live.edits import (
     Where,
 )
 from cenote.models.live.heads import AblatedHeads, AddedStates, ScaledHeads
+from cenote.models.live.parts import of_part
 from cenote.models.live.places import attentions, blocks, embeddings, final_norm, stacks
 from cenote.models.live.shorten import Shortening, shortened
 from cenote.models.live.swapped import AsMixer, as_mixer, swapped
@@ -37,6 +39,8 @@ __all__ = [
     "AttentionCall",
     "AttentionEdit",
     "BlockEdit",
+    "Branch",
+    "Branches",
     "Edit",
     "HeadRecorder",
     "InputsRecorder",
@@ -56,6 +60,7 @@ __all__ = [
     "edited",
     "embeddings",
     "final_norm",
+    "of_part",
     "recorded",
     "shortened",
     "stacks",

@@ -214,7 +214,7 @@ def _checked(
         )
     if not edits:
         raise InputError("edits: give at least one")
-    _check_spans(spans)
+    check_spans(spans)
     acting: dict[Place, list[AttentionEdit]] = {}
     hooked: dict[Place, list[BlockEdit]] = {}
     ways = places.ways(model)
@@ -258,7 +258,7 @@ def _check_reach(acting: Mapping[Place, object], ways: Mapping[Place, str]) -> N
             raise InputError(f"model: attention at {place.path} cannot be reached: {why}")
 
 
-def _check_spans(spans: Mapping[str, Tensor]) -> None:
+def check_spans(spans: Mapping[str, Tensor]) -> None:
     for name, span in spans.items():
         if not isinstance(span, Tensor) or span.dtype != torch.bool or span.dim() != 2:
             got = f"{span.dtype} of shape {tuple(span.shape)}" if isinstance(span, Tensor) else type(span).__name__

@@ -38,10 +38,12 @@ class Where:
 
 
 class Edit:
-    """What all edits have: `at`, the places; `asks`, names of the spans that it needs."""
+    """What all edits have: `at`, the places; `asks`, names of the spans that it needs; `stands_for`, the edit whose methods
+    this one passes on to."""
 
     at: Where = Where()
     asks: Sequence[str] = ()
+    stands_for: Edit | None = None
 
     def begins(self) -> None:
         """Forget what an earlier run left: called when a model is entered."""
@@ -124,6 +126,7 @@ class Attended(NamedTuple):
 
 def overrides(edit: Edit, name: str) -> bool:
     """Whether the edit's class has its own method of that name."""
+    edit = edit.stands_for or edit
     base = next(cls for cls in (AttentionEdit, BlockEdit) if isinstance(edit, cls))
     return getattr(type(edit), name) is not getattr(base, name)
 

@@ -1,0 +1,456 @@
+"""Branches: one forward of all rows is each branch by itself, and one token is drawn for all."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from tests import tiny
+from tests.models.live import zoo
+from tests.models.live.test_decoding import Towards, padded
+from tests.models.live.test_models import fingerprint
+from torch import Tensor
+
+from cenote.core import InputError
+from cenote.models.live import (
+    AddedStates,
+    AttentionCall,
+    AttentionEdit,
+    Branch,
+    Branches,
+    HeadRecorder,
+    RowRecorder,
+    edited,
+)
+
+DECODERS = ["llama", "qwen2", "gpt2", "gemma3", "mistral"]
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+SAMPLED = {**GREEDY, "do_sample": True, "top_k": 0}
+
+
+def model_of(name: str, attention: str = "sdpa") -> Any:
+    return zoo.MODELS[name](attention).model
+
+
+def first(logits: Tensor, step: int) -> Tensor:
+    return logits[0]
+
+
+def words(batch: int, tokens: int, seed: int) -> Tensor:
+    return torch.randint(5, 38, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def several() -> list[Branch]:
+    """Three prompts of other lengths of four items, one of them itself padded."""
+    ragged, _ = padded()
+    return [
+        Branch({"input_ids": words(4, 6, 2)}, 1.5),
+        Branch(ragged, -1.0),
+        Branch({"input_ids": words(4, 3, 4), "attention_mask": torch.ones(4, 3, dtype=torch.long)}, 0.5),
+    ]
+
+
+class Kept:
+    """Adds the branches up, and keeps what each gave."""
+
+    def __init__(self, weights: tuple[float, ...]) -> None:
+        self.weights, self.logits, self.steps = weights, [], []
+
+    def __call__(self, logits: Tensor, step: int) -> Tensor:
+        self.logits.append(logits.clone())
+        self.steps.append(step)
+        return torch.einsum("b,bnv->nv", torch.tensor(self.weights), logits)
+
+
+def alone(model: Any, inputs: Mapping[str, Any], drawn: Tensor, **more: Any) -> list[Tensor]:
+    """A branch's logits by itself, step by step, where these tokens are drawn."""
+
+    class Forced:
+        def __init__(self) -> None:
+            self.step = 0
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            scores = torch.full_like(scores, float("-inf"))
+            scores[torch.arange(len(scores)), drawn[:, self.step]] = 0.0
+            self.step += 1
+            return scores
+
+    options = {**GREEDY, "max_new_tokens": drawn.shape[1], **more}
+    out = model.generate(
+        **inputs, **options, logits_processor=[Forced()], output_logits=True, return_dict_in_generate=True
+    )
+    return list(out.logits)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED, {**GREEDY, "use_cache": False}])
+def test_one_branch_is_generate(name: str, attention: str, options: dict[str, Any]) -> None:
+    model = model_of(name, attention)
+    for inputs in ({"input_ids": words(2, 6, 1)}, padded()[0]):
+        torch.manual_seed(3)
+        plain = model.generate(**inputs, **options)
+        for combine in (first, None):
+            torch.manual_seed(3)
+            assert torch.equal(Branches([Branch(inputs)], combine).generate(model, **options), plain)
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED])
+def test_equal_branches_averaged_are_one(options: dict[str, Any]) -> None:
+    model = model_of("llama")
+    inputs, _ = padded()
+    torch.manual_seed(3)
+    plain = model.generate(**inputs, **options)
+    torch.manual_seed(3)
+    halves = Branches([Branch(inputs, 0.5), Branch(inputs, 0.5)])
+    assert torch.equal(halves.generate(model, **options), plain)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_each_branch_is_as_alone(name: str, attention: str) -> None:
+    model, branches = model_of(name, attention), several()
+    kept = Kept((1.5, -1.0, 0.5))
+    out = Branches(branches, kept).generate(model, **GREEDY, output_logits=True, return_dict_in_generate=True)
+    assert kept.steps == list(range(5))
+    # what is given back is of the first branch, at its own length
+    assert torch.equal(out.sequences[:, :6], branches[0].inputs["input_ids"])
+    drawn = out.sequences[:, 6:]
+    for step, (logits, given) in enumerate(zip(kept.logits, out.logits, strict=True)):
+        summed = 1.5 * logits[0] - logits[1] + 0.5 * logits[2]
+        assert torch.allclose(given, summed, atol=1e-6)
+        assert torch.equal(drawn[:, step], given.argmax(-1))
+    for number, branch in enumerate(branches):
+        for step, expected in enumerate(alone(model, branch.inputs, drawn)):
+            assert torch.allclose(kept.logits[step][number], expected, atol=1e-5)
+    assert torch.equal(Branches(branches).generate(model, **GREEDY), out.sequences)
+    uncached = Branches(branches).generate(model, **GREEDY, use_cache=False)
+    assert torch.equal(uncached, out.sequences)
+
+
+def test_an_item_is_as_alone() -> None:
+    model, branches = model_of("llama"), several()
+    together = Branches(branches).generate(model, **GREEDY)
+    for item in range(4):
+        own = []
+        for branch in branches:
+            mask = branch.inputs.get("attention_mask", torch.ones_like(branch.inputs["input_ids"]))
+            real = mask[item].bool()
+            own.append(Branch({"input_ids": branch.inputs["input_ids"][item : item + 1, real]}, branch.weight))
+        assert torch.equal(Branches(own).generate(model, **GREEDY)[0], together[item])
+
+
+def test_one_token_is_drawn_for_all_branches() -> None:
+    model, branches = model_of("llama"), several()
+    kept = Kept((0.4, 0.3, 0.3))
+    torch.manual_seed(0)
+    out = Branches(branches, kept).generate(model, **SAMPLED, num_return_sequences=2)
+    assert out.shape == (8, 11)
+    assert not torch.equal(out[0::2, 6:], out[1::2, 6:])
+    for number, branch in enumerate(branches):
+        twice = {key: value.repeat_interleave(2, 0) for key, value in branch.inputs.items()}
+        for step, expected in enumerate(alone(model, twice, out[:, 6:])):
+            assert torch.allclose(kept.logits[step][number], expected, atol=1e-5)
+
+
+def test_items_end_by_themselves() -> None:
+    model, branches = model_of("llama"), several()
+    free = Branches(branches).generate(model, **{**GREEDY, "max_new_tokens": 8})[:, 6:]
+    # a token that ends one item before another
+    eos = int(free[0, 1])
+    out = Branches(branches).generate(model, **{**GREEDY, "max_new_tokens": 8, "eos_token_id": eos})[:, 6:]
+    for ours, whole in zip(out, free, strict=True):
+        ends = (whole == eos).nonzero()
+        length = int(ends[0]) + 1 if len(ends) else out.shape[1]
+        assert torch.equal(ours[:length], whole[:length][: len(ours)])
+        assert (ours[length:] == 0).all()
+    assert (out == 0).any()
+    assert len({tuple(row.tolist()) for row in out}) > 1
+
+
+def test_what_acts_in_the_loop_sees_items_and_not_rows() -> None:
+    model, branches = model_of("llama"), several()
+    seen: list[Any] = []
+
+    class Streamer:
+        def put(self, tokens: Tensor) -> None:
+            seen.append(tokens)
+
+        def end(self) -> None:
+            seen.append("end")
+
+    def forbid(input_ids: Tensor, scores: Tensor) -> Tensor:
+        assert input_ids.shape[0] == scores.shape[0] == 4
+        return scores.index_fill(1, torch.tensor([7, 9, 11]), float("-inf"))
+
+    def stop(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        # prompts are padded to nine
+        return torch.full((len(input_ids),), input_ids.shape[1] == 12)
+
+    out = Branches(branches).generate(
+        model, **GREEDY, streamer=Streamer(), logits_processor=[forbid], stopping_criteria=[stop], repetition_penalty=1.3
+    )
+    assert out.shape == (4, 9)
+    assert not torch.isin(out[:, 6:], torch.tensor([7, 9, 11])).any()
+    assert torch.equal(seen[0], branches[0].inputs["input_ids"])
+    assert torch.equal(torch.stack(seen[1:-1], 1), out[:, 6:])
+    assert seen[-1] == "end"
+
+
+def test_strings_stop(tmp_path: Any) -> None:
+    tiny.words_without_padding(tmp_path)
+    tokenizer = tiny.transformers().AutoTokenizer.from_pretrained(tmp_path)
+    model, branches = model_of("llama"), several()[:1]
+
+    def letters(logits: Tensor, step: int) -> Tensor:
+        # "a", "b", "c"...
+        return torch.nn.functional.one_hot(torch.full((4,), 2 + step), logits.shape[-1]).float()
+
+    out = Branches(branches, letters).generate(model, **GREEDY, stop_strings=["c"], tokenizer=tokenizer)
+    assert out[:, 6:].tolist() == [[2, 3, 4]] * 4
+    with pytest.raises(InputError, match="need the tokenizer"):
+        Branches(branches).generate(model, stop_strings=["c"])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+def test_an_edit_acts_on_its_branch_alone(name: str, attention: str) -> None:
+    model = model_of(name, attention)
+    ragged, spans = padded()
+    short = {"input_ids": words(4, 6, 2)}
+    recorder = RowRecorder()
+    edits = [Towards(), AddedStates({1: torch.ones(32)}), recorder]
+    kept = Kept((0.5, 0.5))
+    branches = Branches([Branch(short), Branch(ragged, edits=edits, spans=spans)], kept)
+    out = branches.generate(model, **GREEDY)
+    drawn = out[:, 6:]
+    assert {step for _, step in branches.effect} == set(range(5))
+    for step, expected in enumerate(alone(model, short, drawn)):
+        assert torch.allclose(kept.logits[step][0], expected, atol=1e-5)
+    single = RowRecorder()
+    with edited(model, Towards(), AddedStates({1: torch.ones(32)}), single, spans=spans) as run:
+        theirs = alone(model, ragged, drawn)
+    assert dict(run.effect) == dict(branches.effect)
+    for step, expected in enumerate(theirs):
+        assert torch.allclose(kept.logits[step][1], expected, atol=2e-5)
+        assert torch.allclose(recorder.found.stack(step), single.found.stack(step), atol=1e-5)
+    assert not torch.allclose(theirs[0], alone(model, ragged, drawn)[0], atol=1e-3)
+
+
+class Hidden(AttentionEdit):
+    """Nothing reads the span; scores, weights and heads pass through."""
+
+    asks = ("named",)
+
+    def inputs(self, call: AttentionCall) -> AttentionCall:
+        before, keys = call.allowed, ~call.keys_in("named")[:, None, None]
+        return call.replace(
+            q=1.5 * call.q,
+            scale=call.scale / 1.25,
+            allowed=lambda rows: keys if before is None else before(rows) & keys,
+        )
+
+
+class Everything(Hidden):
+    def scores(self, call: AttentionCall, scores: Tensor) -> Tensor:
+        return 0.9 * scores
+
+    def weights(self, call: AttentionCall, weights: Tensor) -> Tensor:
+        return weights.square()
+
+    def context(self, call: AttentionCall, y: Tensor) -> Tensor:
+        return 1.1 * y
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("edit", [Hidden, Everything])
+def test_all_kinds_of_edits_act_on_their_branch_alone(edit: type[AttentionEdit], attention: str) -> None:
+    model = model_of("llama", attention)
+    ragged, spans = padded()
+    kept = Kept((0.5, 0.25, 0.25))
+    three = [Branch(ragged), Branch(ragged, edits=[edit()], spans=spans), Branch({"input_ids": words(4, 5, 3)})]
+    drawn = Branches(three, kept).generate(model, **GREEDY)[:, 9:]
+    with edited(model, edit(), spans=spans):
+        theirs = alone(model, ragged, drawn)
+    for number, expected in enumerate([alone(model, ragged, drawn), theirs, alone(model, three[2].inputs, drawn)]):
+        for step, logits in enumerate(expected):
+            assert torch.allclose(kept.logits[step][number], logits, atol=1e-5)
+    assert not torch.allclose(kept.logits[0][0], kept.logits[0][1], atol=1e-3)
+
+
+def test_recorders_of_two_branches() -> None:
+    model, branches = model_of("llama"), several()[:2]
+    ours = [HeadRecorder(), HeadRecorder()]
+    recorded = [Branch(b.inputs, b.weight, [r]) for b, r in zip(branches, ours, strict=True)]
+    plain = Branches(branches).generate(model, **GREEDY)
+    assert torch.equal(Branches(recorded).generate(model, **GREEDY), plain)
+    for branch, recorder in zip(branches, ours, strict=True):
+        theirs = HeadRecorder()
+        with edited(model, theirs):
+            alone(model, branch.inputs, plain[:, 6:])
+        length = branch.inputs["input_ids"].shape[1]
+        real = branch.inputs.get("attention_mask", torch.ones(4, length)).bool()
+        for place, heads in recorder.found.items():
+            for step, found in enumerate(heads):
+                expected = theirs.found[place][step].transpose(1, 2)
+                found = found.transpose(1, 2)[:, -expected.shape[1] :]
+                where = real if step == 0 else torch.ones(4, 1, dtype=torch.bool)
+                assert torch.allclose(found[where], expected[where], atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_with_and_without_the_image(name: str, attention: str) -> None:
+    case = zoo.MODELS[name](attention)
+    model, image = case.model, dict(case.inputs)
+    text = {"input_ids": words(2, 5, 3).clamp(max=30)}
+    dark = {**image, "pixel_values": torch.zeros_like(image["pixel_values"])}
+    kept = Kept((2.0, -0.5, -0.5))
+    branches = [Branch(image, edits=[Last(1.0)]), Branch(text), Branch(dark, edits=[Last(0.5)])]
+    drawn = Branches(branches, kept).generate(model, **GREEDY)[:, image["input_ids"].shape[1] :]
+    for number, inputs in enumerate((image, text)):
+        for step, expected in enumerate(alone(model, inputs, drawn)):
+            assert torch.allclose(kept.logits[step][number], expected, atol=1e-5)
+    with edited(model, Last(0.5)):
+        assert torch.allclose(kept.logits[0][2], alone(model, dark, drawn)[0], atol=1e-2)
+
+
+class Last(AttentionEdit):
+    """The decoder's heads times a factor."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def context(self, call: AttentionCall, y: Tensor) -> Tensor:
+        assert call.batch == 2
+        return self.factor * y
+
+
+def test_embedded_prompts() -> None:
+    model, branches = model_of("llama"), several()
+    plain = Branches(branches).generate(model, **GREEDY)
+    embed = model.get_input_embeddings()
+    embedded = []
+    for branch in branches:
+        inputs = dict(branch.inputs)
+        embedded.append(Branch({**inputs, "inputs_embeds": embed(inputs.pop("input_ids"))} | {"input_ids": None}, branch.weight))
+    embedded = [Branch({k: v for k, v in b.inputs.items() if v is not None}, b.weight) for b in embedded]
+    with torch.no_grad():
+        assert torch.equal(Branches(embedded).generate(model, **GREEDY), plain[:, 6:])
+
+
+def test_a_cache_with_room_for_more() -> None:
+    model, branches = model_of("llama"), several()
+    plain = Branches(branches).generate(model, **GREEDY)
+    assert torch.equal(Branches(branches).generate(model, **GREEDY, cache_implementation="static"), plain)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_the_model_is_as_before(error: type[BaseException] | None) -> None:
+    model = model_of("llama")
+    ragged, spans = padded()
+    plain, before = model.generate(**ragged, **GREEDY), fingerprint(model)
+
+    def combine(logits: Tensor, step: int) -> Tensor:
+        # the model is free to be used in between
+        assert torch.equal(model.generate(**ragged, **GREEDY), plain)
+        if step == 2 and error is not None:
+            raise error("inside")
+        return logits.mean(0)
+
+    run = Branches([Branch(ragged), Branch(ragged)], combine)
+    if error is None:
+        run.generate(model, **GREEDY)
+    else:
+        with pytest.raises(error, match="inside"):
+            run.generate(model, **GREEDY)
+        with pytest.raises(error, match="inside"):
+            Branches([Branch(ragged, edits=[Towards()], spans=spans)], raising(error)).generate(model, **GREEDY)
+    assert fingerprint(model) == before
+    assert torch.equal(model.generate(**ragged, **GREEDY), plain)
+
+
+def raising(error: type[BaseException]) -> Any:
+    def combine(logits: Tensor, step: int) -> Tensor:
+        raise error("inside")
+
+    return combine
+
+
+def test_hooks_of_the_model_are_heard_once_per_step() -> None:
+    model, heard = model_of("llama"), []
+    handle = model.register_forward_hook(lambda _, __, out: heard.append(out.logits.shape[0]))
+    Branches(several()).generate(model, **GREEDY)
+    handle.remove()
+    assert heard == [12] * 5
+
+
+def test_nothing_is_kept_from_step_to_step() -> None:
+    model = model_of("llama")
+    seen: list[Any] = []
+    counts: list[int] = []
+
+    def combine(logits: Tensor, step: int) -> Tensor:
+        seen.append(weakref.ref(logits))
+        gc.collect()
+        counts.append(sum(isinstance(x, Tensor) for x in gc.get_objects()))
+        assert not any(ref() is not None for ref in seen[:-1])
+        return logits.mean(0)
+
+    Branches(several(), combine).generate(model, **{**GREEDY, "max_new_tokens": 12})
+    assert len(set(counts[2:])) == 1
+
+
+@pytest.mark.parametrize(
+    ("branches", "options", "says"),
+    [
+        ([{"input_ids": words(4, 3, 1)}], {"num_beams": 2}, "beam_search"),
+        ([{"input_ids": words(4, 3, 1)}], {"prompt_lookup_num_tokens": 2}, "assisted"),
+        ([{"input_ids": words(4, 3, 1)}], {"assistant_model": object()}, "assistant_model"),
+        ([{"input_ids": words(4, 3, 1)}], {"prefill_chunk_size": 2}, "prefill_chunk_size"),
+        ([{"input_ids": words(4, 3, 1)}], {"input_ids": words(4, 3, 1)}, "belong to the branches"),
+        ([{"input_ids": words(4, 3, 1)}, {"input_ids": words(3, 3, 1)}], {}, "of 4, 3 items"),
+        ([{"input_ids": words(4, 3, 1)}, {"pixel_values": words(3, 3, 1)}], {}, "all need input_ids"),
+        ([{"inputs_embeds": torch.ones(4, 3, 32)}, {"input_ids": words(4, 3, 1)}], {}, "or all inputs_embeds"),
+        ([{"input_ids": words(4, 3, 1), "past_key_values": ()}], {}, "brings a cache"),
+        ([{"input_ids": torch.zeros(4, 3, dtype=torch.long)}, {"input_ids": words(4, 5, 1)}], {}, "padding token 0"),
+        (
+            [{"input_ids": words(2, 2, 1), "attention_mask": torch.tensor([[1, 1], [1, 0]])}],
+            {},
+            "padded on the right",
+        ),
+        (
+            [{"input_ids": words(1, 2, 1), "position_ids": torch.tensor([[0, 1]])}, {"input_ids": words(1, 2, 1)}],
+            {},
+            "position_ids is given for 1 of 2",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(branches: list[Any], options: dict[str, Any], says: str) -> None:
+    model = model_of("llama")
+    with pytest.raises(InputError, match=says):
+        Branches([Branch(inputs) for inputs in branches]).generate(model, **{**GREEDY, **options})
+
+
+def test_what_cannot_be_edited_is_refused() -> None:
+    model = model_of("llama")
+    ragged, spans = padded()
+    with pytest.raises(InputError, match="at least one"):
+        Branches([])
+    with pytest.raises(InputError, match="needs 'named'"):
+        Branches([Branch(ragged, edits=[Towards()])]).generate(model, **GREEDY)
+    with pytest.raises(InputError, match=r"of branch 1 is \(4, 9\)"):
+        two = [Branch(ragged), Branch({"input_ids": words(4, 6, 2)}, edits=[Towards()], spans=spans)]
+        Branches(two).generate(model, **GREEDY)
+    with pytest.raises(InputError, match="give edits and spans to the branches"), edited(model, Towards(), spans=spans):
+        Branches([Branch(ragged)]).generate(model, **GREEDY)
+    with pytest.raises(InputError, match="combine: gave"):
+        Branches([Branch(ragged)], lambda logits, step: logits).generate(model, **GREEDY)
+    with pytest.raises(InputError, match="encoder-decoder"):
+        Branches([Branch(ragged)]).generate(zoo.built("T5ForConditionalGeneration", zoo.T5, "eager"))
+    with pytest.raises(InputError, match="no generate"):
+        Branches([Branch(ragged)]).generate(torch.nn.Linear(2, 2))
