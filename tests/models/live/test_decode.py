@@ -24,7 +24,9 @@ from cenote.models.live import (
     Branches,
     HeadRecorder,
     RowRecorder,
+    Where,
     edited,
+    stacks,
 )
 
 DECODERS = ["llama", "qwen2", "gpt2", "gemma3", "mistral"]
@@ -94,7 +96,7 @@ def test_one_branch_is_generate(name: str, attention: str, options: dict[str, An
     for inputs in ({"input_ids": words(2, 6, 1)}, padded()[0]):
         torch.manual_seed(3)
         plain = model.generate(**inputs, **options)
-        for combine in (first, None):
+        for combine in (first, "sum", "mixture", "lowest"):
             torch.manual_seed(3)
             assert torch.equal(Branches([Branch(inputs)], combine).generate(model, **options), plain)
 
@@ -188,8 +190,8 @@ def test_what_acts_in_the_loop_sees_items_and_not_rows() -> None:
         return scores.index_fill(1, torch.tensor([7, 9, 11]), float("-inf"))
 
     def stop(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        # prompts are padded to nine
-        return torch.full((len(input_ids),), input_ids.shape[1] == 12)
+        # as the first branch's prompt is, six tokens
+        return torch.full((len(input_ids),), input_ids.shape[1] == 9)
 
     out = Branches(branches).generate(
         model, **GREEDY, streamer=Streamer(), logits_processor=[forbid], stopping_criteria=[stop], repetition_penalty=1.3
@@ -315,15 +317,16 @@ def test_with_and_without_the_image(name: str, attention: str) -> None:
     for number, inputs in enumerate((image, text)):
         for step, expected in enumerate(alone(model, inputs, drawn)):
             assert torch.allclose(kept.logits[step][number], expected, atol=1e-5)
-    with edited(model, Last(0.5)):
+    tower = Where(stack=next(stack for stack in stacks(model) if "language_model" in stack))
+    with edited(model, Last(0.5, tower)):
         assert torch.allclose(kept.logits[0][2], alone(model, dark, drawn)[0], atol=1e-2)
 
 
 class Last(AttentionEdit):
     """The decoder's heads times a factor."""
 
-    def __init__(self, factor: float) -> None:
-        self.factor = factor
+    def __init__(self, factor: float, at: Where | None = None) -> None:
+        self.factor, self.at = factor, at or Where()
 
     def context(self, call: AttentionCall, y: Tensor) -> Tensor:
         assert call.batch == 2
@@ -397,7 +400,7 @@ def test_nothing_is_kept_from_step_to_step() -> None:
     def combine(logits: Tensor, step: int) -> Tensor:
         seen.append(weakref.ref(logits))
         gc.collect()
-        counts.append(sum(isinstance(x, Tensor) for x in gc.get_objects()))
+        counts.append(sum(issubclass(type(x), Tensor) for x in gc.get_objects()))
         assert not any(ref() is not None for ref in seen[:-1])
         return logits.mean(0)
 

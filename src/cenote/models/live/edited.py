@@ -25,6 +25,7 @@ from cenote.models.live.edits import (
     RowRecorder,
     StateRecorder,
     Where,
+    name_of,
 )
 
 RECORDERS: dict[str, Callable[..., Edit]] = {
@@ -33,6 +34,9 @@ RECORDERS: dict[str, Callable[..., Edit]] = {
     "inputs": InputsRecorder,
     "states": StateRecorder,
 }
+
+NOBODY = 0
+"""No thread has this number."""
 
 
 class Run:
@@ -86,13 +90,22 @@ class Run:
         if threading.get_ident() == self.thread:
             self._forwards += 1
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Hear nothing for a while: the model runs as if it was not entered. Afterwards the thread that goes on is heard."""
+        self.thread = NOBODY
+        try:
+            yield
+        finally:
+            self.thread = threading.get_ident()
+
     def require_effect(self) -> None:
         """Raise where an edit did nothing."""
         for edit in self.edits:
             if id(edit) not in self._acted:
                 ran = self._forwards or self.effect
                 why = "its places did not run, or it chose no query" if ran else "the model did not run in this thread"
-                raise InputError(f"edits: {type(edit).__name__} did nothing: {why}")
+                raise InputError(f"edits: {name_of(edit)} did nothing: {why}")
 
 
 @contextmanager
@@ -233,7 +246,7 @@ def _checked(
         if not chosen:
             there = sorted({f"{kind} in {stack!r}" for _, kind, stack, *_ in everywhere}) or ["none"]
             raise InputError(
-                f"edits: {type(edit).__name__} has no place {edit.at} in {type(model).__name__}; there are: {', '.join(there)}"
+                f"edits: {name_of(edit)} has no place {edit.at} in {type(model).__name__}; there are: {', '.join(there)}"
             )
         for place in chosen:
             if isinstance(edit, AttentionEdit):

@@ -124,6 +124,11 @@ class Attended(NamedTuple):
     weights: Float[Tensor, "batch heads queries keys"] | None
 
 
+def name_of(edit: Edit) -> str:
+    """Of the class that a person wrote."""
+    return type(edit.stands_for or edit).__name__
+
+
 def overrides(edit: Edit, name: str) -> bool:
     """Whether the edit's class has its own method of that name."""
     edit = edit.stands_for or edit
