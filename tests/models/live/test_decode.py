@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cenote.core import InputError
 from cenote.models.live import (
+    AblatedHeads,
     AddedStates,
     AttentionCall,
     AttentionEdit,
@@ -26,6 +27,7 @@ from cenote.models.live import (
     RowRecorder,
     Where,
     edited,
+    plausible,
     stacks,
 )
 
@@ -93,23 +95,81 @@ def alone(model: Any, inputs: Mapping[str, Any], drawn: Tensor, **more: Any) -> 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED, {**GREEDY, "use_cache": False}])
 def test_one_branch_is_generate(name: str, attention: str, options: dict[str, Any]) -> None:
     model = model_of(name, attention)
+    options = {**options, "output_logits": True, "output_scores": True, "return_dict_in_generate": True}
     for inputs in ({"input_ids": words(2, 6, 1)}, padded()[0]):
         torch.manual_seed(3)
         plain = model.generate(**inputs, **options)
-        for combine in (first, "sum", "mixture", "lowest"):
-            torch.manual_seed(3)
-            assert torch.equal(Branches([Branch(inputs)], combine).generate(model, **options), plain)
+        after = torch.get_rng_state()
+        torch.manual_seed(3)
+        ours = Branches([Branch(inputs)]).generate(model, **options)
+        assert torch.equal(torch.get_rng_state(), after)
+        assert type(ours) is type(plain)
+        assert torch.equal(ours.sequences, plain.sequences)
+        assert torch.equal(torch.stack(ours.logits), torch.stack(plain.logits))
+        assert torch.equal(torch.stack(ours.scores), torch.stack(plain.scores))
 
 
+@pytest.mark.parametrize("end", [None, 0])
+def test_padding_without_a_mask_is_what_generate_takes_for_it(end: int | None) -> None:
+    model, ragged = model_of("llama"), padded()[0]["input_ids"]
+    options = {**GREEDY, "eos_token_id": end}
+    plain = model.generate(ragged, **options)
+    two = [Branch({"input_ids": ragged}), Branch({"input_ids": words(4, 11, 2)})]
+    assert torch.equal(Branches(two, first).generate(model, **options), plain)
+
+
+@pytest.mark.parametrize("combine", ["sum", "mixture", "lowest", first])
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED])
-def test_equal_branches_averaged_are_one(options: dict[str, Any]) -> None:
+def test_equal_branches_are_one(options: dict[str, Any], combine: Any) -> None:
     model = model_of("llama")
     inputs, _ = padded()
     torch.manual_seed(3)
     plain = model.generate(**inputs, **options)
-    torch.manual_seed(3)
-    halves = Branches([Branch(inputs, 0.5), Branch(inputs, 0.5)])
-    assert torch.equal(halves.generate(model, **options), plain)
+    for parts in (1, 2, 3):
+        for of in ("logits", "log-probabilities"):
+            torch.manual_seed(3)
+            equal = Branches([Branch(inputs, 1 / parts)] * parts, combine, of)
+            assert torch.equal(equal.generate(model, **options), plain)
+
+
+def test_how_branches_become_one() -> None:
+    model, branches = model_of("llama"), several()
+    weighted = [Branch(branch.inputs, weight) for branch, weight in zip(branches, (2.0, 1.0, 0.5), strict=True)]
+
+    def last(**more: Any) -> tuple[Tensor, Tensor]:
+        step = list(Branches(weighted, **more).steps(model, **GREEDY))[-1]
+        return step.logits, step.combined
+
+    logits, combined = last()
+    assert torch.allclose(combined, 2 * logits[0] + logits[1] + 0.5 * logits[2], atol=1e-6)
+    logits, combined = last(of="log-probabilities")
+    p = logits.softmax(-1)
+    assert torch.allclose(combined, (p[0] ** 2 * p[1] * p[2] ** 0.5).log(), atol=1e-5)
+    logits, combined = last(combine="mixture")
+    p = logits.softmax(-1)
+    assert torch.allclose(combined.exp(), (2 * p[0] + p[1] + 0.5 * p[2]) / 3.5, atol=1e-6)
+    logits, combined = last(combine="lowest")
+    assert torch.allclose(combined.exp(), logits.softmax(-1).amin(0), atol=1e-6)
+    given: list[Tensor] = []
+
+    def kept(x: Tensor, step: int) -> Tensor:
+        given.append(x)
+        return x[0]
+
+    logits, _ = last(combine=kept, of="log-probabilities")
+    assert torch.equal(given[-1], logits.log_softmax(-1))
+
+
+def test_a_contrast_among_plausible_tokens() -> None:
+    model, branches = model_of("llama"), several()
+    steps = Branches(branches, lambda l, _: plausible(l[0] - l[1], l[0], 0.9)).steps(model, **GREEDY)
+    for step in steps:
+        p = step.logits[0].softmax(-1)
+        kept = p >= 0.9 * p.amax(-1, keepdim=True)
+        assert torch.equal(step.combined.isfinite(), kept)
+        assert kept.gather(1, step.tokens[:, None]).all()
+    with pytest.raises(InputError, match="alpha: 2"):
+        plausible(torch.zeros(1, 3), torch.zeros(1, 3), 2)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -203,19 +263,98 @@ def test_what_acts_in_the_loop_sees_items_and_not_rows() -> None:
     assert seen[-1] == "end"
 
 
-def test_strings_stop(tmp_path: Any) -> None:
-    tiny.words_without_padding(tmp_path)
-    tokenizer = tiny.transformers().AutoTokenizer.from_pretrained(tmp_path)
-    model, branches = model_of("llama"), several()[:1]
+class Countdown:
+    """A processor with a state of each row: forbids the token that this row was given before last."""
 
-    def letters(logits: Tensor, step: int) -> Tensor:
-        # "a", "b", "c"...
-        return torch.nn.functional.one_hot(torch.full((4,), 2 + step), logits.shape[-1]).float()
+    def __init__(self) -> None:
+        self.given: list[Tensor] = []
 
-    out = Branches(branches, letters).generate(model, **GREEDY, stop_strings=["c"], tokenizer=tokenizer)
-    assert out[:, 6:].tolist() == [[2, 3, 4]] * 4
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.given.append(input_ids[:, -1])
+        if len(self.given) < 2:
+            return scores
+        return scores.scatter(1, self.given[-2][:, None], float("-inf"))
+
+
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "repetition_penalty": {"repetition_penalty": 5.0},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
+    "min_new_tokens": {"min_new_tokens": 4, "eos_token_id": list(range(2, 30))},
+    "min_length": {"min_length": 11, "eos_token_id": list(range(2, 30))},
+    "max_length": {"max_new_tokens": None, "max_length": 12},
+    "exponential_decay_length_penalty": {"exponential_decay_length_penalty": (1, 3.0), "eos_token_id": 7},
+    "forced_eos_token_id": {"forced_eos_token_id": 7, "eos_token_id": 7},
+    "begin_suppress_tokens": {"begin_suppress_tokens": list(range(30))},
+    "bad_words_ids": {"bad_words_ids": [[token] for token in range(20)]},
+    "sequence_bias": {"sequence_bias": [[[7], 9.0], [[7, 8], 20.0]]},
+    "prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": lambda item, ids: [8 + item, 9 + len(ids)]},
+    "num_return_sequences": {"do_sample": True, "num_return_sequences": 2, "repetition_penalty": 5.0},
+    "top_p": {"do_sample": True, "top_p": 0.5, "top_k": 5, "temperature": 0.7},
+    "eos": {"eos_token_id": [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], "pad_token_id": 3, "max_new_tokens": 9},
+    "eos without padding": {"eos_token_id": list(range(5, 16)), "pad_token_id": None, "max_new_tokens": 9},
+}
+
+
+@pytest.mark.parametrize("kind", [*PROCESSORS, "state of each row"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_processors_and_lengths_are_those_of_the_first_branch(kind: str, ragged: bool) -> None:
+    """As without the others, which are longer, shorter and padded."""
+    model = model_of("llama")
+    main = padded((7, 5, 2, 6))[0] if ragged else {"input_ids": words(4, 7, 5)}
+    others = several()
+
+    def options() -> dict[str, Any]:
+        if kind in PROCESSORS:
+            return {**GREEDY, **PROCESSORS[kind], "output_scores": True, "return_dict_in_generate": True}
+        return {**GREEDY, "logits_processor": [Countdown()], "output_scores": True, "return_dict_in_generate": True}
+
+    torch.manual_seed(3)
+    plain = model.generate(**main, **options())
+    torch.manual_seed(3)
+    ours = Branches([Branch(main), *others], first).generate(model, **options())
+    assert torch.equal(ours.sequences, plain.sequences)
+    for a, b in zip(ours.scores, plain.scores, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_generator_of_its_own() -> None:
+    model, branches = model_of("llama"), several()
+
+    def drawn(seed: int) -> Tensor:
+        return Branches(branches).generate(model, **SAMPLED, generator=torch.Generator().manual_seed(seed))
+
+    before = torch.get_rng_state()
+    assert torch.equal(drawn(1), drawn(1))
+    assert not torch.equal(drawn(1), drawn(2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def letters(folder: Any) -> Any:
+    """A tokenizer of one token per letter: "a" is 2, "b" is 3..."""
+    from tokenizers import Tokenizer, decoders, models
+
+    names = ["<eos>", "<unk>", *map(chr, range(97, 123))]
+    tokenizer = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, [], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    return tiny.transformers().PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>"
+    )
+
+
+@pytest.mark.parametrize("in_config", [False, True])
+def test_strings_stop(tmp_path: Any, in_config: bool) -> None:
+    tokenizer, model, branches = letters(tmp_path), model_of("llama"), several()[:2]
+
+    def alphabet(logits: Tensor, step: int) -> Tensor:
+        return torch.nn.functional.one_hot(torch.full((4,), 5 + step), logits.shape[-1]).float()
+
+    options: dict[str, Any] = {**GREEDY, "stop_strings": ["ef"]}
+    if in_config:
+        options = {"generation_config": tiny.transformers().GenerationConfig(**options)}
+    out = Branches(branches, alphabet).generate(model, **options, tokenizer=tokenizer)
+    assert out[:, 6:].tolist() == [[5, 6, 7]] * 4
     with pytest.raises(InputError, match="need the tokenizer"):
-        Branches(branches).generate(model, stop_strings=["c"])
+        Branches(branches).generate(model, **options)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -309,6 +448,8 @@ def test_recorders_of_two_branches() -> None:
 def test_with_and_without_the_image(name: str, attention: str) -> None:
     case = zoo.MODELS[name](attention)
     model, image = case.model, dict(case.inputs)
+    if zoo.old():
+        image.pop("mm_token_type_ids", None)
     text = {"input_ids": words(2, 5, 3).clamp(max=30)}
     dark = {**image, "pixel_values": torch.zeros_like(image["pixel_values"])}
     kept = Kept((2.0, -0.5, -0.5))
@@ -349,7 +490,127 @@ def test_embedded_prompts() -> None:
 def test_a_cache_with_room_for_more() -> None:
     model, branches = model_of("llama"), several()
     plain = Branches(branches).generate(model, **GREEDY)
+    before = fingerprint(model)
     assert torch.equal(Branches(branches).generate(model, **GREEDY, cache_implementation="static"), plain)
+    assert fingerprint(model) == before
+
+
+def test_step_by_step() -> None:
+    model, ragged = model_of("llama"), padded()
+    recorder = RowRecorder()
+    branches = Branches([Branch({"input_ids": words(4, 6, 2)}), Branch(ragged[0], -0.5, [recorder, Towards()], ragged[1])])
+    whole = branches.generate(model, **GREEDY)
+    plain = model.generate(**ragged[0], **GREEDY)
+    for number, step in enumerate(branches.steps(model, **GREEDY)):
+        assert step.number == number
+        assert step.logits.shape == (2, 4, 40)
+        assert torch.equal(step.combined, step.logits[0] - 0.5 * step.logits[1])
+        assert torch.equal(step.tokens, step.scores.argmax(-1))
+        assert torch.equal(step.sequences, whole[:, : 7 + number])
+        assert step.running.all() == (number < 4)
+        assert recorder.found.stack(number).shape == (3, 4, 4, 1, 9 + number)
+        # in between the model is free: another run of it is neither edited nor counted
+        assert torch.equal(model.generate(**ragged[0], **GREEDY), plain)
+    assert number == 4
+    assert {step for _, step in branches.effect} == set(range(5))
+    assert set(branches.effect.values()) == {8}
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped", "never begun"])
+def test_steps_that_are_not_taken(how: str) -> None:
+    model, ragged = model_of("llama"), padded()
+    plain, before = model.generate(**ragged[0], **GREEDY), fingerprint(model)
+    steps: Any = Branches([Branch(ragged[0], edits=[Towards()], spans=ragged[1])]).steps(model, **GREEDY)
+    if how != "never begun":
+        next(steps)
+        next(steps)
+    if how == "closed":
+        steps.close()
+    del steps
+    gc.collect()
+    assert fingerprint(model) == before
+    assert torch.equal(model.generate(**ragged[0], **GREEDY), plain)
+
+
+def test_two_at_once() -> None:
+    """Steps of two contrasts of one model, in turns."""
+    model, ragged = model_of("llama"), padded()
+    one = Branches([Branch(ragged[0], edits=[Towards()], spans=ragged[1]), Branch({"input_ids": words(4, 3, 1)}, -0.5)])
+    two = Branches([Branch({"input_ids": words(4, 6, 2)}, edits=[AblatedHeads([(0, 1)])])])
+    expected = [one.generate(model, **GREEDY), two.generate(model, **GREEDY)]
+    for a, b in zip(one.steps(model, **GREEDY), two.steps(model, **GREEDY), strict=True):
+        pass
+    assert torch.equal(a.sequences, expected[0])
+    assert torch.equal(b.sequences, expected[1])
+
+
+ENCODERS = {"T5ForConditionalGeneration": zoo.T5, "BartForConditionalGeneration": zoo.BART}
+
+
+def sequence_model(name: str) -> Any:
+    return zoo.built(name, {**ENCODERS[name], "num_beams": 1}, "eager" if name.startswith("T5") else "sdpa")
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED, {**GREEDY, "use_cache": False}, {**GREEDY, "repetition_penalty": 2.0}])
+def test_encoder_decoders(name: str, options: dict[str, Any]) -> None:
+    model = sequence_model(name)
+    # an encoder is padded on the right
+    ragged = {key: value.flip(1) for key, value in padded()[0].items()}
+    for main in (ragged, {"input_ids": words(4, 7, 1)}):
+        torch.manual_seed(3)
+        plain = model.generate(**main, **options)
+        torch.manual_seed(3)
+        assert torch.equal(Branches([Branch(main)]).generate(model, **options), plain)
+        torch.manual_seed(3)
+        kept = Kept((1.0, 0.0))
+        other = {"input_ids": words(4, 12, 2), "decoder_input_ids": words(4, 2, 3)}
+        main = {**main, "decoder_input_ids": words(4, 2, 4)}
+        out = Branches([Branch(main), Branch(other)], kept).generate(model, **options)
+        drawn = out[:, -options["max_new_tokens"] :]
+        for number, inputs in enumerate((main, other)):
+            for step, expected in enumerate(alone(model, inputs, drawn)):
+                assert torch.allclose(kept.logits[step][number], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_edits_of_an_encoder_decoder(name: str) -> None:
+    model = sequence_model(name)
+    inputs = {"input_ids": words(4, 7, 1)}
+    span = torch.zeros(4, 7, dtype=torch.bool)
+    span[:, 2:4] = True
+    across = Where(kinds=["cross"])
+    towards = Towards()
+    towards.at = across
+    encoder = next(stack for stack in stacks(model) if "encoder" in stack)
+    added = AddedStates({1: torch.full((32,), 3.0)}, Where(stack=encoder))
+    edits = [towards, AblatedHeads([(0, 1)], across), added]
+    kept = Kept((1.0, 1.0))
+    branches = Branches([Branch({"input_ids": words(4, 9, 2)}), Branch(inputs, edits=edits, spans={"named": span})], kept)
+    drawn = branches.generate(model, **GREEDY)[:, 1:]
+    with edited(model, *edits, spans={"named": span}) as run:
+        theirs = alone(model, inputs, drawn)
+    assert dict(run.effect) == dict(branches.effect)
+    for step, expected in enumerate(theirs):
+        assert torch.allclose(kept.logits[step][1], expected, atol=1e-5)
+    for step, expected in enumerate(alone(model, {"input_ids": words(4, 9, 2)}, drawn)):
+        assert torch.allclose(kept.logits[step][0], expected, atol=1e-5)
+    assert not torch.allclose(theirs[0], alone(model, inputs, drawn)[0], atol=1e-3)
+
+
+def test_an_encoder_of_sound() -> None:
+    whole = zoo.whisper("sdpa").model
+    model = zoo.built("WhisperForConditionalGeneration", whole.config.to_dict(), "sdpa")
+    waves = zoo.whisper("sdpa").inputs["input_features"]
+    heard = {"input_features": waves, "decoder_input_ids": torch.tensor([[1, 5, 6]] * 2)}
+    silence = {**heard, "input_features": torch.zeros_like(waves)}
+    plain = tiny.transformers().GenerationMixin.generate(model, **heard, **GREEDY)
+    assert torch.equal(Branches([Branch(heard)]).generate(model, **GREEDY), plain)
+    kept = Kept((1.0, -0.5))
+    Branches([Branch(heard), Branch(silence)], kept).generate(model, **GREEDY)
+    assert not torch.allclose(kept.logits[0][0], kept.logits[0][1])
+    with pytest.raises(InputError, match="a generate\\(\\) of its own; give each branch decoder_input_ids"):
+        Branches([Branch({"input_features": waves})]).generate(model, **GREEDY)
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
@@ -415,12 +676,18 @@ def test_nothing_is_kept_from_step_to_step() -> None:
         ([{"input_ids": words(4, 3, 1)}], {"prompt_lookup_num_tokens": 2}, "assisted"),
         ([{"input_ids": words(4, 3, 1)}], {"assistant_model": object()}, "assistant_model"),
         ([{"input_ids": words(4, 3, 1)}], {"prefill_chunk_size": 2}, "prefill_chunk_size"),
+        ([{"input_ids": words(4, 3, 1)}], {"guidance_scale": 2.0}, "guidance_scale: runs the model once more"),
+        ([{"input_ids": words(4, 3, 1)}], {"output_attentions": True}, "give a branch a recorder"),
+        ([{"input_ids": words(4, 3, 1)}], {"custom_generate": print}, "a loop of their own"),
+        ([{"input_ids": words(4, 3, 1)}], {"max_new_tokens": None, "max_length": 2}, "options: .* Input length"),
+        ([{"input_ids": words(4, 3, 1)}], {"max_new_tokins": 3}, "options: .*max_new_tokins"),
+        ([{"input_ids": words(4, 3, 1)}], {"pixel_values": torch.ones(1)}, "belong to the branches"),
+        ([{"input_ids": words(4, 3, 1), "position_ids": torch.ones(3, 4, 3)}], {}, "position_ids of branch 0"),
         ([{"input_ids": words(4, 3, 1)}], {"input_ids": words(4, 3, 1)}, "belong to the branches"),
         ([{"input_ids": words(4, 3, 1)}, {"input_ids": words(3, 3, 1)}], {}, "of 4, 3 items"),
         ([{"input_ids": words(4, 3, 1)}, {"pixel_values": words(3, 3, 1)}], {}, "all need input_ids"),
         ([{"inputs_embeds": torch.ones(4, 3, 32)}, {"input_ids": words(4, 3, 1)}], {}, "or all inputs_embeds"),
         ([{"input_ids": words(4, 3, 1), "past_key_values": ()}], {}, "brings a cache"),
-        ([{"input_ids": torch.zeros(4, 3, dtype=torch.long)}, {"input_ids": words(4, 5, 1)}], {}, "padding token 0"),
         (
             [{"input_ids": words(2, 2, 1), "attention_mask": torch.tensor([[1, 1], [1, 0]])}],
             {},
@@ -453,7 +720,26 @@ def test_what_cannot_be_edited_is_refused() -> None:
         Branches([Branch(ragged)]).generate(model, **GREEDY)
     with pytest.raises(InputError, match="combine: gave"):
         Branches([Branch(ragged)], lambda logits, step: logits).generate(model, **GREEDY)
-    with pytest.raises(InputError, match="encoder-decoder"):
-        Branches([Branch(ragged)]).generate(zoo.built("T5ForConditionalGeneration", zoo.T5, "eager"))
-    with pytest.raises(InputError, match="no generate"):
+    with pytest.raises(InputError, match="no finite highest number at step 0"):
+        Branches([Branch(ragged)], lambda logits, step: logits[0] * float("nan")).generate(model, **GREEDY)
+    with pytest.raises(InputError, match="cannot generate"):
         Branches([Branch(ragged)]).generate(torch.nn.Linear(2, 2))
+    with pytest.raises(InputError, match="AddedStates has no place"):
+        Branches([Branch(ragged, edits=[AddedStates({7: torch.ones(32)})])]).generate(model, **GREEDY)
+    with pytest.raises(InputError, match="Never did nothing"):
+        Branches([Branch(ragged), Branch(ragged, edits=[Never()])]).generate(model, **GREEDY)
+    with pytest.raises(InputError, match="'mean'; there are 'sum'"):
+        Branches([Branch(ragged)], "mean")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="a mixture is of weights that are not negative"):
+        Branches([Branch(ragged, -1.0)], "mixture")
+    with pytest.raises(InputError, match="of: 'odds'"):
+        Branches([Branch(ragged)], of="odds")  # type: ignore[arg-type]
+
+
+class Never(Towards):
+    """Chooses no query."""
+
+    asks = ()
+
+    def queries(self, call: AttentionCall) -> Tensor:
+        return torch.zeros(call.batch, call.queries, dtype=torch.bool)

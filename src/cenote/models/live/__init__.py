@@ -11,7 +11,7 @@ name.
 """
 
 from cenote.models.live.calls import AttentionCall, Place
-from cenote.models.live.decode import Branch, Branches
+from cenote.models.live.decode import Branch, Branches, Step, plausible
 from cenote.models.live.edited import Run, edited, recorded
 from cenote.models.live.edits import (
     AttentionEdit,
@@ -52,6 +52,7 @@ __all__ = [
     "ScaledHeads",
     "Shortening",
     "StateRecorder",
+    "Step",
     "Trace",
     "Where",
     "as_mixer",
@@ -61,6 +62,7 @@ __all__ = [
     "embeddings",
     "final_norm",
     "of_part",
+    "plausible",
     "recorded",
     "shortened",
     "stacks",

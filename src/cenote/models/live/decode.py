@@ -36,6 +36,8 @@ Scale = Literal["logits", "log-probabilities"]
 CACHES = ("past_key_values", "cache", "cache_params")
 INPUTS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "decoder_input_ids")
 MODES = ("greedy_search", "sample")
+LEFT_BEHIND = ("_cache", "_previous_max_cache_length")
+"""What `generate` keeps on a model of a cache with room for more, in one version or another."""
 OF_ITS_OWN = ("output_attentions", "output_hidden_states")
 NEUTRAL = {
     "repetition_penalty": 1.0,
@@ -222,7 +224,7 @@ class Branches:
         key, sizes = _prompts(model, inputs)
         main = _prepared_main(model, inputs[0], _with_stop_strings(model, options))
         _check_mode(main.config)
-        joined = _joined(model, inputs, key, sizes, _padding(main.config))
+        joined = _joined(model, inputs, key, sizes, main.config)
         stacks = _stacks(model) if any(branch.edits for branch in self.branches) else []
         edits: list[Edit] = []
         for number, branch in enumerate(self.branches):
@@ -362,12 +364,17 @@ def _prepared(model: Any, inputs: Mapping[str, Any], **options: Any) -> tuple[An
     ) -> Any:
         return input_ids, logits_processor, stopping_criteria, generation_config, known
 
+    kept = {name: vars(model).pop(name) for name in LEFT_BEHIND if name in vars(model)}
     try:
         return _mixin().generate(model, **inputs, **options, custom_generate=loop)  # type: ignore[no-any-return]
     except (ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"options: {type(model).__name__}.generate says: {error}") from error
+    finally:
+        for name in LEFT_BEHIND:
+            vars(model).pop(name, None)
+        vars(model).update(kept)
 
 
 def _prepared_main(model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> _Main:
@@ -447,9 +454,12 @@ def _check_mode(config: Any) -> None:
             raise InputError(f"{name}: are of rows of all branches; give a branch a recorder among its edits")
 
 
-def _padding(config: Any) -> int:
-    pad = getattr(config, "_pad_token_tensor", None)
-    return 0 if pad is None else int(pad)
+def _padding(config: Any) -> tuple[int, bool]:
+    """The token to pad with, and whether `generate` takes it for padding where it's given no mask: not if it's also an end."""
+    pad, end = config._pad_token_tensor, config._eos_token_tensor
+    if pad is None:
+        return 0, False
+    return int(pad), end is None or not torch.isin(end, pad).any().item()
 
 
 def _with_stop_strings(model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -518,11 +528,11 @@ def _prompts(model: Any, branches: Sequence[Mapping[str, Any]]) -> tuple[str, li
 
 
 def _joined(
-    model: Any, branches: Sequence[Mapping[str, Any]], key: str, sizes: Sequence[tuple[int, int]], pad: int
+    model: Any, branches: Sequence[Mapping[str, Any]], key: str, sizes: Sequence[tuple[int, int]], config: Any
 ) -> _Joined:
     encodes = bool(model.config.is_encoder_decoder)
     items, tokens = sizes[0]
-    of_tokens = _of_tokens(branches, key, sizes, pad, left=not encodes) if tokens else {}
+    of_tokens = _of_tokens(branches, key, sizes, config, left=not encodes) if tokens else {}
     joined: dict[str, Any] = {name: torch.cat(values) for name, values in of_tokens.items()}
     for name in dict.fromkeys(name for inputs in branches for name in inputs):
         if name not in joined:
@@ -546,21 +556,20 @@ def _key(model: Any, branches: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _of_tokens(
-    branches: Sequence[Mapping[str, Any]], key: str, sizes: Sequence[tuple[int, int]], pad: int, left: bool
+    branches: Sequence[Mapping[str, Any]], key: str, sizes: Sequence[tuple[int, int]], config: Any, left: bool
 ) -> dict[str, list[Tensor]]:
     """What has one entry per token, padded to one length: a decoder's on the left, an encoder's on the right."""
     lengths = [length for _, length in sizes]
+    pad, inferred = _padding(config)
     needed = len(set(lengths)) > 1 or any("attention_mask" in inputs for inputs in branches)
     types = {name for inputs in branches for name in inputs if name.endswith("token_type_ids")}
     found: dict[str, list[Tensor]] = {}
     for number, (inputs, size) in enumerate(zip(branches, sizes, strict=True)):
         given = dict(inputs)
         if needed and "attention_mask" not in given:
-            if key == "input_ids" and (given[key] == pad).any():
-                raise InputError(
-                    f"branches: input_ids of branch {number} hold the padding token {pad}; give its attention_mask too"
-                )
-            given["attention_mask"] = torch.ones(size, dtype=torch.long, device=given[key].device)
+            mask = torch.ones(size, dtype=torch.long, device=given[key].device)
+            # as `generate` does for a decoder
+            given["attention_mask"] = (given[key] != pad).long() if key == "input_ids" and left and inferred else mask
         for name in types - given.keys():
             given[name] = torch.zeros(size, dtype=torch.long, device=given[key].device)
         if left and "attention_mask" in given and not given["attention_mask"][:, -1].all():
