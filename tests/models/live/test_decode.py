@@ -21,6 +21,7 @@ from cenote.models.live import (
     AddedStates,
     AttentionCall,
     AttentionEdit,
+    BlockEdit,
     Branch,
     Branches,
     HeadRecorder,
@@ -162,7 +163,9 @@ def test_how_branches_become_one() -> None:
 
 def test_a_contrast_among_plausible_tokens() -> None:
     model, branches = model_of("llama"), several()
-    steps = Branches(branches, lambda l, _: plausible(l[0] - l[1], l[0], 0.9)).steps(model, **GREEDY)
+    steps = Branches(branches, lambda logits, _: plausible(logits[0] - logits[1], logits[0], 0.9)).steps(
+        model, **GREEDY
+    )
     for step in steps:
         p = step.logits[0].softmax(-1)
         kept = p >= 0.9 * p.amax(-1, keepdim=True)
@@ -190,8 +193,10 @@ def test_each_branch_is_as_alone(name: str, attention: str) -> None:
         for step, expected in enumerate(alone(model, branch.inputs, drawn)):
             assert torch.allclose(kept.logits[step][number], expected, atol=1e-5)
     assert torch.equal(Branches(branches).generate(model, **GREEDY), out.sequences)
-    uncached = Branches(branches).generate(model, **GREEDY, use_cache=False)
+    recomputed = Kept((1.5, -1.0, 0.5))
+    uncached = Branches(branches, recomputed).generate(model, **GREEDY, use_cache=False)
     assert torch.equal(uncached, out.sequences)
+    assert torch.allclose(torch.stack(recomputed.logits), torch.stack(kept.logits), atol=1e-5)
 
 
 def test_an_item_is_as_alone() -> None:
@@ -254,7 +259,12 @@ def test_what_acts_in_the_loop_sees_items_and_not_rows() -> None:
         return torch.full((len(input_ids),), input_ids.shape[1] == 9)
 
     out = Branches(branches).generate(
-        model, **GREEDY, streamer=Streamer(), logits_processor=[forbid], stopping_criteria=[stop], repetition_penalty=1.3
+        model,
+        **GREEDY,
+        streamer=Streamer(),
+        logits_processor=[forbid],
+        stopping_criteria=[stop],
+        repetition_penalty=1.3,
     )
     assert out.shape == (4, 9)
     assert not torch.isin(out[:, 6:], torch.tensor([7, 9, 11])).any()
@@ -336,9 +346,7 @@ def letters(folder: Any) -> Any:
     names = ["<eos>", "<unk>", *map(chr, range(97, 123))]
     tokenizer = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, [], unk_token="<unk>"))
     tokenizer.decoder = decoders.Fuse()
-    return tiny.transformers().PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>"
-    )
+    return tiny.transformers().PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
 
 
 @pytest.mark.parametrize("in_config", [False, True])
@@ -480,9 +488,9 @@ def test_embedded_prompts() -> None:
     embed = model.get_input_embeddings()
     embedded = []
     for branch in branches:
-        inputs = dict(branch.inputs)
-        embedded.append(Branch({**inputs, "inputs_embeds": embed(inputs.pop("input_ids"))} | {"input_ids": None}, branch.weight))
-    embedded = [Branch({k: v for k, v in b.inputs.items() if v is not None}, b.weight) for b in embedded]
+        # what is None is as if it was not there
+        inputs = {**branch.inputs, "inputs_embeds": embed(branch.inputs["input_ids"]), "input_ids": None}
+        embedded.append(Branch(inputs, branch.weight))
     with torch.no_grad():
         assert torch.equal(Branches(embedded).generate(model, **GREEDY), plain[:, 6:])
 
@@ -498,7 +506,9 @@ def test_a_cache_with_room_for_more() -> None:
 def test_step_by_step() -> None:
     model, ragged = model_of("llama"), padded()
     recorder = RowRecorder()
-    branches = Branches([Branch({"input_ids": words(4, 6, 2)}), Branch(ragged[0], -0.5, [recorder, Towards()], ragged[1])])
+    branches = Branches(
+        [Branch({"input_ids": words(4, 6, 2)}), Branch(ragged[0], -0.5, [recorder, Towards()], ragged[1])]
+    )
     whole = branches.generate(model, **GREEDY)
     plain = model.generate(**ragged[0], **GREEDY)
     for number, step in enumerate(branches.steps(model, **GREEDY)):
@@ -538,10 +548,9 @@ def test_two_at_once() -> None:
     one = Branches([Branch(ragged[0], edits=[Towards()], spans=ragged[1]), Branch({"input_ids": words(4, 3, 1)}, -0.5)])
     two = Branches([Branch({"input_ids": words(4, 6, 2)}, edits=[AblatedHeads([(0, 1)])])])
     expected = [one.generate(model, **GREEDY), two.generate(model, **GREEDY)]
-    for a, b in zip(one.steps(model, **GREEDY), two.steps(model, **GREEDY), strict=True):
-        pass
-    assert torch.equal(a.sequences, expected[0])
-    assert torch.equal(b.sequences, expected[1])
+    in_turns = list(zip(one.steps(model, **GREEDY), two.steps(model, **GREEDY), strict=True))
+    for step, whole in zip(in_turns[-1], expected, strict=True):
+        assert torch.equal(step.sequences, whole)
 
 
 ENCODERS = {"T5ForConditionalGeneration": zoo.T5, "BartForConditionalGeneration": zoo.BART}
@@ -552,7 +561,9 @@ def sequence_model(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-@pytest.mark.parametrize("options", [GREEDY, SAMPLED, {**GREEDY, "use_cache": False}, {**GREEDY, "repetition_penalty": 2.0}])
+@pytest.mark.parametrize(
+    "options", [GREEDY, SAMPLED, {**GREEDY, "use_cache": False}, {**GREEDY, "repetition_penalty": 2.0}]
+)
 def test_encoder_decoders(name: str, options: dict[str, Any]) -> None:
     model = sequence_model(name)
     # an encoder is padded on the right
@@ -575,6 +586,8 @@ def test_encoder_decoders(name: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_edits_of_an_encoder_decoder(name: str) -> None:
+    if name.startswith("T5") and zoo.old():
+        pytest.skip("T5 of transformers 5.0 writes its attention out")
     model = sequence_model(name)
     inputs = {"input_ids": words(4, 7, 1)}
     span = torch.zeros(4, 7, dtype=torch.bool)
@@ -586,7 +599,9 @@ def test_edits_of_an_encoder_decoder(name: str) -> None:
     added = AddedStates({1: torch.full((32,), 3.0)}, Where(stack=encoder))
     edits = [towards, AblatedHeads([(0, 1)], across), added]
     kept = Kept((1.0, 1.0))
-    branches = Branches([Branch({"input_ids": words(4, 9, 2)}), Branch(inputs, edits=edits, spans={"named": span})], kept)
+    branches = Branches(
+        [Branch({"input_ids": words(4, 9, 2)}), Branch(inputs, edits=edits, spans={"named": span})], kept
+    )
     drawn = branches.generate(model, **GREEDY)[:, 1:]
     with edited(model, *edits, spans={"named": span}) as run:
         theirs = alone(model, inputs, drawn)
@@ -659,14 +674,33 @@ def test_nothing_is_kept_from_step_to_step() -> None:
     counts: list[int] = []
 
     def combine(logits: Tensor, step: int) -> Tensor:
+        assert not any(ref() is not None for ref in seen)
         seen.append(weakref.ref(logits))
-        gc.collect()
-        counts.append(sum(issubclass(type(x), Tensor) for x in gc.get_objects()))
-        assert not any(ref() is not None for ref in seen[:-1])
+        if step in (4, 11):
+            gc.collect()
+            counts.append(sum(issubclass(type(x), Tensor) for x in gc.get_objects()))
         return logits.mean(0)
 
     Branches(several(), combine).generate(model, **{**GREEDY, "max_new_tokens": 12})
-    assert len(set(counts[2:])) == 1
+    assert len(seen) == 12
+    assert len(set(counts)) == 1
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_equal_to_the_bit(name: str, attention: str) -> None:
+    """An edit that changes nothing changes no bit; one of a branch changes no bit of the others."""
+    model, (ragged, spans) = model_of(name, attention), padded()
+
+    def logits(*edits: Any) -> Tensor:
+        branches = [Branch({"input_ids": words(4, 6, 2)}), Branch(ragged, edits=edits, spans=spans)]
+        return torch.stack([step.logits for step in Branches(branches, first).steps(model, **GREEDY)])
+
+    plain = logits()
+    assert torch.equal(logits(AttentionEdit(), BlockEdit(), RowRecorder()), plain)
+    edited_ones = logits(Towards())
+    assert torch.equal(edited_ones[:, 0], plain[:, 0])
+    assert not torch.allclose(edited_ones[:, 1], plain[:, 1], atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -713,8 +747,8 @@ def test_what_cannot_be_edited_is_refused() -> None:
         Branches([])
     with pytest.raises(InputError, match="needs 'named'"):
         Branches([Branch(ragged, edits=[Towards()])]).generate(model, **GREEDY)
+    two = [Branch(ragged), Branch({"input_ids": words(4, 6, 2)}, edits=[Towards()], spans=spans)]
     with pytest.raises(InputError, match=r"of branch 1 is \(4, 9\)"):
-        two = [Branch(ragged), Branch({"input_ids": words(4, 6, 2)}, edits=[Towards()], spans=spans)]
         Branches(two).generate(model, **GREEDY)
     with pytest.raises(InputError, match="give edits and spans to the branches"), edited(model, Towards(), spans=spans):
         Branches([Branch(ragged)]).generate(model, **GREEDY)

@@ -4,7 +4,8 @@
 of stopping and the lengths, which so see that branch as they would without the others; once all rows as one batch, for masks,
 positions and cache. The loop is here. Edits act while the model runs for a step, and not in between, where it is free.
 
-What it does not know: beams, assistants, prefilling in chunks, compiled steps, a cache that was filled before, several processes.
+What it does not know: beams, assistants, prefilling in chunks, compiled steps, a cache that was filled before, several
+processes.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from cenote.core import InputError
 from cenote.models.live import places, seats
 from cenote.models.live.calls import Place
-from cenote.models.live.edited import Run, check_spans, edited
+from cenote.models.live.edited import check_spans, edited
 from cenote.models.live.edits import Edit
 from cenote.models.live.parts import of_part
 
@@ -188,9 +189,9 @@ class Branches:
             del step
         if not config.return_dict_in_generate:
             return sequences
-        from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
+        from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
-        kind = GenerateEncoderDecoderOutput if model.config.is_encoder_decoder else GenerateDecoderOnlyOutput
+        kind: Any = GenerateEncoderDecoderOutput if model.config.is_encoder_decoder else GenerateDecoderOnlyOutput
         return kind(
             sequences=sequences,
             scores=tuple(scores) if config.output_scores else None,
@@ -210,8 +211,8 @@ class Branches:
 
         Raises:
             InputError: at once, where inputs don't fit together, for beams, assistants, prefilling in chunks, guidance_scale
-                (a branch does that), attentions and states (give a branch a recorder), models that decode in a way of their own;
-                at the first step as `edited`, for the branches' edits; where combine gives something else than numbers
+                (a branch does that), attentions and states (give a branch a recorder), models that decode in a way of their
+                own; at the first step as `edited`, for the branches' edits; where combine gives something else than numbers
                 `[items, vocab]`; at the end, where an edit did nothing.
         """
         return self._steps(self._planned(model, streamer, generator, options))
@@ -344,7 +345,7 @@ class _Rows:
         self.known = model._update_model_kwargs_for_generation(
             out, known, is_encoder_decoder=model.config.is_encoder_decoder
         )
-        return out.logits[:, -1].to(torch.float32, copy=True)  # type: ignore[no-any-return]
+        return out.logits[:, -1].to(torch.float32, copy=True)
 
     def append(self, tokens: Int[Tensor, "rows"]) -> None:
         self.ids = torch.cat([self.ids, tokens[:, None].to(self.ids.device)], 1)
@@ -360,13 +361,13 @@ def _prepared(model: Any, inputs: Mapping[str, Any], **options: Any) -> tuple[An
     """All that `generate` has ready when its loop begins."""
 
     def loop(
-        model: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **known: Any
+        _: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **known: Any
     ) -> Any:
         return input_ids, logits_processor, stopping_criteria, generation_config, known
 
     kept = {name: vars(model).pop(name) for name in LEFT_BEHIND if name in vars(model)}
     try:
-        return _mixin().generate(model, **inputs, **options, custom_generate=loop)  # type: ignore[no-any-return]
+        return _mixin().generate(model, **inputs, **options, custom_generate=loop)
     except (ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise
@@ -408,8 +409,14 @@ def _check(model: Any, branches: Sequence[Mapping[str, Any]], options: Mapping[s
         raise InputError(f"model: {type(model).__name__} cannot generate; give a decoder of transformers")
     _check_ways(model, branches)
     for name, value in options.items():
-        if name in INPUTS or name in CACHES or (isinstance(value, Tensor) and not hasattr(model.generation_config, name)):
-            raise InputError(f"{name}: is no option here; inputs belong to the branches, and the cache is made for them")
+        if (
+            name in INPUTS
+            or name in CACHES
+            or (isinstance(value, Tensor) and not hasattr(model.generation_config, name))
+        ):
+            raise InputError(
+                f"{name}: is no option here; inputs belong to the branches, and the cache is made for them"
+            )
     if options.get("custom_generate") is not None:
         raise InputError("custom_generate: branches have a loop of their own; leave it out")
     if options.get("assistant_model") is not None:
@@ -441,7 +448,9 @@ def _check_ways(model: Any, branches: Sequence[Mapping[str, Any]]) -> None:
 def _check_mode(config: Any) -> None:
     mode = str(config.get_generation_mode().value)
     if mode not in MODES:
-        raise InputError(f"options: ask for {mode}; branches are decoded greedily or sampled: num_beams=1, no assistant")
+        raise InputError(
+            f"options: ask for {mode}; branches are decoded greedily or sampled: num_beams=1, no assistant"
+        )
     if getattr(config, "prefill_chunk_size", None) is not None:
         raise InputError("prefill_chunk_size: branches are prefilled in one piece; leave it out")
     if getattr(config, "guidance_scale", None) not in (None, 1, 1.0):
@@ -496,7 +505,9 @@ def _fitting(spans: Mapping[str, Tensor], number: int, joined: _Joined) -> dict[
     expected = (joined.items, joined.lengths[number])
     for name, span in spans.items():
         if span.shape != expected:
-            raise InputError(f"spans: {name!r} of branch {number} is {tuple(span.shape)}, and its inputs are {expected}")
+            raise InputError(
+                f"spans: {name!r} of branch {number} is {tuple(span.shape)}, and its inputs are {expected}"
+            )
     return {name: F.pad(span, _beside(expected[1], joined.lengths, joined.left)) for name, span in spans.items()}
 
 
@@ -513,7 +524,9 @@ def _prompts(model: Any, branches: Sequence[Mapping[str, Any]]) -> tuple[str, li
         prompt = inputs[key]
         dims = {"input_ids": 2, "inputs_embeds": 3}.get(key)
         if (dims is not None and prompt.dim() != dims) or not prompt.numel():
-            raise InputError(f"branches: {key} of branch {number} is {tuple(prompt.shape)}, expected [items, tokens...]")
+            raise InputError(
+                f"branches: {key} of branch {number} is {tuple(prompt.shape)}, expected [items, tokens...]"
+            )
         if any(name in inputs for name in CACHES):
             raise InputError(f"branches: branch {number} brings a cache; give its whole prompt")
         if "position_ids" in inputs and inputs["position_ids"].shape != prompt.shape[:2]:
@@ -523,7 +536,9 @@ def _prompts(model: Any, branches: Sequence[Mapping[str, Any]]) -> tuple[str, li
         counts = ", ".join(str(items) for items, _ in sizes)
         raise InputError(f"branches: are of {counts} items; all need the same")
     if len({tokens for _, tokens in sizes}) > 1 and "attention_mask" not in inspect.signature(model.forward).parameters:
-        raise InputError(f"branches: prompts are of several lengths, and {type(model).__name__} takes no attention_mask")
+        raise InputError(
+            f"branches: prompts are of several lengths, and {type(model).__name__} takes no attention_mask"
+        )
     return key, sizes
 
 
@@ -594,7 +609,9 @@ def _other(name: str, values: Sequence[Any], branches: int, items: int | None) -
             raise InputError(f"branches: {name} is {shapes}; all but the first dimension have to be the same")
         if items is not None and (len(values) < branches or any(len(value) != items for value in values)):
             counts = ", ".join(str(len(value)) for value in values)
-            raise InputError(f"branches: {name} is of {counts} items; {branches} branches of {items} items need it each")
+            raise InputError(
+                f"branches: {name} is of {counts} items; {branches} branches of {items} items need it each"
+            )
         return torch.cat(list(values))
     if len(values) < branches or any(value is not values[0] and value != values[0] for value in values):
         raise InputError(f"branches: {name} is no tensor, and not the same for all")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,23 +38,25 @@ def of_part(
     """
     if not 0 <= number < parts:
         raise InputError(f"number: {number} of {parts} parts; they count from 0")
+    if not isinstance(edit, (AttentionEdit, BlockEdit)):
+        raise InputError(f"edits: expected AttentionEdit or BlockEdit, got {type(edit).__name__}")
     for name in edit.asks:
         if spans is not None and name not in spans:
-            raise InputError(f"spans: {type(edit).__name__} needs {name!r}, and there are: {', '.join(spans) or 'none'}")
+            raise InputError(
+                f"spans: {type(edit).__name__} needs {name!r}, and there are: {', '.join(spans) or 'none'}"
+            )
     if isinstance(edit, RowEdit):
         return _RowsOfPart(edit, number, parts, spans, stacks)
     if isinstance(edit, AttentionEdit):
         return _AttentionOfPart(edit, number, parts, spans, stacks)
-    if isinstance(edit, BlockEdit):
-        return _BlockOfPart(edit, number, parts, spans, stacks)
-    raise InputError(f"edits: expected AttentionEdit or BlockEdit, got {type(edit).__name__}")
+    return _BlockOfPart(edit, number, parts, spans, stacks)
 
 
 @dataclass(frozen=True)
 class _InStacks(Where):
     """These places, in some stacks alone."""
 
-    within: Where = Where()
+    within: Where = field(default_factory=Where)
     stacks: Collection[str] = ()
 
     def __contains__(self, place: Place) -> bool:
@@ -122,7 +124,8 @@ class _AttentionOfPart(_Part, AttentionEdit):
         items = self.items(call.batch, call.place)
         if after.softcap != before.softcap or after.sinks is not before.sinks:
             raise InputError(
-                f"edits: {type(self.inner).__name__} changes the soft cap or the sinks of {call.place.path}, which all items share"
+                f"edits: {type(self.inner).__name__} changes the soft cap or the sinks of {call.place.path}, which all items "
+                f"share"
             )
         q = after.q if after.scale == call.scale else after.q * (after.scale / call.scale)
         changed = call.replace(
@@ -191,8 +194,8 @@ def _put(x: Tensor, items: slice, before: Tensor, after: Tensor, place: Place) -
         return x
     if after.shape != before.shape:
         raise InputError(
-            f"edits: at {place.path} one part of the batch became {tuple(after.shape)} from {tuple(before.shape)}; the parts are "
-            f"computed together and keep one shape"
+            f"edits: at {place.path} one part of the batch became {tuple(after.shape)} from {tuple(before.shape)}; the parts "
+            f"are computed together and keep one shape"
         )
     return torch.cat([x[: items.start], after.to(x.dtype), x[items.stop :]])
 
