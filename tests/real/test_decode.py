@@ -63,9 +63,7 @@ def test_each_branch_is_as_alone(smollm2: Any, sayings: tuple[dict[str, Tensor],
     assert recorder.found.stack(0).shape[:3] == (30, 2, 9)
 
 
-def test_a_contrast_with_and_without_the_context_heeds_it(
-    smollm2: Any, sayings: tuple[dict[str, Tensor], ...]
-) -> None:
+def test_a_contrast_with_and_without_the_context_heeds_it(smollm2: Any, sayings: tuple[dict[str, Tensor], ...]) -> None:
     """Context-aware decoding: what the model alone doesn't say, with the context or without, it says with 1.5 and -0.5."""
     model, tokenizer = smollm2
     contrast = Branches([Branch(sayings[0], 1.5), Branch(sayings[1], -0.5)])

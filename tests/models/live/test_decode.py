@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from tests import tiny
 from tests.models.live import zoo
-from tests.models.live.test_decoding import Towards, padded
+from tests.models.live.test_decoding import ATTENTIONS, Towards, padded
 from tests.models.live.test_models import fingerprint
 from torch import Tensor
 
@@ -175,8 +176,7 @@ def test_a_contrast_among_plausible_tokens() -> None:
         plausible(torch.zeros(1, 3), torch.zeros(1, 3), 2)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(("name", "attention"), ATTENTIONS)
 def test_each_branch_is_as_alone(name: str, attention: str) -> None:
     model, branches = model_of(name, attention), several()
     kept = Kept((1.5, -1.0, 0.5))
@@ -197,6 +197,18 @@ def test_each_branch_is_as_alone(name: str, attention: str) -> None:
     uncached = Branches(branches, recomputed).generate(model, **GREEDY, use_cache=False)
     assert torch.equal(uncached, out.sequences)
     assert torch.allclose(torch.stack(recomputed.logits), torch.stack(kept.logits), atol=1e-5)
+
+
+def test_a_model_without_attention() -> None:
+    settings = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "pad_token_id": 0}
+    model, branches = zoo.built("MambaForCausalLM", settings, None), several()
+    plain = model.generate(**branches[1].inputs, **GREEDY)
+    assert torch.equal(Branches(branches[1:2], first).generate(model, **GREEDY), plain)
+    kept = Kept((1.0, -0.5, 0.5))
+    drawn = Branches(branches, kept).generate(model, **GREEDY)[:, 6:]
+    for number, branch in enumerate(branches):
+        for step, expected in enumerate(alone(model, branch.inputs, drawn)):
+            assert torch.allclose(kept.logits[step][number], expected, atol=1e-5)
 
 
 def test_an_item_is_as_alone() -> None:
@@ -359,8 +371,10 @@ def test_strings_stop(tmp_path: Any, in_config: bool) -> None:
     options: dict[str, Any] = {**GREEDY, "stop_strings": ["ef"]}
     if in_config:
         options = {"generation_config": tiny.transformers().GenerationConfig(**options)}
+        given = options["generation_config"].to_dict()
     out = Branches(branches, alphabet).generate(model, **options, tokenizer=tokenizer)
     assert out[:, 6:].tolist() == [[5, 6, 7]] * 4
+    assert not in_config or options["generation_config"].to_dict() == given
     with pytest.raises(InputError, match="need the tokenizer"):
         Branches(branches).generate(model, **options)
 
@@ -542,6 +556,17 @@ def test_steps_that_are_not_taken(how: str) -> None:
     assert torch.equal(model.generate(**ragged[0], **GREEDY), plain)
 
 
+def test_steps_are_heard_in_the_thread_that_takes_them() -> None:
+    model, ragged = model_of("llama"), padded()
+    branches = Branches([Branch(ragged[0], edits=[Towards()], spans=ragged[1])])
+    expected = [step.logits for step in branches.steps(model, **GREEDY)]
+    steps = branches.steps(model, **GREEDY)
+    taken = [next(steps).logits]
+    with ThreadPoolExecutor(1) as pool:
+        taken += pool.submit(lambda: [step.logits for step in steps]).result()
+    assert torch.equal(torch.stack(taken), torch.stack(expected))
+
+
 def test_two_at_once() -> None:
     """Steps of two contrasts of one model, in turns."""
     model, ragged = model_of("llama"), padded()
@@ -714,8 +739,9 @@ def test_equal_to_the_bit(name: str, attention: str) -> None:
         ([{"input_ids": words(4, 3, 1)}], {"output_attentions": True}, "give a branch a recorder"),
         ([{"input_ids": words(4, 3, 1)}], {"custom_generate": print}, "a loop of their own"),
         ([{"input_ids": words(4, 3, 1)}], {"max_new_tokens": None, "max_length": 2}, "options: .* Input length"),
-        ([{"input_ids": words(4, 3, 1)}], {"max_new_tokins": 3}, "options: .*max_new_tokins"),
+        ([{"input_ids": words(4, 3, 1)}], {"max_new_tokins": 3}, "max_new_tokins: is no option"),
         ([{"input_ids": words(4, 3, 1)}], {"pixel_values": torch.ones(1)}, "belong to the branches"),
+        ([{"input_ids": words(4, 3, 1)}], {"logits_to_keep": 2}, "logits_to_keep: is no option"),
         ([{"input_ids": words(4, 3, 1), "position_ids": torch.ones(3, 4, 3)}], {}, "position_ids of branch 0"),
         ([{"input_ids": words(4, 3, 1)}], {"input_ids": words(4, 3, 1)}, "belong to the branches"),
         ([{"input_ids": words(4, 3, 1)}, {"input_ids": words(3, 3, 1)}], {}, "of 4, 3 items"),

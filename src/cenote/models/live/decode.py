@@ -408,12 +408,9 @@ def _check(model: Any, branches: Sequence[Mapping[str, Any]], options: Mapping[s
     if not isinstance(model, _mixin()) or not model.can_generate():
         raise InputError(f"model: {type(model).__name__} cannot generate; give a decoder of transformers")
     _check_ways(model, branches)
-    for name, value in options.items():
-        if (
-            name in INPUTS
-            or name in CACHES
-            or (isinstance(value, Tensor) and not hasattr(model.generation_config, name))
-        ):
+    known = {"tokenizer", *inspect.signature(_mixin().generate).parameters, *vars(model.generation_config)}
+    for name in options:
+        if name in INPUTS or name in CACHES or name not in known:
             raise InputError(
                 f"{name}: is no option here; inputs belong to the branches, and the cache is made for them"
             )
