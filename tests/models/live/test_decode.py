@@ -28,6 +28,7 @@ from cenote.models.live import (
     HeadRecorder,
     RowRecorder,
     Where,
+    decode,
     edited,
     plausible,
     stacks,
@@ -676,6 +677,25 @@ def test_the_model_is_as_before(error: type[BaseException] | None) -> None:
             Branches([Branch(ragged, edits=[Towards()], spans=spans)], raising(error)).generate(model, **GREEDY)
     assert fingerprint(model) == before
     assert torch.equal(model.generate(**ragged, **GREEDY), plain)
+
+
+def test_an_interruption_between_steps_leaves_the_model_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (ragged, spans) = model_of("llama"), padded()
+    before = fingerprint(model)
+    branches = Branches([Branch(ragged, edits=[Towards()], spans=spans)])
+
+    class Interrupted:
+        @property
+        def sequences(self) -> Tensor:
+            raise KeyboardInterrupt
+
+    # generate() looks at a step when it is outside of the steps
+    monkeypatch.setattr(decode, "Step", lambda *_: Interrupted())
+    with pytest.raises(KeyboardInterrupt) as caught:
+        branches.generate(model, **GREEDY)
+    # while the traceback still holds its frames
+    assert caught.tb is not None
+    assert fingerprint(model) == before
 
 
 def raising(error: type[BaseException]) -> Any:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -39,7 +39,7 @@ INPUTS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "decoder_inp
 MODES = ("greedy_search", "sample")
 LEFT_BEHIND = ("_cache", "_previous_max_cache_length")
 """What `generate` keeps on a model of a cache with room for more, in one version or another."""
-OF_ITS_OWN = ("output_attentions", "output_hidden_states")
+RECORDED = ("output_attentions", "output_hidden_states")
 NEUTRAL = {
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
@@ -94,12 +94,20 @@ def plausible(
 ) -> Float[Tensor, "items vocab"]:
     """`-inf` where `p_main < alpha max p_main`: a contrast is only taken among tokens that the main branch finds likely.
 
-    Source: Li et al. 2023, Contrastive Decoding: Open-ended Text Generation as Optimization, eq. 4.
+    Args:
+        combined: the contrast, `[items, vocab]`.
+        main: logits or log-probabilities of the main branch, of the same shape.
+        alpha: part of the highest probability, from 0 to 1.
+
+    Raises:
+        InputError: for another alpha.
 
     Example:
         >>> main = torch.tensor([[0.6, 0.39, 0.01]]).log()
         >>> plausible(torch.zeros(1, 3), main).tolist()
         [[0.0, 0.0, -inf]]
+
+    Source: Li et al. 2023, Contrastive Decoding: Open-ended Text Generation as Optimization.
     """
     if not 0 <= alpha <= 1:
         raise InputError(f"alpha: {alpha}, expected a part of the highest probability, from 0 to 1")
@@ -179,14 +187,16 @@ class Branches:
         scores: list[Tensor] = []
         logits: list[Tensor] = []
         sequences = plan.main.ids
-        for step in self._steps(plan):
-            sequences = step.sequences
-            if config.return_dict_in_generate and config.output_scores:
-                scores.append(step.scores)
-            if config.return_dict_in_generate and config.output_logits:
-                logits.append(step.combined)
-            # what a step holds is large, and the next is computed while the name lasts
-            del step
+        # an interruption leaves the model at once, and not when its traceback is forgotten
+        with closing(self._steps(plan)) as steps:
+            for step in steps:
+                sequences = step.sequences
+                if config.return_dict_in_generate and config.output_scores:
+                    scores.append(step.scores)
+                if config.return_dict_in_generate and config.output_logits:
+                    logits.append(step.combined)
+                # what a step holds is large, and the next is computed while the name lasts
+                del step
         if not config.return_dict_in_generate:
             return sequences
         from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
@@ -203,8 +213,8 @@ class Branches:
     ) -> Iterator[Step]:
         """The same step by step, for methods that look in between.
 
-        Between steps the model is as it was found, and may be run. Edits are heard in the thread that takes the step. A
-        generator that is closed or dropped leaves the model as it was.
+        Between steps the model may be run, and does what it did before. Edits are heard in the thread that takes the step.
+        Steps that are closed or dropped leave the model as it was found.
 
         Args:
             model, streamer, generator, options: as for `generate`.
@@ -233,7 +243,7 @@ class Branches:
             edits += [of_part(edit, number, len(self.branches), spans, stacks) for edit in branch.edits]
         return _Plan(model, main, joined, edits, streamer, generator)
 
-    def _steps(self, plan: _Plan) -> Iterator[Step]:
+    def _steps(self, plan: _Plan) -> Generator[Step, None, None]:
         model, main, branches = plan.model, plan.main, len(self.branches)
         config, drawn = main.config, main.ids
         running = torch.ones(len(drawn), dtype=torch.bool, device=drawn.device)
@@ -335,7 +345,7 @@ class _Rows:
         """Of the next token."""
         model, known = self.model, self.known
         if self.begun:
-            # before 5.1 the length is told by cache_position, which is among what is known
+            # 5.0 has cache_position among what is known instead
             tells = "next_sequence_length" in inspect.signature(_mixin().prepare_inputs_for_generation).parameters
             length = {"next_sequence_length": 1 if known["use_cache"] else None} if tells else {}
             out = model(**model.prepare_inputs_for_generation(self.ids, **length, **known), return_dict=True)
@@ -383,7 +393,9 @@ def _prepared_main(model: Any, inputs: Mapping[str, Any], options: Mapping[str, 
     shown = {
         name: value
         for name, value in inputs.items()
-        if name == "inputs_embeds" or not (isinstance(value, Tensor) and value.is_floating_point())
+        if name == "inputs_embeds"
+        or name.endswith("_mask")
+        or not (isinstance(value, Tensor) and value.is_floating_point())
     }
     if model.config.is_encoder_decoder:
         from transformers.modeling_outputs import BaseModelOutput
@@ -455,7 +467,7 @@ def _check_mode(config: Any) -> None:
             "guidance_scale: runs the model once more beside the branches; give a branch without the condition, and weights "
             "g and 1 - g"
         )
-    for name in OF_ITS_OWN:
+    for name in RECORDED:
         if getattr(config, name, None):
             raise InputError(f"{name}: are of rows of all branches; give a branch a recorder among its edits")
 
