@@ -25,11 +25,11 @@ from cenote.models.live import (
     AttentionEdit,
     AttentionMaps,
     Denoising,
+    DenoisingStep,
     Look,
     MapRecorder,
     RowEdit,
     RowRecorder,
-    Step,
     Where,
     denoising,
     edited,
@@ -157,7 +157,7 @@ def painted(pipe: Any, prompts: Sequence[str] = ("a cat hat", "a hat"), guidance
     ).images  # fmt: skip
 
 
-def looking(step: Step) -> None:
+def looking(step: DenoisingStep) -> None:
     look = step.look()
     look.gradient(look.prediction.square().sum())
 
@@ -210,7 +210,7 @@ def test_a_loop_that_is_looked_into_is_the_same_to_the_bit(name: str, guided: bo
     plain = loop(model, scheduler(name), z, read)
     indices: list[int] = []
 
-    def on_step(step: Step) -> None:
+    def on_step(step: DenoisingStep) -> None:
         indices.append(step.index)
         assert step.conditional.tolist() == ([False, False, True, True] if guided else [True, True])
         looking(step)
@@ -246,7 +246,7 @@ def test_everything_is_put_back_after_an_error(tmp_path: Path, error: type[BaseE
                 raise error("mine")
             return y
 
-    def on_step(step: Step) -> None:
+    def on_step(step: DenoisingStep) -> None:
         if step.index == 1 and where == "step":
             step.latents = step.latents + 1
             raise error("mine")
@@ -267,7 +267,7 @@ def test_parameters_gather_nothing_and_looks_are_let_go() -> None:
     before = [p.requires_grad for p in model.parameters()]
     kept: list[weakref.ref[Any]] = []
 
-    def on_step(step: Step) -> None:
+    def on_step(step: DenoisingStep) -> None:
         look = step.look()
         look.gradient(look.maps.mean(8, 8).square().sum())
         kept.extend([weakref.ref(look), *map(weakref.ref, look.maps.weights.values()), weakref.ref(look.prediction)])
@@ -318,7 +318,7 @@ def test_gradients_are_those_of_the_denoiser_called_directly(name: str) -> None:
     gradients: list[tuple[Tensor, Tensor]] = []
     probe = torch.randn(2, 5, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
-    def on_step(step: Step) -> None:
+    def on_step(step: DenoisingStep) -> None:
         look = step.look()
         ours = look.gradient((look.maps.mean(8, 8) * probe).sum())
         z = step.latents.clone().requires_grad_()
@@ -350,7 +350,7 @@ def test_gradients_are_finite_differences() -> None:
     def loss(look: Look) -> Tensor:
         return look.maps.of(CAT, 8, 8)[:, 2:5, 2:5].sum() + look.prediction.square().mean()
 
-    def on_step(step: Step) -> None:
+    def on_step(step: DenoisingStep) -> None:
         look = step.look()
         told = (look.gradient(loss(look)) * direction).sum()
         ahead, behind = (loss(step.look(step.latents + h * direction)) for h in (1e-5, -1e-5))
@@ -366,7 +366,7 @@ def test_a_look_keeps_the_graph_of_its_latents_and_several_gradients() -> None:
     model = unet()
     factor = torch.tensor(1.5, requires_grad=True)
 
-    def on_step(step: Step) -> None:
+    def on_step(step: DenoisingStep) -> None:
         look = step.look(step.latents * factor)
         first = look.gradient(look.prediction.sum(), retain=True)
         assert torch.equal(first, look.gradient(look.prediction.sum((1, 2, 3)), retain=True))
@@ -378,7 +378,7 @@ def test_a_look_keeps_the_graph_of_its_latents_and_several_gradients() -> None:
 
 
 def test_a_look_at_places_of_one_size() -> None:
-    def on_step(step: Step) -> None:
+    def on_step(step: DenoisingStep) -> None:
         whole, some = step.look().maps, step.look(queries=16).maps
         assert {w.shape[2] for w in whole.weights.values()} == {16, 64}
         assert {w.shape[2] for w in some.weights.values()} == {16}
@@ -406,11 +406,11 @@ def test_latents_that_are_set_act_in_their_own_step(name: str, at: int) -> None:
     expected = loop(model, scheduler(name), z, read, changes={number: change})
     schedule = scheduler(name)
 
-    def on_step(step: Step) -> None:
+    def on_step(step: DenoisingStep) -> None:
         if step.index == at:
             step.latents = change(step.latents)
 
-    def in_place(step: Step) -> None:
+    def in_place(step: DenoisingStep) -> None:
         if step.index == at:
             step.latents.mul_(0.5).add_(0.1)
 
@@ -438,7 +438,7 @@ def test_latents_are_set_beside_other_channels() -> None:
                 latents = schedule.step(predicted[2:], t, latents).prev_sample
             return latents
 
-    def on_step(step: Step) -> None:
+    def on_step(step: DenoisingStep) -> None:
         step.latents = step.latents + 0.25
         look = step.look()
         assert look.prediction.shape == (2, 4, 8, 8)
@@ -464,7 +464,7 @@ def test_guidance_that_calls_one_after_the_other() -> None:
             latents = schedule.step(without + 3 * (told - without), t, latents).prev_sample
         return latents
 
-    def on_step(step: Step) -> None:
+    def on_step(step: DenoisingStep) -> None:
         assert step.conditional.tolist() == [True, True]
         step.latents = step.latents + 0.25
 
@@ -487,11 +487,11 @@ def test_guidance_that_calls_one_after_the_other() -> None:
 def test_schedulers_that_would_lose_latents_say_so(name: str) -> None:
     model, schedule = unet(), scheduler(name)
 
-    def on_step(step: Step) -> None:
+    def on_step(step: DenoisingStep) -> None:
         if step.index == 1:
             step.latents = step.latents + 1
 
-    def in_place(step: Step) -> None:
+    def in_place(step: DenoisingStep) -> None:
         if step.index == 1:
             step.latents.add_(1)
 
@@ -509,7 +509,7 @@ def test_steps_are_counted_anew_in_a_second_run_and_after_one_that_broke_off() -
     model, schedule = unet(), scheduler("PNDMScheduler")
     indices: list[int] = []
 
-    def on_step(step: Step) -> None:
+    def on_step(step: DenoisingStep) -> None:
         indices.append(step.index)
         if len(indices) == 2:
             raise RuntimeError("mine")
@@ -555,7 +555,7 @@ def test_three_copies_with_the_prompt_first() -> None:
     model, schedule, z, read = unet(), scheduler(), noise(), states(6)
     looks: list[Tensor] = []
 
-    def on_step(step: Step) -> None:
+    def on_step(step: DenoisingStep) -> None:
         assert step.conditional.tolist() == [True, True, False, False, False, False]
         looks.append(step.look().prediction)
 
@@ -593,7 +593,7 @@ def test_a_batch_has_the_gradients_of_its_items() -> None:
     def gradient(items: list[int]) -> Tensor:
         found: list[Tensor] = []
 
-        def on_step(step: Step) -> None:
+        def on_step(step: DenoisingStep) -> None:
             look = step.look()
             found.append(look.gradient(look.maps.of(CAT[items], 8, 8)[:, :4].sum((1, 2))))
 
@@ -641,7 +641,7 @@ def test_edits_hold_in_looks_and_are_not_counted_there() -> None:
     maps: list[Tensor] = []
     recorder = RowRecorder("all", CROSS)
 
-    def on_step(step: Step) -> None:
+    def on_step(step: DenoisingStep) -> None:
         maps.append(step.look().maps.mean(8, 8).detach())
 
     counts = []
@@ -720,7 +720,7 @@ def test_a_token_is_moved_into_a_box(tmp_path: Path) -> None:
     def guided(rate: float) -> tuple[Tensor, list[Tensor]]:
         seen: list[Tensor] = []
 
-        def on_step(step: Step) -> None:
+        def on_step(step: DenoisingStep) -> None:
             for _ in range(4):
                 look = step.look()
                 inside = mass(look)
@@ -742,8 +742,8 @@ def test_a_token_is_moved_into_a_box(tmp_path: Path) -> None:
 def test_two_pipelines_at_once(tmp_path: Path) -> None:
     one, two = pipeline(tmp_path), pipeline(tmp_path, name="EulerDiscreteScheduler")
 
-    def nudging(by: float) -> Callable[[Step], None]:
-        def on_step(step: Step) -> None:
+    def nudging(by: float) -> Callable[[DenoisingStep], None]:
+        def on_step(step: DenoisingStep) -> None:
             step.latents = step.latents + by * step.look().prediction.detach()
 
         return on_step
@@ -773,7 +773,7 @@ def test_another_thread_is_not_heard() -> None:
     found: list[Tensor] = []
     indices: list[int] = []
 
-    def on_step(step: Step) -> None:
+    def on_step(step: DenoisingStep) -> None:
         indices.append(step.index)
         if step.index == 1:
             thread = threading.Thread(target=lambda: found.append(loop(model, other, noise(), states())))
@@ -820,13 +820,13 @@ def test_the_pipeline_for_dit() -> None:
 
     plain = painting()
 
-    def look(step: Step) -> None:
+    def look(step: DenoisingStep) -> None:
         assert step.conditional.tolist() == [True, True, False, False]
         found = step.look().maps.mean(4, 4, kinds=("self",))
         assert found.shape == (2, 16, 4, 4)
         looking(step)
 
-    def nudge(step: Step) -> None:
+    def nudge(step: DenoisingStep) -> None:
         step.latents = step.latents + (0.5 if step.index == 0 else 0.0)
 
     said = {"copies": 2, "conditional": 0}
@@ -866,7 +866,7 @@ def test_joint_attention_of_sd3() -> None:
 
     pixels = (torch.arange(21) < 16)[None]
 
-    def on_step(step: Step) -> None:
+    def on_step(step: DenoisingStep) -> None:
         assert step.timestep.shape == (4,)
         assert step.conditional.tolist() == [False, False, True, True]
         look = step.look()
@@ -884,7 +884,7 @@ def test_joint_attention_of_sd3() -> None:
     with denoising(model, scheduler=schedule, on_step=on_step, maps=Where(kinds=["joint"])):
         assert torch.equal(sampled(), plain)
 
-    def nudge(step: Step) -> None:
+    def nudge(step: DenoisingStep) -> None:
         step.latents = step.latents + 0.25
 
     with denoising(model, scheduler=schedule, on_step=nudge):
@@ -908,7 +908,7 @@ def test_tokens_of_flux() -> None:
     # text stands first here
     pixels = (torch.arange(9) >= 3)[None]
 
-    def on_step(step: Step) -> None:
+    def on_step(step: DenoisingStep) -> None:
         look = step.look()
         kinds = {place.kind for place in look.maps.weights}
         maps = look.maps.mean(2, 3, kinds=tuple(kinds), image=pixels)
@@ -1001,15 +1001,15 @@ def test_loops_that_are_not_as_said() -> None:
 
 def test_what_a_step_refuses() -> None:
     model, schedule = unet(), scheduler()
-    stale: list[Step] = []
+    stale: list[DenoisingStep] = []
 
-    def too_far(step: Step) -> None:
+    def too_far(step: DenoisingStep) -> None:
         step.latents.div_(0)
 
     with pytest.raises(InputError, match="not finite at step 0"), denoising(model, scheduler=schedule, on_step=too_far):
         loop(model, schedule, noise(), states(), 2)
 
-    def refused(step: Step) -> None:
+    def refused(step: DenoisingStep) -> None:
         for wrong, says in (
             (step.latents[:1], r"latents: expected a tensor \(2, 4, 8, 8\)"),
             (3.0, "got float"),
@@ -1054,10 +1054,10 @@ def test_inference_mode_and_checkpointing() -> None:
     ):
         loop(model, schedule, z, read)
 
-    def nudge(step: Step) -> None:
+    def nudge(step: DenoisingStep) -> None:
         step.latents = step.latents + 0.25
 
-    def in_place(step: Step) -> None:
+    def in_place(step: DenoisingStep) -> None:
         step.latents.add_(0.25)
 
     expected = loop(model, schedule, z, read, 1, {0: lambda z: z + 0.25})
@@ -1081,7 +1081,7 @@ def test_inference_mode_and_checkpointing() -> None:
 def test_latents_that_the_loop_changes_itself() -> None:
     model, schedule, z = unet(), scheduler(), noise()
 
-    def nudge(step: Step) -> None:
+    def nudge(step: DenoisingStep) -> None:
         step.latents = step.latents + 0.25
 
     @torch.no_grad()
@@ -1118,7 +1118,7 @@ def test_half_precision() -> None:
     model, z, read, schedule = unet().bfloat16(), noise(), states().bfloat16(), scheduler()
     changed: list[Tensor] = []
 
-    def on_step(step: Step) -> None:
+    def on_step(step: DenoisingStep) -> None:
         look = step.look()
         gradient = look.gradient(look.maps.mean(8, 8)[:, 1].square().sum())
         assert gradient.dtype == step.latents.dtype == torch.float32

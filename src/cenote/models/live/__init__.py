@@ -13,7 +13,8 @@ name.
 """
 
 from cenote.models.live.calls import AttentionCall, Place
-from cenote.models.live.denoise import AttentionMaps, Denoising, Look, MapRecorder, Step, denoising
+from cenote.models.live.decode import Branch, Branches, DecodingStep, plausible
+from cenote.models.live.denoise import AttentionMaps, Denoising, DenoisingStep, Look, MapRecorder, denoising
 from cenote.models.live.edited import Run, edited, recorded
 from cenote.models.live.edits import (
     AttentionEdit,
@@ -29,6 +30,7 @@ from cenote.models.live.edits import (
     Where,
 )
 from cenote.models.live.heads import AblatedHeads, AddedStates, ScaledHeads
+from cenote.models.live.parts import of_part
 from cenote.models.live.places import attentions, blocks, embeddings, final_norm, stacks
 from cenote.models.live.shorten import Shorten, shortened
 from cenote.models.live.shortening import Shortening
@@ -42,7 +44,11 @@ __all__ = [
     "AttentionEdit",
     "AttentionMaps",
     "BlockEdit",
+    "Branch",
+    "Branches",
+    "DecodingStep",
     "Denoising",
+    "DenoisingStep",
     "Edit",
     "HeadRecorder",
     "InputsRecorder",
@@ -57,7 +63,6 @@ __all__ = [
     "Shorten",
     "Shortening",
     "StateRecorder",
-    "Step",
     "Trace",
     "Where",
     "as_mixer",
@@ -67,6 +72,8 @@ __all__ = [
     "edited",
     "embeddings",
     "final_norm",
+    "of_part",
+    "plausible",
     "recorded",
     "shortened",
     "stacks",

@@ -1,9 +1,10 @@
 """Reaching into a running denoising loop: latents before they are used, steps, attention maps with a graph.
 
-`denoising(pipeline, *edits, on_step=f)` calls f before each step with a `Step`: its latents may be set, and what is set is used
-by the denoiser and by `scheduler.step` of this very step; `step.look()` runs the denoiser once more beside the loop, with a
-graph, so that losses on attention maps have gradients at the latents. Of diffusers it knows only names of arguments, and of the
-states in which schedulers are inside of a step: any denoiser and any object with `step(..., sample)` will do.
+`denoising(pipeline, *edits, on_step=f)` calls f before each step with a `DenoisingStep`: its latents may be set, and what is
+set is used by the denoiser and by `scheduler.step` of this very step; `step.look()` runs the denoiser once more beside the
+loop, with a graph, so that losses on attention maps have gradients at the latents. Of diffusers it knows only names of
+arguments, and of the states in which schedulers are inside of a step: any denoiser and any object with `step(..., sample)` will
+do.
 
 What it does not know: latents that a pipeline changes between the denoiser and `scheduler.step`; what beside the latents
 depends on them (a ControlNet's residuals are taken as they are, without a gradient); where latents end, if other channels or
@@ -208,7 +209,7 @@ class Look:
         return found
 
 
-class Step:
+class DenoisingStep:
     """One step of a denoising loop, before it.
 
     Attributes:
@@ -388,7 +389,7 @@ class Denoising(Run):
         spans: Mapping[str, Tensor],
         scheduler: Any,
         pipeline: Any = None,
-        on_step: Callable[[Step], None] | None = None,
+        on_step: Callable[[DenoisingStep], None] | None = None,
         maps: Where | None = None,
         copies: int | None = None,
         conditional: int = -1,
@@ -396,7 +397,7 @@ class Denoising(Run):
         super().__init__(model, edits, spans)
         self.scheduler, self.pipeline, self.on_step = scheduler, pipeline, on_step
         self.copies, self.conditional = copies, conditional
-        self.now: Step | None = None
+        self.now: DenoisingStep | None = None
         self._recorder: RowRecorder | None = None
         self._reached: Reached | None = None
         if maps is not None:
@@ -502,7 +503,7 @@ class Denoising(Run):
         return method(*bound.args, **bound.kwargs)
 
     def look(self, latents: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], queries: int | None) -> Look:
-        """The denoiser beside the loop; see `Step.look`."""
+        """The denoiser beside the loop; see `DenoisingStep.look`."""
         recorder, reached = self._recorder, self._reached
         before = self._spans, self._conditional
         lengths = [(trace, {place: len(kept) for place, kept in trace.items()}) for trace in self._traces()]
@@ -551,7 +552,7 @@ class Denoising(Run):
         if _inside(self.scheduler):
             return
         self._index += 1
-        self.now = Step(self, self._index, forward, seen)
+        self.now = DenoisingStep(self, self._index, forward, seen)
         if self.on_step is not None:
             with torch.enable_grad():
                 self.on_step(self.now)
@@ -657,7 +658,7 @@ def denoising(
     model: Any,
     *edits: Edit,
     scheduler: Any = None,
-    on_step: Callable[[Step], None] | None = None,
+    on_step: Callable[[DenoisingStep], None] | None = None,
     maps: Where | None = None,
     spans: Mapping[str, Bool[Tensor, "items tokens"]] | None = None,
     copies: int | None = None,

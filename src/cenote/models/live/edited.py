@@ -26,6 +26,7 @@ from cenote.models.live.edits import (
     RowRecorder,
     StateRecorder,
     Where,
+    name_of,
     overrides,
 )
 
@@ -36,6 +37,9 @@ RECORDERS: dict[str, Callable[..., Edit]] = {
     "states": StateRecorder,
 }
 Entered = TypeVar("Entered", bound="Run")
+
+NOBODY = 0
+"""No thread has this number."""
 
 
 class Run:
@@ -91,13 +95,22 @@ class Run:
         if threading.get_ident() == self.thread:
             self._forwards += 1
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Hear nothing for a while: the model runs as if it was not entered. Afterwards the thread that goes on is heard."""
+        self.thread = NOBODY
+        try:
+            yield
+        finally:
+            self.thread = threading.get_ident()
+
     def require_effect(self) -> None:
         """Raise where an edit did nothing."""
         for edit in self.edits:
             if id(edit) not in self._acted:
                 ran = self._forwards or self.effect
                 why = "its places did not run, or it chose no query" if ran else "the model did not run in this thread"
-                raise InputError(f"edits: {type(edit).__name__} did nothing: {why}")
+                raise InputError(f"edits: {name_of(edit)} did nothing: {why}")
 
 
 @contextmanager
@@ -246,7 +259,7 @@ def reach(model: nn.Module, edits: Sequence[Edit], spans: Mapping[str, Tensor]) 
     require_module(model)
     if not edits:
         raise InputError("edits: give at least one")
-    _check_spans(spans)
+    check_spans(spans)
     acting: dict[Place, list[AttentionEdit]] = {}
     hooked: dict[Place, list[BlockEdit]] = {}
     ways = places.ways(model)
@@ -267,7 +280,7 @@ def reach(model: nn.Module, edits: Sequence[Edit], spans: Mapping[str, Tensor]) 
         if not chosen:
             there = sorted({f"{kind} in {stack!r}" for _, kind, stack, *_ in everywhere}) or ["none"]
             raise InputError(
-                f"edits: {type(edit).__name__} has no place {edit.at} in {type(model).__name__}; there are: {', '.join(there)}"
+                f"edits: {name_of(edit)} has no place {edit.at} in {type(model).__name__}; there are: {', '.join(there)}"
             )
         for place in chosen:
             if isinstance(edit, AttentionEdit):
@@ -298,7 +311,7 @@ def _check_reach(acting: Mapping[Place, object], ways: Mapping[Place, str]) -> N
             raise InputError(f"model: attention at {place.path} cannot be reached: {why}")
 
 
-def _check_spans(spans: Mapping[str, Tensor]) -> None:
+def check_spans(spans: Mapping[str, Tensor]) -> None:
     for name, span in spans.items():
         if not isinstance(span, Tensor) or span.dtype != torch.bool or span.dim() != 2:
             got = f"{span.dtype} of shape {tuple(span.shape)}" if isinstance(span, Tensor) else type(span).__name__

@@ -38,10 +38,12 @@ class Where:
 
 
 class Edit:
-    """What all edits have: `at`, the places; `asks`, names of the spans that it needs."""
+    """What all edits have: `at`, the places; `asks`, names of the spans that it needs; `stands_for`, the edit whose methods
+    this one passes on to."""
 
     at: Where = Where()
     asks: Sequence[str] = ()
+    stands_for: Edit | None = None
     counts_itself: bool = False
     """Whether it tells the run what it edited; what else is called counts once a call."""
 
@@ -138,8 +140,14 @@ class Attended(NamedTuple):
     weights: Float[Tensor, "batch heads queries keys"] | None
 
 
+def name_of(edit: Edit) -> str:
+    """Of the class that a person wrote."""
+    return type(edit.stands_for or edit).__name__
+
+
 def overrides(edit: Edit, name: str) -> bool:
     """Whether the edit's class has its own method of that name."""
+    edit = edit.stands_for or edit
     base = next(cls for cls in (AttentionEdit, BlockEdit) if isinstance(edit, cls))
     return getattr(type(edit), name) is not getattr(base, name)
 
