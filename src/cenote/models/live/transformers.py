@@ -71,10 +71,13 @@ def leave(key: object) -> None:
 
 
 def _handing_out(ask: Callable[..., Any]) -> Callable[..., Any]:
+    # each forward asks in each of its layers
+    dispatched = functools.cache(_Dispatched)
+
     @functools.wraps(ask)
     def hand_out(registry: Any, name: str, *default: Any) -> Any:
         found = ask(registry, name, *default)
-        return found if isinstance(found, _Dispatched) else _Dispatched(found, name)
+        return found if isinstance(found, _Dispatched) else dispatched(found, name)
 
     return hand_out
 
