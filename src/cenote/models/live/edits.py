@@ -123,10 +123,9 @@ class Attended(NamedTuple):
     weights: Float[Tensor, "batch heads queries keys"] | None
 
 
-def overrides(edit: Edit, name: str) -> bool:
+def overrides(edit: AttentionEdit, name: str) -> bool:
     """Whether the edit's class has its own method of that name."""
-    base = next(cls for cls in (AttentionEdit, BlockEdit) if isinstance(edit, cls))
-    return getattr(type(edit), name) is not getattr(base, name)
+    return getattr(type(edit), name) is not getattr(AttentionEdit, name)
 
 
 def apply(
@@ -168,14 +167,15 @@ def _written_out(call: AttentionCall, acts: Sequence[Act]) -> Float[Tensor, "bat
 def _with_rows(call: AttentionCall, acts: Sequence[Act], fused: Callable[[AttentionCall], Tensor]) -> Attended:
     """What the user's function gives, with edited rows in it; it need not run where these are all rows of all heads."""
     chosen = [(act, act.edit.queries(act.seen(call))) for act in acts if isinstance(act.edit, RowEdit)]
-    chosen = [(act, queries) for act, queries in chosen if queries.any()]
     if not chosen:
         return Attended(fused(call), None)
     rows = call.only(functools.reduce(torch.logical_or, [queries for _, queries in chosen]))
+    if not rows.queries:
+        return Attended(fused(call), None)
     before = weights = rows.weights()
     forced: Tensor | None = None
     for act, queries in chosen:
-        among = queries if rows is call else _among(queries, rows)
+        among = _among(queries, rows)
         weights = _rows_edited(rows, act, among, weights)
         if act.edit.forced:  # type: ignore[attr-defined]
             forced = among if forced is None else forced | among
@@ -184,28 +184,32 @@ def _with_rows(call: AttentionCall, acts: Sequence[Act], fused: Callable[[Attent
     differs = (weights != before).any(-1)
     if forced is not None:
         differs = differs | forced[:, None]
-    if rows is call:
-        if differs.all():
-            return Attended(call.mixed(weights), before)
-        y = fused(call)
-        return Attended(torch.where(differs[..., None], call.mixed(weights).to(y.dtype), y), None)
-    y = fused(call)
-    assert rows.rows is not None
-    assert rows.real is not None
-    item, slot = rows.real.nonzero(as_tuple=True)
-    at = (item, slice(None), slot)
-    if not differs[at].any():
-        return Attended(y, None)
-    query = rows.rows[item, slot]
-    new = torch.where(differs[at][..., None], rows.mixed(weights)[at].to(y.dtype), y[item, :, query])
-    return Attended(y.transpose(1, 2).index_put((item, query), new).transpose(1, 2), None)
+    if rows.rows is None and differs.all():
+        return Attended(call.mixed(weights), before)
+    return Attended(_overwritten(fused(call), rows, weights, differs), None)
 
 
 def _among(queries: Bool[Tensor, "batch queries"], rows: AttentionCall) -> Bool[Tensor, "batch rows"]:
-    """Which of these rows are among the queries."""
-    assert rows.rows is not None
-    assert rows.real is not None
-    return queries.gather(1, rows.rows) & rows.real
+    """Which of the rows that are computed are among the queries."""
+    return queries if rows.rows is None or rows.real is None else queries.gather(1, rows.rows) & rows.real
+
+
+def _overwritten(
+    y: Float[Tensor, "batch heads queries width"],
+    rows: AttentionCall,
+    weights: Float[Tensor, "batch heads rows keys"],
+    differs: Bool[Tensor, "batch heads rows"],
+) -> Float[Tensor, "batch heads queries width"]:
+    """Outputs of the heads, in these rows made of these weights where they differ from the user's."""
+    if rows.rows is None or rows.real is None:
+        return torch.where(differs[..., None], rows.mixed(weights).to(y.dtype), y)
+    item, slot = rows.real.nonzero(as_tuple=True)
+    at = (item, slice(None), slot)
+    if not differs[at].any():
+        return y
+    query = rows.rows[item, slot]
+    new = torch.where(differs[at][..., None], rows.mixed(weights)[at].to(y.dtype), y[item, :, query])
+    return y.transpose(1, 2).index_put((item, query), new).transpose(1, 2)
 
 
 def _rows_edited(
