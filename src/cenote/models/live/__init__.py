@@ -27,6 +27,7 @@ from cenote.models.live.edits import (
 )
 from cenote.models.live.heads import AblatedHeads, AddedStates, ScaledHeads
 from cenote.models.live.places import attentions, blocks, embeddings, final_norm, stacks
+from cenote.models.live.reach import Reach, reach
 from cenote.models.live.shorten import Shortening, shortened
 from cenote.models.live.swapped import AsMixer, as_mixer, swapped
 
@@ -41,6 +42,7 @@ __all__ = [
     "HeadRecorder",
     "InputsRecorder",
     "Place",
+    "Reach",
     "Recorder",
     "RowEdit",
     "RowRecorder",
@@ -56,6 +58,7 @@ __all__ = [
     "edited",
     "embeddings",
     "final_norm",
+    "reach",
     "recorded",
     "shortened",
     "stacks",

@@ -26,6 +26,7 @@ from cenote.models.live.edits import (
     StateRecorder,
     Where,
 )
+from cenote.models.live.reach import why_not
 
 RECORDERS: dict[str, Callable[..., Edit]] = {
     "rows": RowRecorder,
@@ -246,14 +247,7 @@ def _checked(
 
 def _check_reach(acting: Mapping[Place, object], ways: Mapping[Place, str]) -> None:
     for place in acting:
-        if ways[place] == "written out":
-            name = type(place.module).__name__
-            why: str | None = (
-                f"{name} writes it out in its own forward; edits of blocks (BlockEdit) work, or give other places"
-            )
-        else:
-            seat = transformers if ways[place] == "registry" else sdpa
-            why = seat.why_not(place.module)
+        why = why_not(place, ways[place])
         if why:
             raise InputError(f"model: attention at {place.path} cannot be reached: {why}")
 

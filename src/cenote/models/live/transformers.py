@@ -24,6 +24,8 @@ from cenote.models.live.calls import Allowed, AttentionCall, causal, dense
 
 ARGUMENTS = ("query", "key", "value", "attention_mask")
 DEFAULT = "eager_attention_forward"
+WITH_MASKS = ("sdpa", "eager")
+"""What takes a mask of any form."""
 
 _entered: set[object] = set()
 _taken: dict[tuple[Any, str], Any] = {}
@@ -31,9 +33,9 @@ _taken: dict[tuple[Any, str], Any] = {}
 
 def why_not(module: nn.Module) -> str | None:
     """What stands against editing this module, in words."""
-    implementation = _implementation(module)
-    if implementation.startswith("paged|"):
-        return f"its attn_implementation is {implementation!r}; use 'sdpa' or 'eager'"
+    name = implementation(module)
+    if name.startswith("paged|"):
+        return f"its attn_implementation is {name!r}; use 'sdpa' or 'eager'"
     return None
 
 
@@ -134,7 +136,7 @@ def _attended(
         if call.allowed is not allowed or call.bias is not bias:
             seen = seats.with_mask(call, q.dtype)
             options.pop("position_bias", None)
-            if implementation not in ("sdpa", "eager"):
+            if implementation not in WITH_MASKS:
                 raise InputError(
                     f"model: masks cannot be changed under {implementation!r}; load it with attn_implementation='sdpa'"
                 )
@@ -191,6 +193,7 @@ def _sinks(module: nn.Module, given: Mapping[str, Any]) -> Tensor | None:
     return found if found is not None else own if isinstance(own, Tensor) else None
 
 
-def _implementation(module: nn.Module) -> str:
+def implementation(module: nn.Module) -> str:
+    """Its name of what computes attention there."""
     config = getattr(module, "config", None)
     return str(getattr(config, "_attn_implementation", None) or "eager")
