@@ -343,8 +343,8 @@ def live(content: dict[str, Any]) -> list[str]:
         "",
         *table(["", "s", "of as loaded", "wanted", "extra MB"], rows),
         "",
-        f"Recorded rows are eager's to {content['largest_difference']:.0e}. Recording takes {more:.1f} MB more than the model as "
-        f"it is loaded (wanted at most {most:.0f}{met(more <= most)}). At {content['long_tokens']:,} tokens a run takes "
+        f"Recorded rows are eager's to {content['largest_difference']:.0e}. Recording takes {more:.1f} MB more than the model "
+        f"as it is loaded (wanted at most {most:.0f}{met(more <= most)}). At {content['long_tokens']:,} tokens a run takes "
         f"{long['as loaded']:.0f} MB, with rows recorded {long['rows recorded']:.0f} MB (wanted at most "
         f"{long_most:.0f}{met(long['rows recorded'] <= long_most)}).",
         "",
@@ -354,8 +354,8 @@ def live(content: dict[str, Any]) -> list[str]:
         *table(["", "s", "tokens a second, of decoding as loaded", "wanted"], steps),
         "",
         f"`{content['command']}`, {content['machine']['threads']} thread(s), {content['rounds']} rounds. 1-minute load before "
-        f"the start {content['load_before'][0]:.2f} on {content['machine']['cores']} cores; of a second on the clock the process "
-        f"had {share:.2f} s of a core.",
+        f"the start {content['load_before'][0]:.2f} on {content['machine']['cores']} cores; of a second on the clock the "
+        f"process had {share:.2f} s of a core.",
         "",
     ]
 
