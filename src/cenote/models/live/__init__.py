@@ -32,6 +32,7 @@ from cenote.models.live.edits import (
 from cenote.models.live.heads import AblatedHeads, AddedStates, ScaledHeads
 from cenote.models.live.parts import of_part
 from cenote.models.live.places import attentions, blocks, embeddings, final_norm, stacks
+from cenote.models.live.reach import Reach, reach
 from cenote.models.live.shorten import Shorten, shortened
 from cenote.models.live.shortening import Shortening
 from cenote.models.live.swapped import AsMixer, as_mixer, swapped
@@ -55,6 +56,7 @@ __all__ = [
     "Look",
     "MapRecorder",
     "Place",
+    "Reach",
     "Recorder",
     "RowEdit",
     "RowRecorder",
@@ -74,6 +76,7 @@ __all__ = [
     "final_norm",
     "of_part",
     "plausible",
+    "reach",
     "recorded",
     "shortened",
     "stacks",

@@ -94,6 +94,8 @@ class AttentionCall:
 
     def only(self, queries: Bool[Tensor, "batch queries"]) -> AttentionCall:
         """The same for these queries alone; items with fewer of them are filled up with rows that are not `real`."""
+        if queries.all():
+            return self
         counts = queries.sum(1)
         most = int(counts.max())
         # stable: True first, each in its order
@@ -131,7 +133,8 @@ class AttentionCall:
 
     def last(self) -> Bool[Tensor, "batch queries"]:
         """The last query of each item (of a batch that is padded on the left, or not at all)."""
-        return self.numbers() == self.numbers().amax(1, keepdim=True)
+        numbers = self.numbers()
+        return numbers == (self.queries - 1 if self.rows is None else numbers.amax(1, keepdim=True))
 
     def scores(self) -> Float[Tensor, "batch heads queries keys"]:
         """Before the softmax, at least float32; -inf where a key may not be read."""
@@ -145,6 +148,12 @@ class AttentionCall:
             scores = scores + picked(self.bias, self.rows)
         readable = self.readable()
         return scores if readable is None else scores.masked_fill(~readable, float("-inf"))
+
+    def weights(self) -> Float[Tensor, "batch heads queries keys"]:
+        """What each query takes from each key."""
+        scores = self.scores()
+        hides_nothing = self.allowed is None and self.bias is None and self.sinks is None
+        return scores.softmax(-1) if hides_nothing else self.softmax(scores)
 
     def softmax(self, scores: Float[Tensor, "batch heads queries keys"]) -> Float[Tensor, "batch heads queries keys"]:
         """Weights: zeros for a query that may read nothing; what sinks take is missing from their sum."""

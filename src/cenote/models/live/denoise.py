@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from cenote.core import InputError
 from cenote.models.live.calls import AttentionCall, Kind, Place
-from cenote.models.live.edited import Reached, Run, entered, reach, require_module
+from cenote.models.live.edited import Placed, Run, entered, placed, require_module
 from cenote.models.live.edits import Edit, RowRecorder, Trace, Where
 
 PROMPT: tuple[Kind, ...] = ("cross",)
@@ -399,10 +399,10 @@ class Denoising(Run):
         self.copies, self.conditional = copies, conditional
         self.now: DenoisingStep | None = None
         self._recorder: RowRecorder | None = None
-        self._reached: Reached | None = None
+        self._where: Placed | None = None
         if maps is not None:
             self._recorder = RowRecorder("all", maps, detach=False)
-            self._reached = reach(model, [self._recorder], {})
+            self._where = placed(model, [self._recorder], {})
         self._index = -1
         self._timesteps: object = None
         self._scaled: tuple[Tensor, Tensor, Callable[[Tensor], Tensor]] | None = None
@@ -504,7 +504,7 @@ class Denoising(Run):
 
     def look(self, latents: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], queries: int | None) -> Look:
         """The denoiser beside the loop; see `DenoisingStep.look`."""
-        recorder, reached = self._recorder, self._reached
+        recorder, where = self._recorder, self._where
         before = self._spans, self._conditional
         lengths = [(trace, {place: len(kept) for place, kept in trace.items()}) for trace in self._traces()]
         read = self._conditional
@@ -513,13 +513,13 @@ class Denoising(Run):
         self._looking = True
         try:
             with ExitStack() as stack:
-                if recorder is not None and reached is not None:
+                if recorder is not None and where is not None:
                     if getattr(self.model, "is_gradient_checkpointing", False):
                         raise InputError(
                             "model: with gradient checkpointing maps have no gradient; call disable_gradient_checkpointing()"
                         )
                     recorder.wanted = lambda call: _all_queries(call, queries)
-                    stack.enter_context(entered(_Beside(self, recorder), reached))
+                    stack.enter_context(entered(_Beside(self, recorder), where))
                 output = self.model(*args, **kwargs)
             found = {place: kept[-1] for place, kept in recorder.found.items()} if recorder is not None else {}
         finally:
@@ -717,12 +717,12 @@ def denoising(
     ):
         raise InputError("model: its loop is entered already; give all edits and one on_step to one denoising(...)")
     spans = dict(spans or {})
-    reached = reach(denoiser, edits, spans) if edits else None
-    acting = () if reached is None else reached.parts
+    where = placed(denoiser, edits, spans) if edits else None
+    acting = () if where is None else where.parts
     run = Denoising(denoiser, acting, spans, scheduler, pipeline, on_step, maps, copies, conditional)
     with ExitStack() as stack:
-        if reached is not None:
-            stack.enter_context(entered(run, reached))
+        if where is not None:
+            stack.enter_context(entered(run, where))
         for name, act in {"step": run.steps, "scale_model_input": run.scales}.items():
             if hasattr(scheduler, name):
                 stack.callback(_put_back, scheduler, name, vars(scheduler).get(name))

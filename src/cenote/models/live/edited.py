@@ -1,4 +1,4 @@
-"""The one context manager through which a running model is reached."""
+"""The one context manager through which a running model is where."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from cenote.models.live.edits import (
     name_of,
     overrides,
 )
+from cenote.models.live.reach import why_not
 
 RECORDERS: dict[str, Callable[..., Edit]] = {
     "rows": RowRecorder,
@@ -148,16 +149,16 @@ def edited(
         >>> _ = torch.backends.mha.set_fastpath_enabled(True)
     """
     spans = dict(spans or {})
-    reached = reach(model, edits, spans)
-    with entered(Run(model, reached.parts, spans), reached) as run:
+    where = placed(model, edits, spans)
+    with entered(Run(model, where.parts, spans), where) as run:
         yield run
         run.require_effect()
 
 
 @contextmanager
-def entered(run: Entered, reached: Reached) -> Iterator[Entered]:
+def entered(run: Entered, where: Placed) -> Iterator[Entered]:
     """Let a run's edits act where they were found to reach."""
-    parts, acting, hooked, ways = reached
+    parts, acting, hooked, ways = where
     handles: list[RemovableHandle] = []
     try:
         for edit in parts:
@@ -230,7 +231,7 @@ def recorded(
         yield found
 
 
-class Reached(NamedTuple):
+class Placed(NamedTuple):
     """Edits as they act, those of each place and of each block, and how attention is computed where there is some."""
 
     parts: list[Edit]
@@ -254,7 +255,7 @@ def require_module(model: object) -> None:
         )
 
 
-def reach(model: nn.Module, edits: Sequence[Edit], spans: Mapping[str, Tensor]) -> Reached:
+def placed(model: nn.Module, edits: Sequence[Edit], spans: Mapping[str, Tensor]) -> Placed:
     """Where these edits act; raise where one cannot."""
     require_module(model)
     if not edits:
@@ -288,25 +289,12 @@ def reach(model: nn.Module, edits: Sequence[Edit], spans: Mapping[str, Tensor]) 
             elif isinstance(edit, BlockEdit):
                 hooked.setdefault(place, []).append(edit)
     _check_reach(acting, ways)
-    return Reached(parts, acting, hooked, ways)
+    return Placed(parts, acting, hooked, ways)
 
 
 def _check_reach(acting: Mapping[Place, object], ways: Mapping[Place, str]) -> None:
     for place in acting:
-        if ways[place] == "written out":
-            name = type(place.module).__name__
-            why: str | None = (
-                f"{name} writes it out in its own forward; edits of blocks (BlockEdit) work, or give other places"
-            )
-        elif ways[place] == "elsewhere":
-            name = type(place.module.processor).__name__
-            why = (
-                f"{name} computes it in a function that cannot be edited; set a processor of scaled_dot_product_attention, "
-                f"such as model.set_attn_processor(AttnProcessor2_0())"
-            )
-        else:
-            seat = transformers if ways[place] == "registry" else sdpa
-            why = seat.why_not(place.module)
+        why = why_not(place, ways[place])
         if why:
             raise InputError(f"model: attention at {place.path} cannot be reached: {why}")
 

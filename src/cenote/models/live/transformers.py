@@ -24,6 +24,8 @@ from cenote.models.live.calls import Allowed, AttentionCall, causal, dense
 
 ARGUMENTS = ("query", "key", "value", "attention_mask")
 DEFAULT = "eager_attention_forward"
+WITH_MASKS = ("sdpa", "eager")
+"""What takes a mask of any form."""
 
 _entered: set[object] = set()
 _taken: dict[tuple[Any, str], Any] = {}
@@ -71,10 +73,13 @@ def leave(key: object) -> None:
 
 
 def _handing_out(ask: Callable[..., Any]) -> Callable[..., Any]:
+    # each forward asks in each of its layers
+    dispatched = functools.cache(_Dispatched)
+
     @functools.wraps(ask)
     def hand_out(registry: Any, name: str, *default: Any) -> Any:
         found = ask(registry, name, *default)
-        return found if isinstance(found, _Dispatched) else _Dispatched(found, name)
+        return found if isinstance(found, _Dispatched) else dispatched(found, name)
 
     return hand_out
 
@@ -131,7 +136,7 @@ def _attended(
         if call.allowed is not allowed or call.bias is not bias:
             seen = seats.with_mask(call, q.dtype)
             options.pop("position_bias", None)
-            if implementation not in ("sdpa", "eager"):
+            if implementation not in WITH_MASKS:
                 raise InputError(
                     f"model: masks cannot be changed under {implementation!r}; load it with attn_implementation='sdpa'"
                 )
