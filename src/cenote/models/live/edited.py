@@ -1,4 +1,4 @@
-"""The one context manager through which a running model is where."""
+"""The one context manager through which a running model is reached."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class _Part(Edit):
         spans: Mapping[str, Tensor] | None,
         stacks: Collection[str] | None,
     ) -> None:
-        self.inner, self.number, self.parts, self.spans = edit, number, parts, spans
+        self.inner, self.number, self.count, self.spans = edit, number, parts, spans
         self.stands_for = edit
         self.at = edit.at if stacks is None else _InStacks(within=edit.at, stacks=stacks)
         self.asks = edit.asks if spans is None else ()
@@ -85,12 +85,12 @@ class _Part(Edit):
         self.inner.begins()
 
     def items(self, batch: int, place: Place) -> slice:
-        if batch % self.parts:
+        if batch % self.count:
             raise InputError(
-                f"edits: {type(self.inner).__name__} acts on part {self.number} of {self.parts}, and {place.path} computes "
+                f"edits: {type(self.inner).__name__} acts on part {self.number} of {self.count}, and {place.path} computes "
                 f"{batch} items; give it other places (at=Where(stack=...))"
             )
-        size = batch // self.parts
+        size = batch // self.count
         return slice(self.number * size, (self.number + 1) * size)
 
     def seen(self, call: AttentionCall) -> AttentionCall:
