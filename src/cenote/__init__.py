@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cenote.catalog import ROOMS, create, find, method, methods, systems
 from cenote.core import Bags, InputError
-from cenote.core.moved import Moved
+from cenote.core.moved import MODULES, OldModules
 from cenote.core.version import __version__
 
 if TYPE_CHECKING:
@@ -25,14 +25,6 @@ _FLOORS = (
     *ROOMS,
     *("report", "scale", "study", "testing"),
 )
-_MOVED = {
-    "cenote.models.sentence_transformers": "cenote.bridges.sentence_transformers",
-    "cenote.probe.estimators": "cenote.bridges.scikit_learn",
-    "cenote.probe.metrics": "cenote.compare.metrics",
-    "cenote.probe.statistics": "cenote.compare.statistics",
-    "cenote.probe": "cenote.jobs.probe",
-}
-
 __all__ = [
     "Bags",
     "InputError",
@@ -46,13 +38,13 @@ __all__ = [
     *_FLOORS,
 ]
 
-sys.meta_path.insert(0, Moved(_MOVED))
+sys.meta_path.insert(0, OldModules())
 
 
 def __getattr__(name: str) -> Any:
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)
-    if name in _FLOORS or f"cenote.{name}" in _MOVED:
+    if name in _FLOORS or f"cenote.{name}" in MODULES:
         return import_module(f"cenote.{name}")
     raise AttributeError(f"module 'cenote' has no attribute {name!r}")
 
