@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import inspect
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -163,7 +164,7 @@ def method(name: str) -> Method:
     return known[name]
 
 
-def create(name: str, *args: Any, **kwargs: Any) -> Any:
+def create(name: str, /, *args: Any, **kwargs: Any) -> Any:
     """Build a method by name.
 
     Args:
@@ -171,13 +172,19 @@ def create(name: str, *args: Any, **kwargs: Any) -> Any:
         args, kwargs: of its class; they override the settings of the catalog.
 
     Raises:
-        InputError: where no method has that name.
+        InputError: where no method has that name, or its class does not take such arguments.
 
     >>> create("simpool", dim=768).out_dim
     768
     """
     entry = method(name)
-    return entry.load()(*args, **{**(entry.settings or {}), **kwargs})
+    built, arguments = entry.load(), {**(entry.settings or {}), **kwargs}
+    signature = inspect.signature(built)
+    try:
+        signature.bind(*args, **arguments)
+    except TypeError as error:
+        raise InputError(f"{name}: {error}; it takes {', '.join(signature.parameters)}") from None
+    return built(*args, **arguments)
 
 
 def find(text: str) -> list[System]:
