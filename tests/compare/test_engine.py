@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -165,6 +166,62 @@ def test_wrong_arms_are_named() -> None:
         measure(ARMS[:1], "median")
     with pytest.raises(InputError, match=r"mean: expected scores of \[seeds, 1 units, ...\], got \[2, 60\]"):
         judge(Comparison, measure(ARMS[:1], "mean"), Units(("one",)), Measure("m"), baseline="mean")
+
+
+def test_a_key_that_is_no_json_is_told() -> None:
+    class Odd(Guess):
+        def key(self) -> Mapping[str, Any]:
+            return {"of": {1, 2}}
+
+    with pytest.raises(InputError, match=r"odd: its key\(\) cannot be written as JSON \(Object of type set"):
+        engine.key_of(Odd("odd", 0.1))
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        Cell("mean", {"seconds": 1.0}, {}),
+        Cell("mean", {"seconds": 1.0}, {"scores": torch.zeros(3)}),
+        Cell("mean", {}, {"scores": torch.zeros(2, len(UNITS))}),
+        Cell("mean", {"seconds": None}, {"scores": torch.zeros(2, len(UNITS))}),
+        Cell("better", {"seconds": 1.0}, {"scores": torch.zeros(2, len(UNITS))}),
+        None,
+    ],
+)
+def test_a_stored_cell_that_is_no_measurement_is_measured_again(found: Cell | None, tmp_path: Path) -> None:
+    cells = Cells(tmp_path)
+    if found is None:
+        cells.path("mean").write_bytes(b"{" * 100)
+    else:
+        save_cell(cells.path("mean"), engine.key_of(ARMS[0]), found)
+    assert table(folder=tmp_path)["mean"].metric == table()["mean"].metric
+    assert runs.count("mean") == 2
+    runs.clear()
+    table(folder=tmp_path)
+    assert runs == []
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"results": None}, "not iterable"),
+        ({"metric_name": 3}, "metric_name: expected str, got 3"),
+        ({"skipped": []}, r"skipped: expected dict, got \(\)"),
+        ({"sentence": None}, "sentence: expected str, got None"),
+        ({"bones": 1}, "unexpected keyword argument 'bones'"),
+    ],
+)
+def test_a_comparison_that_is_none_is_not_read(change: dict[str, Any], told: str) -> None:
+    text = table().to_json()
+    with pytest.raises(TypeError, match=told):
+        Comparison.from_json(json.dumps({**json.loads(text), **change}))
+    changed = json.loads(text)
+    changed["results"][0]["metric"] = "0.9"
+    with pytest.raises(TypeError, match=r"metric: expected float, got .0\.9."):
+        Comparison.from_json(json.dumps(changed))
+    for other in ("[]", "null", "3"):
+        with pytest.raises(TypeError, match="expected an object"):
+            Comparison.from_json(other)
 
 
 def test_processes_give_the_same() -> None:
