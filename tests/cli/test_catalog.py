@@ -4,7 +4,9 @@ import pytest
 from typer.testing import CliRunner
 
 import cenote
+from cenote.catalog.names import places
 from cenote.cli.app import app
+from cenote.cli.catalog import show
 from tests.cli.program import Run
 
 runner = CliRunner()
@@ -39,6 +41,29 @@ def test_show_of_a_slug() -> None:
 
 def test_show_says_what_a_user_should_know_about_the_method() -> None:
     assert "pending patent applications" in runner.invoke(app, ["show", "localist-framework"]).stdout
+
+
+def test_show_knows_every_slug_method_and_class(capsys: pytest.CaptureFixture[str]) -> None:
+    for s in cenote.systems():
+        show(s.slug)
+        assert f" {s.row} " in capsys.readouterr().out, s.slug
+    for m in cenote.methods():
+        for name in (m.name, m.path.rpartition(".")[2]):
+            show(name)
+            shown = capsys.readouterr().out
+            assert m.path in shown, name
+            assert m.slug is None or f" {m.slug} " in shown, name
+    for name, path in places().items():
+        show(name)
+        shown = capsys.readouterr().out
+        assert "systems match" not in shown, name
+        assert path in shown or any(path in s.also for s in cenote.systems()), name
+
+
+def test_show_of_a_method_of_no_system() -> None:
+    shown = runner.invoke(app, ["show", "abmil-plain"]).stdout
+    for expected in ("without the gate", "cenote.pool.attention.abmil.ABMIL", "abmil, abmil-plain"):
+        assert expected in shown
 
 
 def test_show_of_words_lists_what_matches() -> None:

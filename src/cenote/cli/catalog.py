@@ -9,7 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cenote.catalog import find, methods, systems
+from cenote.catalog import find, method, methods, systems
+from cenote.catalog.entries import owner_of
+from cenote.catalog.names import places
 from cenote.core.errors import InputError
 
 PIPE_WIDTH = 240
@@ -37,11 +39,21 @@ def list_methods(
         console.print(names)
 
 
-def show(slug: Annotated[str, typer.Argument(help="A system's slug, or words of its title.")]) -> None:
-    """Show one system: paper, classes, study, status."""
-    found = find(slug)
+def show(
+    slug: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="A system's slug, a name of cenote list, a class, or words of a title."),
+    ],
+) -> None:
+    """Show one system: paper, classes, study, status; or a method that belongs to none."""
+    found = [s for s in systems() if s.slug == slug] or [s for s in (owner_of(slug),) if s is not None]
+    if not found and (entry := _of_no_system(slug)):
+        _console().print(_table(slug, entry))
+        return
+    found = found or find(slug)
     if not found:
-        near = difflib.get_close_matches(slug, [s.slug for s in systems()], n=3, cutoff=0.5)
+        known = [*(s.slug for s in systems()), *(m.name for m in methods()), *places()]
+        near = difflib.get_close_matches(slug, dict.fromkeys(known), n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "`cenote list` prints all"
         raise InputError(f"SLUG: no system matches {slug!r}; {hint}")
     console = _console()
@@ -51,8 +63,7 @@ def show(slug: Annotated[str, typer.Argument(help="A system's slug, or words of 
             console.print(f"  {s.slug}: {s.title}", highlight=False)
         return
     s = found[0]
-    table = Table(show_header=False, title=s.title)
-    for name, value in (
+    rows = (
         ("row", str(s.row)),
         ("slug", s.slug),
         ("year", str(s.year)),
@@ -65,10 +76,26 @@ def show(slug: Annotated[str, typer.Argument(help="A system's slug, or words of 
         ("study", s.study or "none yet"),
         ("status", s.status),
         ("note", s.legal),
-    ):
-        if value is not None:
-            table.add_row(name, value)
-    console.print(table)
+    )
+    console.print(_table(s.title, [(name, value) for name, value in rows if value is not None]))
+
+
+def _of_no_system(name: str) -> list[tuple[str, str]]:
+    """What is known of a method, or a class, that belongs to no published system; nothing of another name."""
+    if name in {m.name for m in methods()}:
+        m = method(name)
+        built = ", ".join(n.name for n in methods() if n.path == m.path)
+        return [("what it does", m.summary), ("class", m.path), ("pools", m.kind), ("built by name", built)]
+    if path := places().get(name):
+        return [("class", path), ("built by name", ", ".join(m.name for m in methods() if m.path == path) or "-")]
+    return []
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(show_header=False, title=title)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _console() -> Console:

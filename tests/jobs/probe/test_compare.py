@@ -285,6 +285,8 @@ def test_wrong_methods_are_named(wanted: str, message: str) -> None:
 
 def test_mean_is_always_among_the_methods() -> None:
     assert chosen_methods("max") == ("mean", "max")
+    # a class that one name builds stands for it, once
+    assert chosen_methods("SimPool,simpool") == ("mean", "simpool")
     assert set(chosen_methods("fast")) < set(chosen_methods("all"))
 
 
