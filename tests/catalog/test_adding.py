@@ -41,12 +41,6 @@ found = method("pool-of-the-page")
 assert found in cenote.methods(room="pool", kind="sets")
 print(found.path, found.slug, *(s.slug for s in find("PoolOfThePage") if s.status == "no study yet"))
 """
-CHECK = """
-import cenote
-from cenote.testing import check_pool
-
-check_pool(cenote.create("pool-of-the-page", dim=8))
-"""
 
 
 def code_of_the_method() -> str:
@@ -89,7 +83,6 @@ def test_a_pool_of_its_own(copy: Path) -> None:
     methods = copy / "cenote/catalog/methods.toml"
     methods.write_text(f"{methods.read_text('utf-8')}\n{entry_of_the_method()}", "utf-8")
     assert run(copy, "-c", USE, str(copy)) == "cenote.pool.attention.pool_of_the_page.PoolOfThePage None"
-    run(copy, "-c", CHECK)
     assert run(copy, str(ROOT / "scripts/build_stubs.py")) == "names of the rooms: 6 stubs, 1 changed"
     stub = (copy / "cenote/pool/__init__.pyi").read_text("utf-8")
     assert "\nfrom cenote.pool.attention.pool_of_the_page import PoolOfThePage as PoolOfThePage\n" in stub
