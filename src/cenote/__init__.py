@@ -1,7 +1,13 @@
 """cenote: everything that stands between a model's tokens and an answer."""
 
+import os
 import sys
 from importlib import import_module
+
+if os.path.basename(sys.argv[0]).partition(".")[0] == "cenote":
+    # the program itself: what follows takes a second
+    import_module("cenote.cli.interrupts").heed()
+
 from typing import TYPE_CHECKING, Any
 
 from cenote.catalog import ROOMS, create, find, method, methods, systems

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from typer.testing import CliRunner
 
@@ -64,6 +66,19 @@ def test_show_of_a_method_of_no_system() -> None:
     shown = runner.invoke(app, ["show", "abmil-plain"]).stdout
     for expected in ("without the gate", "cenote.pool.attention.abmil.ABMIL", "abmil, abmil-plain"):
         assert expected in shown
+
+
+def test_list_and_show_for_machines() -> None:
+    listed = json.loads(runner.invoke(app, ["list", "--json"]).stdout)
+    assert [s["slug"] for s in listed["systems"]] == [s.slug for s in cenote.systems()]
+    assert [m["name"] for m in listed["methods"]] == [m.name for m in cenote.methods()]
+    shown = json.loads(runner.invoke(app, ["show", "simpool", "--json"]).stdout)
+    assert (shown["row"], shown["status"], shown["built_by_name"]) == (7, "complete", ["simpool"])
+    assert shown in listed["systems"]
+    mean = json.loads(runner.invoke(app, ["show", "mean", "--json"]).stdout)
+    assert (mean["name"], mean["class"]) == ("mean", "cenote.pool.basic.mean.MeanPool")
+    several = json.loads(runner.invoke(app, ["show", "token pooling", "--json"]).stdout)
+    assert "colbert-token-pooling" in several["systems"]
 
 
 def test_show_of_words_lists_what_matches() -> None:
