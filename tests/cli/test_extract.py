@@ -89,6 +89,12 @@ def test_extract_then_probe(cenote: Run, photos: Path, vit: Path, tmp_path: Path
     assert (code, err) == (0, "")
     assert "30 items, 510 tokens" in out
     assert "0 shards made, 1 kept" in cenote(*command)[1]
+    code, out, err = cenote(*command, "--json")
+    found = json.loads(out)
+    assert (code, found["store"], found["items"], found["tokens"]) == (0, str(tmp_path / "tokens"), 30, 510)
+    assert (found["shards_made"], found["shards_kept"], found["skipped"]) == (0, 1, {})
+    assert "0 shards made, 1 kept" in err
+    assert json.loads(cenote(*command, "--dry-run", "--json")[1])["tokens"] == 510
     code, out, _ = cenote("probe", tmp_path / "tokens", "--out", tmp_path / "report", *QUICK)
     assert code == 0
     assert "feature store, image through" in out

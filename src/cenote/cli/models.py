@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cenote.cli import options
+from cenote.cli.console import emit
 
 app = typer.Typer(no_args_is_help=True, help="Models that give tokens.")
 WIDE = 120
@@ -29,7 +30,7 @@ def show(
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
     allow_pickle: options.Pickle = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show tokens, grid, layers, heads and preprocessing of a model, found by showing it one sample, and what can be edited."""
     from dataclasses import asdict
@@ -46,7 +47,7 @@ def show(
         "live": {"attention": [asdict(found) for found in reach(model)], "blocks": stacks(model)},
     }
     if as_json:
-        typer.echo(json.dumps(facts, indent=1))
+        emit(facts)
         return
     console = Console()
     console = console if console.is_terminal else Console(width=WIDE)

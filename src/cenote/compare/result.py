@@ -6,7 +6,8 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, Generic, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from cenote.compare.words import Words
 
@@ -120,13 +121,19 @@ class Comparison(Generic[R]):
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Inverse of `to_json`."""
+        """Inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: where the text is something else.
+        """
         raw = json.loads(text)
+        if not isinstance(raw, dict):
+            raise TypeError(f"expected an object, got {type(raw).__name__}")
         raw["results"] = tuple(_rebuild(cls.result_type, r) for r in raw["results"])
         for name in ("against_baseline", "against_winner", "pairs"):
             raw[name] = tuple(_rebuild(PairTest, p) for p in raw[name])
-        raw["pareto"] = tuple(raw["pareto"])
-        return cls(**raw)
+        found: Self = _rebuild(cls, raw)
+        return found
 
     @classmethod
     def load(cls, out: Path) -> Self:
@@ -140,4 +147,23 @@ def as_tuple(value: Any) -> Any:
 
 
 def _rebuild(cls: type[Any], raw: dict[str, Any]) -> Any:
-    return cls(**{k: as_tuple(v) for k, v in raw.items()})
+    # what stays a dictionary or a list is not asked for as a tuple
+    given = {k: as_tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    for name, kind in get_type_hints(cls).items():
+        if name in given and not _is(given[name], kind):
+            raise TypeError(f"{name}: expected {getattr(kind, '__name__', kind)}, got {given[name]!r}")
+    return cls(**given)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON is of a kind: pages do arithmetic with it.
+
+    >>> _is((0.5, 1), tuple[float, ...]), _is("0.5", float), _is(None, float | None)
+    (True, False, True)
+    """
+    origin, parts = get_origin(kind) or kind, [p for p in get_args(kind) if p is not Ellipsis]
+    if origin in (Union, UnionType):
+        return any(_is(value, p) for p in parts)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(any(_is(v, p) for p in parts) for v in value)
+    return not isinstance(origin, type) or isinstance(value, (int, float) if origin is float else origin)
