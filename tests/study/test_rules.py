@@ -117,7 +117,7 @@ def test_a_changed_rule_is_refused_until_it_is_registered() -> None:
     assert first.bounds == ("method minus rival: above 0.1; refuted at or below 0.1",)
     assert second.bounds == ("method minus rival: above 0.05; refuted at or below 0.05",)
     assert second.seen == ("holds", "method minus rival: 0.4 (0.4 to 0.4): holds")
-    assert registered(SLUG) == "of 2026-01-02, changed 1 times"
+    assert registered(SLUG) == "of 2026-01-02, changed once"
     with pytest.raises(InputError, match="nothing to add"):
         _register("again", expected=0.05)
 
@@ -203,7 +203,7 @@ def test_what_was_measured_survives_json_and_is_shown(folder: Path) -> None:
     text = page(back)
     for shown in (
         f"**Verdict: {WITHOUT} (without).**",
-        "**Knock-outs: without: holds.** **Gate: passed.** **Rule: of 2026-01-02, changed 1 times.**",
+        "**Knock-outs: without: holds.** **Gate: passed.** **Rule: of 2026-01-02, changed once.**",
         "| without | without minus rival | 0.35 (0.35 to 0.35) | above 0.05; refuted at or below 0.05 | holds |",
         "**2026-01-02.** half as much is enough",
         "- known then: method minus rival: 0.008",
@@ -212,7 +212,7 @@ def test_what_was_measured_survives_json_and_is_shown(folder: Path) -> None:
     ):
         assert shown in text, shown
     board = scoreboard({"simpool": back}, "studies")
-    assert "| without: holds | passed | of 2026-01-02, changed 1 times |" in board
+    assert "| without: holds | passed | of 2026-01-02, changed once |" in board
     assert "1 hold without the mechanism of the claim too" in board
 
 

@@ -144,7 +144,9 @@ def registered(slug: str) -> str:
     entries = history(slug)
     if not entries:
         return "not registered"
-    return f"of {entries[-1].date}" + (f", changed {len(entries) - 1} times" if len(entries) > 1 else "")
+    changes = len(entries) - 1
+    times = "once" if changes == 1 else "twice" if changes == 2 else f"{changes} times"
+    return f"of {entries[-1].date}" + (f", changed {times}" if changes else "")
 
 
 def _knocked_out(verdict: Verdict) -> list[str]:
