@@ -231,3 +231,10 @@ def test_a_broken_lock_file_is_named(folder: Path) -> None:
     (folder / f"{SLUG}.toml").write_text("[[entry]]\ndate = 1\nbound = []\n")
     with pytest.raises(InputError, match=r"test-rules\.toml: is not a list of entries"):
         registry.history(SLUG)
+
+
+def test_the_constants_of_an_earlier_study_are_read_from_its_text() -> None:
+    from scripts.register_study import constants
+
+    text = 'LAYERS, WIDTH = 6, 24\nFRAMES: int = 2 * LAYERS\nPOOLS = {"mean": partial(MeanPool, WIDTH)}\nARM = "mean"\n'
+    assert constants(text) == {"LAYERS": 6, "WIDTH": 24, "FRAMES": 12}

@@ -26,8 +26,8 @@ from cenote.study.harness.training import Together, cross_entropy, epochs, fit
 TERMS, EMBEDDED, PLACED, HIDDEN, CLASSES = 18, 16, 4, 16, 3
 FRAMES, NEUTRAL = 20, 80
 ENTITY = 2 * FRAMES + NEUTRAL
-ITEMS: dict[Size, tuple[int, int]] = {"smoke": (64, 64), "small": (400, 400), "full": (1500, 1000)}
-STEPS: dict[Size, int] = {"smoke": 2, "small": 300, "full": 1000}
+ITEMS: dict[Size, tuple[int, int]] = {"smoke": (64, 64), "small": (2000, 1000), "full": (4000, 1000)}
+STEPS: dict[Size, int] = {"smoke": 2, "small": 600, "full": 1200}
 SEEDS = {"small": 3, "full": 10}
 # a guess without looking has a macro F1 of about a third
 GUESS = 0.34

@@ -202,6 +202,8 @@ def _history(slug: str) -> list[str]:
             lines.append(f"- rule: {entry.rule}")
         lines += [f"- bound: {bound}" for bound in entry.bounds if not n or bound not in entries[n - 1].bounds]
         lines += [f"- bound dropped: {b}" for b in (entries[n - 1].bounds if n else ()) if b not in entry.bounds]
+        known = entries[n - 1].knocked_out if n else ()
+        lines += [f"- knock-out: {arm}" for arm in entry.knocked_out if arm not in known]
         before = entries[n - 1].seeds if n else {}
         if entry.seeds and dict(entry.seeds) != dict(before):
             lines.append(f"- seeds: {', '.join(f'{size} {count}' for size, count in entry.seeds.items())}")
