@@ -23,7 +23,8 @@ import cenote
 from cenote.study import drasp
 from cenote.study import layer_aware_tdnn as layered
 from cenote.study.harness import Check, Size, above, decide
-from cenote.study.harness.pages import bounds, effect, outcome
+from cenote.study.harness.checks import bounds, effect
+from cenote.study.harness.pages import outcome
 from cenote.study.harness.speech import BANDS, FLOOR
 
 TABLES = Path(__file__).resolve().parents[1] / "docs" / "tables"

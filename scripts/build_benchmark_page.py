@@ -339,7 +339,7 @@ def live(content: dict[str, Any]) -> list[str]:
         "",
         f"`cenote.models.live` on SmolLM2-135M (30 blocks, 9 heads), float32, {content['tokens']:,} tokens, logits of the last "
         "one: as it is loaded (sdpa), with the last row of all layers recorded, recorded and edited, and in eager. Seconds are "
-        "the processor's; a ratio is of two runs of one round.",
+        "the processor's, the system's work left out; a ratio is of two runs of one round.",
         "",
         *table(["", "s", "of as loaded", "wanted", "extra MB"], rows),
         "",

@@ -14,6 +14,7 @@ from typing import Any
 
 import cenote
 from cenote.catalog import Method, System, load
+from cenote.study import Verdict
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FOLDER = DOCS / "methods"
@@ -146,14 +147,14 @@ def study(s: System) -> list[str]:
     kept = STUDIES / f"{s.slug}.json"
     if not kept.is_file():
         return [f"`cenote study {s.slug}` checks it; no result is kept in this repository yet."]
-    verdict: dict[str, Any] = json.loads(kept.read_text("utf-8"))
+    verdict = Verdict.from_json(kept.read_text("utf-8"))
     return [
-        f"**Claim.** {verdict['claim']}",
+        f"**Claim.** {verdict.claim}",
         "",
-        f"**Verdict: {verdict['holds']}**, {len(verdict['seeds'])} seeds, size {verdict['size']}. "
+        f"**Verdict: {verdict.said}**, {len(verdict.seeds)} seeds, size {verdict.size}. "
         f"Numbers: [the study's page](../studies/{s.slug}.md). Again: `cenote study {s.slug}`.",
         "",
-        f"![What was measured](../studies/{verdict['figure']})",
+        f"![What was measured](../studies/{verdict.figure})",
     ]
 
 

@@ -8,7 +8,8 @@ import torch
 from cenote import InputError
 from cenote.study import Arms, Findings, Verdict, above, below, between, harness, study
 from cenote.study.harness import HOLDS, REFUTED, UNDECIDED, decide, t_interval
-from cenote.study.harness.pages import bounds, outcome
+from cenote.study.harness.checks import bounds
+from cenote.study.harness.pages import outcome
 
 
 def test_interval_is_students() -> None:

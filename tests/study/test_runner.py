@@ -10,7 +10,7 @@ from cenote import InputError
 from cenote.catalog import systems
 from cenote.cli.app import app
 from cenote.cli.study import parse_rows
-from cenote.study.harness import UNDECIDED, Size, Verdict, above
+from cenote.study.harness import UNDECIDED, KnockedOut, Size, Verdict, above
 from cenote.study.harness.pages import EARLIER, NOT_KNOWN, scoreboard
 
 CALLS: list[tuple[str, int, str]] = []
@@ -37,6 +37,7 @@ def _fake(slug: str):
             size=size,
             seconds=1.0,
             provenance={"source": f"code of {slug}"},
+            knocked_out=(KnockedOut("without", UNDECIDED, (above("a difference", [-0.1, 0.3, 0.1], expected=0.1),)),),
         )
 
     return run

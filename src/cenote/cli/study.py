@@ -64,7 +64,8 @@ def parse_rows(text: str) -> list[int]:
 
 
 def _one(slug: str, size: str, out: Path, seed: int) -> None:
-    from cenote.study.harness.pages import bounds, effect, outcome
+    from cenote.study.harness.checks import bounds, effect
+    from cenote.study.harness.pages import gates, knock_outs, outcome, registered
     from cenote.study.harness.runner import study_of, write
 
     console = Console()
@@ -81,7 +82,9 @@ def _one(slug: str, size: str, out: Path, seed: int) -> None:
     console.print(table)
     for note in verdict.notes:
         console.print(f"- {note}", highlight=False)
-    console.print(f"[bold]{slug}: {verdict.holds}[/bold]", highlight=False)
+    shown = f"knock-outs: {knock_outs(verdict)}. gate: {gates(verdict)}. rule: {registered(slug)}"
+    console.print(shown, highlight=False, style="dim")
+    console.print(f"[bold]{slug}: {verdict.said}[/bold]", highlight=False)
     console.print(
         f"{len(verdict.seeds)} seeds, {verdict.seconds:.0f} CPU seconds; {out / slug}.md, .svg, .json", highlight=False
     )

@@ -6,6 +6,9 @@ Refuted if attentive mean and deviation are no better than the running mean, or 
 Made-up speech: six languages share 24 phones and differ in how often they use each; speakers differ in vocal tract and
 spectral tilt. Streams of 160 frames; stretches of coloured noise take the place of speech. A small causal network reads the
 frames, the pooling sums them up, a linear map names the language; only the pooling differs between arms.
+
+Knocked out: the weights (mean and deviation of all frames alike), and their aim (the weights are shuffled among the frames of a
+stream, in training and test).
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from cenote.core import Tokens
 from cenote.pool import AttentiveTemporalPool, LastPool, Pool
-from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
+from cenote.study.harness import Arms, Check, Findings, Gate, Part, Size, above, draw_arms, gate, seeds_of, study
 from cenote.study.harness.speech import BANDS, FLOOR, PHONES, inventory, phone_sequences, spoken, stretches
 from cenote.study.harness.training import Together, accuracy, cross_entropy, epochs, fit, steps_of
 
@@ -36,12 +40,24 @@ BATCH, LEARNING_RATE = 25, 3e-3
 HEARD = (20, 40, 80, 120, 160)
 
 LAST, MEAN, BEST = "last frame", "running mean", "attentive mean and deviation"
+EVEN, ASTRAY = "running mean and deviation", "attentive mean and deviation, weights shuffled in time"
+
+
+class Shuffled(AttentiveTemporalPool):
+    """Attentive pooling that gives each frame the weight of another frame of its stream, drawn anew at every call."""
+
+    def frame_weights(self, tokens: Tokens) -> Float[Tensor, "*rows one"]:
+        weights = super().frame_weights(tokens)
+        return weights.gather(1, torch.rand_like(weights).argsort(1))
+
+
 POOLS: dict[str, Callable[[], Pool]] = {
     LAST: partial(LastPool, WIDTH),
     MEAN: partial(AttentiveTemporalPool, WIDTH, statistics="mean", weighted=False),
-    "running mean and deviation": partial(AttentiveTemporalPool, WIDTH, weighted=False),
+    EVEN: partial(AttentiveTemporalPool, WIDTH, weighted=False),
     "attentive mean": partial(AttentiveTemporalPool, WIDTH, statistics="mean"),
     BEST: partial(AttentiveTemporalPool, WIDTH),
+    ASTRAY: partial(Shuffled, WIDTH),
 }
 
 
@@ -51,7 +67,7 @@ def run(seed: int, size: Size) -> Findings:
     seeds = seeds_of(seed, size)
     by_share: dict[float, Arms] = {}
     over_time: dict[int, Arms] = {n: Arms() for n in HEARD}
-    weights = Arms()
+    weights, losses = Arms(), {}
     for share in SHARES if size != "smoke" else (HALF,):
         train, test = _streams(seeds, TRAIN[size], share, 0), _streams(seeds, TEST[size], share, 1000)
         by_share[share] = Arms()
@@ -63,6 +79,9 @@ def run(seed: int, size: Size) -> Findings:
             fit(model, epochs(train.x, train.y, BATCH, seeds), cross_entropy, steps, LEARNING_RATE)
             by_share[share][name] = accuracy(model, test.x, test.y, batch=100)
             if share == HALF:
+                losses[name] = model.losses
+                commonest = test.y.mode(1).values.unsqueeze(1)
+                guess = tuple((test.y == commonest).double().mean(1).tolist())
                 for n in HEARD:
                     over_time[n][name] = accuracy(model, test.x[:, :, :n], test.y, batch=100)
             if share == HALF and name == BEST:
@@ -70,14 +89,25 @@ def run(seed: int, size: Size) -> Findings:
     half = by_share[HALF]
     gaps = {share: arms.minus(BEST, MEAN) for share, arms in by_share.items()}
     growth = tuple(b - a for a, b in zip(gaps[min(gaps)], gaps[max(gaps)], strict=True))
+
+    def rule(arm: str) -> tuple[Check, ...]:
+        return (
+            above(f"accuracy, {arm} minus running mean", half.minus(arm, MEAN), expected=0.0),
+            above("accuracy, running mean minus last frame", half.minus(MEAN, LAST), expected=0.0),
+        )
+
+    def trained(arm: str) -> Gate:
+        lead = [a - b for a, b in zip(half[arm], guess, strict=True)]
+        return gate(arm, above("accuracy minus that of always the commonest language", lead, 0.0), losses[arm])
+
     return Findings(
         seeds=seeds,
+        parts=(Part(rule, BEST, knocked_out=(EVEN, ASTRAY), against=(MEAN, LAST)),),
+        gates=tuple(trained(arm) for arm in (BEST, MEAN, LAST, EVEN, ASTRAY)),
         checks=(
-            above("accuracy, attentive mean and deviation minus running mean", half.minus(BEST, MEAN), expected=0.0),
-            above("accuracy, running mean minus last frame", half.minus(MEAN, LAST), expected=0.0),
             above(
                 "accuracy, attentive minus unweighted, mean and deviation of both",
-                half.minus(BEST, "running mean and deviation"),
+                half.minus(BEST, EVEN),
                 expected=0.0,
                 in_rule=False,
             ),

@@ -9,6 +9,9 @@ First task: stacks of six layers and six frames. In each frame the six class vec
 that an even sum of the layers says nothing, and no layer alone says more than one frame in six; the layer that holds the
 clip's class is marked. Second task: a transformer of six layers is trained to name the phones of made-up speech and frozen;
 speakers are to be named from all its hidden states. Attentive statistics pool over time in every arm.
+
+Knocked out, on the first task: the gates (all open, the largest value goes on), and the choice per frame (a clip's mean gate
+for all its frames, the mean over layers).
 """
 
 from __future__ import annotations
@@ -19,11 +22,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from cenote.pool import LayerAwareTDNN, SpeakerStatisticsPool
-from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
+from cenote.pool import LayerAttentionPool, LayerAwareTDNN, SpeakerStatisticsPool
+from cenote.study.harness import Arms, Check, Findings, Gate, Part, Size, above, draw_arms, gate, seeds_of, study
 from cenote.study.harness.speech import BANDS, FLOOR, PHONES, inventory, phone_sequences, spoken
 from cenote.study.harness.training import descend
 
@@ -35,6 +38,10 @@ TEST: dict[Size, int] = {"smoke": 64, "small": 300, "full": 600}
 EPOCHS: dict[Size, int] = {"smoke": 1, "small": 12, "full": 30}
 ENCODER_STEPS: dict[Size, int] = {"smoke": 2, "small": 250, "full": 1000}
 BATCH, LEARNING_RATE = 32, 3e-3
+# the commonest of six classes among 300 clips
+CHANCE = 0.21
+
+SEEDS = {"small": 3, "full": 5}
 
 LAST, SUM, CHOICE, WHOLE = "last layer", "weighted sum of layers", "layers chosen per frame", "the whole network"
 
@@ -53,6 +60,29 @@ class LayerSum(nn.Module):
         return self.time_pool(torch.relu(self.inward(mixed)))
 
 
+OPEN, SAME = "all gates open", "same gate for all frames"
+
+
+class OpenGates(LayerAttentionPool):
+    """The largest value over all layers, each of them open."""
+
+    def gates(self, u: Float[Tensor, "batch out_channels layers tokens"]) -> Float[Tensor, "batch heads layers tokens"]:
+        return torch.ones_like(super().gates(u))
+
+
+class SameGate(LayerAttentionPool):
+    """A clip's mean gate for all its frames, and the mean over layers in place of the largest value."""
+
+    def gates(self, u: Float[Tensor, "batch out_channels layers tokens"]) -> Float[Tensor, "batch heads layers tokens"]:
+        gates = super().gates(u)
+        return gates.mean(-1, keepdim=True).expand_as(gates)
+
+    def _largest(
+        self, gated: Float[Tensor, "batch heads channels layers tokens"], mask: Bool[Tensor, "batch tokens"] | None
+    ) -> Float[Tensor, "batch out_channels tokens"]:
+        return super()._largest(gated.mean(3, keepdim=True), mask)
+
+
 def _arms(layers: int) -> dict[str, Callable[[], nn.Module]]:
     aware = partial(LayerAwareTDNN, WIDTH, layers, OUT, CHANNELS, hidden=HIDDEN)
     return {
@@ -61,6 +91,15 @@ def _arms(layers: int) -> dict[str, Callable[[], nn.Module]]:
         CHOICE: partial(aware, front=None),
         WHOLE: aware,
     }
+
+
+def _knocked_out(layers: int) -> dict[str, Callable[[], nn.Module]]:
+    def built(pool: type[LayerAttentionPool]) -> nn.Module:
+        model = LayerAwareTDNN(WIDTH, layers, OUT, CHANNELS, hidden=HIDDEN, front=None)
+        model.layer_pool = pool(WIDTH, HIDDEN, layers, model.layer_pool.heads)
+        return model
+
+    return {OPEN: partial(built, OpenGates), SAME: partial(built, SameGate)}
 
 
 class Stacks(NamedTuple):
@@ -73,13 +112,26 @@ class Stacks(NamedTuple):
 @study
 def run(seed: int, size: Size) -> Findings:
     """Train each arm on both tasks, once per seed."""
-    seeds = seeds_of(seed, size, small=3, full=5)
-    wandering = accuracies(_wandering, seeds, size)
-    speakers = accuracies(_encoded, seeds, size)
+    seeds = seeds_of(seed, size, **SEEDS)
+    wandering, wandering_losses = trained(_wandering, seeds, size, lambda layers: _arms(layers) | _knocked_out(layers))
+    speakers, speakers_losses = trained(_encoded, seeds, size)
+
+    def rule(arm: str) -> tuple[Check, ...]:
+        return (above(f"wandering layer: accuracy, {arm} minus weighted sum", wandering.minus(arm, SUM), 0.10),)
+
+    def at_wandering(arm: str, level: float | None = CHANCE) -> Gate:
+        beats = None if level is None else above("accuracy, wandering layer", wandering[arm], level)
+        return gate(arm, beats, wandering_losses[arm])
+
+    # an even sum of layers is the same for every clip of the first task, so that its training shows in the second
+    at_speakers = [
+        gate(arm, above("accuracy, speakers", speakers[arm], CHANCE), speakers_losses[arm]) for arm in (SUM, CHOICE)
+    ]
     return Findings(
         seeds=seeds,
+        parts=(Part(rule, CHOICE, knocked_out=(OPEN, SAME), against=(SUM,)),),
+        gates=(at_wandering(CHOICE), *at_speakers, at_wandering(OPEN), at_wandering(SAME, None)),
         checks=(
-            above("wandering layer: accuracy, choice per frame minus weighted sum", wandering.minus(CHOICE, SUM), 0.10),
             above("speakers: accuracy, choice per frame minus weighted sum", speakers.minus(CHOICE, SUM), 0.0, -0.02),
             above("speakers: accuracy, weighted sum minus last layer", speakers.minus(SUM, LAST), 0.0, in_rule=False),
             above(
@@ -106,29 +158,43 @@ def run(seed: int, size: Size) -> Findings:
     )
 
 
+Losses = dict[str, list[list[float]]]
+
+
 def accuracies(task: Callable[[int, Size], tuple[Stacks, Stacks]], seeds: tuple[int, ...], size: Size) -> Arms:
     """Of every arm, trained on what `task` gives for each seed."""
+    return trained(task, seeds, size)[0]
+
+
+def trained(
+    task: Callable[[int, Size], tuple[Stacks, Stacks]],
+    seeds: tuple[int, ...],
+    size: Size,
+    arms: Callable[[int], dict[str, Callable[[], nn.Module]]] = _arms,
+) -> tuple[Arms, Losses]:
+    """Accuracies of the arms for so many layers, and their losses, step by step, of each seed."""
     by_seed: dict[str, list[float]] = {}
+    losses: Losses = {}
     for s in seeds:
         train, test = task(s, size)
-        for name, build in _arms(train.x.shape[1]).items():
+        for name, build in arms(train.x.shape[1]).items():
             torch.manual_seed(s)
             model = nn.Sequential(build(), nn.Linear(OUT, CLASSES))
-            train_on(model, train, EPOCHS[size] * (len(train.y) // BATCH), s)
+            losses.setdefault(name, []).append(train_on(model, train, EPOCHS[size] * (len(train.y) // BATCH), s))
             model.eval()
             with torch.no_grad():
                 guess = torch.cat([model(part) for part in test.x.split(100)]).argmax(-1)
             by_seed.setdefault(name, []).append(float((guess == test.y).float().mean()))
-    return Arms({name: tuple(values) for name, values in by_seed.items()})
+    return Arms({name: tuple(values) for name, values in by_seed.items()}), losses
 
 
-def train_on(model: nn.Module, train: Stacks, steps: int, seed: int) -> None:
-    """Cross-entropy of clips, or of their frames."""
+def train_on(model: nn.Module, train: Stacks, steps: int, seed: int) -> list[float]:
+    """Cross-entropy of clips, or of their frames; the losses, step by step."""
     generator = torch.Generator().manual_seed(seed)
     model.train()
     batches = (torch.randint(len(train.y), (BATCH,), generator=generator) for _ in range(steps))
     losses = (F.cross_entropy(model(train.x[own]).flatten(0, -2), train.y[own].flatten()) for own in batches)
-    descend(model.parameters(), losses, steps, LEARNING_RATE, optimiser=torch.optim.AdamW)
+    return descend(model.parameters(), losses, steps, LEARNING_RATE, optimiser=torch.optim.AdamW)
 
 
 def _wandering(seed: int, size: Size) -> tuple[Stacks, Stacks]:

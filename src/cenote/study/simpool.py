@@ -6,6 +6,9 @@ sets (chance: 6 %).
 
 Each set has 16 tiles of 8 x 8 pixels: a digit at a random place and 15 other digits with shuffled pixels. Every tile goes
 through the same small network, the tiles are pooled, a linear layer names the digit. Only the pooling differs between arms.
+
+Knocked out: the attention (the query's map 0 and frozen, so that all weights are the same), and its aim (each tile is given the
+weight of its neighbour, in training and test).
 """
 
 from __future__ import annotations
@@ -16,19 +19,44 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from cenote.pool import GeM, MaxPool, MeanPool, Pool, SimPool
-from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
+from cenote.core import Tokens
+from cenote.pool import GeM, MaxPool, MeanPool, Pool, Pooled, SimPool
+from cenote.study.harness import Arms, Check, Findings, Part, Size, above, draw_arms, gate, seeds_of, study
 from cenote.study.harness.tiles import WIDTH, Tiles, classifiers, train_and_test
 from cenote.study.harness.training import Together, accuracy
 
+CHANCE = 0.11
+
+
+class Even(SimPool):
+    """SimPool without attention: every tile weighs the same."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        nn.init.zeros_(self.wq.weight).requires_grad_(False)
+
+
+class Astray(SimPool):
+    """SimPool that gives every tile the weight of the tile before it."""
+
+    def attended(self, tokens: Tokens, need_weights: bool) -> Pooled:  # noqa: ARG002
+        weights = super().attended(tokens, True).weights
+        assert weights is not None
+        weights = weights.roll(1, 1)
+        return Pooled(tokens.weighted_sum(weights, self.norm_patches(tokens.values)).squeeze(1), weights)
+
+
+EVEN, ASTRAY = "SimPool, uniform weights", "SimPool, weights moved"
 POOLS: dict[str, Callable[[], Pool]] = {
     "mean": partial(MeanPool, WIDTH),
     "max": partial(MaxPool, WIDTH),
     "GeM": partial(GeM, WIDTH, p=4.0),
     "SimPool": partial(SimPool, WIDTH),
     "SimPool, gamma 1.25": partial(SimPool, WIDTH, gamma=1.25, beta=True),
+    EVEN: partial(Even, WIDTH),
+    ASTRAY: partial(Astray, WIDTH),
 }
 
 
@@ -37,20 +65,30 @@ def run(seed: int, size: Size) -> Findings:
     """Train one classifier per pooling and seed on distractor tiles; compare accuracy and look at the attention."""
     seeds = seeds_of(seed, size)
     train, test = train_and_test(seeds, size)
-    arms, hits = Arms(), Arms()
+    arms, hits, losses = Arms(), Arms(), {}
     for name, pool in POOLS.items():
         model = classifiers(pool, train, seeds, size)
-        arms[name] = accuracy(model, test.x, test.y)
+        arms[name], losses[name] = accuracy(model, test.x, test.y), model.losses
         if name.startswith("SimPool"):
             weights = _weights(model, test)
             hits[name] = tuple((weights.argmax(-1) == test.place).double().mean(1).tolist())
             if name == "SimPool":
                 pictured = test.x[0, 0], weights[0, 0]
+
+    def rule(arm: str) -> tuple[Check, ...]:
+        return (
+            above(f"accuracy, {arm} minus mean", arms.minus(arm, "mean"), expected=0.10, refuted=0.02),
+            above(f"largest weight of {arm} on the digit", hits[arm], expected=0.95, refuted=0.50),
+        )
+
     return Findings(
         seeds=seeds,
+        parts=(Part(rule, "SimPool", knocked_out=(EVEN, ASTRAY), against=("mean",)),),
+        gates=(
+            *(gate(name, above("accuracy", arms[name], CHANCE), losses[name]) for name in ("SimPool", "mean", EVEN)),
+            gate(ASTRAY, None, losses[ASTRAY]),
+        ),
         checks=(
-            above("accuracy, SimPool minus mean", arms.minus("SimPool", "mean"), expected=0.10, refuted=0.02),
-            above("largest weight of SimPool on the digit", hits["SimPool"], expected=0.95, refuted=0.50),
             above("accuracy, SimPool minus max", arms.minus("SimPool", "max"), expected=0.0, in_rule=False),
             above("accuracy, SimPool minus GeM", arms.minus("SimPool", "GeM"), expected=0.0, in_rule=False),
             above("accuracy, gamma 1.25 minus none", arms.minus("SimPool, gamma 1.25", "SimPool"), 0.0, in_rule=False),

@@ -32,7 +32,7 @@ from cenote.models.live.edits import (
 from cenote.models.live.heads import AblatedHeads, AddedStates, ScaledHeads
 from cenote.models.live.parts import of_part
 from cenote.models.live.places import attentions, blocks, embeddings, final_norm, stacks
-from cenote.models.live.reach import Reach, reach
+from cenote.models.live.reachable import Reach, reach
 from cenote.models.live.shorten import Shorten, shortened
 from cenote.models.live.shortening import Shortening
 from cenote.models.live.swapped import AsMixer, as_mixer, swapped

@@ -29,7 +29,7 @@ from cenote.models.live.edits import (
     name_of,
     overrides,
 )
-from cenote.models.live.reach import why_not
+from cenote.models.live.reachable import why_not
 
 RECORDERS: dict[str, Callable[..., Edit]] = {
     "rows": RowRecorder,

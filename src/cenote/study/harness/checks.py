@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -134,6 +134,39 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
     reach = float(scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)) * error
     return mean - reach, mean + reach
+
+
+def short(number: float) -> str:
+    """For people: three decimals, or three digits.
+
+    >>> short(0.12345), short(0.012345), short(1234.5)
+    ('0.123', '0.0123', '1,234.5')
+    """
+    return f"{number:,.3f}".rstrip("0").rstrip(".") if 0.1 <= abs(number) < 10_000 else f"{number:.3g}"
+
+
+def effect(check: Check) -> str:
+    """The measured number and its interval.
+
+    >>> effect(above("difference", [0.1, 0.2], expected=0.0))
+    '0.15 (-0.485 to 0.785)'
+    """
+    return f"{short(check.effect)} ({short(check.interval[0])} to {short(check.interval[1])})"
+
+
+def bounds(check: Check, number: Callable[[float], str] = short) -> str:
+    """What was expected, in words; `number` writes the numbers.
+
+    >>> bounds(above("difference", [0.1, 0.2], expected=0.1, refuted=0.02))
+    'above 0.1; refuted at or below 0.02'
+    """
+    (low, high), (least, most) = check.expected, check.tolerated
+    if low is not None and high is not None:
+        return f"between {number(low)} and {number(high)}"
+    if low is not None:
+        return f"above {number(low)}" + ("" if least is None else f"; refuted at or below {number(least)}")
+    assert high is not None
+    return f"below {number(high)}" + ("" if most is None else f"; refuted at or above {number(most)}")
 
 
 def _bound(number: float) -> float | None:

@@ -7,8 +7,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from cenote.catalog import System, systems
-from cenote.study.harness.checks import HOLDS, REFUTED, UNDECIDED, Check, decided
-from cenote.study.harness.verdict import Verdict
+from cenote.study.harness.checks import HOLDS, REFUTED, UNDECIDED, Check, bounds, decided, effect, short
+from cenote.study.harness.registry import history
+from cenote.study.harness.rules import UNREGISTERED, UNTRAINED, WITHOUT
+from cenote.study.harness.verdict import BY_OLD_RULE, Verdict
 
 COMMAND = "cenote study"
 EARLIER = "Measured by earlier code"
@@ -28,9 +30,11 @@ def page(verdict: Verdict, earlier: bool = False) -> str:
         "",
         f"**Rule.** {verdict.rule}",
         "",
-        f"**Verdict: {verdict.holds}.** {verdict.checks[0].what}: {effect(verdict.checks[0])}, "
+        f"**Verdict: {verdict.said}.** {verdict.checks[0].what}: {effect(verdict.checks[0])}, "
         f"{len(verdict.seeds)} seeds, {verdict.seconds:.0f} CPU seconds, size {verdict.size}.",
         *(("", _measured_by(verdict)) if earlier else ()),
+        "",
+        f"**Knock-outs: {knock_outs(verdict)}.** **Gate: {gates(verdict)}.** **Rule: {registered(verdict.slug)}.**",
         "",
         f"![{verdict.checks[0].what} and the arms of the study]({verdict.figure})",
         "",
@@ -45,6 +49,8 @@ def page(verdict: Verdict, earlier: bool = False) -> str:
                 for c in verdict.checks
             ],
         ),
+        *_knocked_out(verdict),
+        *_gates(verdict),
         "",
         "## Numbers",
         "",
@@ -53,6 +59,7 @@ def page(verdict: Verdict, earlier: bool = False) -> str:
     for heading, items in (("Notes", verdict.notes), ("What was tried", verdict.tried)):
         if items:
             lines += ["", f"## {heading}", "", *(f"- {item}" for item in items)]
+    lines += _history(verdict.slug)
     lines += ["", "; ".join(f"{k} {v}" for k, v in verdict.provenance.items()), ""]
     return "\n".join(lines)
 
@@ -73,7 +80,8 @@ def scoreboard(verdicts: Mapping[str, Verdict], folder: str, earlier: Collection
     """
     every = systems()
     by_slug = {s.slug: s for s in every}
-    counts = Counter(v.holds for v in verdicts.values())
+    counts = Counter(v.holds for v in verdicts.values() if v.said != BY_OLD_RULE)
+    old = sum(v.said == BY_OLD_RULE for v in verdicts.values())
     waiting = [s for s in every if s.study is not None and s.slug not in verdicts]
     without = sum(s.study is None for s in every)
     changed = ", ".join(s for s, v in verdicts.items() if s in earlier and "source" in v.provenance)
@@ -86,7 +94,10 @@ def scoreboard(verdicts: Mapping[str, Verdict], folder: str, earlier: Collection
         "a study says what was checked, which is less than what the paper claims.",
         "",
         f"Of {len(verdicts)} studies, {counts[HOLDS]} hold, {counts[REFUTED]} do not hold, "
-        f"{counts[UNDECIDED]} are not decidable at this scale. Of {len(every)} systems, {without} have no study yet. "
+        f"{counts[UNDECIDED]} are not decidable at this scale, {counts[WITHOUT]} hold without the mechanism of the claim too "
+        f"and {counts[UNTRAINED]} compare arms that were not trained, so that these are not decidable either; "
+        f"{counts[UNREGISTERED]} are not registered. {old} more hold by an old rule, not yet tried with a knock-out. "
+        f"Of {len(every)} systems, {without} have no study yet. "
         f"Together they took {sum(v.seconds for v in verdicts.values()) / 60:.0f} CPU minutes.",
         "",
         *((f"{EARLIER}, which has changed since: {changed}.", "") if changed else ()),
@@ -97,6 +108,9 @@ def scoreboard(verdicts: Mapping[str, Verdict], folder: str, earlier: Collection
                 "system",
                 "claim that was checked",
                 "verdict",
+                "knock-out",
+                "gate",
+                "rule",
                 "measured (95 % interval)",
                 "seeds",
                 "size",
@@ -110,32 +124,6 @@ def scoreboard(verdicts: Mapping[str, Verdict], folder: str, earlier: Collection
     return "\n".join(lines) + "\n"
 
 
-def effect(check: Check) -> str:
-    """The measured number and its interval.
-
-    >>> from cenote.study import above
-    >>> effect(above("difference", [0.1, 0.2], expected=0.0))
-    '0.15 (-0.485 to 0.785)'
-    """
-    return f"{_short(check.effect)} ({_short(check.interval[0])} to {_short(check.interval[1])})"
-
-
-def bounds(check: Check) -> str:
-    """What was expected, in words.
-
-    >>> from cenote.study import above
-    >>> bounds(above("difference", [0.1, 0.2], expected=0.1, refuted=0.02))
-    'above 0.1; refuted at or below 0.02'
-    """
-    (low, high), (least, most) = check.expected, check.tolerated
-    if low is not None and high is not None:
-        return f"between {_short(low)} and {_short(high)}"
-    if low is not None:
-        return f"above {_short(low)}" + ("" if least is None else f"; refuted at or below {_short(least)}")
-    assert high is not None
-    return f"below {_short(high)}" + ("" if most is None else f"; refuted at or above {_short(most)}")
-
-
 def outcome(check: Check) -> str:
     """What became of a check, and why where it is not decided."""
     if check.holds != UNDECIDED or decided(check.interval, check.expected, check.tolerated) != UNDECIDED:
@@ -145,11 +133,100 @@ def outcome(check: Check) -> str:
     return f"{check.holds} ({'less than expected, but not refuted' if less else 'the interval crosses the bound'})"
 
 
+def knock_outs(verdict: Verdict) -> str:
+    """The knock-outs' verdicts, in a few words."""
+    return "; ".join(f"{k.arm}: {k.holds}" for k in verdict.knocked_out) or "none"
+
+
+def gates(verdict: Verdict) -> str:
+    """Whether every arm was trained, in a few words."""
+    failed = ", ".join(dict.fromkeys(g.arm for g in verdict.gates if not g.passed))
+    return f"not trained: {failed}" if failed else "passed" if verdict.gates else "none"
+
+
+def registered(slug: str) -> str:
+    """Since when a rule is what it is, in a few words."""
+    entries = history(slug)
+    if not entries:
+        return "not registered"
+    changes = len(entries) - 1
+    times = "once" if changes == 1 else "twice" if changes == 2 else f"{changes} times"
+    return f"of {entries[-1].date}" + (f", changed {times}" if changes else "")
+
+
+def _knocked_out(verdict: Verdict) -> list[str]:
+    if not verdict.knocked_out:
+        return []
+    rows = [
+        (k.arm, c.what, effect(c), bounds(c), outcome(c)) for k in verdict.knocked_out for c in k.checks if c.in_rule
+    ]
+    return [
+        "",
+        "## Knock-outs",
+        "",
+        "The same checks with the mechanism of the claim taken out and all else left. Where all checks of a knock-out hold, "
+        "the claim is not decidable.",
+        "",
+        *_table(("knock-out", "check", "measured (95 % interval)", "expected", "outcome"), rows),
+    ]
+
+
+def _gates(verdict: Verdict) -> list[str]:
+    if not verdict.gates:
+        return []
+    rows = [
+        (
+            g.arm,
+            "any level" if g.beats is None else f"{g.beats.what}: {bounds(g.beats)}",
+            "" if g.beats is None else effect(g.beats),
+            "nothing is trained" if g.last_fifth is None else f"{g.last_fifth:.1%}, at most {g.allowed:.0%}",
+            "passed" if g.passed else "not trained",
+        )
+        for g in verdict.gates
+    ]
+    return [
+        "",
+        "## Gates",
+        "",
+        "An arm counts where it beats a trivial level and has stopped improving: the last fifth of training brings a small "
+        "share of all that its loss fell.",
+        "",
+        *_table(("arm", "trivial level", "measured (95 % interval)", "gain of the last fifth", "outcome"), rows),
+    ]
+
+
+def _history(slug: str) -> list[str]:
+    entries = history(slug)
+    if not entries:
+        return []
+    lines = ["", "## History of the rule", "", f"Kept in `src/cenote/study/registered/{slug}.toml`."]
+    for n, entry in enumerate(entries):
+        lines += ["", f"**{entry.date}.** {entry.reason}", ""]
+        lines += [f"- known then: {seen}" for seen in entry.seen]
+        if not n or entry.rule != entries[n - 1].rule:
+            lines.append(f"- rule: {entry.rule}")
+        lines += [f"- bound: {bound}" for bound in entry.bounds if not n or bound not in entries[n - 1].bounds]
+        lines += [f"- bound dropped: {b}" for b in (entries[n - 1].bounds if n else ()) if b not in entry.bounds]
+        known = entries[n - 1].knocked_out if n else ()
+        lines += [f"- knock-out: {arm}" for arm in entry.knocked_out if arm not in known]
+        before = entries[n - 1].seeds if n else {}
+        if entry.seeds and dict(entry.seeds) != dict(before):
+            lines.append(f"- seeds: {', '.join(f'{size} {count}' for size, count in entry.seeds.items())}")
+        for name, value in entry.settings.items() if n else ():
+            old = entries[n - 1].settings.get(name)
+            if old is None and "." not in name:
+                lines.append(f"- {name}: {_cell(value)}, new")
+            elif old not in (None, value):
+                lines.append(f"- {name}: {_cell(old)} became {_cell(value)}")
+    return lines
+
+
 def _line(system: System, v: Verdict, folder: str) -> tuple[str, ...]:
     first = v.checks[0]
     link = f"[{system.slug}]({folder}/{system.slug}.md)"
+    shown = knock_outs(v), gates(v), registered(v.slug)
     measured = f"{first.what}: {effect(first)}"
-    return str(system.row), link, v.claim, v.holds, measured, str(len(v.seeds)), v.size, f"{v.seconds:.0f}"
+    return str(system.row), link, v.claim, v.said, *shown, measured, str(len(v.seeds)), v.size, f"{v.seconds:.0f}"
 
 
 def _rows(table: list[dict[str, Any]]) -> list[str]:
@@ -167,10 +244,8 @@ def _table(headings: Any, rows: Any) -> list[str]:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_cell(v)}" for k, v in value.items())
     if isinstance(value, (list, tuple)):
         return ", ".join(_cell(v) for v in value)
-    return _short(value) if isinstance(value, float) else str(value)
-
-
-def _short(number: float) -> str:
-    return f"{number:,.3f}".rstrip("0").rstrip(".") if 0.1 <= abs(number) < 10_000 else f"{number:.3g}"
+    return short(value) if isinstance(value, float) else str(value)

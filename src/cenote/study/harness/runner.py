@@ -144,7 +144,7 @@ def run_all(
             on_study(slug, "failed")
             continue
         ran.append(slug)
-        on_study(slug, verdict.holds)
+        on_study(slug, verdict.said)
     earlier = {slug: verdict for slug, verdict in read(out).items() if not is_current(verdict)}
     for verdict in earlier.values():
         write(verdict, out, earlier=True)

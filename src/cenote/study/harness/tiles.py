@@ -18,7 +18,7 @@ from cenote.study.harness.verdict import Size
 WIDTH = 48
 BATCH = 128
 LEARNING_RATE = 3e-3
-EPOCHS: dict[Size, int] = {"smoke": 2, "small": 15, "full": 15}
+EPOCHS: dict[Size, int] = {"smoke": 2, "small": 30, "full": 30}
 DRAWS: dict[Size, int] = {"smoke": 1, "small": 3, "full": 3}
 
 

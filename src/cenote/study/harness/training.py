@@ -44,6 +44,9 @@ class Together:
         seeds: of the initialisations.
         in_turn: run the copies one after the other; faster where the module lives by fused attention.
 
+    Attributes:
+        losses: mean over the copies, step by step, of all the training that `fit` has done; a gate reads them.
+
     Example:
         >>> Together(lambda: torch.nn.Linear(3, 2), (0, 1))(torch.ones(2, 5, 3)).shape
         torch.Size([2, 5, 2])
@@ -60,6 +63,7 @@ class Together:
             k: torch.stack([dict(m.named_buffers())[k] for m in modules]) for k, _ in self.base.named_buffers()
         }
         self.count = len(modules)
+        self.losses: list[float] = []
         self.in_turn = in_turn
         self.copies = [copy.deepcopy(self.base) for _ in modules] if in_turn else []
 
@@ -146,6 +150,7 @@ def fit(
         stepper.step()
         schedule.step()
         losses.append(float(value.detach()))
+    model.losses += losses
     return losses
 
 
@@ -158,7 +163,7 @@ def descend(
     optimiser: type[torch.optim.Optimizer] = torch.optim.Adam,
     clip: float | None = None,
     **settings: Any,
-) -> None:
+) -> list[float]:
     """Train one module, a step for each loss; the learning rate falls to zero along a cosine.
 
     Args:
@@ -169,17 +174,23 @@ def descend(
         optimiser: its class.
         clip: largest norm of the gradient.
         settings: of the optimiser.
+
+    Returns:
+        The losses, step by step.
     """
     trained = list(parameters)
     stepper = cast(Any, optimiser)(trained, lr=lr, **settings)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(stepper, steps)
+    curve = []
     for loss in losses:
+        curve.append(float(loss.detach()))
         stepper.zero_grad()
         loss.backward()
         if clip is not None:
             nn.utils.clip_grad_norm_(trained, clip)
         stepper.step()
         schedule.step()
+    return curve
 
 
 def shuffled(

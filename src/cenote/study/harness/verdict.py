@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,13 +19,29 @@ from cenote.compare.sources import source_digest
 from cenote.core import InputError
 from cenote.core.requirements import require_one_of
 from cenote.core.version import __version__
-from cenote.study.harness.checks import UNDECIDED, Check, Holds, decide
+from cenote.study.harness.checks import HOLDS, UNDECIDED, Check
+from cenote.study.harness.registry import differences, entry_of
+from cenote.study.harness.rules import (
+    UNREGISTERED,
+    UNTRAINED,
+    WITHOUT,
+    Gate,
+    KnockedOut,
+    Part,
+    Ruling,
+    knock_out,
+    require_able_to_fail,
+    ruled,
+)
 
 Size = Literal["smoke", "small", "full"]
 Figure = Callable[[Any], None]
 
 SIZES: tuple[Size, ...] = get_args(Size)
 REFUTED_IF = "Refuted if"
+SEEDS: dict[str, int] = {"small": 5, "full": 10}
+SINCE_KNOCK_OUTS = ("knocked_out", "gates", "unregistered")
+BY_OLD_RULE = "holds by its old rule; not yet tried with a knock-out"
 SMOKE_NOTE = "A smoke run only shows that the study runs: it trains too little to decide anything."
 
 
@@ -34,11 +51,14 @@ class Findings:
 
     Attributes:
         seeds: the seeds that were run.
-        checks: the first of them gives the verdict its effect.
+        checks: besides those of `parts`, which come before them: what no knock-out belongs to. The first of all gives the
+            verdict its effect.
         table: rows for people, one `dict` each.
         figure: draws the result onto a matplotlib figure.
         notes: what a reader must know to judge the verdict.
         tried: what else was tried on the way to these settings, with what came out.
+        parts: of the rule, each with the knock-outs that must break it.
+        gates: one for every arm that the parts compare.
     """
 
     seeds: tuple[int, ...]
@@ -47,6 +67,8 @@ class Findings:
     figure: Figure
     notes: tuple[str, ...] = ()
     tried: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
+    gates: tuple[Gate, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,19 +79,22 @@ class Verdict:
         slug: the system.
         claim: what was checked.
         rule: what refutes it.
-        holds: decided by the checks that are part of the rule.
+        holds: decided by the checks that are part of the rule, by the knock-outs and by the gates.
         effect, interval: of the first check.
         seeds, checks, table, notes, tried: as in `Findings`.
         figure: draws onto a matplotlib figure; of a stored verdict, the name of the file beside it.
         size: how much was run.
         seconds: CPU seconds.
         provenance: versions; under "source" the digest of the code that measured it, which the oldest results lack.
+        knocked_out: the same rule with each knock-out in the method's place; none where the study names none yet.
+        gates: whether each arm was trained.
+        unregistered: what was otherwise than the rule that is registered.
     """
 
     slug: str
     claim: str
     rule: str
-    holds: Holds
+    holds: Ruling
     effect: float
     interval: tuple[float, float]
     seeds: tuple[int, ...]
@@ -81,19 +106,44 @@ class Verdict:
     notes: tuple[str, ...] = ()
     tried: tuple[str, ...] = ()
     provenance: dict[str, str] = dataclasses.field(default_factory=dict)
+    knocked_out: tuple[KnockedOut, ...] = ()
+    gates: tuple[Gate, ...] = ()
+    unregistered: tuple[str, ...] = ()
+
+    @property
+    def said(self) -> str:
+        """The verdict for people: with what decided it, and never "holds" where no knock-out was tried."""
+        if self.holds == HOLDS and not self.knocked_out:
+            return BY_OLD_RULE
+        why = {
+            WITHOUT: [k.arm for k in self.knocked_out if k.holds == HOLDS],
+            UNTRAINED: list(dict.fromkeys(g.arm for g in self.gates if not g.passed)),
+            UNREGISTERED: list(self.unregistered),
+        }.get(self.holds)
+        return f"{self.holds} ({'; '.join(why)})" if why else self.holds
 
     def to_json(self) -> str:
         """The verdict as text; `from_json` reads it back."""
         stored = dataclasses.replace(self, figure=self.figure if isinstance(self.figure, str) else f"{self.slug}.svg")
-        return json.dumps(dataclasses.asdict(stored), indent=1, allow_nan=False) + "\n"
+        raw = dataclasses.asdict(stored)
+        # a result from before there were knock-outs stays as it was written
+        kept = {name: value for name, value in raw.items() if value or name not in SINCE_KNOCK_OUTS}
+        return json.dumps(kept, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Verdict:
         """Inverse of `to_json`."""
         raw = json.loads(text)
         raw["checks"] = tuple(_check_from(c) for c in raw["checks"])
-        for name in ("interval", "seeds", "notes", "tried"):
-            raw[name] = tuple(raw[name])
+        raw["knocked_out"] = tuple(
+            KnockedOut(k["arm"], k["holds"], tuple(map(_check_from, k["checks"]))) for k in raw.get("knocked_out", ())
+        )
+        raw["gates"] = tuple(
+            Gate(**(g | {"beats": None if g["beats"] is None else _check_from(g["beats"])}))
+            for g in raw.get("gates", ())
+        )
+        for name in ("interval", "seeds", "notes", "tried", "unregistered"):
+            raw[name] = tuple(raw.get(name, ()))
         return cls(**raw)
 
 
@@ -107,30 +157,43 @@ def study(run: Callable[[int, Size], Findings]) -> Callable[[int, Size], Verdict
     @functools.wraps(run)
     def timed(seed: int, size: Size) -> Verdict:
         require_one_of(SIZES, size=size)
-        claim, rule = claim_and_rule(sys.modules[run.__module__].__doc__ or "")
+        module = sys.modules[run.__module__]
+        claim, rule = claim_and_rule(module.__doc__ or "")
         start = time.process_time()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             found = run(seed, size)
-        if size == "smoke":
-            found = _undecided(found)
-        return Verdict(
+        checks = (*(c for part in found.parts for c in part.checks(part.method)), *found.checks)
+        knocked_out = tuple(k for part in found.parts for k in knock_out(part))
+        if found.parts:
+            require_able_to_fail(found.parts, found.gates)
+        now = entry_of(module, claim, rule, seeds_by_size(module), checks, knocked_out, found.gates)
+        others: tuple[str, ...] = ()
+        if found.parts and size != "smoke":
+            others = differences(slug, now)
+            if len(found.seeds) != now.seeds[size]:
+                others = (*others, f"{len(found.seeds)} seeds")
+        verdict = Verdict(
             slug=slug,
             claim=claim,
             rule=rule,
-            holds=decide(found.checks),
-            effect=found.checks[0].effect,
-            interval=found.checks[0].interval,
+            holds=ruled(checks, knocked_out, found.gates, others),
+            effect=checks[0].effect,
+            interval=checks[0].interval,
             seeds=found.seeds,
-            checks=found.checks,
+            checks=checks,
             table=found.table,
             figure=found.figure,
             size=size,
             seconds=time.process_time() - start,
             notes=found.notes,
             tried=found.tried,
-            provenance=_provenance() | {"source": source_digest(sys.modules[run.__module__])},
+            provenance=_provenance() | {"source": source_digest(module)},
+            knocked_out=knocked_out,
+            gates=found.gates,
+            unregistered=others,
         )
+        return _undecided(verdict) if size == "smoke" else verdict
 
     return timed
 
@@ -148,7 +211,7 @@ def claim_and_rule(docstring: str) -> tuple[str, str]:
     return paragraphs[0], rules[0]
 
 
-def seeds_of(seed: int, size: Size, *, small: int = 5, full: int = 10) -> tuple[int, ...]:
+def seeds_of(seed: int, size: Size, *, small: int = SEEDS["small"], full: int = SEEDS["full"]) -> tuple[int, ...]:
     """The seeds of a run: 2 for a smoke test, else as said.
 
     >>> seeds_of(3, "smoke")
@@ -158,14 +221,27 @@ def seeds_of(seed: int, size: Size, *, small: int = 5, full: int = 10) -> tuple[
     return tuple(range(seed, seed + count))
 
 
+def seeds_by_size(module: ModuleType) -> dict[str, int]:
+    """How many seeds a study has, by size: its own `SEEDS`, or those of the house."""
+    return dict(getattr(module, "SEEDS", SEEDS))
+
+
 def _check_from(raw: dict[str, Any]) -> Check:
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
     return Check(**fields)
 
 
-def _undecided(found: Findings) -> Findings:
-    checks = tuple(dataclasses.replace(c, holds=UNDECIDED) for c in found.checks)
-    return dataclasses.replace(found, checks=checks, notes=(*found.notes, SMOKE_NOTE))
+def _undecided(verdict: Verdict) -> Verdict:
+    def left_open(checks: tuple[Check, ...]) -> tuple[Check, ...]:
+        return tuple(dataclasses.replace(c, holds=UNDECIDED) for c in checks)
+
+    return dataclasses.replace(
+        verdict,
+        holds=UNDECIDED,
+        checks=left_open(verdict.checks),
+        knocked_out=tuple(KnockedOut(k.arm, UNDECIDED, left_open(k.checks)) for k in verdict.knocked_out),
+        notes=(*verdict.notes, SMOKE_NOTE),
+    )
 
 
 def _provenance() -> dict[str, str]:
