@@ -304,6 +304,7 @@ def main() -> None:
                         layers=layers,
                         out=folder,
                         recipe=RECIPE,
+                        references=False,
                         on_method=told,
                         metric=TASKS[task]["metric"],
                     )

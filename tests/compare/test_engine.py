@@ -23,6 +23,7 @@ class Guess(Arm):
     name: str
     level: float
     control: bool = False
+    reference: bool = False
 
     def key(self) -> Mapping[str, Any]:
         return {"level": self.level}
@@ -80,6 +81,18 @@ def test_a_control_that_does_not_lose_is_told() -> None:
     assert c.results[0].method == "random"
     assert c.winner == "better"
     assert c.sentence.endswith("; random, a control, does not lose to it: this table decides nothing.")
+
+
+def test_a_reference_stands_in_the_table_and_never_wins() -> None:
+    c = table([*ARMS, Guess("usual", 1.5, reference=True)])
+    assert [r.method for r in c.results] == ["usual", "better", "mean", "worse", "random"]
+    assert (c.winner, c.recommended, c.references, c.pareto) == ("better", "better", ("usual",), ("better",))
+    assert "; usual is ahead of it: look at how the others are run" in c.sentence
+    alone = table()
+    assert [t for t in c.pairs if "usual" not in (t.first, t.second)] == list(alone.pairs)
+    assert [t for t in c.against_baseline if t.first != "usual"] == list(alone.against_baseline)
+    with pytest.raises(InputError, match="baseline: mean is a reference; name an arm that may be recommended"):
+        table([dataclasses.replace(ARMS[0], reference=True), *ARMS[1:]])
 
 
 def test_ctrl_c_keeps_what_is_done_and_the_next_run_goes_on(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def probe(
     patience: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many epochs without a better validation.")
     ] = None,
+    references: options.References = True,
     workers: options.Workers = None,
     backbone: Annotated[
         str | None,
@@ -90,6 +91,7 @@ def probe(
     import cenote.features as features
     from cenote.jobs.probe import Recipe, compare
     from cenote.jobs.probe.arms import chosen_methods, columns_of
+    from cenote.jobs.probe.references import reference_names
 
     chosen_methods(methods)
     known_engine(engine)
@@ -137,7 +139,7 @@ def probe(
             )
     say(console, features.describe(items))
 
-    count = len(columns_of(items, methods, layers)[0])
+    count = len(columns_of(items, methods, layers)[0]) + (len(reference_names(items.task)) if references else 0)
     start = time.perf_counter()
     with arms_bar(console, count) as on_method:
         comparison = compare(
@@ -150,6 +152,7 @@ def probe(
             seed_effects=seed_effects,  # type: ignore[arg-type]
             recipe=recipe,
             layers=layers,
+            references=references,
             workers=workers,
             engine=sweep(engine, address),
             on_method=on_method,
@@ -195,27 +198,36 @@ def _tell(comparison: Comparison, console: Console) -> None:
 def table_of(comparison: Comparison, width: int) -> Table:
     """The results for a terminal of so many columns, best first."""
     source = "of Wilcoxon's signed ranks, " if comparison.provenance.get("significance") == "wilcoxon" else ""
+    aside = "; (ref) only for reference, never the winner" if comparison.references else ""
     tests = {t.first: t for t in comparison.against_baseline}
     difference = f"vs {comparison.baseline}"
     columns = {
-        "method": [f"{r.method}{' *' if r.method in comparison.pareto else ''}" for r in comparison.results],
+        "method": [_named(r.method, comparison) for r in comparison.results],
         comparison.metric_name: [f"{r.metric:.3f}" for r in comparison.results],
         "interval": [_interval(r.interval) for r in comparison.results],
         difference: [_difference(tests.get(r.method)) for r in comparison.results],
         "p adj.": [_adjusted(tests.get(r.method)) for r in comparison.results],
-        "params": [f"{r.parameters:,}" for r in comparison.results],
-        "ms/item": [f"{r.latency_ms:.3f}" for r in comparison.results],
-        "multiply-adds": [f"{r.multiply_adds:,}" for r in comparison.results],
+        "params": [_measured(r.parameters, ",") for r in comparison.results],
+        "ms/item": [_measured(r.latency_ms, ".3f") for r in comparison.results],
+        "multiply-adds": [_measured(r.multiply_adds, ",") for r in comparison.results],
         "train s": [f"{r.seconds:.1f}" for r in comparison.results],
     }
     return leaderboard(
         columns,
         width,
         title=f"{comparison.dataset['name']}: {comparison.metric_name} on {comparison.dataset['items']['test']} test items",
-        caption=f"intervals of 95 %; p {source}adjusted by Holm's method; * no other method is both better and faster",
+        caption=f"intervals of 95 %; p {source}adjusted by Holm's method; * no other method is both better and faster{aside}",
         luxuries=("multiply-adds", "train s"),
         spared=("params", "ms/item", "interval", "p adj.", difference),
     )
+
+
+def _named(method: str, comparison: Comparison) -> str:
+    return f"{method}{' *' if method in comparison.pareto else ' (ref)' if method in comparison.references else ''}"
+
+
+def _measured(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _interval(interval: tuple[float, float]) -> str:

@@ -20,9 +20,9 @@ def with_sentence(comparison: C) -> C:
 def recommended(c: Comparison[Any]) -> str:
     """The cheapest arm that cannot be told from the winner; of arms without a cost, the baseline if it is one of them.
 
-    Controls are never recommended.
+    Controls and references are never recommended.
     """
-    close = [c.winner, *(t.first for t in c.against_winner if t.p_adjusted > SIGNIFICANT and t.first not in c.controls)]
+    close = [c.winner, *_inseparable(c)]
     costs = {name: c[name].cost for name in close}
     if None in costs.values():
         return c.baseline if c.baseline in close else c.winner
@@ -32,25 +32,18 @@ def recommended(c: Comparison[Any]) -> str:
 def sentence(c: Comparison[Any]) -> str:
     """Who wins against the baseline, by how much, at what cost, who cannot be told apart, and which control did not lose."""
     words = c.words
-    if len(c.results) == 1:
-        return f"Only {c.baseline} was run: {words.amount(c.results[0].metric)} {c.metric_name}."
+    if len(c.results) == 1 + len(c.references):
+        return f"Only {c.baseline} was run: {words.amount(c[c.baseline].metric)} {c.metric_name}{_ahead(c)}."
     if c.no_verdict:
         lead = f"{c.winner} comes first ({words.amount(c[c.winner].metric)} {c.metric_name})"
         return f"No verdict: {lead}, but {c.no_verdict}{_controls(c)}.{_advice(c)}"
-    close = [
-        t.first
-        for t in c.against_winner
-        if t.p_adjusted > SIGNIFICANT and t.first != c.baseline and t.first not in c.controls
-    ]
+    close = [name for name in _inseparable(c) if name != c.baseline]
     if c.winner == c.baseline:
-        beaten = [t for t in c.against_baseline if t.p_adjusted <= SIGNIFICANT and t.difference < 0]
+        others = [t for t in c.against_baseline if t.first not in c.references]
+        beaten = [t for t in others if t.p_adjusted <= SIGNIFICANT and t.difference < 0]
         text = f"Nothing beats {c.baseline} ({words.amount(c[c.baseline].metric)} {c.metric_name})"
-        text += (
-            f"; it is significantly better than {len(beaten)} of {len(c.against_baseline)} {words.arms}"
-            if beaten
-            else ""
-        )
-        return f"{text}{_controls(c)}.{_advice(c)}"
+        text += f"; it is significantly better than {len(beaten)} of {len(others)} {words.arms}" if beaten else ""
+        return f"{text}{_controls(c)}{_ahead(c)}.{_advice(c)}"
     test = next(t for t in c.against_baseline if t.first == c.winner)
     lead = words.difference(test.difference, test.interval)
     if test.p_adjusted <= SIGNIFICANT and test.difference > 0:
@@ -68,7 +61,13 @@ def sentence(c: Comparison[Any]) -> str:
     if close:
         verb = "is" if len(close) == 1 else "are"
         text += f"; {_listed(close)} {verb} not distinguishable from it"
-    return f"{text}{_controls(c)}.{_advice(c)}"
+    return f"{text}{_controls(c)}{_ahead(c)}.{_advice(c)}"
+
+
+def _inseparable(c: Comparison[Any]) -> list[str]:
+    """What cannot be told from the winner and might stand in its place."""
+    aside = {*c.controls, *c.references}
+    return [t.first for t in c.against_winner if t.p_adjusted > SIGNIFICANT and t.first not in aside]
 
 
 def _advice(c: Comparison[Any]) -> str:
@@ -91,6 +90,18 @@ def _controls(c: Comparison[Any]) -> str:
         return ""
     kind, verb = ("a control", "does") if len(unbeaten) == 1 else ("controls", "do")
     return f"; {_listed(unbeaten)}, {kind}, {verb} not lose to it: this table decides nothing"
+
+
+def _ahead(c: Comparison[Any]) -> str:
+    """References that are significantly above the winner."""
+    ahead = [
+        c.words.reference.format(t.first)
+        for t in c.against_winner
+        if t.first in c.references and t.p_adjusted <= SIGNIFICANT and t.difference > 0
+    ]
+    if not ahead:
+        return ""
+    return f"; {_listed(ahead)} {'is' if len(ahead) == 1 else 'are'} ahead of it: look at {c.words.remedy}"
 
 
 def _listed(names: list[str]) -> str:

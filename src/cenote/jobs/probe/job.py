@@ -26,6 +26,7 @@ from cenote.jobs.probe.arms import Layers, Trial, columns_of, remembered
 from cenote.jobs.probe.looks import save_looks
 from cenote.jobs.probe.measure import judged_by, measured_by
 from cenote.jobs.probe.recipe import Recipe
+from cenote.jobs.probe.references import references_of
 from cenote.jobs.probe.result import Comparison
 from cenote.jobs.probe.saved import save_best
 
@@ -43,6 +44,7 @@ def compare(
     seed_effects: SeedEffects = "fixed",
     recipe: Recipe | None = None,
     layers: Layers = None,
+    references: bool = True,
     workers: int | None = None,
     engine: Engine | None = None,
     on_method: OnShare = unheard,
@@ -65,6 +67,8 @@ def compare(
         layers: of data that hold several: at which of them token pools are tried, `"last"` (the default), `"all"`, a number,
             several, or a text such as `"-4:"`. Pools of layers are compared in the same table; they read all layers but the
             embeddings.
+        references: whether k-NN and scikit-learn's logistic (ridge) regression on the baseline's vectors stand in the table
+            too; they never win, see `cenote.jobs.probe.references`.
         workers: how many methods are trained at once, in processes of their own. `None`: one per thread of torch where
             steps are too small to gain by several threads and there is enough to do, else one. The results are the same.
         engine: trains the methods elsewhere, instead of `workers`: `cenote.scale.RaySweep`.
@@ -100,10 +104,9 @@ def compare(
         return_freed_blocks()
     fingerprint = remembered()
     trials = {c.name: Trial(c, name_of_metric, seed_numbers, recipe, fingerprint) for c in columns}
+    arms = [*trials.values(), *(references_of(trials[baseline]) if references else ())]
     cells_folder = None if folder is None else folder / "cells"
-    measured = measure(
-        list(trials.values()), baseline, folder=cells_folder, workers=workers, engine=engine, on_share=on_method
-    )
+    measured = measure(arms, baseline, folder=cells_folder, workers=workers, engine=engine, on_share=on_method)
     measured = dataclasses.replace(measured, skipped={**skipped, **measured.skipped})
     units, by = measured_by(data, name_of_metric)
     comparison = judge(
@@ -124,7 +127,7 @@ def compare(
     )
     if folder is not None:
         judged = {r.method for r in comparison.results}
-        done = {arm.name: trials[arm.name] for arm in measured.arms if arm.name in judged}
+        done = {name: trial for name, trial in trials.items() if name in judged}
         probes = {name: trial.probe(measured.cells[name], 0) for name, trial in done.items()}
         views = {name: trial.column.data for name, trial in done.items()}
         comparison = save_looks(folder, comparison, data, probes, views)

@@ -12,7 +12,7 @@ from cenote.compare.words import Words
 
 @dataclass(frozen=True, kw_only=True)
 class MethodResult(ArmResult):
-    """One method on one data set, over all its seeds.
+    """One method on one data set, over all its seeds. Of a reference, what was not measured is `None`.
 
     Attributes:
         method: name in the catalog; where it was tried at several layers, followed by `@` and the layer.
@@ -31,17 +31,17 @@ class MethodResult(ArmResult):
     """
 
     validation_per_seed: tuple[float, ...]
-    learning_rate: float
-    epochs: tuple[int, ...]
-    parameters: int
-    multiply_adds: int
-    latency_ms: float
+    learning_rate: float | None = None
+    epochs: tuple[int, ...] = ()
+    parameters: int | None = None
+    multiply_adds: int | None = None
+    latency_ms: float | None = None
     train_loss: tuple[tuple[float, ...], ...] = ()
     validation_curve: tuple[tuple[float, ...], ...] = ()
     layers: tuple[int, ...] = ()
 
     @property
-    def cost(self) -> float:
+    def cost(self) -> float | None:
         """The latency."""
         return self.latency_ms
 
@@ -67,4 +67,4 @@ class Comparison(Table[MethodResult]):
     @property
     def words(self) -> Words:
         """All metrics but R2 are shares."""
-        return Words(percent=self.metric_name != "R2")
+        return Words(percent=self.metric_name != "R2", reference="{} on the mean", remedy="the recipe")

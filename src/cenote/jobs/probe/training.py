@@ -186,6 +186,21 @@ def predict(probe: Probe, data: TokenDataset, items: Int[Tensor, "chosen"], toke
     return out
 
 
+@torch.no_grad()
+def vectors(
+    probe: Probe, data: TokenDataset, items: Int[Tensor, "chosen"], tokens_at_once: int
+) -> Float[Tensor, "items width"]:
+    """What the probe's pool makes of some items, in the rows of their numbers; other rows hold anything."""
+    out: Tensor | None = None
+    for _, part in pieces(data, items, tokens_at_once):
+        x, mask = data.batch(part)
+        pooled = probe.pooled(_float(x), mask)
+        out = pooled.new_empty(len(data), pooled.shape[1]) if out is None else out
+        out[part] = pooled
+    assert out is not None
+    return out
+
+
 def logical_batches(
     items: Int[Tensor, "train"], size: int, generator: torch.Generator
 ) -> Iterator[Int[Tensor, "batch"]]:
@@ -295,12 +310,7 @@ class _Ensemble:
         """Keep what a pool without parameters makes of these items: of frozen tokens it never changes."""
         if self.normalises_batches or [*self.pool.parameters(), *self.pool.buffers()]:
             return
-        for _, part in pieces(data, items, tokens_at_once):
-            x, mask = data.batch(part)
-            pooled = self.base.pooled(_float(x), mask)
-            if self.vectors is None:
-                self.vectors = pooled.new_empty(len(data), pooled.shape[1])
-            self.vectors[part] = pooled
+        self.vectors = vectors(self.base, data, items, tokens_at_once)
 
     def train(self) -> None:
         self.training = True
