@@ -192,6 +192,8 @@ def _tell(comparison: Comparison, console: Console) -> None:
         found = sorted(comparison.localisation.items(), key=lambda pair: -pair[1])
         scores = ", ".join(f"{name} {score:.3f}" for name, score in found)
         say(console, f"weights find the labelled tokens (AUROC within items): {scores}")
+    for caution in comparison.cautions:
+        say(console, f"caution: {caution}", "yellow")
     console.print(Text(f"\n{comparison.sentence}", "bold"))
 
 

@@ -83,6 +83,7 @@ NUMBERS = (
     "interval",
     "metric_per_seed",
     "validation_per_seed",
+    "validation_by_rate",
     "train_loss",
     "validation_curve",
     "difference",
@@ -108,6 +109,7 @@ class Comparison(Generic[R]):
         sentence: the verdict in plain words.
         recommended: the cheapest arm that cannot be told from the winner.
         no_verdict: why these units cannot carry a verdict; empty where they can.
+        cautions: what a person should know before believing it, one sentence each.
         provenance: versions, machine, command, when, and what the job adds.
         complete: False where the run was interrupted and arms are missing.
     """
@@ -128,6 +130,7 @@ class Comparison(Generic[R]):
     complete: bool = True
     recommended: str = ""
     no_verdict: str = ""
+    cautions: tuple[str, ...] = ()
 
     @property
     def words(self) -> Words:
@@ -163,6 +166,7 @@ class Comparison(Generic[R]):
         for name in ("against_baseline", "against_winner", "pairs"):
             raw[name] = tuple(_rebuild(PairTest, p) for p in raw[name])
         raw["pareto"] = tuple(raw["pareto"])
+        raw["cautions"] = tuple(raw.get("cautions", ()))
         return cls(**raw)
 
     @classmethod

@@ -23,6 +23,7 @@ from cenote.core.requirements import require_one_of
 from cenote.features import facts
 from cenote.features.dataset import SPLITS, TokenDataset
 from cenote.jobs.probe.arms import Layers, Trial, columns_of, remembered
+from cenote.jobs.probe.cautions import cautions
 from cenote.jobs.probe.looks import save_looks
 from cenote.jobs.probe.measure import judged_by, measured_by
 from cenote.jobs.probe.recipe import Recipe
@@ -125,6 +126,7 @@ def compare(
         ),
         dataset={**facts(data), "classes": list(data.classes)},
     )
+    comparison = dataclasses.replace(comparison, cautions=cautions(data, comparison, recipe))
     if folder is not None:
         judged = {r.method for r in comparison.results}
         done = {name: trial for name, trial in trials.items() if name in judged}

@@ -21,6 +21,7 @@ class MethodResult(ArmResult):
         interval: 95 % interval of `metric` on other items (of other groups where there are groups).
         validation_per_seed: one number per seed.
         learning_rate: the one chosen on validation.
+        validation_by_rate: best validation metric at each learning rate of the recipe, mean over the seeds.
         epochs: epochs trained until the kept state, per seed.
         parameters: trained numbers of pool and classifier.
         multiply_adds: per item, at the data's median token count.
@@ -39,6 +40,7 @@ class MethodResult(ArmResult):
     train_loss: tuple[tuple[float, ...], ...] = ()
     validation_curve: tuple[tuple[float, ...], ...] = ()
     layers: tuple[int, ...] = ()
+    validation_by_rate: tuple[float, ...] = ()
 
     @property
     def cost(self) -> float | None:
