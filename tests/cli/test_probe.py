@@ -85,6 +85,24 @@ def test_labels_of_tokens_are_found_by_weights(cenote: Run, bags: Path, tmp_path
     assert 'id="localisation"' in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_cautions_references_and_what_to_use_are_told(cenote: Run, bags: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, text, _ = cenote("probe", bags, *QUICK, "--out", out)
+    assert code == 0
+    assert "caution: column 'patient' holds 15 values for 60 items" in text
+    assert "knn †" in text
+    found = Comparison.load(out)
+    assert f"use {found.recommended}: {found.reason}" in text
+    assert f"cenote predict {out / 'recommended'} DATA" in text
+    code, _, _ = cenote("predict", out / "recommended", bags, "--out", tmp_path / "p.csv")
+    assert code == 0
+    code, text, _ = cenote("probe", bags, *QUICK, "--no-references", "--group", "patient", "--out", out)
+    assert code == 0
+    assert "knn" not in text
+    assert "caution: column" not in text
+    assert Comparison.load(out).references == ()
+
+
 def test_running_again_resumes(cenote: Run, bags: Path, tmp_path: Path) -> None:
     cenote("probe", bags, *QUICK, "--out", tmp_path / "out")
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "cells").iterdir()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -162,6 +163,7 @@ def probe(
 
     page = write(out)
     _tell(comparison, console)
+    _tell_what_to_use(comparison, out, console)
     say(console, f"{time.perf_counter() - start:.0f} s; report: {page}")
     if not comparison.complete:
         sys.stderr.write(
@@ -194,13 +196,20 @@ def _tell(comparison: Comparison, console: Console) -> None:
         say(console, f"weights find the labelled tokens (AUROC within items): {scores}")
     for caution in comparison.cautions:
         say(console, f"caution: {caution}", "yellow")
-    console.print(Text(f"\n{comparison.sentence}", "bold"))
+    console.print(Text(f"\n{comparison.sentence}", "bold red" if comparison.no_verdict else "bold"))
+
+
+def _tell_what_to_use(comparison: Comparison, out: Path, console: Console) -> None:
+    folder = out / "recommended"
+    say(console, f"\nuse {comparison.recommended}: {comparison.reason}", "bold")
+    say(console, f"  Python   cenote.load({str(folder)!r})")
+    say(console, f"  predict  cenote predict {shlex.quote(str(folder))} DATA\n")
 
 
 def table_of(comparison: Comparison, width: int) -> Table:
     """The results for a terminal of so many columns, best first."""
     source = "of Wilcoxon's signed ranks, " if comparison.provenance.get("significance") == "wilcoxon" else ""
-    aside = "; (ref) only for reference, never the winner" if comparison.references else ""
+    aside = "; † only for reference, never the winner" if comparison.references else ""
     tests = {t.first: t for t in comparison.against_baseline}
     difference = f"vs {comparison.baseline}"
     columns = {
@@ -225,7 +234,7 @@ def table_of(comparison: Comparison, width: int) -> Table:
 
 
 def _named(method: str, comparison: Comparison) -> str:
-    return f"{method}{' *' if method in comparison.pareto else ' (ref)' if method in comparison.references else ''}"
+    return f"{method}{' *' if method in comparison.pareto else ' †' if method in comparison.references else ''}"
 
 
 def _measured(value: float | None, form: str) -> str:

@@ -108,6 +108,7 @@ class Comparison(Generic[R]):
         pareto: names of the arms that no other beats in both metric and cost; references stand aside.
         sentence: the verdict in plain words.
         recommended: the cheapest arm that cannot be told from the winner.
+        reason: why it is recommended.
         no_verdict: why these units cannot carry a verdict; empty where they can.
         cautions: what a person should know before believing it, one sentence each.
         provenance: versions, machine, command, when, and what the job adds.
@@ -129,6 +130,7 @@ class Comparison(Generic[R]):
     provenance: dict[str, Any] = field(default_factory=dict)
     complete: bool = True
     recommended: str = ""
+    reason: str = ""
     no_verdict: str = ""
     cautions: tuple[str, ...] = ()
 

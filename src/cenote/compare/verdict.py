@@ -10,23 +10,40 @@ from cenote.compare.statistics import SIGNIFICANT
 
 C = TypeVar("C", bound="Comparison[Any]")
 
+EQUALLY_CHEAP = 1.1
+"""Times the least cost: measured times differ by so much from one run to the next, and then the better metric decides."""
+
 
 def with_sentence(comparison: C) -> C:
     """The comparison with its recommendation and its sentence filled in."""
     comparison = dataclasses.replace(comparison, recommended=recommended(comparison))
-    return dataclasses.replace(comparison, sentence=sentence(comparison))
+    return dataclasses.replace(comparison, sentence=sentence(comparison), reason=reason(comparison))
 
 
 def recommended(c: Comparison[Any]) -> str:
     """The cheapest arm that cannot be told from the winner; of arms without a cost, the baseline if it is one of them.
 
-    Controls and references are never recommended.
+    Of arms that cost the same within `EQUALLY_CHEAP` it is the best. Controls and references are never recommended.
     """
     close = [c.winner, *_inseparable(c)]
-    costs = {name: c[name].cost for name in close}
-    if None in costs.values():
+    costs = [cost for name in close if (cost := c[name].cost) is not None]
+    if len(costs) < len(close):
         return c.baseline if c.baseline in close else c.winner
-    return min(close, key=lambda name: costs[name] or 0.0)
+    return next(name for name, cost in zip(close, costs, strict=True) if cost <= EQUALLY_CHEAP * min(costs))
+
+
+def reason(c: Comparison[Any]) -> str:
+    """Why the recommended arm is the one to use. It says of no arm that it is better."""
+    if len(c.results) == 1 + len(c.references):
+        return "nothing else was run"
+    if c.recommended != c.winner:
+        text = f"it cannot be told from {c.winner}, which comes first{_at_cost(c)}"
+    elif not _inseparable(c):
+        return "it comes first, and all others can be told from it"
+    else:
+        text = "it comes first"
+        text += "" if c[c.winner].cost is None else ", and of what cannot be told from it nothing is clearly cheaper"
+    return f"{text}; these data cannot tell more" if c.no_verdict else text
 
 
 def sentence(c: Comparison[Any]) -> str:
@@ -74,8 +91,15 @@ def _advice(c: Comparison[Any]) -> str:
     """What to use, where that is not the arm that was named first."""
     if c.recommended in (c.winner, ""):
         return ""
-    cheapest = "the cheapest that" if c[c.recommended].cost is not None else "it"
-    return f" Use {c.recommended}: {cheapest} cannot be told from {c.winner}."
+    return f" Use {c.recommended}: it cannot be told from {c.winner}{_at_cost(c)}."
+
+
+def _at_cost(c: Comparison[Any]) -> str:
+    """What the recommended arm costs beside the winner."""
+    first, second = c[c.recommended].cost, c[c.winner].cost
+    if first is None or second is None:
+        return ""
+    return f", and takes {first / max(second, 1e-9):.2g} times the {c.words.cost}"
 
 
 def _controls(c: Comparison[Any]) -> str:

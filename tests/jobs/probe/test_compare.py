@@ -332,6 +332,37 @@ def test_the_best_probe_comes_back(toy: TokenDataset, tmp_path: Path) -> None:
     assert saved.word(torch.tensor([0.1, 0.8, 0.1])) == "b"
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_the_recommended_probe_lies_beside_the_best_one(
+    same: bool, toy: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verdict, "recommended", lambda c: c.winner if same else _another(c))
+    c = compare(toy, ["mean", "max"], seeds=2, recipe=QUICK, out=tmp_path)
+    saved = cenote.load(tmp_path / "recommended")
+    assert saved.method == c.recommended
+    assert (tmp_path / "recommended" / "probe.safetensors").exists() != same
+    monkeypatch.chdir(tmp_path / "recommended")
+    assert cenote.load(".").method == c.recommended
+    test = toy.indices("test")
+    right = (saved.scores(toy.x[test]).argmax(1) == toy.y[test]).double().mean()
+    assert float(right) in [pytest.approx(v) for v in c[c.recommended].metric_per_seed]
+
+
+def _another(c: Comparison) -> str:
+    return next(r.method for r in c.results if r.method != c.winner and not r.reference)
+
+
+def test_a_recommended_probe_that_is_the_best_one_takes_no_room(
+    toy: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verdict, "recommended", _another)
+    compare(toy, ["mean", "max"], seeds=1, recipe=QUICK, out=tmp_path)
+    monkeypatch.setattr(verdict, "recommended", lambda c: c.winner)
+    c = compare(toy, ["mean", "max"], seeds=1, recipe=QUICK, out=tmp_path)
+    assert [p.name for p in (tmp_path / "recommended").iterdir()] == ["probe.json"]
+    assert cenote.load(tmp_path / "recommended").method == c.winner
+
+
 def test_wrong_saved_probes_are_named(tmp_path: Path, toy: TokenDataset) -> None:
     with pytest.raises(InputError, match=r"holds no saved probe \(probe.json is missing\)"):
         cenote.load(tmp_path)

@@ -29,7 +29,7 @@ from cenote.jobs.probe.measure import judged_by, measured_by
 from cenote.jobs.probe.recipe import Recipe
 from cenote.jobs.probe.references import references_of
 from cenote.jobs.probe.result import Comparison
-from cenote.jobs.probe.saved import save_best
+from cenote.jobs.probe.saved import BEST, RECOMMENDED, save_probe, save_same
 
 HUGE_ITEM_BYTES = 2**24
 
@@ -56,8 +56,8 @@ def compare(
         data: see `cenote.features.read`, `cenote.features.digits`.
         methods: `"fast"`, `"all"`, or names; `mean`, the baseline, is always among them.
         seeds: how many (0, 1, ...), or which.
-        out: folder for the finished cells, `comparison.json`, attention samples and the best probe; given the same folder
-            again, finished cells are not recomputed. `None`: nothing is written.
+        out: folder for the finished cells, `comparison.json`, attention samples, and the probes of the winner and of the
+            recommended method; given the same folder again, finished cells are not recomputed. `None`: nothing is written.
         metric: default by task, see `cenote.jobs.probe.measure`.
         significance: where p-values come from: `"permutation"`, how often a difference would be as large if two methods were
             exchanged in random test items (whole groups); `"wilcoxon"`, signed ranks of what each test item (each group) adds
@@ -133,8 +133,11 @@ def compare(
         probes = {name: trial.probe(measured.cells[name], 0) for name, trial in done.items()}
         views = {name: trial.column.data for name, trial in done.items()}
         comparison = save_looks(folder, comparison, data, probes, views)
-        winner = done[comparison.winner]
-        best_seed = int(np.argmax(comparison[comparison.winner].validation_per_seed))
-        save_best(folder / "best", comparison, winner.column, winner.probe(measured.cells[winner.name], best_seed))
+        for place, name in ((BEST, comparison.winner), (RECOMMENDED, comparison.recommended)):
+            if place == RECOMMENDED and name == comparison.winner:
+                save_same(folder / place, BEST)
+                continue
+            best_seed = int(np.argmax(comparison[name].validation_per_seed))
+            save_probe(folder / place, comparison, done[name].column, done[name].probe(measured.cells[name], best_seed))
         files.write_whole(folder / "comparison.json", comparison.to_json())
     return comparison

@@ -25,6 +25,9 @@ from cenote.pool.graph.base import GraphPool
 
 FORMAT = 1
 
+BEST, RECOMMENDED = "best", "recommended"
+"""Folders of the winner's probe and of the recommended method's, beside each other."""
+
 
 @dataclass(frozen=True)
 class SavedProbe:
@@ -95,10 +98,10 @@ class SavedProbe:
         return self.probe.attend(x, mask)
 
 
-def save_best(folder: Path, comparison: Comparison, column: Column, probe: Probe) -> None:
-    """Write the winning probe as `probe.safetensors` beside `probe.json`."""
+def save_probe(folder: Path, comparison: Comparison, column: Column, probe: Probe) -> None:
+    """Write the probe of a method as `probe.safetensors` beside `probe.json`."""
     pool, data = probe.pool, column.data
-    result = comparison[comparison.winner]
+    result = comparison[column.name]
     card = {
         "format": FORMAT,
         "method": column.method.name,
@@ -119,11 +122,18 @@ def save_best(folder: Path, comparison: Comparison, column: Column, probe: Probe
     files.write_whole(folder / "probe.json", json.dumps(card, indent=1))
 
 
+def save_same(folder: Path, other: str) -> None:
+    """Write that the probe of a folder is the one of another folder beside it, where `load` finds it."""
+    (folder / "probe.safetensors").unlink(missing_ok=True)
+    files.write_whole(folder / "probe.json", json.dumps({"format": FORMAT, "same_as": other}, indent=1))
+
+
 def load(folder: str | Path) -> SavedProbe:
-    """Rebuild the probe that `cenote probe` left in `OUT/best`.
+    """Rebuild the probe that `cenote probe` left in `OUT/best` or `OUT/recommended`.
 
     Args:
-        folder: holds `probe.json` and `probe.safetensors`.
+        folder: holds `probe.json` and `probe.safetensors`; or, where the recommended method is the winner, only a
+            `probe.json` that names the folder beside it.
 
     Raises:
         InputError: naming the folder and what is wrong with it.
@@ -131,10 +141,12 @@ def load(folder: str | Path) -> SavedProbe:
     folder = Path(folder)
     try:
         card: dict[str, Any] = json.loads((folder / "probe.json").read_text("utf-8"))
+        if card.get("same_as") == BEST and folder.name != BEST:
+            return load(folder.resolve().parent / BEST)
         state = load_file(folder / "probe.safetensors")
     except FileNotFoundError as error:
         raise InputError(
-            f"{folder}: holds no saved probe ({Path(error.filename).name} is missing); name OUT/best"
+            f"{folder}: holds no saved probe ({Path(error.filename).name} is missing); name OUT/best or OUT/recommended"
         ) from None
     except (SafetensorError, ValueError, OSError) as error:
         raise InputError(f"{folder}: the saved probe cannot be read ({error}); run cenote probe again") from None
