@@ -163,7 +163,7 @@ def test_wrong_files_are_named_with_exit_code_2(
         (["probe", "/no/such/place"], "/no/such/place"),
         (["probe", "--methods", "simpol"], "did you mean simpool"),
         (["probe", "--metric", "R2"], "'R2' does not fit a multiclass task"),
-        (["probe", "--significance", "t-test"], "significance: expected bootstrap or wilcoxon, got 't-test'"),
+        (["probe", "--significance", "t-test"], "significance: expected permutation or wilcoxon, got 't-test'"),
         (["probe", "--task", "regression", "--grid", "4by4"], "--grid: expected HEIGHTxWIDTH"),
         (["probe", "--backbone", "a-model"], "name a folder or file of raw images, sounds or texts; digits are tokens"),
         (["predict", "/no/such/best", "digits"], "holds no saved probe"),
@@ -224,7 +224,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(bags: Path, tmp_path: Path) -> No
 def test_a_narrow_terminal_gets_a_table_of_fewer_columns(cenote: Run, bags: Path, tmp_path: Path) -> None:
     cenote("probe", bags, "--out", tmp_path / "out", "--methods", "mean,max", "--seeds", "1", "--epochs", "2")
     found = Comparison.load(tmp_path / "out")
-    for width, last in ((120, "train s"), (80, "ms/item"), (48, "p adj."), (20, "AUROC")):
+    for width, last in ((120, "train s"), (80, "ms/item"), (48, "p adj."), (32, "AUROC")):
         table = table_of(found, width)
         assert [c.header for c in table.columns][-1] == last
         text = io.StringIO()
