@@ -24,11 +24,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from examples.speech.bootstrap import interval, two_sided_p
 from examples.speech.front import LogMel, StreamingTdnn, read_wav
 from scipy.signal import resample_poly
 from torch import Tensor, nn
 
-from cenote.compare.statistics import holm, interval, two_sided_p
+from cenote.compare.statistics import holm
 from cenote.pool import AttentiveTemporalPool
 
 NAME = "speech-languages"

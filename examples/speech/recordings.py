@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from examples.speech.bootstrap import interval, two_sided_p
 from examples.speech.front import Conformer, LogMel, Padded, Tdnn, padded, read_wav
 from examples.speech.verification import equal_error_rate, trials
 from scipy.signal import resample_poly
 from torch import Tensor, nn
 
 import cenote
-from cenote.compare.statistics import holm, interval, two_sided_p
+from cenote.compare.statistics import holm
 from cenote.pool import AamSoftmax
 
 NAME = "speech-recordings"
