@@ -143,13 +143,12 @@ def at_the_edge(result: MethodResult, recipe: Recipe) -> tuple[str, ...]:
     rates = list(by_rate)
     if len(rates) < 2 or result.learning_rate not in (rates[0], rates[-1]):
         return ()
-    edge, inner, kind = (
-        (rates[0], rates[1], "smallest") if result.learning_rate == rates[0] else (*rates[:-3:-1], "largest")
-    )
+    smallest = result.learning_rate == rates[0]
+    edge, inner = rates[:2] if smallest else rates[:-3:-1]
     gain = by_rate[edge] - by_rate[inner]
     if not gain > GAIN:
         return ()
-    other = "smaller" if kind == "smallest" else "larger"
+    kind, other = ("smallest", "smaller") if smallest else ("largest", "larger")
     return (
         f"{result.method} chose {edge:g}, the {kind} learning rate of the grid, which is {gain:.3f} above {inner:g} on "
         f"validation: a {other} one may do better; give Recipe(learning_rates=...) more",
