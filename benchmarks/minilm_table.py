@@ -197,9 +197,9 @@ def page(
         f"Frozen token features of all-MiniLM-L6-v2 (6 layers, width 384; layer 0 stands for the embeddings). {ITEMS['train']} "
         f"training and {ITEMS['val']} validation sentences drawn with seed 0, and all test sentences: of CoLA, the "
         f"out-of-domain ones. {SEEDS} seeds of each probe; learning rate from {rates} by validation, at most {RECIPE.epochs} "
-        f"passes. Intervals and p: paired bootstrap over the test sentences, {one.provenance['bootstrap_resamples']:,} "
-        "resamples, p after Holm's correction over all rows. Milliseconds: pooling and classifier, without MiniLM, one "
-        "thread, measured while other work ran. Written by",
+        "passes. Intervals: jackknife over the test sentences; p: exchanges of two rows in random test sentences, after Holm's "
+        "correction over all rows. Milliseconds: pooling and classifier, without MiniLM, one thread, measured while other "
+        "work ran. Written by",
         "",
         "```bash",
         "python -m benchmarks.minilm_table --data-dir ../shared/data",
@@ -304,6 +304,7 @@ def main() -> None:
                         layers=layers,
                         out=folder,
                         recipe=RECIPE,
+                        references=False,
                         on_method=told,
                         metric=TASKS[task]["metric"],
                     )

@@ -1,4 +1,4 @@
-"""Percentile bootstrap of metrics that no share of one speaker adds up to, such as the equal error rate."""
+"""What values over draws of the test items, with replacement, say of how sure a number is."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from numpy import ndarray
 
 
 def interval(values: Float[ndarray, "resamples"]) -> tuple[float, float]:
-    """The central 95 % of resampled metrics."""
+    """The central 95 %; draws without a defined value are left out."""
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
 def two_sided_p(differences: Float[ndarray, "resamples"]) -> float:
-    """How often a resampled difference falls on the other side of zero, doubled; never below `2 / (resamples + 1)`."""
+    """How often a difference falls on the other side of zero, doubled; never below `2 / (resamples + 1)`.
+
+    >>> two_sided_p(np.array([0.1, 0.2, 0.3]))
+    0.5
+    """
     d = differences[~np.isnan(differences)]
     tail = min(int((d <= 0).sum()), int((d >= 0).sum()))
     return min(1.0, 2 * (tail + 1) / (len(d) + 1))

@@ -103,6 +103,24 @@ def test_labels_of_tokens_are_found_by_weights(cenote: Run, bags: Path, tmp_path
     assert 'id="localisation"' in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_cautions_references_and_what_to_use_are_told(cenote: Run, bags: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, text, _ = cenote("probe", bags, *QUICK, "--out", out)
+    assert code == 0
+    assert "caution: column 'patient' holds 15 values for 60 items" in text
+    assert "knn †" in text
+    found = Comparison.load(out)
+    assert f"use {found.recommended}: {found.reason}" in text
+    assert f"cenote predict {out / 'recommended'} DATA" in text
+    code, _, _ = cenote("predict", out / "recommended", bags, "--out", tmp_path / "p.csv")
+    assert code == 0
+    code, text, _ = cenote("probe", bags, *QUICK, "--no-references", "--group", "patient", "--out", out)
+    assert code == 0
+    assert "knn" not in text
+    assert "caution: column" not in text
+    assert Comparison.load(out).references == ()
+
+
 def test_running_again_resumes(cenote: Run, bags: Path, tmp_path: Path) -> None:
     cenote("probe", bags, *QUICK, "--out", tmp_path / "out")
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "cells").iterdir()}
@@ -163,7 +181,7 @@ def test_wrong_files_are_named_with_exit_code_2(
         (["probe", "/no/such/place"], "/no/such/place"),
         (["probe", "--methods", "simpol"], "did you mean simpool"),
         (["probe", "--metric", "R2"], "'R2' does not fit a multiclass task"),
-        (["probe", "--significance", "t-test"], "significance: expected bootstrap or wilcoxon, got 't-test'"),
+        (["probe", "--significance", "t-test"], "significance: expected permutation or wilcoxon, got 't-test'"),
         (["probe", "--task", "regression", "--grid", "4by4"], "--grid: expected HEIGHTxWIDTH"),
         (["probe", "--backbone", "a-model"], "name a folder or file of raw images, sounds or texts; digits are tokens"),
         (["predict", "/no/such/best", "digits"], "holds no saved probe"),
@@ -224,7 +242,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(bags: Path, tmp_path: Path) -> No
 def test_a_narrow_terminal_gets_a_table_of_fewer_columns(cenote: Run, bags: Path, tmp_path: Path) -> None:
     cenote("probe", bags, "--out", tmp_path / "out", "--methods", "mean,max", "--seeds", "1", "--epochs", "2")
     found = Comparison.load(tmp_path / "out")
-    for width, last in ((120, "train s"), (80, "ms/item"), (48, "p adj."), (20, "AUROC")):
+    for width, last in ((120, "train s"), (80, "ms/item"), (48, "p adj."), (32, "AUROC")):
         table = table_of(found, width)
         assert [c.header for c in table.columns][-1] == last
         text = io.StringIO()

@@ -17,6 +17,7 @@ import torch
 from cenote.compare import Arm, ArmResult, Cell, Comparison, Measure, OnShare, Units, Words, engine, judge, measure
 from cenote.compare.arms import unheard
 from cenote.compare.cells import Cells, load_cell, save_cell
+from cenote.compare.engine import Measured
 from cenote.core import InputError
 
 UNITS = Units(tuple(f"text {i}" for i in range(60)))
@@ -28,6 +29,7 @@ class Guess(Arm):
     name: str
     level: float
     control: bool = False
+    reference: bool = False
 
     def key(self) -> Mapping[str, Any]:
         return {"level": self.level}
@@ -85,6 +87,70 @@ def test_a_control_that_does_not_lose_is_told() -> None:
     assert c.results[0].method == "random"
     assert c.winner == "better"
     assert c.sentence.endswith("; random, a control, does not lose to it: this table decides nothing.")
+
+
+def test_a_reference_stands_in_the_table_and_never_wins() -> None:
+    c = table([*ARMS, Guess("usual", 1.5, reference=True)])
+    assert [r.method for r in c.results] == ["usual", "better", "mean", "worse", "random"]
+    assert (c.winner, c.recommended, c.references, c.pareto) == ("better", "better", ("usual",), ("better",))
+    assert "; usual is ahead of it: look at how the others are run" in c.sentence
+    alone = table()
+    assert [t for t in c.pairs if "usual" not in (t.first, t.second)] == list(alone.pairs)
+    assert [t for t in c.against_baseline if t.first != "usual"] == list(alone.against_baseline)
+    with pytest.raises(InputError, match="baseline: mean is a reference; name an arm that may be recommended"):
+        table([dataclasses.replace(ARMS[0], reference=True), *ARMS[1:]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed(ArmResult):
+    milliseconds: float
+
+    @property
+    def cost(self) -> float:
+        return self.milliseconds
+
+
+class TimedComparison(Comparison[Timed]):
+    result_type: ClassVar[type[Any]] = Timed
+
+
+@pytest.mark.parametrize(("milliseconds", "recommended"), [((1.0, 0.95, 3.0), "b"), ((1.0, 0.8, 3.0), "mean")])
+def test_what_costs_the_same_but_for_noise_is_chosen_by_its_metric(
+    milliseconds: tuple[float, ...], recommended: str
+) -> None:
+    @dataclass(frozen=True)
+    class Slow(Guess):
+        milliseconds: float = 0.0
+
+        def run(self, on_share: OnShare = unheard) -> Cell:
+            return super().run(on_share).with_record(milliseconds=self.milliseconds)
+
+    times = dict(zip(("b", "mean", "winner"), milliseconds, strict=True))
+    levels = {"b": 0.501, "mean": 0.5, "winner": 0.502}
+    measured = measure([Slow(name, levels[name], milliseconds=t) for name, t in times.items()], "mean")
+    even = {n: Cell(n, c.record, {"scores": c.scores * 0 + levels[n] + _noise(n)}) for n, c in measured.cells.items()}
+    c = judge(TimedComparison, dataclasses.replace(measured, cells=even), UNITS, Measure("m"), baseline="mean")
+    assert (c.winner, c.recommended) == ("winner", recommended)
+    share = f"{times[recommended] / 3:.2g}"
+    assert c.reason == f"it cannot be told from winner, which comes first, and takes {share} times the time"
+    assert c.sentence.endswith(f" Use {recommended}: it cannot be told from winner, and takes {share} times the time.")
+    assert TimedComparison.from_json(c.to_json()).reason == c.reason
+
+
+def _noise(name: str) -> torch.Tensor:
+    noise = torch.randn(len(UNITS), generator=torch.Generator().manual_seed(ord(name[0])))
+    return noise - noise.mean()
+
+
+def test_the_reason_says_of_no_arm_that_it_is_better() -> None:
+    assert table().reason == "it comes first, and all others can be told from it"
+    assert table(ARMS[:1]).reason == "nothing else was run"
+    two = Units(("a", "b"))
+    cells = {n: Cell(n, {"seconds": 0.0}, {"scores": torch.full((1, 2), v)}) for n, v in (("mean", 0.2), ("max", 0.9))}
+    arms = tuple(Guess(name, 0.0) for name in cells)
+    c = judge(Comparison, Measured(arms, cells, {}), two, Measure("m"), baseline="mean")
+    assert c.recommended == "mean"
+    assert c.reason == "it cannot be told from max, which comes first; these data cannot tell more"
 
 
 def test_ctrl_c_keeps_what_is_done_and_the_next_run_goes_on(tmp_path: Path) -> None:

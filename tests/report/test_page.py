@@ -310,3 +310,66 @@ def test_invented_names_fill_up() -> None:
     names = method_names(200)
     assert len(set(names)) == 200
     assert names[0] == "mean"
+
+
+def _with_references(c: Comparison) -> Comparison:
+    unmeasured = {"learning_rate": None, "parameters": None, "multiply_adds": None, "latency_ms": None}
+    second = dataclasses.replace(
+        c.results[1],
+        method="knn",
+        summary="k nearest neighbours",
+        settings={"k": 5},
+        reference=True,
+        epochs=(),
+        validation_curve=(),
+        train_loss=(),
+        **unmeasured,
+    )
+    return dataclasses.replace(c, results=(c.results[0], second, *c.results[1:]))
+
+
+def test_references_stand_in_the_table_with_dashes_and_nowhere_else() -> None:
+    c = _with_references(make_comparison(4))
+    built = page(c)
+    assert built.all("span", class_="tag ref")
+    assert "4 methods, 1 for reference" in built.text
+    row = next(a for a in built.all("tbody", role="rowgroup") if a["data-method"] == "knn")
+    assert [row[f"data-{k}"] for k in ("parameters", "multiply-adds", "latency")] == ["", "", ""]
+    assert [a["title"] for a in built.all("td", role="cell") if a.get("title") == "–"] == ["–"] * 3
+    assert len(built.all("figure", class_="panel")) == 4
+    assert Comparison.from_json(c.to_json()) == c
+    assert "for reference" not in page(make_comparison(4)).text
+
+
+def test_cautions_stand_above_the_table() -> None:
+    c = make_comparison(4, cautions=("only 12 test items", NASTY))
+    built = page(c)
+    assert built.all("div", id="cautions")
+    assert built.text.index("only 12 test items") < built.text.index("Leaderboard Accuracy")
+    assert NASTY in built.text
+    assert not page(make_comparison(4)).all("div", id="cautions")
+
+
+def test_what_to_use_is_told_with_the_lines_that_load_it(tmp_path: Path) -> None:
+    c = make_comparison(9)
+    assert c.recommended
+    write_run(tmp_path / "an out", c)
+    text = Page(cenote.report.write(tmp_path / "an out").read_text("utf-8")).text
+    assert f"Use {c.recommended} : {c.reason}." in text
+    assert "cenote predict" not in text, "nothing was saved"
+    (tmp_path / "an out" / "recommended").mkdir()
+    text = Page(cenote.report.write(tmp_path / "an out").read_text("utf-8")).text
+    folder = str(tmp_path / "an out" / "recommended")
+    assert f"cenote.load({folder!r})" in text
+    assert f"cenote predict '{folder}' DATA" in text
+
+
+def test_a_page_without_a_verdict_says_so_and_calls_nobody_best() -> None:
+    c = make_comparison(4, no_verdict="2 test groups cannot carry one")
+    built = page(c)
+    assert built.all("p", id="no-verdict")
+    assert "No verdict. 2 test groups cannot carry one." in built.text
+    assert " best " not in built.text.split("Leaderboard Accuracy")[1].split("Parameters, multiply-adds")[0]
+    sure = page(make_comparison(4))
+    assert not sure.all("p", id="no-verdict")
+    assert "ties with" not in sure.text

@@ -202,7 +202,7 @@ class ProbeRegressor(RegressorMixin, _ProbeEstimator):  # type: ignore[misc]
         super().__setstate__(state)
         if "target_std_" in state:
             # pickled by a version whose probe gave standardised targets
-            mean, deviation = (torch.as_tensor(vars(self).pop(n)) for n in ("target_mean_", "target_std_"))
+            mean, deviation = (torch.as_tensor(self.__dict__.pop(n)) for n in ("target_mean_", "target_std_"))
             self.probe_ = TargetScale(mean, deviation).restored(self.probe_)
 
     def predict(self, X: Sets) -> ndarray:

@@ -38,7 +38,8 @@ def leaderboard(
     """
     shown = {name: cells for name, cells in columns.items() if width >= WIDE or name not in luxuries}
     for name in spared:
-        if sum(max(map(len, (head, *cells))) + 1 for head, cells in shown.items()) + 1 > width:
+        # a space on each side of a column, and one at the edge
+        if sum(max(map(len, (head, *cells))) + 2 for head, cells in shown.items()) + 1 > width:
             shown.pop(name)
     table = Table(
         title=Text(title, "table.title"),

@@ -26,6 +26,13 @@ SeedEffects = Annotated[
         help="What the verdict speaks of: fixed, these trained probes; random, the methods trained with any seeds."
     ),
 ]
+References = Annotated[
+    bool,
+    typer.Option(
+        "--references/--no-references",
+        help="Whether k-NN and logistic (ridge) regression on the mean stand in the table too; they never win.",
+    ),
+]
 Workers = Annotated[
     int | None,
     typer.Option(min=1, help="How many methods are trained at once; default: one per core where that is faster."),

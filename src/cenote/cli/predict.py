@@ -16,7 +16,7 @@ TOKENS_LISTED = 5
 
 
 def predict(
-    best: Annotated[Path, typer.Argument(help="Folder of a saved probe: OUT/best.")],
+    best: Annotated[Path, typer.Argument(help="Folder of a saved probe: OUT/best or OUT/recommended.")],
     data: Annotated[str, typer.Argument(help="As for cenote probe; labels are not needed.")],
     out: Annotated[Path, typer.Option(help="CSV file to write.")] = Path("predictions.csv"),
     vectors: options.Vectors = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -62,6 +63,7 @@ def probe(
     patience: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many epochs without a better validation.")
     ] = None,
+    references: options.References = True,
     workers: options.Workers = None,
     backbone: Annotated[
         str | None,
@@ -91,6 +93,7 @@ def probe(
     import cenote.features as features
     from cenote.jobs.probe import Recipe, compare
     from cenote.jobs.probe.arms import chosen_methods, columns_of
+    from cenote.jobs.probe.references import reference_names
 
     chosen_methods(methods)
     known_engine(engine)
@@ -138,7 +141,7 @@ def probe(
             )
     say(console, features.describe(items))
 
-    count = len(columns_of(items, methods, layers)[0])
+    count = len(columns_of(items, methods, layers)[0]) + (len(reference_names(items.task)) if references else 0)
     start = time.perf_counter()
     with arms_bar(console, count) as on_method:
         comparison = compare(
@@ -151,6 +154,7 @@ def probe(
             seed_effects=seed_effects,  # type: ignore[arg-type]
             recipe=recipe,
             layers=layers,
+            references=references,
             workers=workers,
             engine=sweep(engine, address),
             on_method=on_method,
@@ -160,6 +164,7 @@ def probe(
 
     page = write(out)
     _tell(comparison, console)
+    _tell_what_to_use(comparison, out, console)
     say(console, f"{time.perf_counter() - start:.0f} s; report: {page}")
     if as_json:
         emit({**dataclasses.asdict(comparison), "report": page})
@@ -191,33 +196,51 @@ def _tell(comparison: Comparison, console: Console) -> None:
         found = sorted(comparison.localisation.items(), key=lambda pair: -pair[1])
         scores = ", ".join(f"{name} {score:.3f}" for name, score in found)
         say(console, f"weights find the labelled tokens (AUROC within items): {scores}")
-    console.print(Text(f"\n{comparison.sentence}", "bold"))
+    for caution in comparison.cautions:
+        say(console, f"caution: {caution}", "yellow")
+    console.print(Text(f"\n{comparison.sentence}", "bold red" if comparison.no_verdict else "bold"))
+
+
+def _tell_what_to_use(comparison: Comparison, out: Path, console: Console) -> None:
+    folder = out / "recommended"
+    say(console, f"\nuse {comparison.recommended}: {comparison.reason}", "bold")
+    say(console, f"  Python   cenote.load({str(folder)!r})")
+    say(console, f"  predict  cenote predict {shlex.quote(str(folder))} DATA\n")
 
 
 def table_of(comparison: Comparison, width: int) -> Table:
     """The results for a terminal of so many columns, best first."""
     source = "of Wilcoxon's signed ranks, " if comparison.provenance.get("significance") == "wilcoxon" else ""
+    aside = "; † only for reference, never the winner" if comparison.references else ""
     tests = {t.first: t for t in comparison.against_baseline}
     difference = f"vs {comparison.baseline}"
     columns = {
-        "method": [f"{r.method}{' *' if r.method in comparison.pareto else ''}" for r in comparison.results],
+        "method": [_named(r.method, comparison) for r in comparison.results],
         comparison.metric_name: [f"{r.metric:.3f}" for r in comparison.results],
         "interval": [_interval(r.interval) for r in comparison.results],
         difference: [_difference(tests.get(r.method)) for r in comparison.results],
         "p adj.": [_adjusted(tests.get(r.method)) for r in comparison.results],
-        "params": [f"{r.parameters:,}" for r in comparison.results],
-        "ms/item": [f"{r.latency_ms:.3f}" for r in comparison.results],
-        "multiply-adds": [f"{r.multiply_adds:,}" for r in comparison.results],
+        "params": [_measured(r.parameters, ",") for r in comparison.results],
+        "ms/item": [_measured(r.latency_ms, ".3f") for r in comparison.results],
+        "multiply-adds": [_measured(r.multiply_adds, ",") for r in comparison.results],
         "train s": [f"{r.seconds:.1f}" for r in comparison.results],
     }
     return leaderboard(
         columns,
         width,
         title=f"{comparison.dataset['name']}: {comparison.metric_name} on {comparison.dataset['items']['test']} test items",
-        caption=f"intervals of 95 %; p {source}adjusted by Holm's method; * no other method is both better and faster",
+        caption=f"intervals of 95 %; p {source}adjusted by Holm's method; * no other method is both better and faster{aside}",
         luxuries=("multiply-adds", "train s"),
         spared=("params", "ms/item", "interval", "p adj.", difference),
     )
+
+
+def _named(method: str, comparison: Comparison) -> str:
+    return f"{method}{' *' if method in comparison.pareto else ' †' if method in comparison.references else ''}"
+
+
+def _measured(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _interval(interval: tuple[float, float]) -> str:

@@ -24,11 +24,13 @@ class Arm(ABC):
         name: unique in a comparison.
         summary: one line for people.
         control: whether it must lose: a table in which it does not says nothing about the others.
+        reference: whether it only shows what the usual alternative scores: never winner, baseline or recommended.
     """
 
     name: str
     summary: str = ""
     control: bool = False
+    reference: bool = False
 
     @abstractmethod
     def key(self) -> Mapping[str, Any]:

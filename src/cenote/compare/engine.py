@@ -61,7 +61,7 @@ def measure(
         The finished arms; after Ctrl-C those that had finished, if the baseline is one of them.
 
     Raises:
-        InputError: where two arms share a name, there is no baseline, or it does not fit.
+        InputError: where two arms share a name, there is no baseline, it is a reference, or it does not fit.
     """
     names = [arm.name for arm in arms]
     twice = sorted({n for n in names if names.count(n) > 1})
@@ -69,6 +69,8 @@ def measure(
         raise InputError(f"arms: expected different names, got {', '.join(twice)} more than once")
     if baseline not in names:
         raise InputError(f"baseline: {baseline} is not among the arms {', '.join(names)}")
+    if arms[names.index(baseline)].reference:
+        raise InputError(f"baseline: {baseline} is a reference; name an arm that may be recommended")
     store = None if folder is None else Cells(folder)
     cells: dict[str, Cell] = {}
     keys: dict[str, str] = {}

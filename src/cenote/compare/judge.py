@@ -81,21 +81,23 @@ def judge(
                     "interval": inferred.interval(i),
                     "metric_per_seed": inferred.per_seed[i],
                     "control": arm.control,
+                    "reference": arm.reference,
                 }
             )
         )
     order = [r.method for r in results]
-    winner = next((r.method for r in results if not r.control), order[0])
+    ranked = [r for r in results if not r.reference]
+    winner = next((r.method for r in ranked if not r.control), ranked[0].method)
     pairs = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]
     found = inferred.differences([(row[a], row[b]) for a, b in pairs])
     tests = [PairTest(a, b, *f, f[2]) for (a, b), f in zip(pairs, found, strict=True)]
+    references = {r.method for r in results if r.reference}
     against_baseline = _adjusted(
-        [t.seen_from(n) for n in order for t in tests if {n, baseline} == {t.first, t.second} and n != baseline]
+        [t.seen_from(n) for n in order for t in tests if {n, baseline} == {t.first, t.second} and n != baseline],
+        references,
     )
-    # the winner was chosen after the scores were seen: as one of all pairs, and only where the table holds any difference
-    least = min((t.p_adjusted for t in against_baseline), default=1.0)
-    all_pairs = tuple(dataclasses.replace(t, p_adjusted=max(t.p_adjusted, least)) for t in _adjusted(tests))
-    costs = [0.0 if r.cost is None else r.cost for r in results]
+    all_pairs = _lifted(_adjusted(tests, references), against_baseline, references)
+    costs = [0.0 if r.cost is None else r.cost for r in ranked]
     return with_sentence(
         kind(
             metric_name=measure.name,
@@ -108,9 +110,9 @@ def judge(
                 t.seen_from(n) for n in order for t in all_pairs if n != winner and {n, winner} == {t.first, t.second}
             ),
             pairs=all_pairs,
-            pareto=tuple(order[i] for i in pareto([r.metric for r in results], costs)),
+            pareto=tuple(ranked[i].method for i in pareto([r.metric for r in ranked], costs)),
             sentence="",
-            no_verdict=_too_few(inferred, len(order) - 1, units),
+            no_verdict=_too_few(inferred, len(ranked) - 1, units),
             provenance={**(provenance or {}), **inferred.provenance()},
             complete=measured.complete,
             **more,
@@ -118,10 +120,32 @@ def judge(
     )
 
 
-def _adjusted(tests: list[PairTest]) -> tuple[PairTest, ...]:
+def _adjusted(tests: list[PairTest], references: set[str]) -> tuple[PairTest, ...]:
+    """After Holm's correction; tests of references are a family of their own."""
+    of_references = [_with_reference(t, references) for t in tests]
+    p = {
+        kind: iter(holm([t.p_value for t, of in zip(tests, of_references, strict=True) if of is kind]))
+        for kind in (False, True)
+    }
+    return tuple(dataclasses.replace(t, p_adjusted=next(p[of])) for t, of in zip(tests, of_references, strict=True))
+
+
+def _lifted(
+    pairs: tuple[PairTest, ...], against_baseline: tuple[PairTest, ...], references: set[str]
+) -> tuple[PairTest, ...]:
+    """All pairs, no p below the least of those with the baseline.
+
+    The winner was chosen after the scores were seen: as one of all pairs, and only where the table holds any difference.
+    """
+    among_others = [t.p_adjusted for t in against_baseline if not _with_reference(t, references)]
+    least = {False: min(among_others, default=1.0), True: min((t.p_adjusted for t in against_baseline), default=1.0)}
     return tuple(
-        dataclasses.replace(t, p_adjusted=p) for t, p in zip(tests, holm([t.p_value for t in tests]), strict=True)
+        dataclasses.replace(t, p_adjusted=max(t.p_adjusted, least[_with_reference(t, references)])) for t in pairs
     )
+
+
+def _with_reference(test: PairTest, references: set[str]) -> bool:
+    return test.first in references or test.second in references
 
 
 def _too_few(inferred: Inference, tests: int, units: Units) -> str:

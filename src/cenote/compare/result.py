@@ -27,6 +27,7 @@ class ArmResult:
         metric_per_seed: one number per seed.
         seconds: that measuring it took.
         control: whether it must lose.
+        reference: whether it only shows what the usual alternative scores.
     """
 
     method: str
@@ -37,6 +38,7 @@ class ArmResult:
     metric_per_seed: tuple[float, ...]
     seconds: float
     control: bool = False
+    reference: bool = False
 
     @property
     def cost(self) -> float | None:
@@ -55,7 +57,7 @@ class PairTest:
         p_value: two-sided, from exchanges of the two arms or from Wilcoxon's test: `provenance["significance"]` says which.
         p_adjusted: after Holm's correction, over the comparisons with the baseline or over all pairs. That of a pair is never
             below the least of those with the baseline, so that the whole table raises a false alarm no more often than one
-            comparison would.
+            comparison would. Tests of references are families of their own: whether there are any changes no other p-value.
     """
 
     first: str
@@ -84,16 +86,18 @@ class Comparison(Generic[R]):
 
     Attributes:
         metric_name: what arms are compared by; higher is better.
-        results: best first, controls among them.
+        results: best first, controls and references among them.
         skipped: arm -> why it could not be measured.
         baseline: the arm that the others are compared with.
-        winner: the best arm that is no control.
+        winner: the best arm that is no control and no reference.
         against_baseline: paired tests, Holm-corrected over them.
         against_winner, pairs: those with the winner, and all pairs; Holm-corrected over all pairs.
-        pareto: names of the arms that no other beats in both metric and cost.
+        pareto: names of the arms that no other beats in both metric and cost; references stand aside.
         sentence: the verdict in plain words.
         recommended: the cheapest arm that cannot be told from the winner.
+        reason: why it is recommended.
         no_verdict: why these units cannot carry a verdict; empty where they can.
+        cautions: what a person should know before believing it, one sentence each.
         provenance: versions, machine, command, when, and what the job adds.
         complete: False where the run was interrupted and arms are missing.
     """
@@ -113,7 +117,9 @@ class Comparison(Generic[R]):
     provenance: dict[str, Any] = field(default_factory=dict)
     complete: bool = True
     recommended: str = ""
+    reason: str = ""
     no_verdict: str = ""
+    cautions: tuple[str, ...] = ()
 
     @property
     def words(self) -> Words:
@@ -124,6 +130,11 @@ class Comparison(Generic[R]):
     def controls(self) -> tuple[str, ...]:
         """The arms that must lose."""
         return tuple(r.method for r in self.results if r.control)
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The arms that only show what the usual alternative scores."""
+        return tuple(r.method for r in self.results if r.reference)
 
     def __getitem__(self, method: str) -> R:
         """The result of one arm."""

@@ -15,12 +15,16 @@ class Words:
         percent: whether the metric is a share, told in per cent and points; otherwise it is told as it is.
         digits: after the point; default 1 of per cent, 3 of others.
         cost: what the winner takes so many times of.
+        reference: how an arm that is a reference is called, its name in place of `{}`.
+        remedy: what to look at where a reference is ahead of the winner.
     """
 
     arms: str = "methods"
     percent: bool = False
     digits: int | None = None
     cost: str = "time"
+    reference: str = "{}"
+    remedy: str = "how the others are run"
 
     def amount(self, value: float) -> str:
         """A metric.

@@ -57,6 +57,7 @@ class TokenDataset:
         words: per item what its tokens stand for, where they are texts (see `cenote.features.store.words`).
         token_labels: one label per token (`[items, tokens]` or `[total]`), where known (instance labels of bags).
         source: where it was read from, for provenance.
+        cautions: what the reader noticed that a person should know.
 
     Raises:
         InputError: where tokens, targets, ids and split are not of equally many items.
@@ -76,6 +77,7 @@ class TokenDataset:
     words: Any = None
     token_labels: Tensor | None = None
     source: str = ""
+    cautions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         items = len(self.token_source)

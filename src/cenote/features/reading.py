@@ -20,6 +20,7 @@ from cenote.features.dgcnn import dgcnn_file, open_dgcnn
 from cenote.features.embedded import digit_bags, digits
 from cenote.features.folder import LABELS, open_folder, token_files
 from cenote.features.geometric import geometric_file, open_geometric
+from cenote.features.grouping import ungrouped
 from cenote.features.labelling import FRACTIONS, Labelling
 from cenote.features.npz import open_npz
 from cenote.features.raw import RawItems
@@ -179,6 +180,7 @@ def read_labelled(
         grid=grid,
         token_labels=marked if marked is None or isinstance(x, Bags) else marked.view(x.shape[:2]),
         source=f"{path} ({source.format})",
+        cautions=_cautions(source, labelling),
     )
     return data if not source.layers else _chosen(data, x, source.layers, layers)
 
@@ -276,6 +278,7 @@ def _from_store(
         words=words,
         token_labels=marked.view(len(stored), -1) if fixed and marked is not None else marked,
         source=f"{path} ({source.format})",
+        cautions=_cautions(source, labelling),
     )
 
 
@@ -360,10 +363,7 @@ def _judged(
 ) -> tuple[Target | None, Int[Tensor, "items"], list[str] | None]:
     """Target, split and groups; every problem with them is told."""
     ids, columns = source.ids, source.columns
-    group_name = find(columns, labelling.group, (GROUP_NAME,), "group_column")
-    split_name = find(columns, labelling.split, (SPLIT_NAME,), "split_column")
-    others = source.used | {TOKEN_LABELS} | {name for name in (group_name, split_name) if name is not None}
-    names = label_columns(columns, labelling.label, set(others))
+    names, group_name, split_name = _named(source, labelling)
     made = targets.target(ids, {n: columns[n] for n in names}, labelling, source.class_names, problems)
 
     groups = None
@@ -394,6 +394,22 @@ def _judged(
             split = splits.val_from_train(split, made, groups, labelling, problems)
         splits.check_given(split, made, problems)
     return made, split, groups
+
+
+def _named(source: Source, labelling: Labelling) -> tuple[list[str], str | None, str | None]:
+    """The columns of labels, groups and split."""
+    group = find(source.columns, labelling.group, (GROUP_NAME,), "group_column")
+    split = find(source.columns, labelling.split, (SPLIT_NAME,), "split_column")
+    others = {*source.used, TOKEN_LABELS, *(name for name in (group, split) if name is not None)}
+    return label_columns(source.columns, labelling.label, others), group, split
+
+
+def _cautions(source: Source, labelling: Labelling | None) -> tuple[str, ...]:
+    """What a person should know of the columns."""
+    if labelling is None:
+        return ()
+    labels, group, split = _named(source, labelling)
+    return () if group is not None else ungrouped(source.columns, {*source.used, *labels, *([split] if split else [])})
 
 
 def _shaped(filled: Filled) -> Tensor | Bags:

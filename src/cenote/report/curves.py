@@ -41,11 +41,12 @@ class Curves:
 
 def curves(c: Comparison) -> Curves | None:
     """All panels; `None` where nothing was recorded. A slow start may fall below the axis, half of a curve never."""
-    recorded = [sorted(v for seed in r.validation_curve for v in seed if math.isfinite(v)) for r in c.results]
+    trained = [r for r in c.results if not r.reference]
+    recorded = [sorted(v for seed in r.validation_curve for v in seed if math.isfinite(v)) for r in trained]
     values = sorted(v for of_method in recorded for v in of_method)
     if not values:
         return None
-    epochs = max(len(seed) for r in c.results for seed in r.validation_curve)
+    epochs = max(len(seed) for r in trained for seed in r.validation_curve)
     halves = [of_method[len(of_method) // 2] for of_method in recorded if of_method]
     low, high = min(values[int(CUT * (len(values) - 1))], *halves), values[-1]
     if high - low < 1e-6:
@@ -53,7 +54,7 @@ def curves(c: Comparison) -> Curves | None:
     up = Axis(low, high, HEIGHT - EDGE, EDGE)
     across = Axis(1, max(epochs, 2), EDGE, WIDTH - EDGE)
     panels = []
-    for r in c.results:
+    for r in trained:
         kept = [(e, seed[e - 1]) for e, seed in zip(r.epochs, r.validation_curve, strict=False) if 0 < e <= len(seed)]
         panels.append(
             Panel(

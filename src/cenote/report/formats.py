@@ -92,13 +92,13 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
-def significant(value: float, digits: int = 3) -> str:
-    """So many significant digits, never in powers of ten.
+def significant(value: float | None, digits: int = 3) -> str:
+    """So many significant digits, never in powers of ten; a dash for what was not measured.
 
     >>> [significant(v) for v in (0.01234, 1.5, 1234.5, 0.0)]
     ['0.0123', '1.5', '1,234', '0']
     """
-    if not math.isfinite(value):
+    if value is None or not math.isfinite(value):
         return NOTHING
     if value == 0:
         return "0"
@@ -107,22 +107,24 @@ def significant(value: float, digits: int = 3) -> str:
     return _minus(text.rstrip("0").rstrip(".") if "." in text else text)
 
 
-def commas(count: int) -> str:
+def commas(count: int | None) -> str:
     """A whole number, exactly.
 
-    >>> commas(1234567)
-    '1,234,567'
+    >>> commas(1234567), commas(None)
+    ('1,234,567', '–')
     """
+    if count is None:
+        return NOTHING
     return f"{int(count):,}"
 
 
-def short(count: float) -> str:
+def short(count: float | None) -> str:
     """A large count in thousands, millions or billions.
 
     >>> short(9850), short(12_345), short(8_100_000)
     ('9,850', '12.3 k', '8.1 M')
     """
-    if not math.isfinite(count):
+    if count is None or not math.isfinite(count):
         return NOTHING
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(count) >= 10 * size or (size > 1e3 and abs(count) >= size):

@@ -130,6 +130,8 @@ def samples(comparison: Comparison, attention: Attention, count: int) -> tuple[S
         grid = attention.grid if attention.grid and item.tokens == attention.grid[0] * attention.grid[1] else None
         looks = []
         for result in comparison.results:
+            if result.reference:
+                continue
             weights = attention.weights.get((result.method, number))
             prediction = item.predictions.get(result.method, "")
             correct = prediction == item.label if exact and prediction else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import shlex
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def write(out: Path) -> Path:
         raise _damaged(found, error) from error
     attention = Attention.load(out)
     try:
-        page = render(comparison, attention)
+        page = render(comparison, attention, out)
     except UndefinedError as error:
         raise _damaged(found, error) from error
     path = out / "report.html"
@@ -65,12 +66,13 @@ def _damaged(path: Path, error: Exception) -> InputError:
     )
 
 
-def render(comparison: Comparison, attention: Attention | None = None) -> str:
+def render(comparison: Comparison, attention: Attention | None = None, out: Path | None = None) -> str:
     """The page as text: below 3 MB, with no reference to anything outside itself.
 
     Args:
         comparison: from `cenote.jobs.probe.compare`.
         attention: what the probes looked at. Where the page would grow too large, fewer of its items are drawn.
+        out: folder in which the probes were saved, for the lines that load them.
 
     Example:
         >>> from cenote.features import digits
@@ -79,14 +81,14 @@ def render(comparison: Comparison, attention: Attention | None = None) -> str:
         '<!doctype html>'
     """
     count = 0 if attention is None else len(attention.items)
-    page = _page(comparison, attention, count)
+    page = _page(comparison, attention, count, out)
     while len(page.encode("utf-8")) > MOST_BYTES and count:
         count //= 2
-        page = _page(comparison, attention, count)
+        page = _page(comparison, attention, count, out)
     return page
 
 
-def _page(c: Comparison, attention: Attention | None, count: int) -> str:
+def _page(c: Comparison, attention: Attention | None, count: int, out: Path | None) -> str:
     environment = Environment(
         loader=PackageLoader("cenote.report"),
         autoescape=True,
@@ -102,6 +104,7 @@ def _page(c: Comparison, attention: Attention | None, count: int) -> str:
         short=formats.short,
         size=formats.size,
         duration=formats.duration,
+        quoted=shlex.quote,
         moment=formats.moment,
         value=units.value,
         difference=units.difference,
@@ -112,6 +115,7 @@ def _page(c: Comparison, attention: Attention | None, count: int) -> str:
     return environment.get_template("page.html.j2").render(
         c=c,
         units=units,
+        saved=None if out is None or not (out / "recommended").is_dir() else str(out / "recommended"),
         board=leaderboard(c),
         plots=[p for p in (pareto_plot(c, units, *WIDE), pareto_plot(c, units, *NARROW)) if p],
         layers=layer_map(c),

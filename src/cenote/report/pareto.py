@@ -80,15 +80,16 @@ class ParetoPlot:
 
 def pareto_plot(c: Comparison, units: Units, width: int, height: int) -> ParetoPlot | None:
     """Lay the plot out for a screen; `None` where fewer than two methods have a metric and a latency."""
-    shown = [r for r in c.results if math.isfinite(r.metric) and math.isfinite(r.latency_ms) and r.latency_ms > 0]
+    latency = {r.method: math.nan if r.latency_ms is None else r.latency_ms for r in c.results}
+    shown = [r for r in c.results if math.isfinite(r.metric) and math.inf > latency[r.method] > 0]
     if len(shown) < 2:
         return None
     left, right, top, bottom = 46, width - 14, 26, height - 44
     wanted = 5 if width > 500 else 3
-    across = Axis.around([r.latency_ms for r in shown], left + 10, right - 10, log=True)
+    across = Axis.around([latency[r.method] for r in shown], left + 10, right - 10, log=True)
     heights = [v for r in shown for v in (r.metric, *r.interval) if math.isfinite(v)]
     up = Axis.around(heights, bottom - 8, top + 8, margin=0.02)
-    places = {r.method: (across.at(r.latency_ms), up.at(r.metric)) for r in shown}
+    places = {r.method: (across.at(latency[r.method]), up.at(r.metric)) for r in shown}
     important = {c.winner, c.baseline, *c.pareto}
     taken = [Box(x - DOT, y - DOT, x + DOT, y + DOT) for x, y in places.values()]
     frame = Box(left + 2, top, right + 8, bottom - 2)

@@ -28,10 +28,11 @@ from cenote.jobs.probe.arms import chosen_methods
 
 QUICK = Recipe(learning_rates=(1e-2,), epochs=8)
 METHODS = ["mean", "max", "simpool"]
+ROWS = {*METHODS, "knn", "logistic-regression"}
 
 
 def test_the_comparison_holds_what_it_says(toy: TokenDataset) -> None:
-    c = compare(toy, METHODS, seeds=2, recipe=QUICK)
+    c = compare(toy, METHODS, seeds=2, recipe=QUICK, references=False)
     assert {r.method for r in c.results} == set(METHODS)
     assert [r.metric for r in c.results] == sorted((r.metric for r in c.results), reverse=True)
     assert c.winner == c.results[0].method
@@ -150,12 +151,12 @@ def test_processes_give_the_same(tmp_path: Path) -> None:
     data = make_ragged()
     alone = compare(data, METHODS, seeds=2, recipe=QUICK, workers=1)
     together = compare(data, METHODS, seeds=2, recipe=QUICK, workers=2, out=tmp_path)
-    assert {r.method for r in together.results} == set(METHODS)
+    assert {r.method for r in together.results} == ROWS
     for r in alone.results:
         other = together[r.method]
         assert other.metric_per_seed == r.metric_per_seed
         assert other.train_loss == r.train_loss
-        assert other.latency_ms > 0
+        assert r.reference or other.latency_ms > 0
     again = compare(data, METHODS, seeds=2, recipe=QUICK, workers=2, out=tmp_path)
     assert again.results == together.results
 
@@ -167,7 +168,7 @@ def test_processes_tell_how_far_they_are(toy: TokenDataset, monkeypatch: pytest.
     compare(
         toy, METHODS, seeds=1, recipe=recipe, workers=2, on_method=lambda name, share: told.setdefault(name, []).append(share)
     )  # fmt: skip
-    assert set(told) == set(METHODS)
+    assert set(told) == ROWS
     for shares in told.values():
         assert shares == sorted(shares)
         assert shares.count(1.0) == 1
@@ -193,7 +194,7 @@ def test_what_a_dead_process_left_is_trained_here(toy: TokenDataset, monkeypatch
     monkeypatch.setattr(processes, "_run", lambda _number: os._exit(1))
     with pytest.warns(UserWarning, match="a process died"):
         c = compare(toy, METHODS, seeds=1, recipe=QUICK, workers=2)
-    assert {r.method for r in c.results} == set(METHODS)
+    assert {r.method for r in c.results} == ROWS
 
 
 def test_without_room_for_the_data_methods_train_in_turn(toy: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +204,7 @@ def test_without_room_for_the_data_methods_train_in_turn(toy: TokenDataset, monk
     monkeypatch.setattr(torch, "save", full)
     with pytest.warns(UserWarning, match="No space left"):
         c = compare(toy, METHODS, seeds=1, recipe=QUICK, workers=2)
-    assert {r.method for r in c.results} == set(METHODS)
+    assert {r.method for r in c.results} == ROWS
 
 
 def test_a_missing_cell_is_none(tmp_path: Path) -> None:
@@ -213,17 +214,17 @@ def test_a_missing_cell_is_none(tmp_path: Path) -> None:
 def test_skipped_methods_say_why(ragged: TokenDataset) -> None:
     c = compare(ragged, ["cls"], seeds=1, recipe=QUICK)
     assert c.skipped == {"cls": "reads [CLS], and these data have no prefix tokens"}
-    assert [r.method for r in c.results] == ["mean"]
+    assert [r.method for r in c.results if not r.reference] == ["mean"]
     assert c.sentence.startswith("Only mean was run")
 
 
 def test_signed_ranks_judge_the_same_cells_anew(toy: TokenDataset, tmp_path: Path) -> None:
-    first = compare(toy, METHODS, seeds=2, recipe=QUICK, out=tmp_path)
+    first = compare(toy, METHODS, seeds=2, recipe=QUICK, references=False, out=tmp_path)
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").iterdir()}
-    second = compare(toy, METHODS, seeds=2, recipe=QUICK, out=tmp_path, significance="wilcoxon")
+    second = compare(toy, METHODS, seeds=2, recipe=QUICK, references=False, out=tmp_path, significance="wilcoxon")
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").iterdir()} == stamps
     assert first.results == second.results
-    assert [c.provenance["significance"] for c in (first, second)] == ["bootstrap", "wilcoxon"]
+    assert [c.provenance["significance"] for c in (first, second)] == ["permutation", "wilcoxon"]
     assert Comparison.load(tmp_path).provenance["significance"] == "wilcoxon"
     test, y = toy.indices("test"), toy.y[toy.indices("test")]
     right = {}
@@ -236,7 +237,9 @@ def test_signed_ranks_judge_the_same_cells_anew(toy: TokenDataset, tmp_path: Pat
         expected = wilcoxon(d[d != 0]).pvalue if d.any() else 1.0
         assert t.p_value == pytest.approx(expected)
     assert [t.interval for t in second.pairs] == [t.interval for t in first.pairs]
-    assert holm([t.p_value for t in second.pairs]) == [t.p_adjusted for t in second.pairs]
+    least = min(t.p_adjusted for t in second.against_baseline)
+    adjusted = [max(p, least) for p in holm([t.p_value for t in second.pairs])]
+    assert adjusted == [t.p_adjusted for t in second.pairs]
 
 
 def test_signed_ranks_are_those_of_whole_groups(toy: TokenDataset) -> None:
@@ -248,11 +251,11 @@ def test_signed_ranks_are_those_of_whole_groups(toy: TokenDataset) -> None:
 @pytest.mark.parametrize(
     ("wanted", "metric", "message"),
     [
-        ("t-test", "accuracy", "significance: expected bootstrap or wilcoxon, got 't-test'"),
+        ("t-test", "accuracy", "significance: expected permutation or wilcoxon, got 't-test'"),
         (
             "wilcoxon",
             None,
-            "AUROC ranks items against each other; use bootstrap, or metric 'accuracy', or metric 'balanced",
+            "AUROC ranks items against each other; use permutation, or metric 'accuracy', or metric 'balanced",
         ),
     ],
 )
@@ -263,7 +266,7 @@ def test_a_test_that_does_not_fit_is_named(wanted: Any, metric: str | None, mess
 
 def test_signed_ranks_do_not_fit_average_precision(ragged: TokenDataset) -> None:
     labels = torch.stack([ragged.y, 1 - ragged.y], -1).to(torch.get_default_dtype())
-    with pytest.raises(InputError, match=r"mean average precision ranks items against each other; use bootstrap$"):
+    with pytest.raises(InputError, match=r"mean average precision ranks items against each other; use permutation$"):
         compare(dataclasses.replace(ragged, y=labels, task="multilabel"), ["mean"], significance="wilcoxon")
 
 
@@ -332,6 +335,37 @@ def test_the_best_probe_comes_back(toy: TokenDataset, tmp_path: Path) -> None:
     right = (saved.scores(toy.x[test]).argmax(1) == toy.y[test]).double().mean()
     assert float(right) in [pytest.approx(v) for v in c[c.winner].metric_per_seed]
     assert saved.word(torch.tensor([0.1, 0.8, 0.1])) == "b"
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_recommended_probe_lies_beside_the_best_one(
+    same: bool, toy: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verdict, "recommended", lambda c: c.winner if same else _another(c))
+    c = compare(toy, ["mean", "max"], seeds=2, recipe=QUICK, out=tmp_path)
+    saved = cenote.load(tmp_path / "recommended")
+    assert saved.method == c.recommended
+    assert (tmp_path / "recommended" / "probe.safetensors").exists() != same
+    monkeypatch.chdir(tmp_path / "recommended")
+    assert cenote.load(".").method == c.recommended
+    test = toy.indices("test")
+    right = (saved.scores(toy.x[test]).argmax(1) == toy.y[test]).double().mean()
+    assert float(right) in [pytest.approx(v) for v in c[c.recommended].metric_per_seed]
+
+
+def _another(c: Comparison) -> str:
+    return next(r.method for r in c.results if r.method != c.winner and not r.reference)
+
+
+def test_a_recommended_probe_that_is_the_best_one_takes_no_room(
+    toy: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verdict, "recommended", _another)
+    compare(toy, ["mean", "max"], seeds=1, recipe=QUICK, out=tmp_path)
+    monkeypatch.setattr(verdict, "recommended", lambda c: c.winner)
+    c = compare(toy, ["mean", "max"], seeds=1, recipe=QUICK, out=tmp_path)
+    assert [p.name for p in (tmp_path / "recommended").iterdir()] == ["probe.json"]
+    assert cenote.load(tmp_path / "recommended").method == c.winner
 
 
 def test_wrong_saved_probes_are_named(tmp_path: Path, toy: TokenDataset) -> None:

@@ -28,7 +28,7 @@ def test_one_call_compares_on_the_tokens_of_raw_files_and_resumes(
             items, vit, "max", out=tmp_path / "out", name="pets", seeds=1, recipe=Recipe(epochs=2),
             on_progress=lambda now: done.append(now.done),
         )  # fmt: skip
-        assert {r.method for r in found.results} == {"mean", "max"}
+        assert {r.method for r in found.results} == {"mean", "max", "knn", "logistic-regression"}
         assert found.dataset["name"] == "pets"
         assert done == [30]
     assert (tmp_path / "out" / "comparison.json").is_file()
@@ -55,7 +55,7 @@ def test_the_labelling_decides_the_split(items: RawItems, vit: ModelSpec, tmp_pa
     [
         ({"methods": "simpol"}, "did you mean simpool"),
         ({"metric": "smell"}, "metric: 'smell' does not fit a binary task"),
-        ({"significance": "none"}, "significance: expected bootstrap or wilcoxon"),
+        ({"significance": "none"}, "significance: expected permutation or wilcoxon"),
         ({"layers": "9"}, "layers: there is no layer 9"),
         ({"labelling": Labelling(label="smell")}, "label_column: "),
         ({"labelling": Labelling(task="regression")}, "a regression target is a finite number"),

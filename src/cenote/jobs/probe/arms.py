@@ -135,6 +135,7 @@ class Trial(Arm):
             "layers": self.column.layers,
             "validation_per_seed": trained.validation,
             "learning_rate": trained.learning_rate,
+            "validation_by_rate": trained.by_rate,
             "epochs": trained.epochs,
             "parameters": cost.parameters(probe),
             "multiply_adds": cost.multiply_adds(probe, data),

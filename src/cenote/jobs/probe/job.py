@@ -23,11 +23,13 @@ from cenote.core.requirements import require_one_of
 from cenote.features import facts
 from cenote.features.dataset import SPLITS, TokenDataset
 from cenote.jobs.probe.arms import Layers, Trial, columns_of, remembered
+from cenote.jobs.probe.cautions import cautions
 from cenote.jobs.probe.looks import save_looks
 from cenote.jobs.probe.measure import judged_by, measured_by
 from cenote.jobs.probe.recipe import Recipe
+from cenote.jobs.probe.references import references_of
 from cenote.jobs.probe.result import Comparison
-from cenote.jobs.probe.saved import save_best
+from cenote.jobs.probe.saved import BEST, RECOMMENDED, save_probe, save_same
 
 HUGE_ITEM_BYTES = 2**24
 
@@ -43,6 +45,7 @@ def compare(
     seed_effects: SeedEffects = "fixed",
     recipe: Recipe | None = None,
     layers: Layers = None,
+    references: bool = True,
     workers: int | None = None,
     engine: Engine | None = None,
     on_method: OnShare = unheard,
@@ -53,8 +56,8 @@ def compare(
         data: see `cenote.features.read`, `cenote.features.digits`.
         methods: `"fast"`, `"all"`, or names; `mean`, the baseline, is always among them.
         seeds: how many (0, 1, ...), or which.
-        out: folder for the finished cells, `comparison.json`, attention samples and the best probe; given the same folder
-            again, finished cells are not recomputed. `None`: nothing is written.
+        out: folder for the finished cells, `comparison.json`, attention samples, and the probes of the winner and of the
+            recommended method; given the same folder again, finished cells are not recomputed. `None`: nothing is written.
         metric: default by task, see `cenote.jobs.probe.measure`.
         significance: where p-values come from: `"permutation"`, how often a difference would be as large if two methods were
             exchanged in random test items (whole groups); `"wilcoxon"`, signed ranks of what each test item (each group) adds
@@ -65,6 +68,8 @@ def compare(
         layers: of data that hold several: at which of them token pools are tried, `"last"` (the default), `"all"`, a number,
             several, or a text such as `"-4:"`. Pools of layers are compared in the same table; they read all layers but the
             embeddings.
+        references: whether k-NN and scikit-learn's logistic (ridge) regression on the baseline's vectors stand in the table
+            too; they never win, see `cenote.jobs.probe.references`.
         workers: how many methods are trained at once, in processes of their own. `None`: one per thread of torch where
             steps are too small to gain by several threads and there is enough to do, else one. The results are the same.
         engine: trains the methods elsewhere, instead of `workers`: `cenote.scale.RaySweep`.
@@ -100,10 +105,9 @@ def compare(
         return_freed_blocks()
     fingerprint = remembered()
     trials = {c.name: Trial(c, name_of_metric, seed_numbers, recipe, fingerprint) for c in columns}
+    arms = [*trials.values(), *(references_of(trials[baseline]) if references else ())]
     cells_folder = None if folder is None else folder / "cells"
-    measured = measure(
-        list(trials.values()), baseline, folder=cells_folder, workers=workers, engine=engine, on_share=on_method
-    )
+    measured = measure(arms, baseline, folder=cells_folder, workers=workers, engine=engine, on_share=on_method)
     measured = dataclasses.replace(measured, skipped={**skipped, **measured.skipped})
     units, by = measured_by(data, name_of_metric)
     comparison = judge(
@@ -122,14 +126,18 @@ def compare(
         ),
         dataset={**facts(data), "classes": list(data.classes)},
     )
+    comparison = dataclasses.replace(comparison, cautions=cautions(data, comparison, recipe))
     if folder is not None:
         judged = {r.method for r in comparison.results}
-        done = {arm.name: trials[arm.name] for arm in measured.arms if arm.name in judged}
+        done = {name: trial for name, trial in trials.items() if name in judged}
         probes = {name: trial.probe(measured.cells[name], 0) for name, trial in done.items()}
         views = {name: trial.column.data for name, trial in done.items()}
         comparison = save_looks(folder, comparison, data, probes, views)
-        winner = done[comparison.winner]
-        best_seed = int(np.argmax(comparison[comparison.winner].validation_per_seed))
-        save_best(folder / "best", comparison, winner.column, winner.probe(measured.cells[winner.name], best_seed))
+        for place, name in ((BEST, comparison.winner), (RECOMMENDED, comparison.recommended)):
+            if place == RECOMMENDED and name == comparison.winner:
+                save_same(folder / place, BEST)
+                continue
+            best_seed = int(np.argmax(comparison[name].validation_per_seed))
+            save_probe(folder / place, comparison, done[name].column, done[name].probe(measured.cells[name], best_seed))
         files.write_whole(folder / "comparison.json", comparison.to_json())
     return comparison

@@ -62,7 +62,7 @@ def save_looks(
         ],
         "grid": None if data.grid is None else list(data.grid),
         "prefix_tokens": data.prefix_tokens,
-        "methods": [r.method for r in comparison.results],
+        "methods": [r.method for r in comparison.results if r.method in probes],
         "token_labels": None if data.token_labels is None else [data.labels_of(i).tolist() for i in items],
     }
     files.write_whole(folder / "attention.safetensors", save(tensors))

@@ -105,6 +105,7 @@ def compare_raw(
     seed_effects: SeedEffects = "fixed",
     recipe: Recipe | None = None,
     layers: Layers = None,
+    references: bool = True,
     workers: int | None = None,
     extractor: Extractor | None = None,
     engine: Engine | None = None,
@@ -118,7 +119,7 @@ def compare_raw(
         items: see `cenote.features.raw.open_raw`.
         model: which model.
         methods: see `cenote.jobs.probe.compare`, as for `seeds`, `metric`, `significance`, `seed_effects`, `recipe`,
-            `layers`, `workers`, `engine` and `on_method`.
+            `layers`, `references`, `workers`, `engine` and `on_method`.
         out: folder for results, the tokens in `features` among them; the same folder again resumes.
         labelling: see `tokens_of_raw`, as for `name`, `options`, `extractor`, `backbone` and `on_progress`.
 
@@ -153,6 +154,7 @@ def compare_raw(
         seed_effects=seed_effects,
         recipe=recipe,
         layers=layers,
+        references=references,
         workers=workers,
         engine=engine,
         on_method=on_method,

@@ -12,7 +12,7 @@ from cenote.compare.words import Words
 
 @dataclass(frozen=True, kw_only=True)
 class MethodResult(ArmResult):
-    """One method on one data set, over all its seeds.
+    """One method on one data set, over all its seeds. Of a reference, what was not measured is `None`.
 
     Attributes:
         method: name in the catalog; where it was tried at several layers, followed by `@` and the layer.
@@ -21,6 +21,7 @@ class MethodResult(ArmResult):
         interval: 95 % interval of `metric` on other items (of other groups where there are groups).
         validation_per_seed: one number per seed.
         learning_rate: the one chosen on validation.
+        validation_by_rate: best validation metric at each learning rate of the recipe, mean over the seeds.
         epochs: epochs trained until the kept state, per seed.
         parameters: trained numbers of pool and classifier.
         multiply_adds: per item, at the data's median token count.
@@ -31,17 +32,18 @@ class MethodResult(ArmResult):
     """
 
     validation_per_seed: tuple[float, ...]
-    learning_rate: float
-    epochs: tuple[int, ...]
-    parameters: int
-    multiply_adds: int
-    latency_ms: float
+    learning_rate: float | None = None
+    epochs: tuple[int, ...] = ()
+    parameters: int | None = None
+    multiply_adds: int | None = None
+    latency_ms: float | None = None
     train_loss: tuple[tuple[float, ...], ...] = ()
     validation_curve: tuple[tuple[float, ...], ...] = ()
     layers: tuple[int, ...] = ()
+    validation_by_rate: tuple[float, ...] = ()
 
     @property
-    def cost(self) -> float:
+    def cost(self) -> float | None:
         """The latency."""
         return self.latency_ms
 
@@ -67,4 +69,4 @@ class Comparison(Table[MethodResult]):
     @property
     def words(self) -> Words:
         """All metrics but R2 are shares."""
-        return Words(percent=self.metric_name != "R2")
+        return Words(percent=self.metric_name != "R2", reference="{} on the mean", remedy="the recipe")

@@ -39,6 +39,9 @@ FIELDS: dict[str, Any] = {
 }
 """What `probe.json` must say to build a probe again."""
 
+BEST, RECOMMENDED = "best", "recommended"
+"""Folders of the winner's probe and of the recommended method's, beside each other."""
+
 
 @dataclass(frozen=True)
 class SavedProbe:
@@ -109,10 +112,10 @@ class SavedProbe:
         return self.probe.attend(x, mask)
 
 
-def save_best(folder: Path, comparison: Comparison, column: Column, probe: Probe) -> None:
-    """Write the winning probe as `probe.safetensors` beside `probe.json`."""
+def save_probe(folder: Path, comparison: Comparison, column: Column, probe: Probe) -> None:
+    """Write the probe of a method as `probe.safetensors` beside `probe.json`."""
     pool, data = probe.pool, column.data
-    result = comparison[comparison.winner]
+    result = comparison[column.name]
     card = {
         "format": FORMAT,
         "method": column.method.name,
@@ -133,23 +136,41 @@ def save_best(folder: Path, comparison: Comparison, column: Column, probe: Probe
     files.write_whole(folder / "probe.json", json.dumps(card, indent=1))
 
 
+def save_same(folder: Path, other: str) -> None:
+    """Write that the probe of a folder is the one of another folder beside it, where `load` finds it."""
+    (folder / "probe.safetensors").unlink(missing_ok=True)
+    files.write_whole(folder / "probe.json", json.dumps({"format": FORMAT, "same_as": other}, indent=1))
+
+
+def _same_as(folder: Path) -> str | None:
+    """Of a folder that only says whose probe it has."""
+    try:
+        card = json.loads((folder / "probe.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return card.get("same_as") if isinstance(card, dict) else None
+
+
 def load(folder: str | Path) -> SavedProbe:
-    """Rebuild the probe that `cenote probe` left in `OUT/best`.
+    """Rebuild the probe that `cenote probe` left in `OUT/best` or `OUT/recommended`.
 
     Args:
-        folder: holds `probe.json` and `probe.safetensors`.
+        folder: holds `probe.json` and `probe.safetensors`; or, where the recommended method is the winner, only a
+            `probe.json` that names the folder beside it.
 
     Raises:
         InputError: naming the folder and what is wrong with it.
     """
     folder = Path(folder)
     try:
+        if folder.name != BEST and _same_as(folder) == BEST:
+            return load(folder.resolve().parent / BEST)
         # cards of before there were several layers do not speak of them
         card = files.read_card(folder / "probe.json", AGAIN, optional=("layers",), **FIELDS)
         state = load_file(folder / "probe.safetensors")
     except FileNotFoundError as error:
         raise InputError(
-            f"{folder}: holds no saved probe ({Path(error.filename).name} is missing); name OUT/best"
+            f"{folder}: holds no saved probe ({Path(error.filename).name} is missing); name OUT/best or OUT/recommended"
         ) from None
     except InputError:
         raise

@@ -45,6 +45,7 @@ class Trained:
         probes: one probe per seed, at the chosen learning rate and its best epoch, in eval mode.
         learning_rate: chosen by the mean over the seeds of the best validation metric.
         validation: best validation metric per seed.
+        by_rate: best validation metric at each learning rate, mean over the seeds.
         epochs: epoch of the kept state per seed, from 1.
         train_loss, validation_curve: per seed, one number per epoch.
         seconds: wall time.
@@ -53,6 +54,7 @@ class Trained:
     probes: tuple[Probe, ...]
     learning_rate: float
     validation: tuple[float, ...]
+    by_rate: tuple[float, ...]
     epochs: tuple[int, ...]
     train_loss: tuple[tuple[float, ...], ...]
     validation_curve: tuple[tuple[float, ...], ...]
@@ -162,12 +164,14 @@ def _train(
         if epoch - leading_epoch >= recipe.patience:
             break
 
-    chosen = int(_mean_by_rate(best, len(seeds)).argmax())
+    by_rate = _mean_by_rate(best, len(seeds))
+    chosen = int(by_rate.argmax())
     members = range(chosen * len(seeds), (chosen + 1) * len(seeds))
     return Trained(
         probes=tuple(scale.restored(ensemble.probe(kept, m)) for m in members),
         learning_rate=recipe.learning_rates[chosen],
         validation=tuple(best[m] for m in members),
+        by_rate=tuple(by_rate.tolist()),
         epochs=tuple(best_epoch[m] for m in members),
         train_loss=tuple(tuple(row[m] for row in losses) for m in members),
         validation_curve=tuple(tuple(row[m] for row in curves) for m in members),
@@ -183,6 +187,21 @@ def predict(probe: Probe, data: TokenDataset, items: Int[Tensor, "chosen"], toke
     for where, part in pieces(data, items, tokens_at_once):
         x, mask = data.batch(part)
         out[where] = probe(_float(x), mask)
+    return out
+
+
+@torch.no_grad()
+def vectors(
+    probe: Probe, data: TokenDataset, items: Int[Tensor, "chosen"], tokens_at_once: int
+) -> Float[Tensor, "items width"]:
+    """What the probe's pool makes of some items, in the rows of their numbers; other rows hold anything."""
+    out: Tensor | None = None
+    for _, part in pieces(data, items, tokens_at_once):
+        x, mask = data.batch(part)
+        pooled = probe.pooled(_float(x), mask)
+        out = pooled.new_empty(len(data), pooled.shape[1]) if out is None else out
+        out[part] = pooled
+    assert out is not None
     return out
 
 
@@ -295,12 +314,7 @@ class _Ensemble:
         """Keep what a pool without parameters makes of these items: of frozen tokens it never changes."""
         if self.normalises_batches or [*self.pool.parameters(), *self.pool.buffers()]:
             return
-        for _, part in pieces(data, items, tokens_at_once):
-            x, mask = data.batch(part)
-            pooled = self.base.pooled(_float(x), mask)
-            if self.vectors is None:
-                self.vectors = pooled.new_empty(len(data), pooled.shape[1])
-            self.vectors[part] = pooled
+        self.vectors = vectors(self.base, data, items, tokens_at_once)
 
     def train(self) -> None:
         self.training = True
