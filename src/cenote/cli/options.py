@@ -26,6 +26,15 @@ SeedEffects = Annotated[
         help="What the verdict speaks of: fixed, these trained probes; random, the methods trained with any seeds."
     ),
 ]
+Folds = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="How many splits, each testing another part of the items; 1: one split decides. Default: 5 where the split is "
+        "made here and tests fewer than 200 items, else 1.",
+    ),
+]
+Repeats = Annotated[int, typer.Option(min=1, help="Rounds of --folds, each with another assignment of items to folds.")]
 Workers = Annotated[
     int | None,
     typer.Option(min=1, help="How many methods are trained at once; default: one per core where that is faster."),

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from cenote.compare import PairTest
     from cenote.jobs.probe import Comparison
 
+P_FROM = {"wilcoxon": "of Wilcoxon's signed ranks, ", "corrected t": "of the corrected resampled t test, "}
+
 
 def probe(
     data: Annotated[
@@ -41,6 +43,8 @@ def probe(
     metric: options.Metric = None,
     significance: options.Significance = "permutation",
     seed_effects: options.SeedEffects = "fixed",
+    folds: options.Folds = None,
+    repeats: options.Repeats = 1,
     task: options.Task = None,
     labels: options.Labels = None,
     label: options.Label = None,
@@ -90,6 +94,7 @@ def probe(
     import cenote.features as features
     from cenote.jobs.probe import Recipe, compare
     from cenote.jobs.probe.arms import chosen_methods, columns_of
+    from cenote.jobs.probe.folds import planned
 
     chosen_methods(methods)
     known_engine(engine)
@@ -130,12 +135,16 @@ def probe(
                 layers=layers,
                 metric=metric,
                 significance=significance,
+                folds=folds,
                 extractor=extractor(engine, address),
                 on_progress=on_progress,
                 on_message=lambda text: say(console, text),
                 on_extracted=lambda done: tell(done, console),
             )
     say(console, features.describe(items))
+    plan = planned(items, folds, repeats, significance)
+    if told := plan.told():
+        say(console, f"  {told}")
 
     count = len(columns_of(items, methods, layers)[0])
     start = time.perf_counter()
@@ -148,6 +157,8 @@ def probe(
             metric=metric,
             significance=significance,  # type: ignore[arg-type]
             seed_effects=seed_effects,  # type: ignore[arg-type]
+            folds=folds,
+            repeats=repeats,
             recipe=recipe,
             layers=layers,
             workers=workers,
@@ -194,7 +205,7 @@ def _tell(comparison: Comparison, console: Console) -> None:
 
 def table_of(comparison: Comparison, width: int) -> Table:
     """The results for a terminal of so many columns, best first."""
-    source = "of Wilcoxon's signed ranks, " if comparison.provenance.get("significance") == "wilcoxon" else ""
+    source = P_FROM.get(comparison.provenance.get("significance", ""), "")
     tests = {t.first: t for t in comparison.against_baseline}
     difference = f"vs {comparison.baseline}"
     columns = {
@@ -211,7 +222,7 @@ def table_of(comparison: Comparison, width: int) -> Table:
     return leaderboard(
         columns,
         width,
-        title=f"{comparison.dataset['name']}: {comparison.metric_name} on {comparison.dataset['items']['test']} test items",
+        title=f"{comparison.dataset['name']}: {comparison.metric_name} on {comparison.tested}",
         caption=f"intervals of 95 %; p {source}adjusted by Holm's method; * no other method is both better and faster",
         luxuries=("multiply-adds", "train s"),
         spared=("params", "ms/item", "interval", "p adj.", difference),

@@ -26,6 +26,7 @@ class ArmResult:
         metric_per_seed: one number per seed.
         seconds: that measuring it took.
         control: whether it must lose.
+        metric_per_fold: mean over the seeds in each fold, where there are folds.
     """
 
     method: str
@@ -36,6 +37,7 @@ class ArmResult:
     metric_per_seed: tuple[float, ...]
     seconds: float
     control: bool = False
+    metric_per_fold: tuple[float, ...] = ()
 
     @property
     def cost(self) -> float | None:
@@ -51,7 +53,8 @@ class PairTest:
         first, second: names of arms.
         difference: metric of `first` minus metric of `second`.
         interval: 95 % interval of `difference`; NaN where it cannot be known.
-        p_value: two-sided, from exchanges of the two arms or from Wilcoxon's test: `provenance["significance"]` says which.
+        p_value: two-sided, from exchanges of the two arms, from Wilcoxon's test or, of folds, from the corrected resampled t
+            test: `provenance["significance"]` says which.
         p_adjusted: after Holm's correction, over the comparisons with the baseline or over all pairs. That of a pair is never
             below the least of those with the baseline, so that the whole table raises a false alarm no more often than one
             comparison would.
@@ -80,6 +83,7 @@ NUMBERS = (
     "metric",
     "interval",
     "metric_per_seed",
+    "metric_per_fold",
     "validation_per_seed",
     "train_loss",
     "validation_curve",

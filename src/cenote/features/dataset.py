@@ -57,6 +57,7 @@ class TokenDataset:
         words: per item what its tokens stand for, where they are texts (see `cenote.features.store.words`).
         token_labels: one label per token (`[items, tokens]` or `[total]`), where known (instance labels of bags).
         source: where it was read from, for provenance.
+        split_seed: of a split that was made here, so that others may be made as well; `None`: it was given.
 
     Raises:
         InputError: where tokens, targets, ids and split are not of equally many items.
@@ -76,6 +77,7 @@ class TokenDataset:
     words: Any = None
     token_labels: Tensor | None = None
     source: str = ""
+    split_seed: int | None = None
 
     def __post_init__(self) -> None:
         items = len(self.token_source)
@@ -181,8 +183,8 @@ class TokenDataset:
         return self.token_source.fingerprint((self.y, self.split), words)
 
     def with_split(self, split: Sequence[int] | Tensor) -> TokenDataset:
-        """The same items under another split."""
-        return replace(self, split=torch.as_tensor(split, dtype=torch.int64))
+        """The same items under another split, which is given."""
+        return replace(self, split=torch.as_tensor(split, dtype=torch.int64), split_seed=None)
 
     def at(self, layer: int) -> TokenDataset:
         """The same items at one of the layers; negative numbers count from the last one.
