@@ -133,11 +133,13 @@ class Resampled:
         }
 
     def _spread(self, per_fold: Float[ndarray, "folds"], *arms: int) -> Spread:
-        spread = Spread(self.folds.correction() * float(np.var(per_fold, ddof=1)), len(per_fold) - 1.0)
+        most = len(per_fold) - 1.0
+        spread = Spread(self.folds.correction() * float(np.var(per_fold, ddof=1)), most)
         if self.seed_effects == "random":
             for arm in arms:
                 spread = spread.plus(over_seeds(np.asarray(self.per_seed[arm])))
-        return spread
+        # seeds are no folds: with them an interval never gets narrower
+        return Spread(spread.variance, min(spread.freedom, most))
 
 
 def _metrics(measure: Measure, arm: Float[ndarray, "seeds units *outputs"], where: ndarray) -> Float[ndarray, "seeds"]:
