@@ -11,7 +11,7 @@ from PIL import Image
 from tests import tiny
 from tests.cli.program import Run
 
-QUICK = ["--methods", "mean,max", "--seeds", "1", "--epochs", "2"]
+QUICK = ["--methods", "mean,max", "--seeds", "1", "--epochs", "2", "--folds", "1"]
 
 
 @pytest.fixture

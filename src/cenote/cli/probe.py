@@ -136,6 +136,7 @@ def probe(
                 metric=metric,
                 significance=significance,
                 folds=folds,
+                repeats=repeats,
                 extractor=extractor(engine, address),
                 on_progress=on_progress,
                 on_message=lambda text: say(console, text),

@@ -187,6 +187,23 @@ class InFold(Arm):
         return dataclasses.replace(self, arm=self.arm.travelling())
 
 
+def asked(folds: int | None, repeats: int, significance: str) -> int | None:
+    """How many folds were asked for; `None`: none, nor a single split.
+
+    Raises:
+        InputError: where that does not go together.
+    """
+    require_at_least(1, repeats=repeats)
+    if folds is not None:
+        require_at_least(1, folds=folds)
+    if folds == 1 and repeats > 1:
+        raise InputError(f"repeats: {repeats} rounds need folds, got folds of 1; give folds of 2 or more")
+    wanted = FOLDS if folds is None and repeats > 1 else folds
+    if wanted is not None and wanted > 1 and significance == "wilcoxon":
+        raise InputError("significance: wilcoxon is a test of a single split; leave it out, or give folds of 1")
+    return wanted
+
+
 def planned(data: TokenDataset, folds: int | None = None, repeats: int = 1, significance: str = "permutation") -> Plan:
     """One split or several.
 
@@ -200,20 +217,11 @@ def planned(data: TokenDataset, folds: int | None = None, repeats: int = 1, sign
     Raises:
         InputError: where folds are asked for that cannot be made.
     """
-    require_at_least(1, repeats=repeats)
-    if folds is not None:
-        require_at_least(1, folds=folds)
-    if folds == 1 and repeats > 1:
-        raise InputError(f"repeats: {repeats} rounds need folds, got folds of 1; give folds of 2 or more")
-    wanted = FOLDS if folds is None and repeats > 1 else folds
+    wanted = asked(folds, repeats, significance)
     if wanted is not None and wanted > 1:
-        if significance != "permutation":
-            raise InputError(
-                f"significance: {significance} is a test of a single split; leave it out, or give folds of 1"
-            )
         return Plan(data, splits.folds(data, wanted, repeats), wanted, repeats)
     tested = len(data.indices("test"))
-    if wanted == 1 or data.split_seed is None or tested >= FEW or significance != "permutation":
+    if wanted == 1 or data.split_seed is None or tested >= FEW or significance == "wilcoxon":
         return Plan(data)
     few = f"a single split would test {tested} items, fewer than {FEW}"
     try:

@@ -17,6 +17,7 @@ from cenote.jobs.extract import Engine as Extractor
 from cenote.jobs.extract import Extracted, ModelSpec, Options, extract
 from cenote.jobs.extract.result import OnProgress
 from cenote.jobs.probe.arms import Layers, chosen_methods
+from cenote.jobs.probe.folds import asked
 from cenote.jobs.probe.job import compare
 from cenote.jobs.probe.measure import judged_by
 from cenote.jobs.probe.recipe import Recipe
@@ -40,6 +41,7 @@ def tokens_of_raw(
     metric: str | None = None,
     significance: str = "permutation",
     folds: int | None = None,
+    repeats: int = 1,
     extractor: Extractor | None = None,
     backbone: Backbone | None = None,
     on_progress: OnProgress = lambda _: None,
@@ -59,6 +61,7 @@ def tokens_of_raw(
         metric: of the comparison.
         significance: of the comparison.
         folds: of the comparison.
+        repeats: of the comparison.
         extractor: who computes; default: this process.
         backbone: the model, if it is loaded already.
         on_progress: called after every batch.
@@ -71,7 +74,7 @@ def tokens_of_raw(
     """
     labelling = labelling or Labelling()
     kept = None if layers is None else "all"
-    judged_by(require_labels(items, labelling, folds), metric, significance)
+    judged_by(require_labels(items, labelling, asked(folds, repeats, significance)), metric, significance)
 
     def on_model(layout: Layout) -> None:
         layer_numbers(layers, range(layout.blocks + 1))
@@ -144,6 +147,7 @@ def compare_raw(
         metric=metric,
         significance=significance,
         folds=folds,
+        repeats=repeats,
         extractor=extractor,
         backbone=backbone,
         on_progress=on_progress,
