@@ -1,10 +1,10 @@
 """Every benchmark, one after the other, each in a process of its own; results go to `benchmarks/results`.
 
-A benchmark that needs a package which is not installed is left out, and said so. Then
+A benchmark that needs a package which is not installed, or real models that are not there, is left out, and said so. Then
 `scripts/build_benchmark_page.py` makes `docs/benchmarks.md` of the results. With nothing else running, all together
 take about 15 minutes on 2 cores.
 
-    python -m benchmarks.all [--only NAMES] [--threads N] [--folder FOLDER]
+    python -m benchmarks.all [--only NAMES] [--threads N] [--folder FOLDER] [--models FOLDER]
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "startup": (),
     "probe_default": (),
     "probe_loop": (),
+    "live": ("transformers",),
 }
-"""Name of a benchmark -> the packages of others that it is compared with."""
-FIXED_THREADS = ("probe_default",)
+"""Name of a benchmark -> the packages of others that it is compared with, or needs."""
+FIXED_THREADS = ("probe_default", "live")
+OF_REAL_MODELS = ("live",)
 
 
 def main() -> int:
@@ -43,6 +45,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(BENCHMARKS), help="names separated by commas (default: all)")
     parser.add_argument("--threads", type=int, default=2, help="threads that torch may use (default %(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/results"), help="(default %(default)s)")
+    parser.add_argument("--models", type=Path, default=Path("models"), help="of real models (default %(default)s)")
     arguments = parser.parse_args()
     names = arguments.only.split(",")
     unknown = [name for name in names if name not in BENCHMARKS]
@@ -55,9 +58,13 @@ def main() -> int:
         if missing:
             print(f"left out: {', '.join(missing)} not installed; pip install 'cenote[bench]'")
             continue
+        if name in OF_REAL_MODELS and not arguments.models.is_dir():
+            print(f"left out: no folder {arguments.models} of real models; fetch them with `make models`")
+            continue
         began = time.perf_counter()
         words = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(arguments.folder / f"{name}.json")]
         words += [] if name in FIXED_THREADS else ["--threads", str(arguments.threads)]
+        words += ["--models", str(arguments.models)] if name in OF_REAL_MODELS else []
         if subprocess.run(words, check=False).returncode:
             failed.append(name)
         print(f"({time.perf_counter() - began:.0f} s)", flush=True)

@@ -40,7 +40,7 @@ AXES = {"tokens": "tokens", "dim": "width of a token", "queries": "queries", "se
 
 
 def main() -> None:
-    names = (*TITLES, "products", "scaling", "probe_default", "probe_loop", "streaming_memory", "gpu")
+    names = (*TITLES, "products", "scaling", "probe_default", "probe_loop", "streaming_memory", "live", "gpu")
     paths = [RESULTS / f"{name}.json" for name in sorted(names)]
     found = {path.stem: json.loads(path.read_text()) for path in paths if path.exists()}
     PLOTS.mkdir(exist_ok=True)
@@ -59,6 +59,8 @@ def main() -> None:
         lines += loop(found["probe_loop"])
     if "streaming_memory" in found:
         lines += stream(found["streaming_memory"])
+    if "live" in found:
+        lines += live(found["live"])
     lines += gpu(found.get("gpu"))
     PAGE.write_text("\n".join(lines).rstrip() + "\n")
 
@@ -293,6 +295,73 @@ def stream(content: dict[str, Any]) -> list[str]:
         f"`{content['command']}`.",
         "",
     ]
+
+
+def live(content: dict[str, Any]) -> list[str]:
+    def ratio(spread: dict[str, float]) -> str:
+        return f"**{spread['median']:.3f}** ({spread['low']:.3f} to {spread['high']:.3f})"
+
+    rows = []
+    plain, *others = content["forward"]
+    extra = content["extra_bytes"]
+    for found in (plain, *others):
+        name, spent = found["name"], found["cpu_ratio"]
+        most = content["at_most"].get(name)
+        rows.append(
+            [
+                name,
+                f"{found['cpu_s']['median']:.2f}",
+                "" if found is plain else ratio(spent),
+                "" if most is None else f"at most {most:.2f}{met(spent['median'] <= most)}",
+                f"{extra[name] / 1e6:.1f}" if name in extra else "",
+            ]
+        )
+    base, edited = content["decoding"]
+    # tokens per second: the other way round
+    spent = edited["cpu_ratio"]
+    speed = {"median": 1 / spent["median"], "low": 1 / spent["high"], "high": 1 / spent["low"]}
+    least = content["decoding_at_least"]
+    steps = [
+        [base["name"], f"{base['cpu_s']['median']:.2f}", "", ""],
+        [
+            edited["name"],
+            f"{edited['cpu_s']['median']:.2f}",
+            ratio(speed),
+            f"at least {least:.2f}{met(speed['median'] >= least)}",
+        ],
+    ]
+    more, most = (extra["rows recorded"] - extra["as loaded"]) / 1e6, content["recording_bytes_at_most"] / 1e6
+    long = {name: value / 1e6 for name, value in content["long_extra_bytes"].items()}
+    long_most = content["long_bytes_at_most"] / 1e6
+    share = plain["cpu_s"]["median"] / plain["wall_s"]["median"]
+    return [
+        "## Looking into a running model",
+        "",
+        f"`cenote.models.live` on SmolLM2-135M (30 blocks, 9 heads), float32, {content['tokens']:,} tokens, logits of the last "
+        "one: as it is loaded (sdpa), with the last row of all layers recorded, recorded and edited, and in eager. Seconds are "
+        "the processor's; a ratio is of two runs of one round.",
+        "",
+        *table(["", "s", "of as loaded", "wanted", "extra MB"], rows),
+        "",
+        f"Recorded rows are eager's to {content['largest_difference']:.0e}. Recording takes {more:.1f} MB more than the model "
+        f"as it is loaded (wanted at most {most:.0f}{met(more <= most)}). At {content['long_tokens']:,} tokens a run takes "
+        f"{long['as loaded']:.0f} MB, with rows recorded {long['rows recorded']:.0f} MB (wanted at most "
+        f"{long_most:.0f}{met(long['rows recorded'] <= long_most)}).",
+        "",
+        f"Decoding {content['decoded_tokens']} tokens behind {content['prompt_tokens']}, the last row of all layers edited at "
+        "each:",
+        "",
+        *table(["", "s", "tokens a second, of decoding as loaded", "wanted"], steps),
+        "",
+        f"`{content['command']}`, {content['machine']['threads']} thread(s), {content['rounds']} rounds. 1-minute load before "
+        f"the start {content['load_before'][0]:.2f} on {content['machine']['cores']} cores; of a second on the clock the "
+        f"process had {share:.2f} s of a core.",
+        "",
+    ]
+
+
+def met(is_met: bool) -> str:
+    return "" if is_met else ", missed"
 
 
 def gpu(content: dict[str, Any] | None) -> list[str]:

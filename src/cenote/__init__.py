@@ -1,12 +1,18 @@
 """cenote: everything that stands between a model's tokens and an answer."""
 
+import os
 import sys
 from importlib import import_module
+
+if os.path.basename(sys.argv[0]).partition(".")[0] == "cenote":
+    # the program itself: what follows takes a second
+    import_module("cenote.cli.interrupts").heed()
+
 from typing import TYPE_CHECKING, Any
 
 from cenote.catalog import ROOMS, create, find, method, methods, systems
 from cenote.core import Bags, InputError
-from cenote.core.moved import Moved
+from cenote.core.moved import MODULES, OldModules
 from cenote.core.version import __version__
 
 if TYPE_CHECKING:
@@ -25,14 +31,6 @@ _FLOORS = (
     *ROOMS,
     *("report", "scale", "study", "testing"),
 )
-_MOVED = {
-    "cenote.models.sentence_transformers": "cenote.bridges.sentence_transformers",
-    "cenote.probe.estimators": "cenote.bridges.scikit_learn",
-    "cenote.probe.metrics": "cenote.compare.metrics",
-    "cenote.probe.statistics": "cenote.compare.statistics",
-    "cenote.probe": "cenote.jobs.probe",
-}
-
 __all__ = [
     "Bags",
     "InputError",
@@ -46,13 +44,13 @@ __all__ = [
     *_FLOORS,
 ]
 
-sys.meta_path.insert(0, Moved(_MOVED))
+sys.meta_path.insert(0, OldModules())
 
 
 def __getattr__(name: str) -> Any:
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)
-    if name in _FLOORS or f"cenote.{name}" in _MOVED:
+    if name in _FLOORS or f"cenote.{name}" in MODULES:
         return import_module(f"cenote.{name}")
     raise AttributeError(f"module 'cenote' has no attribute {name!r}")
 

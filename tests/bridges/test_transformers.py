@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,72 @@ def test_saves_and_loads(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(second.embedding, first.embedding)
     torch.testing.assert_close(second.logits, first.logits)
     assert not list(tmp_path.rglob("*.bin"))
+
+
+def of_format_1(folder: Path) -> None:
+    """The card of a folder, as if an earlier version had written it."""
+    card = json.loads((folder / "pooled.json").read_text("utf-8"))
+    (folder / "pooled.json").write_text(json.dumps({**card, "format": 1}), "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "saved", "shown"),
+    [
+        # that version showed pools of layers the prefix, did not say how long it is, and was right otherwise
+        ("weighted-layer-sum", 2, 0),
+        ("cls-mean", 2, 1),
+        ("mean", 2, 2),
+    ],
+)
+def test_format_1_gives_what_it_gave(name: str, saved: int, shown: int, tmp_path: Path) -> None:
+    body, batch = backbone(), inputs()
+    PooledModel(body, name, saved).save_pretrained(tmp_path)
+    of_format_1(tmp_path)
+    then = PooledModel(body, name, shown).eval()(**batch).embedding
+    again = PooledModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(**batch).embedding, then)
+    # and goes on doing so
+    again.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(PooledModel.from_pretrained(tmp_path / "again")(**batch).embedding, then)
+
+
+def test_what_cannot_be_had_again_of_format_1_is_told(tmp_path: Path) -> None:
+    PooledModel(backbone(), "drasp").save_pretrained(tmp_path)
+    PooledModel.from_pretrained(tmp_path)
+    of_format_1(tmp_path)
+    with pytest.warns(UserWarning, match="drasp counted masked slots"):
+        PooledModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"prefix_tokens": None}, "prefix_tokens: expected int, got None"),
+        ({"prefix_tokens": "1"}, "prefix_tokens: expected int, got '1'"),
+        ({"outputs": True}, "outputs: expected int or null, got True"),
+        ({"settings": []}, r"settings: expected dict, got \[\]"),
+        ({"settings": {"bones": 2}}, "simpool: got an unexpected keyword argument 'bones'; it takes dim, heads, gamma"),
+        ({"settings": {"backbone": 2}}, "cannot be built again"),
+        ({"method": "simplepool"}, "no method is called 'simplepool'; did you mean simpool"),
+        ({"format": 3}, "was saved in format 3; this cenote reads 1 and 2"),
+        ({"outputs": 2}, "does not fit pooled.json"),
+    ],
+)
+def test_a_damaged_card_is_told(change: dict[str, Any], told: str, tmp_path: Path) -> None:
+    PooledModel(backbone(), "simpool").save_pretrained(tmp_path)
+    card = json.loads((tmp_path / "pooled.json").read_text("utf-8"))
+    (tmp_path / "pooled.json").write_text(json.dumps({**card, **change}), "utf-8")
+    with pytest.raises(InputError, match=told) as caught:
+        PooledModel.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", "{", "[" * 100_000])
+def test_a_card_that_is_none_is_told(text: str, tmp_path: Path) -> None:
+    PooledModel(backbone(), "mean").save_pretrained(tmp_path)
+    (tmp_path / "pooled.json").write_text(text, "utf-8")
+    with pytest.raises(InputError, match=r"pooled\.json: is damaged"):
+        PooledModel.from_pretrained(tmp_path)
 
 
 def test_trains_with_trainer(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 import cenote
-from cenote.catalog import Method, System, load
+from cenote.catalog import Method, System, entries, load, names
 from cenote.catalog.entries import Status
 from cenote.catalog.names import places
 from cenote.core import InputError
@@ -183,7 +184,7 @@ def test_a_wrong_name_is_told_its_neighbours() -> None:
 @pytest.mark.parametrize(
     ("name", "leads_to"),
     [
-        ("SimPool", "the names that build it, or parts of it, are simpool"),
+        ("ABMIL", "the names that build it, or parts of it, are abmil, abmil-plain"),
         ("deeplab", "are deeplab-aspp, dense-crf"),
         ("attention-conditioning", "`from cenote.pool import AttentionalConcat, AttentionalGate, AttentionalAffine"),
         ("SlotCon", "no name builds it, but there is `from cenote.pool import SlotCon`"),
@@ -201,11 +202,60 @@ def test_a_planned_system_is_said_to_be_planned() -> None:
         cenote.method(planned)
 
 
-def test_every_other_slug_leads_somewhere() -> None:
-    for s in SYSTEMS:
-        if s.slug not in {m.name for m in METHODS}:
-            with pytest.raises(InputError, match=r"the names that build it|there is `from cenote\.|that is planned"):
-                cenote.method(s.slug)
+def test_every_slug_and_every_class_builds_or_leads_somewhere() -> None:
+    for name in [*(s.slug for s in SYSTEMS), *places()]:
+        builders = [m.name for m in METHODS if name in (m.name, m.slug, m.path.rpartition(".")[2])]
+        if name in builders or len(builders) == 1:
+            assert cenote.method(name).name == (name if name in builders else builders[0])
+            continue
+        with pytest.raises(
+            InputError, match=r"the names that build it|there is `from cenote\.|that is planned"
+        ) as told:
+            cenote.method(name)
+        assert all(builder in str(told.value) for builder in builders)
+
+
+def test_a_class_that_one_name_builds_stands_for_it() -> None:
+    assert type(cenote.create("SimPool", dim=8)) is type(cenote.create("simpool", dim=8))
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "told"),
+    [
+        (
+            "systems.toml",
+            "classes",
+            "the name SimPool stands twice, cenote.pool.attention.simpool.SimPool and elsewhere.SimPool",
+        ),
+        ("systems.toml", "also", "the name SimPool stands twice"),
+        ("methods.toml", "class", "the name SimPool stands twice"),
+    ],
+)
+def test_two_classes_of_one_name_are_an_error(file: str, key: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {name: copy.deepcopy(names.read(name)) for name in ("systems.toml", "methods.toml")}
+    more: dict[str, object] = {"row": 120, "slug": "queries"}
+    more[key] = "elsewhere.SimPool" if key == "class" else ["elsewhere.SimPool"]
+    known[file][file.removesuffix("s.toml")].append(more)
+    monkeypatch.setattr(names, "read", known.get)
+    names.places.cache_clear()
+    with pytest.raises(InputError, match=told):
+        places()
+    monkeypatch.undo()
+    names.places.cache_clear()
+    # one that stands in two systems is the same class
+    assert places()["SimPool"] == "cenote.pool.attention.simpool.SimPool"
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "what"), [("systems.toml", "slug", "slug"), ("methods.toml", "name", "method")]
+)
+def test_two_entries_of_one_name_are_an_error(file: str, key: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {name: copy.deepcopy(names.read(name)) for name in ("systems.toml", "methods.toml")}
+    rows = known[file][file.removesuffix("s.toml")]
+    rows.append({**rows[1], key: rows[0][key]})
+    monkeypatch.setattr(entries, "read", known.get)
+    with pytest.raises(InputError, match=f"the {what} {rows[0][key]} stands twice"):
+        entries.systems.__wrapped__() if key == "slug" else entries._methods.__wrapped__()
 
 
 IMPORT = """

@@ -105,7 +105,9 @@ def test_nothing_is_read_or_imported_before_it_is_named() -> None:
 @pytest.mark.parametrize("floor", GROUND)
 def test_the_ground_names_no_class_of_a_room(floor: str) -> None:
     dotted = re.compile(rf"cenote\.({'|'.join(ROOMS)})\.[\w.]+")
-    for file in sorted((PACKAGE / floor).rglob("*.py")):
+    # which says where things stand now, and builds nothing
+    addresses = PACKAGE / "core" / "moved.py"
+    for file in sorted({*(PACKAGE / floor).rglob("*.py")} - {addresses}):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 assert not dotted.fullmatch(node.value), (

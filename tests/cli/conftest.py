@@ -1,3 +1,4 @@
+import signal
 import sys
 
 import pytest
@@ -13,11 +14,13 @@ def cenote(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["cenote", *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "200")
-        code = 0
+        code, on_interrupt = 0, signal.getsignal(signal.SIGINT)
         try:
             main()
         except SystemExit as stop:
             code = int(stop.code or 0)
+        finally:
+            signal.signal(signal.SIGINT, on_interrupt)
         out, err = capsys.readouterr()
         return code, out, err
 

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from typer.testing import CliRunner
 
 import cenote
+from cenote.catalog.names import places
 from cenote.cli.app import app
+from cenote.cli.catalog import show
 from tests.cli.program import Run
 
 runner = CliRunner()
@@ -39,6 +43,42 @@ def test_show_of_a_slug() -> None:
 
 def test_show_says_what_a_user_should_know_about_the_method() -> None:
     assert "pending patent applications" in runner.invoke(app, ["show", "localist-framework"]).stdout
+
+
+def test_show_knows_every_slug_method_and_class(capsys: pytest.CaptureFixture[str]) -> None:
+    for s in cenote.systems():
+        show(s.slug)
+        assert f" {s.row} " in capsys.readouterr().out, s.slug
+    for m in cenote.methods():
+        for name in (m.name, m.path.rpartition(".")[2]):
+            show(name)
+            shown = capsys.readouterr().out
+            assert m.path in shown, name
+            assert m.slug is None or f" {m.slug} " in shown, name
+    for name, path in places().items():
+        show(name)
+        shown = capsys.readouterr().out
+        assert "systems match" not in shown, name
+        assert path in shown or any(path in s.also for s in cenote.systems()), name
+
+
+def test_show_of_a_method_of_no_system() -> None:
+    shown = runner.invoke(app, ["show", "abmil-plain"]).stdout
+    for expected in ("without the gate", "cenote.pool.attention.abmil.ABMIL", "abmil, abmil-plain"):
+        assert expected in shown
+
+
+def test_list_and_show_for_machines() -> None:
+    listed = json.loads(runner.invoke(app, ["list", "--json"]).stdout)
+    assert [s["slug"] for s in listed["systems"]] == [s.slug for s in cenote.systems()]
+    assert [m["name"] for m in listed["methods"]] == [m.name for m in cenote.methods()]
+    shown = json.loads(runner.invoke(app, ["show", "simpool", "--json"]).stdout)
+    assert (shown["row"], shown["status"], shown["built_by_name"]) == (7, "complete", ["simpool"])
+    assert shown in listed["systems"]
+    mean = json.loads(runner.invoke(app, ["show", "mean", "--json"]).stdout)
+    assert (mean["name"], mean["class"]) == ("mean", "cenote.pool.basic.mean.MeanPool")
+    several = json.loads(runner.invoke(app, ["show", "token pooling", "--json"]).stdout)
+    assert "colbert-token-pooling" in several["systems"]
 
 
 def test_show_of_words_lists_what_matches() -> None:

@@ -42,6 +42,43 @@ def test_models_show(cenote: Run, vit: Path) -> None:
     assert "there is no folder" in err
 
 
+def test_models_show_what_can_be_edited(cenote: Run, vit: Path) -> None:
+    out = cenote("models", "show", vit)[1]
+    assert "hidden states: layers" in out
+    assert "self-attention: layers" in out
+    assert "4 heads of blocks 0-2, by sdpa: rows, maps, heads' outputs" in out
+    live = json.loads(cenote("models", "show", vit, "--json")[1])["live"]
+    assert live["blocks"] == {"layers": 3}
+    (found,) = live["attention"]
+    assert (found["kind"], found["stack"], found["blocks"]) == ("self", "layers", [0, 1, 2])
+    assert (found["heads"], found["kv_heads"], found["attention"], found["why_not"]) == (4, 4, "sdpa", None)
+    assert {"rows", "weights", "context", "allowed"} <= set(found["edits"])
+
+
+def test_models_show_keys_shared_by_heads_and_attention_that_is_out_of_reach(cenote: Run, tmp_path: Path) -> None:
+    llama = tiny.made(tmp_path / "llama", "LlamaModel", tiny.words, **tiny.TEXT, num_key_value_heads=2)
+    assert "4 heads on 2 of keys of blocks 0-2" in cenote("models", "show", llama)[1]
+    settings = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 40}
+    bloom = tiny.made(tmp_path / "bloom", "BloomModel", tiny.words, **settings)
+    live = json.loads(cenote("models", "show", bloom, "--json")[1])["live"]
+    assert live["blocks"] == {"h": 2}
+    assert live["attention"][0]["edits"] == []
+    assert "BloomAttention writes it out" in live["attention"][0]["why_not"]
+    assert "not reached: BloomAttention writes it out" in " ".join(cenote("models", "show", bloom)[1].split())
+
+
+def test_models_show_all_of_a_model_and_not_only_its_encoder(cenote: Run, tmp_path: Path) -> None:
+    settings = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 40}
+    t5 = tiny.made(tmp_path / "t5", "T5Model", tiny.words, **settings, decoder_start_token_id=0)
+    live = json.loads(cenote("models", "show", t5, "--json")[1])["live"]
+    assert live["blocks"] == {"encoder.block": 2, "decoder.block": 2}
+    assert [(at["kind"], at["stack"]) for at in live["attention"]] == [
+        ("self", "encoder.block"),
+        ("self", "decoder.block"),
+        ("cross", "decoder.block"),
+    ]
+
+
 def test_extract_then_probe(cenote: Run, photos: Path, vit: Path, tmp_path: Path) -> None:
     command = ("extract", photos, "--backbone", vit, "--out", tmp_path / "tokens", "--layers", "all")
     code, out, _ = cenote(*command, "--dry-run")
@@ -52,6 +89,12 @@ def test_extract_then_probe(cenote: Run, photos: Path, vit: Path, tmp_path: Path
     assert (code, err) == (0, "")
     assert "30 items, 510 tokens" in out
     assert "0 shards made, 1 kept" in cenote(*command)[1]
+    code, out, err = cenote(*command, "--json")
+    found = json.loads(out)
+    assert (code, found["store"], found["items"], found["tokens"]) == (0, str(tmp_path / "tokens"), 30, 510)
+    assert (found["shards_made"], found["shards_kept"], found["skipped"]) == (0, 1, {})
+    assert "0 shards made, 1 kept" in err
+    assert json.loads(cenote(*command, "--dry-run", "--json")[1])["tokens"] == 510
     code, out, _ = cenote("probe", tmp_path / "tokens", "--out", tmp_path / "report", *QUICK)
     assert code == 0
     assert "feature store, image through" in out

@@ -47,9 +47,27 @@ def test_probe_then_predict_then_report(cenote: Run, bags: Path, tmp_path: Path)
     comparison = json.loads((out / "comparison.json").read_text())
     assert comparison["dataset"]["groups"] == 15
 
-    predictions = tmp_path / "p.csv"
-    code, text, _ = cenote("predict", out / "best", bags, "--out", predictions)
+    # the finished cells again, for a machine: JSON and nothing else on standard output
+    code, text, said = cenote("probe", bags, *QUICK, "--group", "patient", "--out", out, "--json")
+    found = json.loads(text)
     assert code == 0
+    assert "60 items" in said
+    assert found.pop("report") == str(out / "report.html")
+    assert found["results"] == comparison["results"]
+    code, text, said = cenote("report", out, "--json")
+    assert (code, json.loads(text)) == (0, {"report": str(out / "report.html")})
+    assert "report.html" in said
+
+    predictions = tmp_path / "p.csv"
+    code, text, said = cenote("predict", out / "best", bags, "--out", predictions, "--json")
+    assert code == 0
+    assert "60 predictions" in said
+    told = json.loads(text)
+    assert told["out"] == str(predictions)
+    with predictions.open() as file:
+        assert [p["prediction"] for p in told["predictions"]] == [r["prediction"] for r in csv.DictReader(file)]
+    assert all(p["scores"].keys() == {"normal", "tumour"} for p in told["predictions"])
+    assert "60 predictions" in cenote("predict", out / "best", bags, "--out", predictions)[1]
     rows = list(csv.DictReader(predictions.read_text().splitlines()))
     assert len(rows) == 60
     assert {r["prediction"] for r in rows} <= {"tumour", "normal"}

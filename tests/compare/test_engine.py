@@ -1,6 +1,11 @@
 """A job of three arms and a control, which has nothing to do with probes."""
 
+import ast
 import dataclasses
+import json
+import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,9 +168,125 @@ def test_wrong_arms_are_named() -> None:
         judge(Comparison, measure(ARMS[:1], "mean"), Units(("one",)), Measure("m"), baseline="mean")
 
 
+def test_a_key_that_is_no_json_is_told() -> None:
+    class Odd(Guess):
+        def key(self) -> Mapping[str, Any]:
+            return {"of": {1, 2}}
+
+    with pytest.raises(InputError, match=r"odd: its key\(\) cannot be written as JSON \(Object of type set"):
+        engine.key_of(Odd("odd", 0.1))
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        Cell("mean", {"seconds": 1.0}, {}),
+        Cell("mean", {"seconds": 1.0}, {"scores": torch.zeros(3)}),
+        Cell("mean", {}, {"scores": torch.zeros(2, len(UNITS))}),
+        Cell("mean", {"seconds": None}, {"scores": torch.zeros(2, len(UNITS))}),
+        Cell("better", {"seconds": 1.0}, {"scores": torch.zeros(2, len(UNITS))}),
+        None,
+    ],
+)
+def test_a_stored_cell_that_is_no_measurement_is_measured_again(found: Cell | None, tmp_path: Path) -> None:
+    cells = Cells(tmp_path)
+    if found is None:
+        cells.path("mean").write_bytes(b"{" * 100)
+    else:
+        save_cell(cells.path("mean"), engine.key_of(ARMS[0]), found)
+    assert table(folder=tmp_path)["mean"].metric == table()["mean"].metric
+    assert runs.count("mean") == 2
+    runs.clear()
+    table(folder=tmp_path)
+    assert runs == []
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"results": None}, "not iterable"),
+        ({"metric_name": 3}, "metric_name: expected str, got 3"),
+        ({"skipped": []}, r"skipped: expected dict, got \(\)"),
+        ({"sentence": None}, "sentence: expected str, got None"),
+        ({"bones": 1}, "unexpected keyword argument 'bones'"),
+    ],
+)
+def test_a_comparison_that_is_none_is_not_read(change: dict[str, Any], told: str) -> None:
+    text = table().to_json()
+    with pytest.raises(TypeError, match=told):
+        Comparison.from_json(json.dumps({**json.loads(text), **change}))
+    changed = json.loads(text)
+    changed["results"][0]["metric"] = "0.9"
+    with pytest.raises(TypeError, match=r"metric: expected float, got .0\.9."):
+        Comparison.from_json(json.dumps(changed))
+    for other in ("[]", "null", "3"):
+        with pytest.raises(TypeError, match="expected an object"):
+            Comparison.from_json(other)
+
+
 def test_processes_give_the_same() -> None:
     alone, together = table(workers=1), table(workers=2)
     assert [r.metric_per_seed for r in alone.results] == [r.metric_per_seed for r in together.results]
+
+
+SCRIPT = """
+import torch
+from cenote.compare import Arm, Cell, measure
+from cenote.compare.arms import unheard
+
+class Guess(Arm):
+    def __init__(self, name, at):
+        self.name, self.at = name, at
+
+    def key(self):
+        return {}
+
+    def run(self, on_share=unheard):
+        return Cell(self.name, {}, {"scores": torch.full((1, 3), float(self.at()))})
+
+found = measure([Guess(n, lambda n=n: len(n)) for n in ("mean", "better", "best")], "mean", workers=2)
+print({name: cell.scores.sum().item() for name, cell in found.cells.items()})
+"""
+"""Without `if __name__ == "__main__"`, and with functions that pickle does not take."""
+
+
+def test_arms_of_a_plain_script_are_measured_in_processes(tmp_path: Path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run([sys.executable, "-W", "error", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert ast.literal_eval(done.stdout) == {"mean": 12.0, "better": 18.0, "best": 12.0}
+
+
+class Held(Guess):
+    """An arm with something that cannot go to another process."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("cannot pickle 'lock' object")
+
+
+class Lost(Guess):
+    """An arm that cannot be made again from what was written."""
+
+    def __reduce__(self) -> Any:
+        return int, ("no number",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (Held, "the arms cannot be pickled (TypeError: cannot pickle 'lock' object); let Arm.travelling() leave out"),
+        (
+            Lost,
+            "processes cannot read the arms (ValueError: invalid literal for int() with base 10: 'no number'); let ",
+        ),
+    ],
+)
+def test_arms_that_cannot_travel_are_told_as_that_and_measured_here(kind: type[Guess], told: str) -> None:
+    arms = [ARMS[0], *(kind(a.name, a.level) for a in ARMS[1:])]
+    with pytest.warns(UserWarning, match=re.escape(f"measuring one at a time: {told}")):
+        together = table(arms, workers=2)
+    assert [r.metric_per_seed for r in table(arms, workers=1).results] == [r.metric_per_seed for r in together.results]
 
 
 def test_a_job_has_its_own_words_and_fields() -> None:

@@ -110,6 +110,17 @@ def test_versions_of_other_peoples_libraries_count(package: Make, monkeypatch: p
     assert source_digest(made.Method) != before
 
 
+def test_the_hardware_of_a_build_does_not_count(package: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = package({"helped.py": "import scipy\n"})
+    found = set()
+    for build in ("2.13.0", "2.13.0+cpu", "2.13.0+cu126"):
+        monkeypatch.setattr(sources, "version", lambda _, build=build: build)
+        sources._version.cache_clear()
+        found.add(source_digest(made.Method))
+    sources._version.cache_clear()
+    assert len(found) == 1
+
+
 def test_pools_do_not_follow_from_each_other() -> None:
     from cenote.pool import GeM, SimPool
 

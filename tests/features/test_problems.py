@@ -320,7 +320,17 @@ def test_prefix_and_grid_that_do_not_fit(folder: Path) -> None:
 
 
 def test_fractions_and_task_that_are_none(folder: Path) -> None:
-    assert "fractions: expected three positive shares" in told(folder, fractions=(0.8, 0.2, 0.0))
+    for wrong in (
+        (0.8, 0.2, 0.0),
+        (0.5, 0.5),
+        0.5,
+        None,
+        "abc",
+        ("a", "b", "c"),
+        (0.5, None, 0.5),
+        (float("nan"),) * 3,
+    ):
+        assert "fractions: expected three positive shares" in told(folder, fractions=wrong)
     assert "task: expected 'binary', 'multiclass', 'multilabel' or 'regression', got 'ranking'" in told(
         folder, task="ranking"
     )

@@ -11,7 +11,7 @@ from cenote.catalog import systems
 from cenote.cli.app import app
 from cenote.cli.study import parse_rows
 from cenote.study.harness import UNDECIDED, Size, Verdict, above
-from cenote.study.harness.pages import EARLIER, scoreboard
+from cenote.study.harness.pages import EARLIER, NOT_KNOWN, scoreboard
 
 CALLS: list[tuple[str, int, str]] = []
 WITHOUT = next(s.slug for s in systems() if s.study is None)
@@ -69,13 +69,13 @@ def test_all_keeps_what_is_finished(fakes: list[tuple[str, int, str]], tmp_path:
     assert runner.run_all(tmp_path, "full", seed=9, rows=[7], fresh=True).ran == ("simpool",)
 
 
-@pytest.mark.parametrize("provenance", [{"source": "other code"}, {"cenote": "0.1"}])
+@pytest.mark.parametrize(("provenance", "mark"), [({"source": "other code"}, EARLIER), ({"cenote": "0.1"}, NOT_KNOWN)])
 def test_what_earlier_code_measured_is_run_again_and_marked_until_then(
-    provenance: dict[str, str], fakes: list[tuple[str, int, str]], tmp_path: Path
+    provenance: dict[str, str], mark: str, fakes: list[tuple[str, int, str]], tmp_path: Path
 ) -> None:
     for slug in ("simpool", "set-transformer", "ggem"):
         runner.write(dataclasses.replace(_fake("simpool")(0, "small"), slug=slug, provenance=provenance), tmp_path)
-    assert EARLIER not in (tmp_path / "set-transformer.md").read_text()
+    assert mark not in (tmp_path / "set-transformer.md").read_text()
     fakes.clear()
     # ggem fails: its old result stays, and says that it is old
     walk = runner.run_all(tmp_path, "small", rows=[7, 17])
@@ -84,9 +84,11 @@ def test_what_earlier_code_measured_is_run_again_and_marked_until_then(
     kept = runner.read(tmp_path)
     for slug, verdict in kept.items():
         written = (tmp_path / f"{slug}.md").read_text()
-        assert (EARLIER in written) == (slug != "simpool") == (not runner.is_current(verdict)), slug
+        # nobody says that code has changed which is not known
+        assert ("has changed since." in written) == (slug != "simpool" and mark == EARLIER), slug
+        assert (mark in written) == (slug != "simpool") == (not runner.is_current(verdict)), slug
     board = scoreboard(kept, "studies", walk.earlier)
-    marked = next(line for line in board.splitlines() if line.startswith(EARLIER))
+    marked = next(line for line in board.splitlines() if line.startswith(mark))
     assert re.findall(r"[\w-]+", marked.rpartition(":")[2]) == ["ggem", "set-transformer"]
     assert scoreboard(kept, "studies") == board.replace(f"\n{marked}\n", "")
 

@@ -80,3 +80,47 @@ def test_the_page_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mo
     assert "**12.5** (11 to 14) | 20, missed | 1 | 5 | 1/4 |" in text
     assert "a note" in text
     assert "no machine with a GPU was at hand" in text
+
+
+def test_the_page_shows_what_looking_in_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = runpy.run_path(str(ROOT / "scripts" / "build_benchmark_page.py"))
+
+    def spread(median: float) -> dict[str, float]:
+        return {"median": median, "low": median - 0.25, "high": median + 0.25}
+
+    def row(name: str, ratio: float) -> dict[str, object]:
+        return {"name": name, "wall_s": spread(8), "cpu_s": spread(2), "cpu_ratio": spread(ratio)}
+
+    names = {
+        "as loaded": 1.0,
+        "rows recorded": 1.03,
+        "rows recorded and edited": 1.2,
+        "eager": 1.5,
+        "eager, all maps": 2,
+    }
+    content = {
+        "command": "python -m benchmarks.live",
+        "machine": {"processor": "p", "threads": 1, "torch": "t", "cores": 2},
+        "load_before": [3.5],
+        "rounds": 3,
+        "tokens": 1024,
+        "long_tokens": 8192,
+        "prompt_tokens": 256,
+        "decoded_tokens": 64,
+        "largest_difference": 4e-6,
+        "forward": [row(name, ratio) for name, ratio in names.items()],
+        "decoding": [row("decoding", 1.0), row("decoding, rows edited", 1.25)],
+        "extra_bytes": {"as loaded": 5e6, "rows recorded": 26e6, "eager, all maps": 9e8},
+        "long_extra_bytes": {"as loaded": 8e8, "rows recorded": 9e8},
+        "at_most": {"rows recorded": 1.05, "rows recorded and edited": 1.1},
+        "decoding_at_least": 0.9,
+        "recording_bytes_at_most": 20e6,
+        "long_bytes_at_most": 1.5e9,
+    }
+    lines = "\n".join(page["live"](content))
+    assert "| rows recorded | 2.00 | **1.030** (0.780 to 1.280) | at most 1.05 | 26.0 |" in lines
+    assert "**1.200** (0.950 to 1.450) | at most 1.10, missed |" in lines
+    assert "21.0 MB more than the model as it is loaded (wanted at most 20, missed)" in lines
+    assert "with rows recorded 900 MB (wanted at most 1500)" in lines
+    assert "**0.800** (0.667 to 1.000) | at least 0.90, missed |" in lines
+    assert "load before the start 3.50 on 2 cores; of a second on the clock the process had 0.25 s of a core" in lines

@@ -24,9 +24,17 @@ from torch import Tensor, nn
 
 from cenote.core import Bags, InputError, Tokens, files
 from cenote.core.masks import first_tokens, real_tokens
-from cenote.pool.fitting import FittedPool, Known, form_of, named_pool, width
+from cenote.pool.fitting import FittedPool, Known, form_of, named_pool, warn_of_slots, width
 from cenote.pool.layers.base import stack_layers
 
+FIELDS: dict[str, Any] = {
+    "method": str,
+    "dim": int,
+    "layers": (int, type(None)),
+    "include_prompt": bool,
+    "settings": dict,
+}
+"""What `config.json` must say to build the pool again."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -145,13 +153,17 @@ class CenotePooling(nn.Module):
         """
         try:
             found = [_file(model_name_or_path, subfolder, name, hub) for name in (CONFIG, WEIGHTS)]
-            card: dict[str, Any] = json.loads(found[0].read_text("utf-8"))
+            card = files.read_card(found[0], "save it again", **FIELDS)
             state = load_file(found[1])
+            if "prefix_tokens" not in card:
+                warn_of_slots(card["method"], model_name_or_path)
             # cards of before the argument hold it, if at all, among the settings of the pool
             settings = {"prefix_tokens": card.get("prefix_tokens", 0), **card["settings"]}
             pooling = cls(card["method"], card["dim"], card["layers"], card["include_prompt"], **settings)
             pooling._built().load_state_dict(state)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except InputError:
+            raise
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{model_name_or_path}: holds no whole CenotePooling ({error}); save it again") from error
         return pooling
 

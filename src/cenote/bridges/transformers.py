@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -13,11 +14,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from cenote.catalog import method
 from cenote.core import InputError, files
-from cenote.pool.fitting import FittedPool, Known, form_of, named_pool, width
+from cenote.pool.fitting import FittedPool, Known, form_of, named_pool, warn_of_slots, width
 from cenote.pool.layers.base import stack_layers
 
-FORMAT = 1
+FORMAT = 2
+FIELDS: dict[str, Any] = {
+    "format": int,
+    "method": str,
+    "settings": dict,
+    "prefix_tokens": int,
+    "outputs": (int, type(None)),
+}
+"""What `pooled.json` must say to build the pool again."""
 CARD, STATE, BACKBONE = "pooled.json", "pooled.safetensors", "backbone"
 
 
@@ -159,23 +169,51 @@ class PooledModel(nn.Module):
             folder: with the three parts.
             of_backbone: arguments of `AutoModel.from_pretrained`.
 
+        What was saved in format 1 gives what it gave, with one exception, of which a warning tells: pools that cut a sequence
+        into segments counted masked slots then.
+
         Raises:
             InputError: naming the folder and what is wrong with it.
         """
         folder = Path(folder)
         try:
-            card: dict[str, Any] = json.loads((folder / CARD).read_text("utf-8"))
+            card = files.read_card(folder / CARD, "save the model again", **FIELDS)
             state = load_file(folder / STATE)
+        except InputError:
+            raise
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"{folder}: holds no model of PooledModel.save_pretrained ({error})") from error
-        files.require_format(folder, card, FORMAT)
-        backbone = _transformers().AutoModel.from_pretrained(folder / BACKBONE, **of_backbone)
-        model = cls(backbone, card["method"], card["prefix_tokens"], card["outputs"], **card["settings"])
-        missing, unexpected = model.load_state_dict(state, strict=False)
+        files.require_format(folder, card, 1, FORMAT)
+        if card["format"] == 1:
+            card = _as_in_format_1(folder, card)
+        transformers = _transformers()
+        try:
+            backbone = transformers.AutoModel.from_pretrained(folder / BACKBONE, **of_backbone)
+            model = cls(backbone, card["method"], card["prefix_tokens"], card["outputs"], **card["settings"])
+            missing, unexpected = model.load_state_dict(state, strict=False)
+        except InputError:
+            raise
+        except (AttributeError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+            said = " ".join(str(error).split())
+            raise InputError(f"{folder}: the model cannot be built again ({said}); save the model again") from error
         wrong = [*(k for k in missing if not k.startswith("backbone.")), *unexpected]
         if wrong:
             raise InputError(f"{folder}: {STATE} does not fit {CARD} ({', '.join(wrong)}); save the model again")
         return model.eval()
+
+
+def _as_in_format_1(folder: Path, card: dict[str, Any]) -> dict[str, Any]:
+    """The card of format 2 with which a model of format 1 gives what it gave; a warning where nothing can.
+
+    Format 1 showed layer pools the prefix tokens, did not tell pools how many there are, and let masked slots take places in
+    pools to which order matters.
+    """
+    entry = method(card["method"])
+    told = inspect.signature(entry.load()).parameters.get("prefix_tokens")
+    warn_of_slots(entry.name, str(folder))
+    if entry.kind == "layers":
+        return {**card, "prefix_tokens": 0}
+    return card if told is None else {**card, "prefix_tokens": told.default}
 
 
 def width_of(config: Any) -> int:

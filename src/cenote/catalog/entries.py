@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import inspect
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from cenote.catalog.names import load, places, read
+from cenote.catalog.names import load, places, read, unique
 from cenote.core.errors import InputError
 
 Status = Literal["complete", "no study yet", "planned"]
@@ -92,6 +93,7 @@ class Method:
 def systems() -> tuple[System, ...]:
     """All 119 published systems, by row."""
     rows = read("systems.toml")["system"]
+    unique("slug", ((r["slug"], f"row {r['row']}") for r in rows))
     return tuple(
         System(
             row=r["row"],
@@ -116,8 +118,10 @@ def systems() -> tuple[System, ...]:
 def _methods() -> dict[str, Method]:
     """The room and the system of a method follow from its class."""
     owners = {path: s.slug for s in systems() for path in s.classes}
+    rows = read("methods.toml")["method"]
+    unique("method", ((row["name"], row["class"]) for row in rows))
     known = {}
-    for row in read("methods.toml")["method"]:
+    for row in rows:
         said = row["class"]
         path = said if "." in said else places().get(said)
         if path is None:
@@ -152,32 +156,55 @@ def methods(*, room: str | None = None, kind: str | None = None, fast: bool | No
 
 
 def method(name: str) -> Method:
-    """The method of that name.
+    """The method of that name, or the only one that builds the class or the system of that name.
 
     Raises:
         InputError: where there is none, naming what builds the system or the class of that name, or the nearest names.
+
+    >>> method("SimPool").name
+    'simpool'
     """
     known = _methods()
-    if name not in known:
+    if name in known:
+        return known[name]
+    builders = builders_of(name)
+    if len(builders) != 1:
         raise InputError(f"no method is called {name!r}; {_instead(name)}")
-    return known[name]
+    return builders[0]
 
 
-def create(name: str, *args: Any, **kwargs: Any) -> Any:
+def builders_of(name: str) -> list[Method]:
+    """The methods that build a class or a system, by the name of the one or the slug of the other."""
+    return [m for m in _methods().values() if name in (m.path.rpartition(".")[2], m.slug)]
+
+
+def owner_of(name: str) -> System | None:
+    """The system that a method or a public class, by its name, is part of; `None` where it is of none, or there is none."""
+    path = _methods()[name].path if name in _methods() else places().get(name)
+    return next((s for s in systems() if path is not None and path in (*s.classes, *s.also)), None)
+
+
+def create(name: str, /, *args: Any, **kwargs: Any) -> Any:
     """Build a method by name.
 
     Args:
-        name: as in `cenote list`.
+        name: as in `cenote list`, or of the class.
         args, kwargs: of its class; they override the settings of the catalog.
 
     Raises:
-        InputError: where no method has that name.
+        InputError: where no method has that name, or its class does not take such arguments.
 
     >>> create("simpool", dim=768).out_dim
     768
     """
     entry = method(name)
-    return entry.load()(*args, **{**(entry.settings or {}), **kwargs})
+    built, arguments = entry.load(), {**(entry.settings or {}), **kwargs}
+    signature = inspect.signature(built)
+    try:
+        signature.bind(*args, **arguments)
+    except TypeError as error:
+        raise InputError(f"{name}: {error}; it takes {', '.join(signature.parameters)}") from None
+    return built(*args, **arguments)
 
 
 def find(text: str) -> list[System]:
@@ -198,7 +225,7 @@ def find(text: str) -> list[System]:
 def _instead(name: str) -> str:
     """What to do with a name that builds nothing; the slug of a system and the name of a class lead to what they have."""
     known = _methods()
-    if names := [m.name for m in known.values() if name in (m.slug, m.path.rpartition(".")[2])]:
+    if names := [m.name for m in builders_of(name)]:
         return f"the names that build it, or parts of it, are {', '.join(names)}"
     listed = next((s.classes for s in systems() if s.slug == name), None)
     if listed == ():

@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
+
+from cenote.core.errors import InputError
+
+V = TypeVar("V")
 
 ROOMS = ("pool", "reduce", "mix", "explain", "steer", "select")
 
@@ -21,11 +25,33 @@ def read(file: str) -> dict[str, Any]:
 
 @cache
 def places() -> dict[str, str]:
-    """Name -> dotted path of everything that the catalog lists, in its order."""
+    """Name -> dotted path of everything that the catalog lists, in its order.
+
+    Raises:
+        InputError: where two things share a name.
+    """
     named = read("methods.toml")
     paths = [p for s in read("systems.toml")["system"] for key in ("classes", "also") for p in s.get(key, ())]
     paths += [m["class"] for m in named["method"] if "." in m["class"]]
-    return {p.rpartition(".")[2]: p for p in [*paths, *named["also"]]}
+    return unique("name", ((p.rpartition(".")[2], p) for p in dict.fromkeys([*paths, *named["also"]])))
+
+
+def unique(what: str, pairs: Iterable[tuple[str, V]]) -> dict[str, V]:
+    """Pairs as a dictionary.
+
+    Raises:
+        InputError: where a key stands twice, of which the later would hide the earlier.
+
+    >>> unique("name", [("SimPool", "a.SimPool"), ("SimPool", "b.SimPool")])
+    Traceback (most recent call last):
+    cenote.core.errors.InputError: catalog: the name SimPool stands twice, a.SimPool and b.SimPool; rename one
+    """
+    found: dict[str, V] = {}
+    for key, value in pairs:
+        if key in found:
+            raise InputError(f"catalog: the {what} {key} stands twice, {found[key]} and {value}; rename one")
+        found[key] = value
+    return found
 
 
 def public(room: str) -> dict[str, str]:

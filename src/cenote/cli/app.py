@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from cenote.cli import catalog, extract, mimic, models, predict, probe, report, study
+from cenote.cli import catalog, extract, interrupts, mimic, models, predict, probe, report, study
 from cenote.core.errors import InputError
 
 app = typer.Typer(
@@ -74,5 +74,9 @@ def main() -> None:
         sys.stderr.write(f"error: {where}: {error.strerror}; {REMEDIES[error.errno]}\n")
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(130)
+        interrupts.tell()
+        sys.exit(interrupts.EXIT)
+    except SystemExit as end:
+        if end.code == interrupts.EXIT:
+            interrupts.tell()
+        raise

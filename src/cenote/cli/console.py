@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
+import typer
 from rich.console import Console
 from rich.text import Text
+
+
+def talking(as_json: bool) -> Console:
+    """Where a command speaks to people: not where machines read."""
+    return Console(stderr=as_json)
+
+
+def emit(facts: Any) -> None:
+    """What a command found, for machines; paths are told as text."""
+    typer.echo(json.dumps(facts, indent=1, default=str))
 
 
 def say(console: Console, text: str, style: str = "") -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from cenote.cli import options
-from cenote.cli.console import clock, say, sized
+from cenote.cli.console import clock, emit, say, sized, talking
 from cenote.cli.engines import extractor, known_engine
 from cenote.cli.tokens import extracting, listed, tell
 
@@ -48,13 +48,14 @@ def extract(
     allow_pickle: options.Pickle = False,
     engine: options.Engine = "local",
     address: options.Address = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Turn raw images, sound or text into a store of token features."""
     from cenote.jobs.extract import ModelSpec, Options, estimate
     from cenote.jobs.extract import extract as extracted
 
     known_engine(engine)
-    console = Console()
+    console = talking(as_json)
     items = listed(
         data, console, kind=kind, labels=labels, column=column, names=names, id_column=id_column, limit=limit
     )  # fmt: skip
@@ -68,6 +69,8 @@ def extract(
             f"{found.items:,} items, {found.tokens:,} tokens, {sized(found.bytes)} in {found.shards} shards, "
             f"about {clock(found.seconds)} on this machine ({found.sampled} items timed); {sized(found.free_bytes)} are free",
         )
+        if as_json:
+            emit(dataclasses.asdict(found))
         return
     with extracting(console, len(items), out) as on_progress:
         done = extracted(
@@ -80,3 +83,17 @@ def extract(
             on_message=lambda text: say(console, text),
         )
     tell(done, console)
+    if as_json:
+        shards = done.manifest.shards or ()
+        totals = {name: sum(getattr(s, name) for s in shards) for name in ("rows", "tokens", "bytes", "shortened")}
+        emit(
+            {
+                "store": done.store,
+                "items": totals.pop("rows"),
+                **totals,
+                "shards_made": done.computed,
+                "shards_kept": done.kept,
+                "seconds": done.seconds,
+                "skipped": dict(done.skipped),
+            }
+        )

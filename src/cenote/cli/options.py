@@ -75,6 +75,11 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that lies with the model.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also take weights that are not safetensors.")]
 
+# for machines
+Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON to standard output, and everything else to standard error.")
+]
+
 # where it is computed
 Engine = Annotated[str, typer.Option(help="local, or ray: on an existing cluster.")]
 Address = Annotated[str, typer.Option(help="Of the Ray cluster; auto: the one that this machine belongs to.")]

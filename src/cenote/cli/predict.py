@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from cenote.cli import options
-from cenote.cli.console import say
+from cenote.cli.console import emit, say, talking
 
 TOKENS_LISTED = 5
 
@@ -21,6 +20,7 @@ def predict(
     data: Annotated[str, typer.Argument(help="As for cenote probe; labels are not needed.")],
     out: Annotated[Path, typer.Option(help="CSV file to write.")] = Path("predictions.csv"),
     vectors: options.Vectors = None,
+    as_json: options.Json = False,
 ) -> None:
     """Write a prediction per item, its scores, and the tokens that the probe looked at most."""
     import cenote.core.files as files
@@ -42,6 +42,7 @@ def predict(
     text = io.StringIO()
     table = csv.writer(text)
     table.writerow(["id", "prediction", *(f"score {c}" for c in saved.classes), "tokens looked at", "their weights"])
+    told = []
     for i, name in enumerate(items.ids):
         x = items.copies(i)
         scores = saved.scores(x).squeeze(0)
@@ -51,6 +52,10 @@ def predict(
             top = weights.flatten(0, -2).mean(0).topk(min(TOKENS_LISTED, weights.shape[-1]))
             looked = " ".join(str(n + saved.probe.drop) for n in top.indices.tolist())
             share = " ".join(f"{w:.3f}" for w in top.values.tolist())
+        by_class = dict(zip(saved.classes, scores.tolist(), strict=True))
+        told.append({"id": name, "prediction": saved.word(scores), "scores": by_class})
         table.writerow([name, saved.word(scores), *(f"{s:.6g}" for s in scores.tolist()), looked, share])
     files.write_whole(out, text.getvalue())
-    say(Console(), f"{len(items)} predictions: {out}")
+    say(talking(as_json), f"{len(items)} predictions: {out}")
+    if as_json:
+        emit({"out": out, "predictions": told})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cenote.cli import options
-from cenote.cli.console import say
+from cenote.cli import interrupts, options
+from cenote.cli.console import emit, say, talking
 from cenote.cli.engines import extractor, known_engine, sweep
 from cenote.cli.leaderboard import leaderboard
 from cenote.cli.progress import arms_bar
@@ -88,9 +88,10 @@ def probe(
     allow_pickle: options.Pickle = False,
     engine: options.Engine = "local",
     address: options.Address = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Train probes with every pooling on labelled token features; say which wins, by how much, at what cost."""
-    console = Console()
+    console = talking(as_json)
     import cenote.features as features
     from cenote.jobs.probe import Recipe, compare
     from cenote.jobs.probe.arms import chosen_methods, columns_of
@@ -172,12 +173,13 @@ def probe(
     page = write(out)
     _tell(comparison, console)
     say(console, f"{time.perf_counter() - start:.0f} s; report: {page}")
+    if as_json:
+        emit({**dataclasses.asdict(comparison), "report": page})
     if not comparison.complete:
-        sys.stderr.write(
-            f"interrupted: kept {len(comparison.results)} of {count} methods in {out}; "
-            f"run the same command again to go on\n"
+        interrupts.tell(
+            f"kept {len(comparison.results)} of {count} methods in {out}; run the same command again to go on"
         )
-        raise typer.Exit(130)
+        raise typer.Exit(interrupts.EXIT)
 
 
 def _require_raw(data: str, told_by_model: dict[str, object]) -> None:

@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from cenote.cli.console import say
+from cenote.cli import options
+from cenote.cli.console import emit, say, talking
 
 
 def report(
     out: Annotated[Path, typer.Argument(help="Folder of results that cenote probe wrote.")] = Path("cenote-out"),
+    as_json: options.Json = False,
 ) -> None:
     """Rebuild report.html from what cenote probe left in a folder; nothing is trained."""
     from cenote.report import write
 
-    say(Console(), f"report: {write(out)}")
+    page = write(out)
+    say(talking(as_json), f"report: {page}")
+    if as_json:
+        emit({"report": page})

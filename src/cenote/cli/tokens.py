@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from cenote.cli import interrupts
 from cenote.cli.console import clock, say, sized
 from cenote.cli.options import split_names
 from cenote.cli.progress import items_bar
@@ -56,7 +56,7 @@ def extracting(console: Console, items: int, out: Path) -> Iterator[Callable[[Pr
         try:
             yield on_progress
         except KeyboardInterrupt:
-            sys.stderr.write(f"interrupted: finished shards are kept in {out}; run the same command again to go on\n")
+            interrupts.tell(f"finished shards are kept in {out}; run the same command again to go on")
             raise
 
 

@@ -100,8 +100,9 @@ def load_cell(path: Path, key: str) -> Cell | None:
         name, record = metadata["name"], metadata["record"]
         if metadata["digest"] != _digest(name, record, tensors):
             return None
-        return Cell(name, json.loads(record), tensors)
-    except (SafetensorError, OSError, KeyError, ValueError):
+        found = json.loads(record)
+        return Cell(name, found, tensors) if isinstance(found, dict) else None
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
         return None
 
 

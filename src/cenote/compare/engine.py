@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,8 @@ def measure(
         if store is not None:
             keys[arm.name] = key_of(arm)
             cell = store.load(arm.name, keys[arm.name])
+            # what no version wrote is no measurement
+            cell = cell if cell is not None and _is_measurement(cell, arm) else None
         if cell is None:
             missing.append(arm)
         else:
@@ -117,7 +120,19 @@ def measure(
 def key_of(arm: Arm) -> str:
     """Text that changes whenever the arm's cell could: with what the arm says of itself, and with the code that it runs."""
     kind = f"{type(arm).__module__}.{type(arm).__qualname__}"
-    return cell_key({"kind": kind, "arm": arm.name, "of": dict(arm.key()), "sources": source_digest(*arm.sources())})
+    try:
+        of = json.loads(json.dumps(dict(arm.key())))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{arm.name}: its key() cannot be written as JSON ({error}); give text, numbers and lists"
+        ) from None
+    return cell_key({"kind": kind, "arm": arm.name, "of": of, "sources": source_digest(*arm.sources())})
+
+
+def _is_measurement(cell: Cell, arm: Arm) -> bool:
+    """Whether a stored cell is this arm's, with scores, and says how long it took."""
+    scores, seconds = cell.tensors.get("scores"), cell.record.get("seconds")
+    return cell.name == arm.name and scores is not None and scores.dim() >= 2 and isinstance(seconds, int | float)
 
 
 def prepared(out: Path) -> Path:

@@ -103,7 +103,7 @@ class Resampled:
 
     def interval(self, arm: int) -> tuple[float, float]:
         """Of an arm's metric, 95 %; NaN where it cannot be known."""
-        at_limit = max(1, int(self._carriers / self.folds.correction()))
+        at_limit = max(1.0, self._carriers / self.folds.correction())
         return interval(self.means[arm], self._spread(self._per_fold[arm].mean(0), arm), self.measure.limits, at_limit)
 
     def differences(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[float, tuple[float, float], float]]:
@@ -149,10 +149,10 @@ def _metrics(measure: Measure, arm: Float[ndarray, "seeds units *outputs"], wher
         return np.array([float(measure.metric(scores[where], truth, ones)[0]) for scores in arm])
 
 
-def _carriers(measure: Measure, groups: Int[ndarray, "units"], where: ndarray) -> int:
+def _carriers(measure: Measure, groups: Int[ndarray, "units"], where: ndarray) -> float:
     """Groups that carry the metric of one fold."""
     of_fold = np.unique(groups[where], return_inverse=True)[1]
-    return len(np.unique(of_fold)) if measure.carriers is None else measure.carriers(measure.truth[where], of_fold)
+    return measure.carried_by(None if measure.truth is None else measure.truth[where], of_fold)
 
 
 def _known_to_vary(differences: Float[ndarray, "folds"]) -> Float[ndarray, "folds"]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy import ndarray
 
 from cenote.compare import metrics, statistics
@@ -53,6 +53,13 @@ class Measure:
     def __post_init__(self) -> None:
         if self.metric is mean and self.shares is None:
             object.__setattr__(self, "shares", mean_shares)
+
+    def carried_by(self, truth: Any, groups: Int[ndarray, "units"]) -> float:
+        """How many groups of one size the metric stands on: of all, or of those that carry it."""
+        sizes = np.bincount(groups)
+        # groups of unlike sizes are as good as fewer of one size (Kish)
+        alike = float(sizes.sum() ** 2 / (sizes**2).sum())
+        return alike if self.carriers is None else min(alike, self.carriers(truth, groups))
 
     @classmethod
     def known(cls, name: str, truth: Any) -> Measure:
@@ -140,7 +147,7 @@ class Inference:
         self.groups = int(groups.max()) + 1
         self._blocks = statistics.merged(groups, BLOCKS)
         self._count = int(self._blocks.max()) + 1
-        self._carriers = self._count if measure.carriers is None else measure.carriers(measure.truth, self._blocks)
+        self._carriers = measure.carried_by(measure.truth, self._blocks)
         ones = np.ones((1, len(units)))
         with np.errstate(invalid="ignore", divide="ignore"):
             self.per_seed = [tuple(float(measure.metric(s, measure.truth, ones)[0]) for s in arm) for arm in scores]

@@ -40,7 +40,7 @@ class Spread:
     freedom: float
 
     @classmethod
-    def of(cls, values: Float[ndarray, "groups"], carriers: int) -> Spread:
+    def of(cls, values: Float[ndarray, "groups"], carriers: float) -> Spread:
         """Of a metric, from its values without each group.
 
         Few groups that decide the metric leave few degrees of freedom: Satterthwaite's, from the kurtosis of what each
@@ -48,7 +48,8 @@ class Spread:
 
         Args:
             values: the metric without each group.
-            carriers: groups without which it could not be measured, such as those with an item of the rarest class.
+            carriers: how many groups of one size it stands on: fewer than there are where sizes differ, or where only those
+                with an item of the rarest class decide.
         """
         count = len(values)
         if count < 2 or not np.isfinite(values).all():
@@ -89,7 +90,7 @@ def over_seeds(per_seed: Float[ndarray, "seeds"]) -> Spread:
     return Spread(float(np.var(per_seed, ddof=1)) / len(per_seed), len(per_seed) - 1.0)
 
 
-def interval(value: float, spread: Spread, limits: Limits = (None, None), carriers: int = 1) -> tuple[float, float]:
+def interval(value: float, spread: Spread, limits: Limits = (None, None), carriers: float = 1.0) -> tuple[float, float]:
     """95 % interval of a metric or a difference, of the t distribution.
 
     Between two limits it is Wilson's, with as many units as have the metric's variance, so that it has a width also where

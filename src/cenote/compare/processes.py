@@ -21,6 +21,8 @@ from cenote.compare.cells import Cell
 LOOK_SECONDS = 0.2
 """Between two looks at how far the processes are."""
 
+REMEDY = "let Arm.travelling() leave out what cannot go to another process, or ask for one worker"
+
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     # mapped pages of the data are no leak, for which loky would start a process anew
@@ -30,6 +32,10 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**28),
     "MALLOC_TOP_PAD_": str(2**26),
 }
+
+
+class Unreadable(Exception):
+    """A process could not read the arms that were written for it."""
 
 
 def timed(arm: Arm, on_share: OnShare) -> Cell:
@@ -48,9 +54,11 @@ def run_in_turn(arms: Sequence[Arm], on_share: OnShare) -> Iterator[tuple[Arm, C
 def run_in_processes(arms: Sequence[Arm], workers: int, on_share: OnShare) -> Iterator[tuple[Arm, Cell]]:
     """`workers` at a time, each on one thread, as they finish; their cells are not `finish`ed yet.
 
-    The data are written to a temporary file once, which all processes map. What cannot be written, or whose process dies
-    (of memory, as a rule), is measured here instead.
+    The data are written to a temporary file once, which all processes map. Arms of a script or a notebook, which the processes
+    cannot import, travel with their code. What cannot be written or read, or whose process dies (of memory, as a rule), is
+    measured here instead.
     """
+    import cloudpickle
     from loky import ProcessPoolExecutor
     from loky.process_executor import BrokenProcessPool
 
@@ -60,11 +68,17 @@ def run_in_processes(arms: Sequence[Arm], workers: int, on_share: OnShare) -> It
     with tempfile.TemporaryDirectory(prefix="cenote-") as folder:
         file, shares_file = Path(folder) / "arms.pt", Path(folder) / "shares"
         try:
-            torch.save([arm.travelling() for arm in arms], file)
+            torch.save([arm.travelling() for arm in arms], file, pickle_module=cloudpickle)
             # written, not only sized: a process that first touches a mapped page of a full disk would die of it
             shares_file.write_bytes(bytes(8 * len(arms)))
         except OSError as error:
             warnings.warn(f"measuring one at a time: {folder} cannot hold the data ({error.strerror})", stacklevel=2)
+            yield from run_in_turn(arms, on_share)
+            return
+        except Exception as error:  # whatever an arm holds says so in its own way
+            warnings.warn(
+                f"measuring one at a time: the arms cannot be pickled ({_said(error)}); {REMEDY}", stacklevel=2
+            )
             yield from run_in_turn(arms, on_share)
             return
         pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(file, shares_file), env=WORKER_ENVIRONMENT)
@@ -87,6 +101,8 @@ def run_in_processes(arms: Sequence[Arm], workers: int, on_share: OnShare) -> It
                         on_share(arms[number].name, float(now[number]))
                 told = now
             finished = True
+        except Unreadable as error:
+            warnings.warn(f"measuring one at a time: processes cannot read the arms ({error}); {REMEDY}", stacklevel=2)
         except BrokenProcessPool:
             warnings.warn("a process died, perhaps of too little memory; going on one at a time", stacklevel=2)
         finally:
@@ -105,20 +121,32 @@ def _mapped(file: Path) -> NDArray[np.float64]:
     return np.memmap(file, np.float64, "r+")
 
 
+def _said(error: Exception) -> str:
+    """In one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 _arms: list[Arm] = []
 _shares: list[NDArray[np.float64]] = []
+_failures: list[str] = []
 
 
 def _start(file: Path, shares_file: Path) -> None:
     # Ctrl-C reaches the whole group; the first process decides what becomes of it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    # written by this program a moment ago
-    _arms[:] = torch.load(file, mmap=True, weights_only=False)
+    try:
+        # written by this program a moment ago
+        _arms[:] = torch.load(file, mmap=True, weights_only=False)
+    except Exception as error:  # a process that dies here could not say why
+        _failures.append(_said(error))
     _shares[:] = [_mapped(shares_file)]
 
 
 def _run(number: int) -> Cell:
+    if _failures:
+        raise Unreadable(_failures[0])
+
     def tell(_name: str, share: float) -> None:
         _shares[0][number] = share
 

@@ -7,7 +7,8 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, Generic, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from cenote.compare.words import Words
 
@@ -79,20 +80,6 @@ class PairTest:
 
 R = TypeVar("R", bound=ArmResult)
 
-NUMBERS = (
-    "metric",
-    "interval",
-    "metric_per_seed",
-    "metric_per_fold",
-    "validation_per_seed",
-    "train_loss",
-    "validation_curve",
-    "difference",
-    "p_value",
-    "p_adjusted",
-)
-"""Fields in which a number may be unknown."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Generic[R]):
@@ -154,13 +141,19 @@ class Comparison(Generic[R]):
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Inverse of `to_json`."""
+        """Inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: where the text is something else.
+        """
         raw = json.loads(text)
+        if not isinstance(raw, dict):
+            raise TypeError(f"expected an object, got {type(raw).__name__}")
         raw["results"] = tuple(_rebuild(cls.result_type, r) for r in raw["results"])
         for name in ("against_baseline", "against_winner", "pairs"):
             raw[name] = tuple(_rebuild(PairTest, p) for p in raw[name])
-        raw["pareto"] = tuple(raw["pareto"])
-        return cls(**raw)
+        found: Self = _rebuild(cls, raw)
+        return found
 
     @classmethod
     def load(cls, out: Path) -> Self:
@@ -174,7 +167,14 @@ def as_tuple(value: Any) -> Any:
 
 
 def _rebuild(cls: type[Any], raw: dict[str, Any]) -> Any:
-    return cls(**{k: _nan_for_null(as_tuple(v)) if k in NUMBERS else as_tuple(v) for k, v in raw.items()})
+    # what stays a dictionary or a list is not asked for as a tuple
+    given = {k: as_tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    for name, kind in get_type_hints(cls).items():
+        if name in given:
+            given[name] = _nan_for_null(given[name], kind)
+        if name in given and not _is(given[name], kind):
+            raise TypeError(f"{name}: expected {getattr(kind, '__name__', kind)}, got {given[name]!r}")
+    return cls(**given)
 
 
 def _null_for_nan(value: Any) -> Any:
@@ -186,7 +186,29 @@ def _null_for_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _nan_for_null(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_nan_for_null(v) for v in value)
-    return math.nan if value is None else value
+def _nan_for_null(value: Any, kind: Any) -> Any:
+    """Where a number belongs, of a kind, it is NaN.
+
+    >>> _nan_for_null((None, 1.0), tuple[float, float]), _nan_for_null(None, float | None)
+    ((nan, 1.0), None)
+    """
+    if kind is float and value is None:
+        return math.nan
+    if get_origin(kind) is tuple and isinstance(value, tuple):
+        (inner, *_) = get_args(kind)
+        return tuple(_nan_for_null(v, inner) for v in value)
+    return value
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON is of a kind: pages do arithmetic with it.
+
+    >>> _is((0.5, 1), tuple[float, ...]), _is("0.5", float), _is(None, float | None)
+    (True, False, True)
+    """
+    origin, parts = get_origin(kind) or kind, [p for p in get_args(kind) if p is not Ellipsis]
+    if origin in (Union, UnionType):
+        return any(_is(value, p) for p in parts)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(any(_is(v, p) for p in parts) for v in value)
+    return not isinstance(origin, type) or isinstance(value, (int, float) if origin is float else origin)

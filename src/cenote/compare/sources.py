@@ -7,6 +7,7 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import json
+import re
 import sys
 import uuid
 from collections.abc import Iterator
@@ -51,8 +52,8 @@ def source_digest(*roots: type | ModuleType | Any) -> str:
 
     Imports are read, never run. A name that a package only passes on (`from cenote.core import InputError`), or finds later and
     lists in its stub (`from cenote.pool import SimPool`), leads to the file that it is from: the other files of the package do
-    not count. Of other people's distributions, and of torch and numpy, the version counts; a module that belongs to no
-    distribution counts by its source. Each file is read once in a process.
+    not count. Of other people's distributions, and of torch and numpy, the version counts, but not what hardware a build is
+    for; a module that belongs to no distribution counts by its source. Each file is read once in a process.
 
     Returns:
         The digest; a new one each time where some source is in no file (a notebook): such results are never found again.
@@ -173,12 +174,21 @@ def _absolute(module: str, package: str) -> str:
 @cache
 def _version(top: str) -> str | None:
     try:
-        return version(DISTRIBUTIONS.get(top, top))
+        return _without_build(version(DISTRIBUTIONS.get(top, top)))
     except PackageNotFoundError:
         if importlib.machinery.PathFinder.find_spec(top) is None:
             return None
     names = _distributions().get(top)
-    return ", ".join(f"{n} {version(n)}" for n in sorted(set(names))) if names else None
+    return ", ".join(f"{n} {_without_build(version(n))}" for n in sorted(set(names))) if names else None
+
+
+def _without_build(version: str) -> str:
+    """A version without the hardware that it was built for: the source is the same.
+
+    >>> _without_build("2.13.0+cpu"), _without_build("2.13.0+cu126"), _without_build("1.2.dev3+g1a2b3c")
+    ('2.13.0', '2.13.0', '1.2.dev3+g1a2b3c')
+    """
+    return re.sub(r"\+(cpu|cu\d+|rocm[\d.]+|xpu)$", "", version)
 
 
 @cache

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 from cenote.core import InputError
 
@@ -34,7 +35,10 @@ class Labelling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if len(self.fractions) != 3 or min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-6:
+        shares = tuple(self.fractions) if isinstance(self.fractions, Iterable) else ()
+        numbers = [s for s in shares if isinstance(s, Real) and s > 0]
+        if len(shares) != 3 or len(numbers) != 3 or abs(float(sum(numbers)) - 1) > 1e-6:
             raise InputError(
-                f"fractions: expected three positive shares that sum to 1, train, val, test; got {tuple(self.fractions)}"
+                f"fractions: expected three positive shares that sum to 1, train, val, test; got "
+                f"{shares or self.fractions}"
             )

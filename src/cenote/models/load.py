@@ -66,16 +66,14 @@ def load(
     Raises:
         InputError: where there is no such model, or it cannot be used, saying why.
     """
-    if kind is not None:
-        require_one_of(get_args(Kind), kind=kind)
     require_one_of(PRECISIONS, precision=precision)
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device: {device!r} cannot be used ({str(error).splitlines()[0]})") from error
-    backbone = _loaded(
+    backbone, _ = load_whole(
         name,
-        kind,  # type: ignore[arg-type]
+        kind,
         revision=revision,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
@@ -85,23 +83,27 @@ def load(
     return backbone if device == "cpu" else backbone.to(device)
 
 
-def _loaded(
+def load_whole(
     name: str,
-    kind: Kind | None,
+    kind: str | None = None,
     *,
-    revision: str | None,
-    trust_remote_code: bool,
-    allow_pickle: bool,
-    precision: torch.dtype,
-    max_length: int | None,
-) -> Backbone:
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    precision: torch.dtype = torch.float32,
+    max_length: int | None = None,
+) -> tuple[Backbone, nn.Module]:
+    """As `load`, on the CPU, and the whole model that it was taken from: with its other towers, or its decoder."""
+    if kind is not None:
+        require_one_of(get_args(Kind), kind=kind)
     with quiet():
         transformers = required_transformers()
     top, found_revision = sources.model_folder(name, revision, allow_pickle, trust_remote_code)
     folder, sentence = sources.transformer_inside(top)
     files = sources.require_safetensors(folder, allow_pickle)
     if _is_timm(folder):
-        return TimmBackbone(name, found_revision, folder, files, precision)
+        timm = TimmBackbone(name, found_revision, folder, files, precision)
+        return timm, timm.model
     with quiet(), torch.random.fork_rng(devices=[]):
         # what the file does not hold is drawn at random: the same each time
         torch.manual_seed(0)
@@ -129,7 +131,7 @@ def _loaded(
                 f"backbone: {name}: its own Python code failed ({type(error).__name__}: {why(error, True)})"
             ) from error
     _require_fitting(name, info)
-    chosen = _kind(model, kind, name)
+    chosen = _kind(model, kind, name)  # type: ignore[arg-type]
     if max_length is not None and chosen != "text":
         raise InputError(f"max_length: cuts texts, and {name} takes {chosen}; leave it out")
     part, attribute = _tower(model, chosen)
@@ -143,11 +145,11 @@ def _loaded(
     )
     notes = _loading_notes(info, attribute)
     if chosen == "image":
-        return VisionBackbone(part.eval(), folder, identity, notes, trust_remote_code)
+        return VisionBackbone(part.eval(), folder, identity, notes, trust_remote_code), model
     if chosen == "audio":
-        return AudioBackbone(part.eval(), folder, identity, notes, trust_remote_code)
+        return AudioBackbone(part.eval(), folder, identity, notes, trust_remote_code), model
     settings = sentence or {}
-    return TextBackbone(
+    text = TextBackbone(
         part.eval(),
         folder,
         identity,
@@ -156,6 +158,7 @@ def _loaded(
         max_length or settings.get("max_seq_length"),
         bool(settings.get("do_lower_case", False)),
     )
+    return text, model
 
 
 def _kind(model: Any, wanted: Kind | None, name: str) -> Kind:

@@ -89,6 +89,10 @@ class PaddedPool(Pool):
     """Base of the pools that need the padded form (tokens attend to each other, or stand on a grid).
 
     A ragged batch is cut into groups of similar length, each padded on its own: at most `1 + 1/8` times its real tokens.
+
+    Args:
+        dim: width of a token.
+        out_dim: width of an output vector; default `dim`.
     """
 
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,9 @@ from cenote.core.graphs import Graphs
 from cenote.core.masks import without_first
 from cenote.core.sets import PaddedTokens, Tokens, as_tokens
 from cenote.pool.graph.base import GraphPool
+
+COUNTED_SLOTS = ("drasp",)
+"""Pools that cut segments, and were shown masked slots before their tokens by earlier versions."""
 
 Form = Literal["sets", "layers", "graphs"]
 
@@ -88,6 +92,21 @@ def named_pool(name: str, known: Known, settings: dict[str, Any]) -> Any:
     if missing:
         raise InputError(f"pool: {name} must be told {', '.join(missing)}; give {missing[0]}=... as well")
     return create(name, **arguments)
+
+
+def warn_of_slots(name: str, where: str) -> None:
+    """Tell who loads a pool saved by an earlier version if its results on padded batches are others now.
+
+    Args:
+        name: of the pool.
+        where: it was loaded from.
+    """
+    if name in COUNTED_SLOTS:
+        warnings.warn(
+            f"{where}: was saved by a version in which {name} counted masked slots, so that a result hung on the padding "
+            f"of its batch; now it is that of the real tokens alone, and differs where padding or hidden tokens came first",
+            stacklevel=3,
+        )
 
 
 def form_of(pool: Any) -> Form:

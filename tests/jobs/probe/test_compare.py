@@ -285,6 +285,8 @@ def test_wrong_methods_are_named(wanted: str, message: str) -> None:
 
 def test_mean_is_always_among_the_methods() -> None:
     assert chosen_methods("max") == ("mean", "max")
+    # a class that one name builds stands for it, once
+    assert chosen_methods("SimPool,simpool") == ("mean", "simpool")
     assert set(chosen_methods("fast")) < set(chosen_methods("all"))
 
 
@@ -336,9 +338,36 @@ def test_wrong_saved_probes_are_named(tmp_path: Path, toy: TokenDataset) -> None
     with pytest.raises(InputError, match=r"holds no saved probe \(probe.json is missing\)"):
         cenote.load(tmp_path)
     compare(toy, ["mean"], seeds=1, recipe=QUICK, out=tmp_path)
-    (tmp_path / "best" / "probe.safetensors").write_bytes(b"broken")
+    best = tmp_path / "best"
+    card = json.loads((best / "probe.json").read_text("utf-8"))
+    changes: list[tuple[dict[str, object], str]] = [
+        ({"dim": None}, "dim: expected int, got None"),
+        ({"dim": "8"}, "dim: expected int, got '8'"),
+        ({"dim": toy.dim + 1}, "does not fit probe.json"),
+        ({"outputs": -1}, "names 3 classes, expected -1"),
+        ({"classes": "abc"}, "classes: expected list, got 'abc'"),
+        ({"classes": ["a"]}, "names 1 classes, expected 3"),
+        ({"arguments": []}, r"arguments: expected dict, got \[\]"),
+        ({"arguments": {"name": 1}}, "mean: got an unexpected keyword argument 'name'"),
+        ({"task": "ranking"}, "task: expected 'binary', 'multiclass', 'multilabel' or 'regression', got 'ranking'"),
+        ({"method": "meen"}, "no method is called 'meen'; did you mean"),
+        ({"format": 2}, "was saved in format 2; this cenote reads 1"),
+        ({"layers": None}, "layers: expected list, got None"),
+    ]
+    for change, told in changes:
+        (best / "probe.json").write_text(json.dumps({**card, **change}), "utf-8")
+        with pytest.raises(InputError, match=told) as caught:
+            cenote.load(best)
+        assert "\n" not in str(caught.value)
+    for text in ("", "[]", "null", "{}", json.dumps({k: v for k, v in card.items() if k != "task"})):
+        (best / "probe.json").write_text(text, "utf-8")
+        with pytest.raises(InputError, match=r"probe\.json: is damaged .*; run cenote probe again"):
+            cenote.load(best)
+    (best / "probe.json").write_text(json.dumps({k: v for k, v in card.items() if k != "layers"}), "utf-8")
+    assert cenote.load(best).layers == ()
+    (best / "probe.safetensors").write_bytes(b"broken")
     with pytest.raises(InputError, match="cannot be read"):
-        cenote.load(tmp_path / "best")
+        cenote.load(best)
 
 
 def test_the_sentence_says_who_wins_and_by_how_much(toy: TokenDataset) -> None:

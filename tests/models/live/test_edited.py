@@ -11,6 +11,7 @@ import torch
 from tests import tiny
 from tests.models.live import zoo
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cenote.core import InputError
 from cenote.models.live import (
@@ -32,6 +33,8 @@ from cenote.models.live import (
     recorded,
     stacks,
 )
+from cenote.models.live.calls import dense
+from cenote.models.live.edits import Act, apply
 
 
 class Scaled(AttentionEdit):
@@ -416,3 +419,58 @@ def test_a_layer_type_with_a_float_mask() -> None:
     readable = call.readable()
     assert readable is not None
     assert not readable[..., 3].any()
+
+
+class OfHeads(RowEdit):
+    """All rows of some heads, uniform; the other heads stay."""
+
+    def __init__(self, *heads: int) -> None:
+        self.heads = list(heads)
+
+    def queries(self, call: AttentionCall) -> Tensor:
+        return torch.ones(call.batch, call.queries, dtype=torch.bool)
+
+    def rows(self, call: AttentionCall, weights: Tensor) -> Tensor:
+        new = weights.clone()
+        new[:, self.heads] = 1.0 / call.keys
+        return new
+
+
+def test_an_edit_of_all_rows_of_all_heads_runs_nothing_beside_it() -> None:
+    q, k, v = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    call = AttentionCall(Place(0, "self", "", "", nn.Identity()), q, k, v, 0.3)
+    runs: list[AttentionCall] = []
+
+    def fused(call: AttentionCall) -> Tensor:
+        runs.append(call)
+        return F.scaled_dot_product_attention(call.q, call.k, call.v, scale=call.scale, enable_gqa=True)
+
+    plain = fused(call)
+    for heads, calls in (((0, 1, 2, 3), 0), ((1, 2), 1), ((), 1)):
+        runs.clear()
+        y, weights = apply(call, [Act(OfHeads(*heads), lambda c: c, lambda number: None)], fused)
+        assert len(runs) == calls
+        others = [head for head in range(4) if head not in heads]
+        assert torch.equal(y[:, others], plain[:, others])
+        means = v.mean(2, keepdim=True).repeat_interleave(2, 1)
+        assert torch.allclose(y[:, heads], means[:, heads], atol=1e-6)
+        if not calls:
+            # what a model returns as its maps shows no edit of rows, whether its function ran or not
+            assert torch.equal(weights, call.weights())
+
+
+def test_maps_of_eager_are_there_where_its_function_need_not_run() -> None:
+    model, words = llama("eager")
+    with torch.no_grad():
+        plain = model(words, output_attentions=True).attentions
+        with edited(model, OfHeads(0, 1, 2, 3)):
+            maps = model(words, output_attentions=True).attentions
+    assert torch.allclose(maps[0], plain[0], atol=1e-6)
+
+
+def test_weights_are_the_softmax_of_the_scores() -> None:
+    q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
+    call = AttentionCall(Place(0, "self", "", "", nn.Identity()), q, k, k, 0.5)
+    hidden = torch.tensor([[False, False, False], [True, False, True], [True, True, True]])[None, None]
+    for seen in (call, call.replace(allowed=dense(hidden)), call.replace(sinks=torch.randn(2))):
+        assert torch.equal(seen.weights(), seen.softmax(seen.scores()))

@@ -210,11 +210,12 @@ def chosen_methods(wanted: str | Sequence[str], layered: bool = False, edges: bo
         names = [n.strip() for n in wanted.split(",")] if isinstance(wanted, str) else list(wanted)
         if not names or "" in names:
             raise InputError("methods: the list has no name in it; try --methods fast")
-    for name in names:
-        entry = method(name)
+    entries = [method(name) for name in names]
+    for entry in entries:
+        name = entry.name
         if entry.room != "pool" or entry.kind not in KINDS:
             raise InputError(f"methods: {name} is not a pool of token sets but lives in {entry.room} ({entry.kind})")
-    return tuple(dict.fromkeys([BASELINE, *names]))
+    return tuple(dict.fromkeys([BASELINE, *(entry.name for entry in entries)]))
 
 
 def columns_of(

@@ -34,8 +34,9 @@ class Probe(nn.Module):
         self.classifier = nn.Linear(width(pool), outputs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # pickled by a version that kept how many tokens its pool does not see
-        state.setdefault("prefix_tokens", state.pop("drop", 0))
+        # pickled by a version that kept how many tokens its pool does not see, of layers under another name
+        dropped = state.pop("drop", 0)
+        state.setdefault("prefix_tokens", state.pop("hidden", dropped))
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,6 +16,7 @@ from torch import Tensor
 import cenote.core.files as files
 from cenote.catalog import create
 from cenote.core import Bags, InputError
+from cenote.core.requirements import require_one_of
 from cenote.features.dataset import Task, TokenDataset
 from cenote.jobs.probe.arms import Column
 from cenote.jobs.probe.module import Probe, sized_arguments
@@ -24,6 +25,19 @@ from cenote.pool.base import Pooled
 from cenote.pool.graph.base import GraphPool
 
 FORMAT = 1
+AGAIN = "run cenote probe again"
+FIELDS: dict[str, Any] = {
+    "format": int,
+    "method": str,
+    "arguments": dict,
+    "dim": int,
+    "outputs": int,
+    "prefix_tokens": int,
+    "task": str,
+    "classes": list,
+    "layers": list,
+}
+"""What `probe.json` must say to build a probe again."""
 
 
 @dataclass(frozen=True)
@@ -130,23 +144,28 @@ def load(folder: str | Path) -> SavedProbe:
     """
     folder = Path(folder)
     try:
-        card: dict[str, Any] = json.loads((folder / "probe.json").read_text("utf-8"))
+        # cards of before there were several layers do not speak of them
+        card = files.read_card(folder / "probe.json", AGAIN, optional=("layers",), **FIELDS)
         state = load_file(folder / "probe.safetensors")
     except FileNotFoundError as error:
         raise InputError(
             f"{folder}: holds no saved probe ({Path(error.filename).name} is missing); name OUT/best"
         ) from None
+    except InputError:
+        raise
     except (SafetensorError, ValueError, OSError) as error:
-        raise InputError(f"{folder}: the saved probe cannot be read ({error}); run cenote probe again") from None
+        raise InputError(f"{folder}: the saved probe cannot be read ({error}); {AGAIN}") from None
     files.require_format(folder, card, FORMAT)
-    pool = create(card["method"], dim=card["dim"], **card["arguments"])
-    probe = Probe(pool, card["outputs"], card["prefix_tokens"])
+    require_one_of(get_args(Task), task=card["task"])
+    named = 2 if card["task"] == "binary" else card["outputs"]
+    if len(card["classes"]) != named:
+        raise InputError(f"{folder}: probe.json names {len(card['classes'])} classes, expected {named}; {AGAIN}")
     try:
+        pool = create(card["method"], **{**card["arguments"], "dim": card["dim"]})
+        probe = Probe(pool, card["outputs"], card["prefix_tokens"])
         probe.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError(
-            f"{folder}: probe.safetensors does not fit probe.json ({error}); run cenote probe again"
-        ) from None
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{folder}: probe.safetensors does not fit probe.json ({_line(error)}); {AGAIN}") from None
     return SavedProbe(
         probe.eval(),
         card["method"],
@@ -156,3 +175,7 @@ def load(folder: str | Path) -> SavedProbe:
         card["prefix_tokens"],
         tuple(card.get("layers", ())),
     )
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -2,7 +2,9 @@
 
 `edited(model, *edits, spans=None)` changes attention and hidden states for as long as its block lasts; `recorded(model, ...)`
 looks. The model is never wrapped, copied or renamed: the attention function that the user loaded stays and runs; where a few
-rows are read or edited, these are computed beside it. On leaving, the model is what it was.
+rows are read or edited, these are computed beside it. `Shorten` is the edit that goes on with fewer tokens behind a block. On
+leaving, the model is what it was. `denoising(pipeline, *edits, on_step=f)` is the same in a loop of diffusion, where f sees
+and sets latents before each step.
 
 What it does not know: compiled modules; attention that a model writes out itself (an error at entry); packed sequences under
 flash attention; other threads than the one that entered; attention outside of a model's blocks, such as pooling heads.
@@ -11,6 +13,8 @@ name.
 """
 
 from cenote.models.live.calls import AttentionCall, Place
+from cenote.models.live.decode import Branch, Branches, DecodingStep, plausible
+from cenote.models.live.denoise import AttentionMaps, Denoising, DenoisingStep, Look, MapRecorder, denoising
 from cenote.models.live.edited import Run, edited, recorded
 from cenote.models.live.edits import (
     AttentionEdit,
@@ -26,8 +30,11 @@ from cenote.models.live.edits import (
     Where,
 )
 from cenote.models.live.heads import AblatedHeads, AddedStates, ScaledHeads
+from cenote.models.live.parts import of_part
 from cenote.models.live.places import attentions, blocks, embeddings, final_norm, stacks
-from cenote.models.live.shorten import Shortening, shortened
+from cenote.models.live.reach import Reach, reach
+from cenote.models.live.shorten import Shorten, shortened
+from cenote.models.live.shortening import Shortening
 from cenote.models.live.swapped import AsMixer, as_mixer, swapped
 
 __all__ = [
@@ -36,16 +43,26 @@ __all__ = [
     "AsMixer",
     "AttentionCall",
     "AttentionEdit",
+    "AttentionMaps",
     "BlockEdit",
+    "Branch",
+    "Branches",
+    "DecodingStep",
+    "Denoising",
+    "DenoisingStep",
     "Edit",
     "HeadRecorder",
     "InputsRecorder",
+    "Look",
+    "MapRecorder",
     "Place",
+    "Reach",
     "Recorder",
     "RowEdit",
     "RowRecorder",
     "Run",
     "ScaledHeads",
+    "Shorten",
     "Shortening",
     "StateRecorder",
     "Trace",
@@ -53,9 +70,13 @@ __all__ = [
     "as_mixer",
     "attentions",
     "blocks",
+    "denoising",
     "edited",
     "embeddings",
     "final_norm",
+    "of_part",
+    "plausible",
+    "reach",
     "recorded",
     "shortened",
     "stacks",

@@ -47,10 +47,11 @@ class AttentionCall:
         softcap: scores become `softcap tanh(scores / softcap)`, before the bias.
         sinks: one score per head that takes part in the softmax and has no value, `[heads]`.
         spans: of the prompt's tokens, `[batch, tokens]`.
-        step: of decoding: 0 for the prompt.
+        step: of decoding: 0 for the prompt; of denoising.
         query_start, key_start: number of the first query, and key, among all tokens so far.
         rows: numbers of the queries, where only some of them are computed, `[batch, rows]`.
         real: False where a row only fills up, `[batch, rows]`.
+        conditional: which items read the prompt, where guidance has others beside them, `[batch]`; None for all.
     """
 
     place: Place
@@ -68,6 +69,7 @@ class AttentionCall:
     key_start: int = 0
     rows: Int[Tensor, "batch rows"] | None = None
     real: Bool[Tensor, "batch rows"] | None = None
+    conditional: Bool[Tensor, "batch"] | None = None
 
     @property
     def batch(self) -> int:
@@ -92,6 +94,8 @@ class AttentionCall:
 
     def only(self, queries: Bool[Tensor, "batch queries"]) -> AttentionCall:
         """The same for these queries alone; items with fewer of them are filled up with rows that are not `real`."""
+        if queries.all():
+            return self
         counts = queries.sum(1)
         most = int(counts.max())
         # stable: True first, each in its order
@@ -129,7 +133,8 @@ class AttentionCall:
 
     def last(self) -> Bool[Tensor, "batch queries"]:
         """The last query of each item (of a batch that is padded on the left, or not at all)."""
-        return self.numbers() == self.numbers().amax(1, keepdim=True)
+        numbers = self.numbers()
+        return numbers == (self.queries - 1 if self.rows is None else numbers.amax(1, keepdim=True))
 
     def scores(self) -> Float[Tensor, "batch heads queries keys"]:
         """Before the softmax, at least float32; -inf where a key may not be read."""
@@ -143,6 +148,12 @@ class AttentionCall:
             scores = scores + picked(self.bias, self.rows)
         readable = self.readable()
         return scores if readable is None else scores.masked_fill(~readable, float("-inf"))
+
+    def weights(self) -> Float[Tensor, "batch heads queries keys"]:
+        """What each query takes from each key."""
+        scores = self.scores()
+        hides_nothing = self.allowed is None and self.bias is None and self.sinks is None
+        return scores.softmax(-1) if hides_nothing else self.softmax(scores)
 
     def softmax(self, scores: Float[Tensor, "batch heads queries keys"]) -> Float[Tensor, "batch heads queries keys"]:
         """Weights: zeros for a query that may read nothing; what sinks take is missing from their sum."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cenote.core import InputError
-from cenote.models.live import places, sdpa, seats, transformers
+from cenote.models.live import left, places, sdpa, seats, transformers
 from cenote.models.live.calls import AttentionCall, Place
 from cenote.models.live.edits import (
     AttentionEdit,
@@ -25,7 +26,10 @@ from cenote.models.live.edits import (
     RowRecorder,
     StateRecorder,
     Where,
+    name_of,
+    overrides,
 )
+from cenote.models.live.reach import why_not
 
 RECORDERS: dict[str, Callable[..., Edit]] = {
     "rows": RowRecorder,
@@ -33,13 +37,18 @@ RECORDERS: dict[str, Callable[..., Edit]] = {
     "inputs": InputsRecorder,
     "states": StateRecorder,
 }
+Entered = TypeVar("Entered", bound="Run")
+
+NOBODY = 0
+"""No thread has this number."""
 
 
 class Run:
     """A model that is entered: what was edited, where, at which step.
 
     Attributes:
-        effect: `effect[place, step]` counts what was edited there: rows that a `RowEdit` chose, computations otherwise.
+        effect: `effect[place, step]` counts what was edited there: rows that a `RowEdit` chose, tokens that a `Shorten` took
+            away, computations otherwise.
         step: of decoding; 0 is the prompt.
     """
 
@@ -58,22 +67,23 @@ class Run:
     def arrives(self, place: Place, call: AttentionCall) -> Mapping[str, object]:
         """Spans, step, and where the queries and keys of this call lie among all tokens so far."""
         queries, keys = call.queries, call.keys
+        spans = left.spans_at(place, self.spans)
         before = self._so_far.get(place)
         if place.kind == "cross":
             so_far = (before or 0) + queries if queries == 1 else queries
             self._so_far[place] = so_far
-            return {"spans": self.spans, "step": self.step, "query_start": so_far - queries, "key_start": 0}
+            return {"spans": spans, "step": self.step, "query_start": so_far - queries, "key_start": 0}
         if queries == keys:
             so_far = keys
         elif before is None:
             # a cache that was filled before, or one with room for more
-            so_far = keys if any(span.shape[1] == keys for span in self.spans.values()) else queries
+            so_far = keys if any(span.shape[1] == keys for span in spans.values()) else queries
         else:
             so_far = before + queries
         self._so_far[place] = so_far
         # a cache of a sliding window holds the last keys only
         key_start = max(0, so_far - keys)
-        return {"spans": self.spans, "step": self.step, "query_start": so_far - queries, "key_start": key_start}
+        return {"spans": spans, "step": self.step, "query_start": so_far - queries, "key_start": key_start}
 
     def counts(self, edit: Edit, place: Place, number: int) -> None:
         """This edit acted, on that many."""
@@ -86,13 +96,22 @@ class Run:
         if threading.get_ident() == self.thread:
             self._forwards += 1
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Hear nothing for a while: the model runs as if it was not entered. Afterwards the thread that goes on is heard."""
+        self.thread = NOBODY
+        try:
+            yield
+        finally:
+            self.thread = threading.get_ident()
+
     def require_effect(self) -> None:
         """Raise where an edit did nothing."""
         for edit in self.edits:
             if id(edit) not in self._acted:
                 ran = self._forwards or self.effect
                 why = "its places did not run, or it chose no query" if ran else "the model did not run in this thread"
-                raise InputError(f"edits: {type(edit).__name__} did nothing: {why}")
+                raise InputError(f"edits: {name_of(edit)} did nothing: {why}")
 
 
 @contextmanager
@@ -130,13 +149,22 @@ def edited(
         >>> _ = torch.backends.mha.set_fastpath_enabled(True)
     """
     spans = dict(spans or {})
-    acting, hooked, ways = _checked(model, edits, spans)
-    run = Run(model, edits, spans)
+    where = placed(model, edits, spans)
+    with entered(Run(model, where.parts, spans), where) as run:
+        yield run
+        run.require_effect()
+
+
+@contextmanager
+def entered(run: Entered, where: Placed) -> Iterator[Entered]:
+    """Let a run's edits act where they were found to reach."""
+    parts, acting, hooked, ways = where
     handles: list[RemovableHandle] = []
     try:
-        for edit in edits:
+        for edit in parts:
             edit.begins()
-        handles.append(model.register_forward_pre_hook(lambda *_: run.begins_forward()))
+            edit.joins(run)
+        handles.append(run.model.register_forward_pre_hook(lambda *_: run.begins_forward()))
         for place, of_block in hooked.items():
             handles += _hooks(run, place, of_block)
         by_registry = [place.module for place in acting if ways[place] == "registry"]
@@ -147,7 +175,6 @@ def edited(
             if place.module not in by_registry:
                 sdpa.enter(place.module)
         yield run
-        run.require_effect()
     finally:
         with seats.LOCK:
             for handle in handles:
@@ -156,6 +183,8 @@ def edited(
                 if seats.rise(place.module, run):
                     sdpa.leave(place.module)
             transformers.leave(run)
+        for edit in parts:
+            edit.ends()
 
 
 @contextmanager
@@ -202,19 +231,36 @@ def recorded(
         yield found
 
 
-def _checked(
-    model: nn.Module, edits: Sequence[Edit], spans: Mapping[str, Tensor]
-) -> tuple[dict[Place, list[AttentionEdit]], dict[Place, list[BlockEdit]], dict[Place, str]]:
-    """The edits of each place, where all can be reached, and how attention is computed where there is some."""
+class Placed(NamedTuple):
+    """Edits as they act, those of each place and of each block, and how attention is computed where there is some."""
+
+    parts: list[Edit]
+    acting: dict[Place, list[AttentionEdit]]
+    hooked: dict[Place, list[BlockEdit]]
+    ways: dict[Place, str]
+
+
+def require_module(model: object) -> None:
+    """Raise where it's no module, or one that is compiled, itself or in parts."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if hasattr(model, "_orig_mod"):
         raise InputError(
             "model: is compiled, and what runs inside cannot be reached; give the module that you compiled"
         )
+    # of module.compile(), which compiles in place
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
+        raise InputError(
+            "model: was compiled in place, and what runs inside cannot be reached; compile it after leaving, or not at all"
+        )
+
+
+def placed(model: nn.Module, edits: Sequence[Edit], spans: Mapping[str, Tensor]) -> Placed:
+    """Where these edits act; raise where one cannot."""
+    require_module(model)
     if not edits:
         raise InputError("edits: give at least one")
-    _check_spans(spans)
+    check_spans(spans)
     acting: dict[Place, list[AttentionEdit]] = {}
     hooked: dict[Place, list[BlockEdit]] = {}
     ways = places.ways(model)
@@ -223,6 +269,8 @@ def _checked(
     for edit in edits:
         if not isinstance(edit, (AttentionEdit, BlockEdit)):
             raise InputError(f"edits: expected AttentionEdit or BlockEdit, got {type(edit).__name__}")
+    parts = [part for edit in edits for part in edit.parts(model)]
+    for edit in parts:
         for name in edit.asks:
             if name not in spans:
                 raise InputError(
@@ -233,32 +281,25 @@ def _checked(
         if not chosen:
             there = sorted({f"{kind} in {stack!r}" for _, kind, stack, *_ in everywhere}) or ["none"]
             raise InputError(
-                f"edits: {type(edit).__name__} has no place {edit.at} in {type(model).__name__}; there are: {', '.join(there)}"
+                f"edits: {name_of(edit)} has no place {edit.at} in {type(model).__name__}; there are: {', '.join(there)}"
             )
         for place in chosen:
             if isinstance(edit, AttentionEdit):
                 acting.setdefault(place, []).append(edit)
-            else:
+            elif isinstance(edit, BlockEdit):
                 hooked.setdefault(place, []).append(edit)
     _check_reach(acting, ways)
-    return acting, hooked, ways
+    return Placed(parts, acting, hooked, ways)
 
 
 def _check_reach(acting: Mapping[Place, object], ways: Mapping[Place, str]) -> None:
     for place in acting:
-        if ways[place] == "written out":
-            name = type(place.module).__name__
-            why: str | None = (
-                f"{name} writes it out in its own forward; edits of blocks (BlockEdit) work, or give other places"
-            )
-        else:
-            seat = transformers if ways[place] == "registry" else sdpa
-            why = seat.why_not(place.module)
+        why = why_not(place, ways[place])
         if why:
             raise InputError(f"model: attention at {place.path} cannot be reached: {why}")
 
 
-def _check_spans(spans: Mapping[str, Tensor]) -> None:
+def check_spans(spans: Mapping[str, Tensor]) -> None:
     for name, span in spans.items():
         if not isinstance(span, Tensor) or span.dtype != torch.bool or span.dim() != 2:
             got = f"{span.dtype} of shape {tuple(span.shape)}" if isinstance(span, Tensor) else type(span).__name__
@@ -275,21 +316,32 @@ def _check_spans(spans: Mapping[str, Tensor]) -> None:
 
 
 def _hooks(run: Run, place: Place, edits: Sequence[BlockEdit]) -> list[RemovableHandle]:
+    names = list(inspect.signature(place.module.forward).parameters)
+    rewriting = any(overrides(edit, "given") for edit in edits)
+
     def enters(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if threading.get_ident() != run.thread:
             return None
-        by_name = "hidden_states" in kwargs
-        if not by_name and (not args or not isinstance(args[0], Tensor)):
+        name = next((name for name in ("hidden_states", *names[:1]) if isinstance(kwargs.get(name), Tensor)), None)
+        if name is None and (not args or not isinstance(args[0], Tensor)):
             raise InputError(
                 f"model: block {place.path} is not called with hidden states first, nor by the name hidden_states"
             )
-        before = h = kwargs["hidden_states"] if by_name else args[0]
+        before = h = args[0] if name is None else kwargs[name]
+        beside = {**dict(zip(names, args, strict=False)), **kwargs} if rewriting else {}
+        beside.pop(name or next(iter(beside), ""), None)
+        given: Mapping[str, Any] = beside
         for edit in edits:
             h = edit.enters(place, h)
-            run.counts(edit, place, 1)
+            if rewriting:
+                given = edit.given(place, h, given)
+            if not edit.counts_itself:
+                run.counts(edit, place, 1)
+        if given is not beside:
+            return (h,), dict(given)
         if h is before:
             return None
-        return (args, {**kwargs, "hidden_states": h}) if by_name else ((h, *args[1:]), kwargs)
+        return ((h, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: h})
 
     def leaves(_: nn.Module, __: Any, output: Any) -> Any:
         if threading.get_ident() != run.thread:

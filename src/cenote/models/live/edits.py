@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cenote.models.live.calls import AttentionCall, Kind, Place
@@ -38,13 +39,27 @@ class Where:
 
 
 class Edit:
-    """What all edits have: `at`, the places; `asks`, names of the spans that it needs."""
+    """What all edits have: `at`, the places; `asks`, names of the spans that it needs; `stands_for`, the edit whose methods
+    this one passes on to."""
 
     at: Where = Where()
     asks: Sequence[str] = ()
+    stands_for: Edit | None = None
+    counts_itself: bool = False
+    """Whether it tells the run what it edited; what else is called counts once a call."""
+
+    def parts(self, model: nn.Module) -> Sequence[Edit]:
+        """The edits that it is made of in this model; raises where it cannot act there. Called first."""
+        return (self,)
 
     def begins(self) -> None:
         """Forget what an earlier run left: called when a model is entered."""
+
+    def joins(self, run: Any) -> None:
+        """The `Run` that it is part of: called when a model is entered, behind `begins`."""
+
+    def ends(self) -> None:
+        """The model is left, also after an exception."""
 
 
 class AttentionEdit(Edit):
@@ -98,6 +113,10 @@ class RowEdit(AttentionEdit, ABC):
 class BlockEdit(Edit):
     """A change of hidden states."""
 
+    def given(self, place: Place, h: Float[Tensor, "*batch tokens dim"], given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Other arguments, by name, than those that the block is called with beside the states that it reads."""
+        return given
+
     def enters(self, place: Place, h: Float[Tensor, "*batch tokens dim"]) -> Float[Tensor, "*batch tokens dim"]:
         """Other states for the block to read."""
         return h
@@ -116,14 +135,20 @@ class Act(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """Outputs of the heads, and the weights where they were computed for all queries."""
+    """Outputs of the heads, and the weights for the model to return, where the user's function did not run."""
 
     y: Float[Tensor, "batch heads queries width"]
     weights: Float[Tensor, "batch heads queries keys"] | None
 
 
+def name_of(edit: Edit) -> str:
+    """Of the class that a person wrote."""
+    return type(edit.stands_for or edit).__name__
+
+
 def overrides(edit: Edit, name: str) -> bool:
     """Whether the edit's class has its own method of that name."""
+    edit = edit.stands_for or edit
     base = next(cls for cls in (AttentionEdit, BlockEdit) if isinstance(edit, cls))
     return getattr(type(edit), name) is not getattr(base, name)
 
@@ -142,7 +167,7 @@ def apply(
         weights = _written_out(call, acts)
         y = call.mixed(F.dropout(weights, dropout))
     else:
-        y = _with_rows(call, acts, fused(call))
+        y, weights = _with_rows(call, acts, fused)
     for act in acts:
         if overrides(act.edit, "context"):
             y = act.edit.context(act.seen(call), y)
@@ -164,28 +189,49 @@ def _written_out(call: AttentionCall, acts: Sequence[Act]) -> Float[Tensor, "bat
     return weights
 
 
-def _with_rows(call: AttentionCall, acts: Sequence[Act], y: Tensor) -> Float[Tensor, "batch heads queries width"]:
+def _with_rows(call: AttentionCall, acts: Sequence[Act], fused: Callable[[AttentionCall], Tensor]) -> Attended:
+    """What the user's function gives, with edited rows in it; it need not run where these are all rows of all heads."""
     chosen = [(act, act.edit.queries(act.seen(call))) for act in acts if isinstance(act.edit, RowEdit)]
-    chosen = [(act, queries) for act, queries in chosen if queries.any()]
     if not chosen:
-        return y
-    rows = call.only(torch.stack([queries for _, queries in chosen]).any(0))
-    assert rows.rows is not None
-    assert rows.real is not None
-    before = weights = rows.softmax(rows.scores())
-    forced = torch.zeros_like(rows.real)
+        return Attended(fused(call), None)
+    rows = call.only(functools.reduce(torch.logical_or, [queries for _, queries in chosen]))
+    if not rows.queries:
+        return Attended(fused(call), None)
+    before = weights = rows.weights()
+    forced: Tensor | None = None
     for act, queries in chosen:
-        among = queries.gather(1, rows.rows) & rows.real
+        among = _among(queries, rows)
         weights = _rows_edited(rows, act, among, weights)
         if act.edit.forced:  # type: ignore[attr-defined]
-            forced = forced | among
-    if weights is before and not forced.any():
-        return y
-    differs = ((weights != before).any(-1) | forced[:, None]) & rows.real[:, None]
-    if not differs.any():
-        return y
+            forced = among if forced is None else forced | among
+    if weights is before and forced is None:
+        return Attended(fused(call), None)
+    differs = (weights != before).any(-1)
+    if forced is not None:
+        differs = differs | forced[:, None]
+    if rows.rows is None and differs.all():
+        return Attended(call.mixed(weights), before)
+    return Attended(_overwritten(fused(call), rows, weights, differs), None)
+
+
+def _among(queries: Bool[Tensor, "batch queries"], rows: AttentionCall) -> Bool[Tensor, "batch rows"]:
+    """Which of the rows that are computed are among the queries."""
+    return queries if rows.rows is None or rows.real is None else queries.gather(1, rows.rows) & rows.real
+
+
+def _overwritten(
+    y: Float[Tensor, "batch heads queries width"],
+    rows: AttentionCall,
+    weights: Float[Tensor, "batch heads rows keys"],
+    differs: Bool[Tensor, "batch heads rows"],
+) -> Float[Tensor, "batch heads queries width"]:
+    """Outputs of the heads, in these rows made of these weights where they differ from the user's."""
+    if rows.rows is None or rows.real is None:
+        return torch.where(differs[..., None], rows.mixed(weights).to(y.dtype), y)
     item, slot = rows.real.nonzero(as_tuple=True)
     at = (item, slice(None), slot)
+    if not differs[at].any():
+        return y
     query = rows.rows[item, slot]
     new = torch.where(differs[at][..., None], rows.mixed(weights)[at].to(y.dtype), y[item, :, query])
     return y.transpose(1, 2).index_put((item, query), new).transpose(1, 2)
@@ -195,10 +241,11 @@ def _rows_edited(
     call: AttentionCall, act: Act, queries: Bool[Tensor, "batch queries"], weights: Tensor
 ) -> Float[Tensor, "batch heads queries keys"]:
     """The weights of a call's queries, those that are chosen edited."""
-    act.done(int(queries.sum()))
-    if not queries.any():
+    number = int(queries.sum())
+    act.done(number)
+    if not number:
         return weights
-    if queries.all() or (call.real is not None and torch.equal(queries, call.real)):
+    if number == queries.numel() or (call.real is not None and torch.equal(queries, call.real)):
         return act.edit.rows(act.seen(call), weights)  # type: ignore[attr-defined]
     # numbers inside of this call, which may itself be of some rows
     inside = call.replace(rows=None, real=None).only(queries)

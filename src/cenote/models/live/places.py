@@ -101,7 +101,8 @@ def _neighbours(model: nn.Module, stack: str | None) -> tuple[list[nn.Module], l
 
 
 def how(module: nn.Module) -> str | None:
-    """What its forward computes attention by: "registry", "fused", "written out", or None where it's no attention."""
+    """What its forward computes attention by: "registry", "fused", "written out", "elsewhere" (in a processor of diffusers that
+    calls none of these), or None where it's no attention."""
     names: set[str] = set()
     for function in _functions(module):
         names |= set(_names(function.__code__))
@@ -111,11 +112,13 @@ def how(module: nn.Module) -> str | None:
         return "fused"
     if "softmax" in {name.lower() for name in names} and names & set(PRODUCTS):
         return "written out"
+    if hasattr(module, "processor") and hasattr(module, "to_q"):
+        return "elsewhere"
     return None
 
 
 def ways(model: nn.Module) -> dict[Place, str]:
-    """Where attention happens, in order, and how it is computed there: "registry", "fused" or "written out"."""
+    """Where attention happens, in order, and how it is computed there: see `how`."""
     by_path: dict[str, str] = {}
     by_class: dict[type, str | None] = {}
     for path, module in model.named_modules():

@@ -78,10 +78,10 @@ def attend(
     """One attention computation with the edits of all contexts, in the order of entering."""
     acts: list[Act] = []
     for run, place, edits in seated:
-        known = run.arrives(place, call)
+        known = {"place": place, **run.arrives(place, call)}
 
-        def seen(c: AttentionCall, place: Place = place, known: Mapping[str, object] = known) -> AttentionCall:
-            return c.replace(place=place, **known)
+        def seen(c: AttentionCall, known: Mapping[str, object] = known) -> AttentionCall:
+            return c if all(getattr(c, name) is value for name, value in known.items()) else c.replace(**known)
 
         for edit in edits:
 
@@ -89,7 +89,7 @@ def attend(
                 run.counts(edit, place, number)
 
             acts.append(Act(edit, seen, done))
-    return apply(call, acts, fused, dropout)
+    return apply(acts[0].seen(call), acts, fused, dropout)
 
 
 def with_mask(call: AttentionCall, like: torch.dtype) -> Tensor:

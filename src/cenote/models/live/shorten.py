@@ -1,192 +1,263 @@
-"""Fewer tokens from a block on: states, masks, positions and cache of a running model, together."""
+"""Fewer tokens from a block on: states, masks, positions and cache of a running model, together.
+
+`Shorten` is an edit like any other; what reduces is arithmetic on tensors and sees none of this. Survivors keep their
+positions. With a cache the blocks behind a cut hold fewer keys than those before it, and decoded tokens go on at the prompt's
+length. What comes behind a prompt, in a second piece too, is decoded: only the prompt is shortened.
+
+Does not know: attention in windows of a grid or in chunks, packed images, flash and flex attention, static caches, blocks that
+know positions by themselves (each an error at entry, or where the model is called).
+"""
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from cenote.core import InputError
-from cenote.core.reduced import Reduced, expanded
-from cenote.models.live import places
-from cenote.models.live.calls import Place, may_read, real_tokens
+from cenote.models.live import left
+from cenote.models.live.calls import AttentionCall, Place
+from cenote.models.live.edited import edited
+from cenote.models.live.edits import AttentionEdit, BlockEdit, Edit, Where
+from cenote.models.live.shortenable import checked
+from cenote.models.live.shortening import Reducer, Shortening
 
-Reducer = Callable[..., Reduced]
+GIVEN = ("x", "sizes", "mask")
+READ = ("attention", "keys", "values")
+"""Signals that are read from the block's own attention."""
+CHUNK = 128
+
+_LOCK = threading.RLock()
+_RUNNING: dict[tuple[nn.Module, int], Shortening] = {}
 
 
-class Shortening:
-    """What became of the prompt's tokens; None before the model ran.
+class Shorten(BlockEdit):
+    """Fewer tokens behind a block, as an edit of a running model.
 
-    Attributes:
-        sizes: how many originals each token stands for, `[batch, left]`.
-        assignment: the token that an original went to, -1 where it was dropped or is padding, `[batch, tokens]`.
-        origin: of each token the first original that went to it: its position, `[batch, left]`.
-        mask: True = a real token, `[batch, left]`.
+    Several of them in one stack, in one context or nested, shorten one after the other. Spans, in whatever context, follow the
+    tokens: behind a cut a token is in a span if one of its originals was.
+
+    Args:
+        reducer: `reducer(x, sizes=, mask=, **signals) -> Reduced`, from the states that the block wrote, `[batch, tokens,
+            dim]`. It must leave out tokens where its mask is False. It is given the signals that its `needs` names, or else
+            its arguments: "attention" `[batch, heads, tokens]`, what each token is given in the block's attention by the rows
+            below, their mean; "keys" and "values", after positions, `[batch, kv_heads, tokens, width]`; those in `signals`.
+        block: the block behind which tokens are fewer.
+        span: where it may reduce: the name of a span, or `[batch or 1, tokens]`; all other tokens are protected.
+        protect: what is never touched: the first so many real tokens ([CLS] and registers), names of spans, or
+            `[batch or 1, tokens]`.
+        stack: path of the list of blocks, where there are several.
+        proportional: behind this block keys weigh by how many originals they stand for (`log size` is added to scores).
+        rows: queries whose attention is read: "first", "last", "all" (means over columns), or the name of a span.
+        signals: of the prompt's tokens `[batch, tokens, ...]`, by name, such as a saliency; they follow the tokens.
+        restore: the block behind which all tokens are back in their places, -1 for the last: merged ones as copies, so that a
+            mean over tokens weighs by size, dropped ones as they were last seen.
+        uneven: in a stack that is not causal, allow items to keep different numbers of tokens.
+
+    Raises:
+        InputError: at entry, where the stack cannot be shortened; when the model is called, where what its blocks are given
+            cannot be; on leaving, where it took no token away.
+
+    Example:
+        >>> from cenote.core.reduced import Reduced
+        >>> def every_other(x, sizes, mask):
+        ...     to = torch.arange(x.shape[1]).expand(len(x), -1) // 2
+        ...     return Reduced(x[:, ::2], torch.full_like(sizes[:, ::2], 2.0), to)
+        >>> _ = torch.backends.mha.set_fastpath_enabled(False)
+        >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+        >>> model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        >>> shorten = Shorten(every_other, block=0)
+        >>> with edited(model, shorten):
+        ...     model(torch.ones(1, 6, 8)).shape
+        torch.Size([1, 3, 8])
+        >>> shorten.found.counts, shorten.found.assignment.tolist()
+        ({0: (6, 3)}, [[0, 0, 1, 1, 2, 2]])
+        >>> _ = torch.backends.mha.set_fastpath_enabled(True)
     """
 
+    counts_itself = True
+
     def __init__(
-        self, reducers: Mapping[int, Reducer], protect: Bool[Tensor, "batch tokens"] | None, proportional: bool
+        self,
+        reducer: Reducer,
+        block: int,
+        *,
+        span: str | Bool[Tensor, "_batch tokens"] | None = None,
+        protect: int | str | Sequence[str] | Bool[Tensor, "_batch tokens"] = 0,
+        stack: str | None = None,
+        proportional: bool = False,
+        rows: Literal["first", "last", "all"] | str = "last",
+        signals: Mapping[str, Tensor] | None = None,
+        restore: int | None = None,
+        uneven: bool = False,
     ) -> None:
-        self.reducers, self.protect, self.proportional = reducers, protect, proportional
-        self.thread = threading.get_ident()
-        # tokens behind the prompt, and whether this call is of them
-        self.decoded, self.decoding = 0, False
-        self.forgets()
-
-    def forgets(self) -> None:
-        """Another prompt begins."""
-        self.sizes: Tensor | None = None
-        self.assignment: Tensor | None = None
-        self.origin: Tensor | None = None
-        self.mask: Tensor | None = None
-        self.real: Tensor | None = None
-        self.causal = False
-        # of a block that shortened: origin, mask and sizes behind it, which caches of later blocks hold
-        self.stages: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def expand(self, scores: Float[Tensor, "batch left *channels"]) -> Float[Tensor, "batch tokens *channels"]:
-        """Scores or states of the tokens that are left, on the originals; zeros where these were dropped."""
-        if self.assignment is None:
-            raise InputError("model: nothing was shortened yet; run the model first")
-        return expanded(scores, self.assignment)
-
-    def reduce(self, block: int, h: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch left dim"]:
-        batch, tokens, _ = h.shape
-        everything = torch.arange(tokens, device=h.device).expand(batch, -1)
-        if self.origin is None:
-            self.origin = self.assignment = everything
-            self.mask = self.real if self.real is not None else torch.ones_like(everything, dtype=torch.bool)
-            self.sizes = self.mask.to(h.dtype)
-            self.assignment = everything.masked_fill(~self.mask, -1)
-        assert self.sizes is not None
-        assert self.mask is not None
-        assert self.assignment is not None
-        kept = torch.zeros_like(self.mask)
-        if self.protect is not None:
-            kept = self._protected(batch).gather(1, self.origin) & self.mask
-        reduced = self.reducers[block](h, sizes=self.sizes, mask=self.mask & ~kept)
-        to = reduced.assignment.masked_fill(~self.mask | kept, -1)
-        left = reduced.tokens.shape[1]
-        if reduced.assignment.shape != (batch, tokens) or int(to.max()) >= left:
-            raise InputError(
-                f"reducer: of block {block} gave an assignment {tuple(reduced.assignment.shape)} onto {left} tokens; expected "
-                f"{(batch, tokens)}, numbers below {left}, -1 where dropped"
-            )
-        # tokens of the reducer first, then those that it must not touch, each at the place of its first original
-        to = torch.where(kept, left + everything, to)
-        first = h.new_full((batch, left + tokens), tokens, dtype=torch.long)
-        first.scatter_reduce_(1, to.clamp(min=0), everything.masked_fill(to < 0, tokens), "amin")
-        asked = self.mask & ~kept
-        if bool((to == everything)[asked].all()) and left == tokens and torch.equal(reduced.tokens[asked], h[asked]):
-            return h
-        real = first < tokens
-        counts = real.sum(1, keepdim=True)
-        most = int(counts.max())
-        order = first.argsort(dim=1, stable=True)[:, :most]
-        at = torch.arange(most, device=h.device).expand(batch, -1)
-        if self.causal:
-            order = order.gather(1, (at - (most - counts)).clamp(min=0))
-            mask = at >= most - counts
-        else:
-            mask = at < counts
-        item = torch.arange(batch, device=h.device)[:, None]
-        number = torch.full_like(first, -1)
-        rows, slots = mask.nonzero(as_tuple=True)
-        number[rows, order[rows, slots]] = slots
-        onto = torch.where(to < 0, to, number.gather(1, to.clamp(min=0)))
-        self.assignment = torch.where(
-            self.assignment < 0, self.assignment, onto.gather(1, self.assignment.clamp(min=0))
-        )
-        origin = self.origin.gather(1, first.gather(1, order).clamp(max=tokens - 1))
-        sizes = torch.cat([reduced.sizes.to(self.sizes), self.sizes], 1)[item, order]
-        self.origin, self.mask, self.sizes = origin, mask, sizes * mask
-        self.stages[block] = self.origin, self.mask, self.sizes
-        return torch.cat([reduced.tokens.to(h), h], 1)[item, order]
-
-    def _protected(self, batch: int) -> Tensor:
-        assert self.protect is not None
-        assert self.real is None or self.real.shape[1] == self.protect.shape[1]
-        return self.protect.expand(batch, -1)
-
-    def looks(self, h: Tensor, given: Mapping[str, Any], causal: bool) -> None:
-        """What the prompt's mask says: which tokens are padding, and whether tokens read later ones."""
-        mask = given.get("attention_mask")
-        self.causal = causal
-        if isinstance(mask, Tensor):
-            if mask.dim() == 2:
-                self.real = mask.bool()
-            elif mask.dim() == 4 and mask.shape[2] == mask.shape[3] == h.shape[1]:
-                self.real = real_tokens(mask, len(h))
-                self.causal = h.shape[1] > 1 and not bool(may_read(mask)[:, :, :-1].triu(1).any())
-            else:
+        for name, given in (("span", span), ("protect", protect)):
+            if isinstance(given, Tensor) and (given.dtype != torch.bool or given.dim() != 2):
                 raise InputError(
-                    f"model: a mask {tuple(mask.shape)} for {h.shape[1]} tokens cannot be shortened; use a growing cache"
+                    f"{name}: expected a bool tensor [batch, tokens], got {given.dtype} {tuple(given.shape)}"
                 )
+        self.reducer, self.block, self.stack = reducer, block, stack
+        self.span, self.protect = span, [protect] if isinstance(protect, str) else protect
+        self.proportional, self.rows, self.uneven, self.restore = proportional, rows, uneven, restore
+        self.signals = dict(signals or {})
+        self.needs = _needs(reducer, self.signals)
+        named = [span] if isinstance(span, str) else []
+        named += list(self.protect) if isinstance(self.protect, Sequence) else []
+        self.asks = named
+        self.found: Shortening | None = None
+        self._read: _Signals | None = None
+        self._run: Any = None
+        self._takes: dict[Place, list[str]] = {}
 
-    def rewritten(self, block: int, h: Tensor, given: dict[str, Any], takes_mask: bool) -> dict[str, Any]:
-        """A block's other arguments, for the tokens that are left, and those decoded since."""
-        before = [number for number in self.stages if number < block]
-        if not before or self.assignment is None:
+    def parts(self, model: nn.Module) -> Sequence[Edit]:
+        if self._run is not None:
+            raise InputError("edits: this Shorten is entered already; make another one")
+        self._model_stack, self._blocks, self._attention, self._crossed = checked(model, self)
+        self._read = None
+        if not self.needs & set(READ):
+            return (self,)
+        self._read = _Signals(self, Where([self.block], ["self"], self._blocks[0].stack))
+        return (self, self._read)
+
+    def joins(self, run: Any) -> None:
+        self._run = run
+        key = (self._model_stack, run.thread)
+        with _LOCK:
+            found = _RUNNING.get(key)
+            if found is None:
+                causal = any(getattr(place.module, "is_causal", False) for place in self._attention)
+                found = _RUNNING[key] = Shortening(self._blocks, self._attention, causal, bool(self._crossed))
+                left.stand([place.module for place in (*self._attention, *self._crossed)], found)
+            found.cuts.append(self)
+        self.found = found
+
+    def ends(self) -> None:
+        if self._run is None or self.found is None:
+            return
+        with _LOCK:
+            found, key = self.found, (self._model_stack, self._run.thread)
+            found.cuts = [cut for cut in found.cuts if cut is not self]
+            if not found.cuts:
+                _RUNNING.pop(key, None)
+                left.go(found)
+                found.lets_go()
+        self._run = self._read = None
+        self._takes.clear()
+        del self._model_stack, self._blocks, self._attention, self._crossed
+
+    def given(self, place: Place, h: Tensor, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        found = self.found
+        assert found is not None
+        if found.cuts[0] is not self:
             return given
-        origin, real, sizes = self.stages[max(before)]
-        new = dict(given)
-        prompt = not self.decoding
-        if prompt:
-            if isinstance(given.get("position_ids"), Tensor):
-                new["position_ids"] = _taken(given["position_ids"][..., None], origin)[..., 0]
-            if given.get("position_embeddings") is not None:
-                new["position_embeddings"] = tuple(_taken(part, origin) for part in given["position_embeddings"])
-        mask = given.get("attention_mask")
-        bare = mask is None and bool(real.all())
-        if not self.proportional and bare:
-            return new
-        if not takes_mask:
-            raise InputError("model: its blocks take no attention_mask; proportional and uneven shortening need it")
-        seen = self.assignment.shape[1]
-        total = seen + self.decoded
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            if self.proportional:
-                raise InputError("proportional: sizes cannot be told to flash attention; load with 'sdpa' or 'eager'")
-            new["attention_mask"] = torch.cat([real.to(mask.dtype), mask[:, seen:]], 1)
-            return new
-        if mask is None:
-            allowed = torch.ones(1, 1, h.shape[1] if not prompt else seen, total, dtype=torch.bool, device=h.device)
-            allowed = allowed.tril(total - allowed.shape[2]) if self.causal else allowed
-            mask = torch.zeros(allowed.shape, device=h.device, dtype=h.dtype)
-            mask = mask.masked_fill(~allowed, torch.finfo(h.dtype).min)
-        if mask.shape[-1] != total:
+        if place not in self._takes:
+            self._takes[place] = list(inspect.signature(place.module.forward).parameters)
+        if place.stack != found.stack:
+            return found.crosses(place, given, self._takes[place], h.shape[1])
+        if place.block == 0:
+            found.arrives(h, given)
+        return found.rewritten(place, given, self._takes[place])
+
+    def leaves(self, place: Place, h: Tensor) -> Tensor:
+        found = self.found
+        assert found is not None
+        if place.stack != found.stack or found.decoding:
+            return h
+        if place.block == self.block:
+            h = found.reduce(self, h)
+            before, after = found.counts[self.block]
+            self._run.counts(self, place, before - after)
+        if self.restore is not None and place.block == self.restore % len(found.blocks):
+            h = found.restored(place.block, h)
+        return h
+
+    def untouched(self, real: Bool[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
+        """Which of the prompt's tokens the reducer must not touch."""
+        kept = torch.zeros_like(real)
+        if isinstance(self.protect, int):
+            kept = kept | (real.cumsum(1) <= self.protect)
+        elif isinstance(self.protect, Tensor):
+            kept = kept | self._of_batch("protect", self.protect, real)
+        else:
+            for name in self.protect:
+                kept = kept | self._of_batch(name, self._run.spans[name], real)
+        if self.span is not None:
+            span = self.span if isinstance(self.span, Tensor) else self._run.spans[self.span]
+            kept = kept | ~self._of_batch("span", span, real)
+        return kept
+
+    def _of_batch(self, name: str, span: Tensor, real: Tensor) -> Tensor:
+        batch, tokens = real.shape
+        if span.shape[1] != tokens or batch % len(span):
             raise InputError(
-                f"model: a mask of {mask.shape[-1]} keys after {total} tokens cannot be shortened; windows and static caches "
-                f"cannot be decoded with: use_cache=False"
+                f"spans: {name} is of {len(span)} items of {span.shape[1]} tokens, and {self.found and self.found.stack} reads "
+                f"{batch} items of {tokens} tokens"
             )
-        batch = len(origin)
-        mask = mask.expand(batch, *mask.shape[1:])
-        item = torch.arange(batch, device=h.device)[:, None]
-        behind = torch.arange(seen, total, device=h.device).expand(batch, -1)
-        keys = torch.cat([origin, behind], 1)
-        mask = mask[item, :, :, keys].permute(0, 2, 3, 1)
-        if prompt:
-            mask = mask[item, :, origin].transpose(1, 2)
-        pad = nn.functional.pad
-        hidden = ~pad(real, (0, total - seen), value=True)[:, None, None]
-        if mask.dtype == torch.bool and not self.proportional:
-            new["attention_mask"] = mask & ~hidden
-            return new
-        lowest = torch.finfo(h.dtype).min
-        if mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape, dtype=h.dtype, device=h.device).masked_fill(~mask, lowest)
-        if self.proportional:
-            bias = pad(sizes.clamp(min=1e-6), (0, total - seen), value=1.0).log().to(mask)[:, None, None]
-            mask = torch.where(mask > lowest / 2, mask + bias, mask)
-        new["attention_mask"] = mask.masked_fill(hidden, lowest)
-        return new
+        return span.to(real.device).repeat_interleave(batch // len(span), 0)
+
+    def reads(self) -> dict[str, Tensor]:
+        """What was read in the block's attention."""
+        if self._read is None:
+            return {}
+        read, self._read.found = self._read.found, {}
+        if not read:
+            raise InputError(f"model: block {self.block} has no attention of its own from which signals could be read")
+        return read
+
+
+class _Signals(AttentionEdit):
+    """What a reducer asks of the attention in its block; only rows of weights are ever computed."""
+
+    def __init__(self, cut: Shorten, at: Where) -> None:
+        self.cut, self.at = cut, at
+        self.found: dict[str, Tensor] = {}
+        self.asks = (cut.rows,) if "attention" in cut.needs and cut.rows not in ("first", "last", "all") else ()
+
+    def begins(self) -> None:
+        self.found = {}
+
+    def inputs(self, call: AttentionCall) -> AttentionCall:
+        shortening = self.cut.found
+        assert shortening is not None
+        if shortening.decoding:
+            return call
+        if "keys" in self.cut.needs:
+            self.found["keys"] = call.k
+        if "values" in self.cut.needs:
+            self.found["values"] = call.v
+        if "attention" in self.cut.needs:
+            assert shortening.now is not None
+            self.found["attention"] = self._attention(call, shortening.now.mask)
+        return call
+
+    def _attention(
+        self, call: AttentionCall, real: Bool[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch heads tokens"]:
+        rows = self.cut.rows
+        if rows == "first":
+            chosen = real & (real.cumsum(1) == 1)
+        elif rows == "last":
+            chosen = real & (real.flip(1).cumsum(1).flip(1) == 1)
+        else:
+            chosen = real if rows == "all" else real & call.queries_in(rows)
+        if not chosen.any(1).all():
+            raise InputError(f"rows: {rows!r} has no query in some item at {call.place.path}")
+        total = call.q.new_zeros(call.batch, call.heads, call.keys, dtype=torch.float32)
+        for start in range(0, call.queries, CHUNK):
+            part = torch.zeros_like(chosen)
+            part[:, start : start + CHUNK] = chosen[:, start : start + CHUNK]
+            if part.any():
+                some = call.only(part)
+                assert some.real is not None
+                weights = some.softmax(some.scores()).masked_fill(~some.real[:, None, :, None], 0.0)
+                total = total + weights.sum(2)
+        return total / chosen.sum(1).view(-1, 1, 1)
 
 
 @contextmanager
@@ -194,102 +265,50 @@ def shortened(
     model: nn.Module,
     reducers: Mapping[int, Reducer],
     *,
-    stack: str | None = None,
-    protect: Bool[Tensor, "batch tokens"] | None = None,
-    proportional: bool = False,
+    spans: Mapping[str, Bool[Tensor, "batch tokens"]] | None = None,
+    **options: Any,
 ) -> Iterator[Shortening]:
     """Run a model with fewer tokens behind some of its blocks; on leaving it is as it was, also after an exception.
 
-    Survivors keep their positions; with a cache, later blocks hold fewer keys.
+    The short form of `edited(model, Shorten(reducer, block), ...)`.
 
     Args:
-        model: any module whose blocks read states first.
-        reducers: of a block, what reduces the states that it wrote: `reducer(x, sizes=, mask=) -> Reduced`. It must leave out
-            tokens where its mask is False.
-        stack: path of the list of blocks, where there are several.
-        protect: tokens that are never touched, `[batch or 1, tokens]`.
-        proportional: keys weigh by how many originals they stand for (`log size` is added to scores).
+        model: any module whose blocks read states first; not compiled.
+        reducers: of a block, what reduces the states that it wrote.
+        spans: as in `edited`.
+        options: of every `Shorten`.
+
+    Returns:
+        What became of the tokens.
 
     Raises:
-        InputError: where the blocks cannot be shortened.
+        InputError: as `Shorten`.
     """
-    hooked = _checked(model, reducers, stack, protect)
-    run = Shortening(dict(reducers), protect, proportional)
-    handles: list[RemovableHandle] = []
-    try:
-        for place, causal in hooked:
-            handles += _hooks(run, place, causal)
-        yield run
-    finally:
-        for handle in handles:
-            handle.remove()
+    if not reducers:
+        raise InputError("reducers: give at least one, by the number of the block that it stands behind")
+    cuts = [Shorten(reducer, block, **options) for block, reducer in sorted(reducers.items())]
+    with edited(model, *cuts, spans=spans):
+        assert cuts[0].found is not None
+        yield cuts[0].found
 
 
-def _checked(
-    model: nn.Module, reducers: Mapping[int, Reducer], stack: str | None, protect: Tensor | None
-) -> list[tuple[Place, bool]]:
-    counts = places.stacks(model)
-    path = next(iter(counts)) if stack is None and len(counts) == 1 else stack
-    if path is None or path not in counts:
-        raise InputError(f"stack: {stack!r} is none of {', '.join(map(repr, counts)) or 'the model, which has none'}")
-    if not reducers or not all(0 <= block < counts[path] for block in reducers):
-        raise InputError(f"reducers: expected blocks of 0 to {counts[path] - 1}, got {sorted(reducers)}")
-    if protect is not None and (protect.dtype != torch.bool or protect.dim() != 2):
-        raise InputError(f"protect: expected a bool tensor [batch, tokens], got {protect.dtype} {tuple(protect.shape)}")
-    here = [place for place in places.attentions(model) if place.stack == path]
-    if any(place.kind != "self" for place in here):
-        raise InputError(f"model: {path} has cross or joint attention, which cannot be shortened; give another stack")
-    for place in here:
-        if hasattr(place.module, "window_size") or hasattr(place.module, "relative_position_bias_table"):
-            raise InputError(f"model: {place.path} attends in windows of a grid, which cannot be shortened")
-    causal = any(getattr(place.module, "is_causal", False) for place in here)
-    return [(place, causal) for place in places.blocks(model) if place.stack == path]
-
-
-def _hooks(run: Shortening, place: Place, causal: bool) -> list[RemovableHandle]:
-    names = list(inspect.signature(place.module.forward).parameters)
-
-    def enters(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        if threading.get_ident() != run.thread:
-            return None
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        h = given[names[0]]
-        if h.dim() != 3:
-            raise InputError(f"model: {place.path} reads states {tuple(h.shape)}; expected [batch, tokens, dim]")
-        if place.block == 0:
-            cache = next((given[name] for name in ("past_key_values", "cache") if given.get(name) is not None), None)
-            before = cache.get_seq_length() if cache is not None else 0
-            run.decoding = before > 0
-            if before:
-                seen = run.assignment.shape[1] if run.assignment is not None else before
-                run.decoded = before + h.shape[1] - seen
-            else:
-                run.decoded = 0
-                run.forgets()
-                run.looks(h, given, causal)
-        if not any(block < place.block for block in run.stages):
-            return None
-        new = run.rewritten(place.block, h, given, "attention_mask" in names)
-        return (), new
-
-    def leaves(_: nn.Module, __: Any, output: Any) -> Any:
-        if threading.get_ident() != run.thread or place.block not in run.reducers or run.decoding:
-            return None
-        h = output if isinstance(output, Tensor) else output[0]
-        new = run.reduce(place.block, h)
-        return new if isinstance(output, Tensor) else (new, *output[1:])
-
-    return [
-        place.module.register_forward_pre_hook(enters, with_kwargs=True),
-        place.module.register_forward_hook(leaves),
-    ]
-
-
-def _taken(x: Tensor, origin: Int[Tensor, "batch left"]) -> Tensor:
-    """`[..., batch or 1, tokens, width]` at these tokens."""
-    batch, left = origin.shape
-    if x.dim() == 2:
-        x = x[None]
-    x = x.expand(*x.shape[:-3], batch, *x.shape[-2:])
-    index = origin[..., None].expand(*x.shape[:-3], batch, left, x.shape[-1])
-    return x.gather(-2, index)
+def _needs(reducer: Reducer, signals: Mapping[str, Tensor]) -> set[str]:
+    """Names of the signals that a reducer asks for: its `needs`, or its arguments."""
+    known = {*READ, *signals}
+    asked = getattr(reducer, "needs", None)
+    if asked is None:
+        call = reducer.forward if isinstance(reducer, nn.Module) else reducer
+        named = [
+            p for p in inspect.signature(call).parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        ]
+        named = [p for p in named[1:] if p.name not in GIVEN]
+        unknown = {p.name for p in named if p.default is p.empty} - known
+        asked = {p.name for p in named} & known
+    else:
+        unknown = set(asked) - known
+    if unknown:
+        raise InputError(
+            f"reducer: asks for {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}; give others by name in "
+            f"signals"
+        )
+    return set(asked)

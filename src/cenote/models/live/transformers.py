@@ -24,6 +24,8 @@ from cenote.models.live.calls import Allowed, AttentionCall, causal, dense
 
 ARGUMENTS = ("query", "key", "value", "attention_mask")
 DEFAULT = "eager_attention_forward"
+WITH_MASKS = ("sdpa", "eager")
+"""What takes a mask of any form."""
 
 _entered: set[object] = set()
 _taken: dict[tuple[Any, str], Any] = {}
@@ -31,7 +33,7 @@ _taken: dict[tuple[Any, str], Any] = {}
 
 def why_not(module: nn.Module) -> str | None:
     """What stands against editing this module, in words."""
-    implementation = _implementation(module)
+    implementation = implementation_of(module)
     if implementation.startswith("paged|"):
         return f"its attn_implementation is {implementation!r}; use 'sdpa' or 'eager'"
     return None
@@ -71,10 +73,13 @@ def leave(key: object) -> None:
 
 
 def _handing_out(ask: Callable[..., Any]) -> Callable[..., Any]:
+    # each forward asks in each of its layers
+    dispatched = functools.cache(_Dispatched)
+
     @functools.wraps(ask)
     def hand_out(registry: Any, name: str, *default: Any) -> Any:
         found = ask(registry, name, *default)
-        return found if isinstance(found, _Dispatched) else _Dispatched(found, name)
+        return found if isinstance(found, _Dispatched) else dispatched(found, name)
 
     return hand_out
 
@@ -131,7 +136,7 @@ def _attended(
         if call.allowed is not allowed or call.bias is not bias:
             seen = seats.with_mask(call, q.dtype)
             options.pop("position_bias", None)
-            if implementation not in ("sdpa", "eager"):
+            if implementation not in WITH_MASKS:
                 raise InputError(
                     f"model: masks cannot be changed under {implementation!r}; load it with attn_implementation='sdpa'"
                 )
@@ -188,6 +193,6 @@ def _sinks(module: nn.Module, given: Mapping[str, Any]) -> Tensor | None:
     return found if found is not None else own if isinstance(own, Tensor) else None
 
 
-def _implementation(module: nn.Module) -> str:
+def implementation_of(module: nn.Module) -> str:
     config = getattr(module, "config", None)
     return str(getattr(config, "_attn_implementation", None) or "eager")

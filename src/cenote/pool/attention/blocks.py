@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,12 @@ class MLP(nn.Module):
         self.activation = activation
         self.dropout = nn.Dropout(dropout)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # pickled by a version that knew neither
+        vars(self).setdefault("activation", F.gelu)
+        self._modules.setdefault("dropout", nn.Dropout(0.0))
+
     def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
         return self.dropout(self.fc2(self.activation(self.fc1(x))))
 
@@ -85,6 +92,13 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=out_bias)
         self.dropout = dropout
         self.out_dropout = nn.Dropout(out_dropout)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # pickled by a version that knew none of these
+        vars(self).setdefault("scale", (self.qkv.in_features // self.heads) ** -0.5)
+        vars(self).setdefault("dropout", 0.0)
+        self._modules.setdefault("out_dropout", nn.Dropout(0.0))
 
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None

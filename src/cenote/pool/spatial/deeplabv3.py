@@ -295,6 +295,11 @@ def pixel_loss(
 ) -> Float[Tensor, ""]:
     """DeepLabV3's loss: cross-entropy on the enlarged logits, so that no label is thrown away.
 
+    Args:
+        logits: `[batch, classes, height, width]`, at the size of the labels.
+        labels: `[batch, height, width]`.
+        ignore: the label that counts nothing.
+
     >>> pixel_loss(torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long)).exp().round().item()
     2.0
     """

@@ -12,10 +12,11 @@ from cenote.study.harness.verdict import Verdict
 
 COMMAND = "cenote study"
 EARLIER = "Measured by earlier code"
+NOT_KNOWN = "Measured by code of which no digest was kept"
 
 
 def page(verdict: Verdict, earlier: bool = False) -> str:
-    """The page of one study; `earlier` where its code has changed since it was measured."""
+    """The page of one study; `earlier` where it was not measured by the code that is here now, as far as is known."""
     system = next(s for s in systems() if s.slug == verdict.slug)
     lines = [
         f"# {system.title}",
@@ -29,11 +30,7 @@ def page(verdict: Verdict, earlier: bool = False) -> str:
         "",
         f"**Verdict: {verdict.holds}.** {verdict.checks[0].what}: {effect(verdict.checks[0])}, "
         f"{len(verdict.seeds)} seeds, {verdict.seconds:.0f} CPU seconds, size {verdict.size}.",
-        *(
-            ("", f"{EARLIER}: the study, or something that it measures or imports, has changed since.")
-            if earlier
-            else ()
-        ),
+        *(("", _measured_by(verdict)) if earlier else ()),
         "",
         f"![{verdict.checks[0].what} and the arms of the study]({verdict.figure})",
         "",
@@ -60,20 +57,27 @@ def page(verdict: Verdict, earlier: bool = False) -> str:
     return "\n".join(lines)
 
 
+def _measured_by(verdict: Verdict) -> str:
+    if "source" not in verdict.provenance:
+        return f"{NOT_KNOWN}: whether it has changed since is not known."
+    return f"{EARLIER}: the study, or something that it measures or imports, has changed since."
+
+
 def scoreboard(verdicts: Mapping[str, Verdict], folder: str, earlier: Collection[str] = ()) -> str:
     """The table of all kept verdicts.
 
     Args:
         verdicts: by slug.
         folder: where the pages of the studies stand, seen from the scoreboard.
-        earlier: the slugs of those whose code has changed since.
+        earlier: the slugs of those that were not measured by the code that is here now, as far as is known.
     """
     every = systems()
     by_slug = {s.slug: s for s in every}
     counts = Counter(v.holds for v in verdicts.values())
     waiting = [s for s in every if s.study is not None and s.slug not in verdicts]
     without = sum(s.study is None for s in every)
-    changed = ", ".join(slug for slug in verdicts if slug in earlier)
+    changed = ", ".join(s for s, v in verdicts.items() if s in earlier and "source" in v.provenance)
+    unknown = ", ".join(s for s, v in verdicts.items() if s in earlier and "source" not in v.provenance)
     lines = [
         "# Scoreboard",
         "",
@@ -86,6 +90,7 @@ def scoreboard(verdicts: Mapping[str, Verdict], folder: str, earlier: Collection
         f"Together they took {sum(v.seconds for v in verdicts.values()) / 60:.0f} CPU minutes.",
         "",
         *((f"{EARLIER}, which has changed since: {changed}.", "") if changed else ()),
+        *((f"{NOT_KNOWN}, which may have changed since: {unknown}.", "") if unknown else ()),
         *_table(
             (
                 "row",

@@ -42,6 +42,9 @@ def gaussian_target(
 def best_point(maps: Float[Tensor, "*maps height width"]) -> Float[Tensor, "*maps 2"]:
     """`(x, y)` in `[0, 1)` of the largest value of each map.
 
+    Args:
+        maps: `[..., height, width]`; of equal values the first one counts, row by row.
+
     >>> best_point(torch.eye(4)[1].view(1, 2, 2)).tolist()
     [[0.5, 0.0]]
     """

@@ -103,6 +103,14 @@ def sample_mixtures(
 
     Weights are drawn from Dirichlet(1), means uniformly from `[-4, 4]^dim`; every component has standard deviation `sigma`.
 
+    Args:
+        batch: how many problems.
+        points: of each problem.
+        components: mixed in each.
+        dim: width of a point.
+        sigma: standard deviation of each component, in every direction.
+        generator: of the draws; PyTorch's own by default.
+
     Example:
         >>> x, labels, truth = sample_mixtures(10, 300)
         >>> x.shape, labels.shape, truth.mu.shape

@@ -24,6 +24,18 @@ from cenote.pool.sequence.attentive_mimicking.word_contexts import AROUND, Conte
 from cenote.pool.sequence.attentive_mimicking.word_vectors import WordVectors
 
 FORMAT = 1
+FIELDS: dict[str, Any] = {
+    "format": int,
+    "combinator": str,
+    "attentive": bool,
+    "distances": bool,
+    "safe": bool,
+    "ngrams": list,
+    "shortest": int,
+    "longest": int,
+    "words": list,
+}
+"""What `mimic.json` must say to build the model again."""
 MOST_VISITS = 5
 
 
@@ -126,7 +138,7 @@ class Mimic:
         """
         folder = Path(folder)
         try:
-            card: dict[str, Any] = json.loads((folder / "mimic.json").read_text("utf-8"))
+            card = files.read_card(folder / "mimic.json", "train it again", **FIELDS)
             state = load_file(folder / "mimic.safetensors")
             files.require_format(folder, card, FORMAT)
             known = WordVectors(card["words"], state.pop("vectors"))
@@ -137,7 +149,7 @@ class Mimic:
             model.load_state_dict({k.removeprefix("model."): v for k, v in state.items()})
         except InputError:
             raise
-        except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, SafetensorError, TypeError, ValueError, KeyError, RuntimeError) as error:
             raise InputError(
                 f"{folder}: holds no whole model of train_mimic ({error}); name the folder of save"
             ) from error

@@ -261,6 +261,10 @@ def unary_from_probabilities(
 ) -> Float[Tensor, "batch classes height width"]:
     """`-log` of probabilities, which are first clipped to `[least, 1]`.
 
+    Args:
+        probabilities: `[batch, classes, height, width]`, of each pixel.
+        least: what a probability of 0 is taken for.
+
     >>> unary_from_probabilities(torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)).flatten().tolist()[1] > 11
     True
     """

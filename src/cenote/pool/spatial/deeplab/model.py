@@ -171,6 +171,12 @@ def score_map_loss(
 ) -> Float[Tensor, ""]:
     """DeepLab's loss: cross-entropy on the small map, against every `output_stride`-th label.
 
+    Args:
+        scores: `[batch, classes, h, w]`, of the net, before they are enlarged.
+        labels: `[batch, height, width]`, of the image.
+        output_stride: pixels of the image for one of the map, in each direction.
+        ignore: the label that counts nothing.
+
     Raises:
         InputError: where the labels, so taken, are not at the size of the map.
 
