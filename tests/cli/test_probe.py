@@ -190,7 +190,7 @@ def test_wrong_files_are_named_with_exit_code_2(
         (["probe", "/no/such/place"], "/no/such/place"),
         (["probe", "--methods", "simpol"], "did you mean simpool"),
         (["probe", "--metric", "R2"], "'R2' does not fit a multiclass task"),
-        (["probe", "--significance", "t-test"], "significance: expected bootstrap or wilcoxon, got 't-test'"),
+        (["probe", "--significance", "t-test"], "significance: expected permutation or wilcoxon, got 't-test'"),
         (["probe", "--task", "regression", "--grid", "4by4"], "--grid: expected HEIGHTxWIDTH"),
         (["probe", "--backbone", "a-model"], "name a folder or file of raw images, sounds or texts; digits are tokens"),
         (["predict", "/no/such/best", "digits"], "holds no saved probe"),

@@ -96,6 +96,19 @@ def test_other_seeds_add_their_variance() -> None:
         resampled([[0.1] * 5], seed_effects="random")
 
 
+def test_rounds_of_folds_make_no_more_of_few_groups() -> None:
+    groups = np.repeat(np.arange(5), 4)
+    rounds = Folds(np.repeat(np.arange(15), 4), (12,) * 15)
+    per_unit = np.repeat([0.1, 0.05, 0.05, 0.15, 0.05], 4)
+    once = Resampled(
+        Measure("mean"), [per_unit[None], np.zeros((1, 20))], Units(UNITS.names, list(map(str, groups))), FOLDS
+    )
+    many = Units([*UNITS.names] * 3, [*map(str, groups)] * 3)
+    again = Resampled(Measure("mean"), [np.tile(per_unit, 3)[None], np.zeros((1, 60))], many, rounds)
+    ((*_, p),), ((*_, q),) = once.differences([(0, 1)]), again.differences([(0, 1)])
+    assert q == pytest.approx(p)
+
+
 def test_folds_that_do_not_fit_are_told() -> None:
     with pytest.raises(InputError, match="two folds or more"):
         Folds(np.zeros(4, int), (12,))

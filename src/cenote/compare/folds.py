@@ -45,14 +45,13 @@ class Folds:
     def __len__(self) -> int:
         return len(self.trained_on)
 
-    def correction(self) -> float:
-        """By what the variance over folds is multiplied to have that of their mean: `1 / J + n_test / n_train`.
+    def ratio(self) -> float:
+        """Test items for each training item, mean over the folds.
 
-        >>> Folds(np.array([0, 0, 1, 1]), (4, 4)).correction()
-        1.0
+        >>> Folds(np.array([0, 0, 1, 1]), (4, 4)).ratio()
+        0.5
         """
-        tested = np.bincount(self.of_unit, minlength=len(self))
-        return 1 / len(self) + float(np.mean(tested / np.array(self.trained_on)))
+        return float(np.mean(np.bincount(self.of_unit, minlength=len(self)) / np.array(self.trained_on)))
 
 
 class Resampled:
@@ -64,7 +63,8 @@ class Resampled:
 
         (1 / J + n_test / n_train) s^2
 
-    and not `s^2 / J`; the mean over its root has Student's t distribution with `J - 1` degrees of freedom.
+    and not `s^2 / J`; the mean over its root has Student's t distribution with `J - 1` degrees of freedom. Rounds of folds
+    cannot make more of few groups: `J` counts no more folds than there are groups.
 
     Args:
         measure: what arms are compared by.
@@ -100,10 +100,12 @@ class Resampled:
         groups = units.group_numbers()
         self.groups = int(groups.max()) + 1
         self._carriers = float(np.mean([_carriers(measure, groups, w) for w in where]))
+        self._count = min(len(folds), self.groups)
+        self.correction = 1 / self._count + folds.ratio()
 
     def interval(self, arm: int) -> tuple[float, float]:
         """Of an arm's metric, 95 %; NaN where it cannot be known."""
-        at_limit = max(1.0, self._carriers / self.folds.correction())
+        at_limit = max(1.0, self._carriers / self.correction)
         return interval(self.means[arm], self._spread(self._per_fold[arm].mean(0), arm), self.measure.limits, at_limit)
 
     def differences(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[float, tuple[float, float], float]]:
@@ -127,14 +129,15 @@ class Resampled:
         """What a reader needs to repeat it."""
         return {
             "significance": CORRECTED_T,
-            "correction": self.folds.correction(),
+            "correction": self.correction,
             "groups": self.groups,
             "seed_effects": self.seed_effects,
         }
 
     def _spread(self, per_fold: Float[ndarray, "folds"], *arms: int) -> Spread:
-        most = len(per_fold) - 1.0
-        spread = Spread(self.folds.correction() * float(np.var(per_fold, ddof=1)), most)
+        most = max(1, self._count - 1)
+        variance = float(np.var(per_fold)) * (most + 1) / most
+        spread = Spread(self.correction * variance, float(most))
         if self.seed_effects == "random":
             for arm in arms:
                 spread = spread.plus(over_seeds(np.asarray(self.per_seed[arm])))

@@ -248,7 +248,7 @@ def test_signed_ranks_are_those_of_whole_groups(toy: TokenDataset) -> None:
 @pytest.mark.parametrize(
     ("wanted", "metric", "message"),
     [
-        ("t-test", "accuracy", "significance: expected bootstrap or wilcoxon, got 't-test'"),
+        ("t-test", "accuracy", "significance: expected permutation or wilcoxon, got 't-test'"),
         (
             "wilcoxon",
             None,

@@ -55,7 +55,7 @@ def test_the_labelling_decides_the_split(items: RawItems, vit: ModelSpec, tmp_pa
     [
         ({"methods": "simpol"}, "did you mean simpool"),
         ({"metric": "smell"}, "metric: 'smell' does not fit a binary task"),
-        ({"significance": "none"}, "significance: expected bootstrap or wilcoxon"),
+        ({"significance": "none"}, "significance: expected permutation or wilcoxon"),
         ({"layers": "9"}, "layers: there is no layer 9"),
         ({"labelling": Labelling(label="smell")}, "label_column: "),
         ({"labelling": Labelling(task="regression")}, "a regression target is a finite number"),
