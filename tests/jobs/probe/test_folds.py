@@ -96,6 +96,19 @@ def test_cells_of_folds_resume(made: TokenDataset, tmp_path: Path) -> None:
     assert stamps(tmp_path)["mean, fold 1 of 3.safetensors"] != kept["mean, fold 1 of 3.safetensors"]
 
 
+def test_the_baseline_comes_first_in_all_folds(made: TokenDataset) -> None:
+    begun: list[str] = []
+
+    def interrupt(name: str, share: float) -> None:
+        begun.append(name)
+        if begun[-1] == "mean" and share > 0.9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(made, ["max", "mean"], seeds=1, recipe=QUICK, folds=3, workers=2, on_method=interrupt)
+    assert set(begun) == {"mean"}
+
+
 def test_processes_give_the_same(made: TokenDataset) -> None:
     alone = compare(made, ["mean", "max"], seeds=1, recipe=QUICK, folds=2, workers=1)
     together = compare(made, ["mean", "max"], seeds=1, recipe=QUICK, folds=2, workers=2)

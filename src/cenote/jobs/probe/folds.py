@@ -97,11 +97,12 @@ class Plan:
             whole[of[name].number] = share
             on_share(of[name].arm.name, sum(whole) / len(whole))
 
-        first = apart[baseline][0].name
-        found = measure(list(of.values()), first, folder=folder, workers=workers, engine=engine, on_share=on_fold)
+        first, *others = [arm.name for arm in apart[baseline]]
+        found = measure(
+            list(of.values()), first,
+            needed=others, folder=folder, workers=workers, engine=engine, on_share=on_fold,
+        )  # fmt: skip
         done = tuple(arm for arm in arms[0] if all(f.name in found.cells for f in apart[arm.name]))
-        if baseline not in [arm.name for arm in done]:
-            raise KeyboardInterrupt
         cells = {arm.name: _joined(arm.name, [found.cells[f.name] for f in apart[arm.name]]) for arm in done}
         return Measured(done, cells, {of[n].arm.name: why for n, why in found.skipped.items()}, found.complete)
 
