@@ -313,7 +313,7 @@ def reading(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
 
         def disk(store: Path = store, recipe: Any = recipe) -> float:
             start = time.perf_counter()
-            compare(read(store), METHODS, seeds=1, recipe=recipe, references=False)
+            compare(read(store), METHODS, seeds=1, folds=1, recipe=recipe, references=False)
             return time.perf_counter() - start
 
         loaded: Any = read(store)
@@ -321,7 +321,7 @@ def reading(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
 
         def held(data: Any = loaded, recipe: Any = recipe) -> float:
             start = time.perf_counter()
-            compare(data, METHODS, seeds=1, recipe=recipe, references=False)
+            compare(data, METHODS, seeds=1, folds=1, recipe=recipe, references=False)
             return time.perf_counter() - start
 
         from_disk, from_memory = in_turn(disk, held)

@@ -10,6 +10,11 @@ one method and not another. Each run draws a test set and goes through `cenote.c
 - power: share of runs in which a gain of five points over the baseline is called one; beside it the paired percentile bootstrap
   over groups, which decided before, and its alarms: where those are too many, its power counts for nothing.
 
+Folds share what they train on, which scores that are drawn cannot show. Their cases are trained: ridge regression, its penalty
+chosen on validation, on features in which each method finds the same few hidden numbers by a random projection of its own, in
+its own noise, so that all are equally good. Items, not splits alone, are drawn anew in each run; alarms and coverage are those
+of other items as well: what is covered is the mean metric of such a method, over all runs.
+
 Bounds: alarms at most 0.07 at level 0.05; coverage 0.93 or more, wider intervals are named; power not below the bootstrap's
 where that holds its level, within two standard errors of the simulation.
 """
@@ -32,6 +37,9 @@ from numpy import ndarray
 from cenote.compare import Arm, Cell, Comparison, Measure, Units, judge
 from cenote.compare.arms import OnShare, unheard
 from cenote.compare.engine import Measured
+from cenote.compare.metrics import METRICS
+from cenote.features import TokenDataset
+from cenote.jobs.probe.folds import planned
 
 RUNS = 400
 GAIN = 0.05
@@ -79,6 +87,42 @@ def cases() -> list[Case]:
     ]
     many += [Case("AUROC", 200, positives=30, methods=m) for m in (2, 32)] + [Case("R2", 100, methods=32)]
     return [*alone, *together, *rare, *many]
+
+
+FOLDS = 5
+HIDDEN, FEATURES = 4, 16
+PENALTIES = (0.3, 3.0, 30.0)
+SHIFT = 0.9
+"""Of the first hidden number of an item, up or down by its class; the others say nothing of it."""
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A case of folds.
+
+    Attributes:
+        repeats: rounds of `FOLDS` folds.
+        groups: as in `Case`, all of one size.
+    """
+
+    metric: str
+    items: int
+    repeats: int = 1
+    groups: int | None = None
+    methods: int = 2
+
+    @property
+    def name(self) -> str:
+        of = "" if self.groups is None else f", {self.groups} groups"
+        return f"folds: {self.metric}, {self.items} items{of}, {self.repeats} x {FOLDS} folds, {self.methods} methods"
+
+
+def folded_cases() -> list[Folded]:
+    """What is tried of folds; fixed before any result was seen."""
+    alone = [Folded(m, n, r) for m in ("accuracy", "AUROC", "R2") for n in (60, 150, 300) for r in (1, 3)]
+    together = [Folded("accuracy", 150, r, g) for g in (5, 8, 15, 30) for r in (1, 3)]
+    many = [Folded(m, 100, r, methods=8) for m in ("accuracy", "AUROC") for r in (1, 3)]
+    return [*alone, *together, *many, Folded("accuracy", 100, methods=32), Folded("accuracy", 100, 3, methods=32)]
 
 
 def powers() -> list[Case]:
@@ -136,6 +180,73 @@ def judged(case: Case, scores: list[ndarray], truth: ndarray, groups: ndarray) -
     units = Units([str(i) for i in range(case.items)], None if case.groups is None else [str(g) for g in groups])
     measured = Measured(tuple(Drawn(n) for n in names), cells, {}, complete=True)
     return judge(Comparison, measured, units, Measure.known(case.metric, truth), baseline="m1")
+
+
+def trained(case: Folded, rng: np.random.Generator, run: int) -> Comparison[Any]:
+    """Equally good methods, trained and tested in folds of items that are drawn, and what the library says of them."""
+    n, methods = case.items, case.methods
+    groups = np.arange(n) if case.groups is None else rng.permutation(np.arange(n) % case.groups)
+    y = rng.permutation(np.arange(n) < (0.3 if case.metric == "AUROC" else 0.5) * n).astype(int)
+    hidden = rng.normal(size=(n, HIDDEN))
+    if case.groups is not None:
+        hidden += HARD * rng.normal(size=(n, HIDDEN))[groups]
+    hidden[:, 0] += SHIFT * (2 * y - 1)
+    target = 2.0 * y - 1 if case.metric != "R2" else hidden[:, 0] + 0.5 * rng.normal(size=n)
+    projections = np.linalg.qr(rng.normal(size=(methods, FEATURES, HIDDEN)))[0]
+    x = hidden @ projections.transpose(0, 2, 1) + OWN * rng.normal(size=(methods, n, FEATURES))
+    if case.groups is not None:
+        x += SUITS * rng.normal(size=(methods, n, FEATURES))[:, groups]
+    data = TokenDataset(
+        "drawn", torch.zeros(n, 1, 1),
+        torch.as_tensor(target[:, None]).float() if case.metric == "R2" else torch.as_tensor(y),
+        "regression" if case.metric == "R2" else "binary", ("target",) if case.metric == "R2" else ("no", "yes"),
+        tuple(map(str, range(n))), torch.as_tensor([0, 0, 0, 1, 2] * n)[:n],
+        None if case.groups is None else tuple(map(str, groups)), split_seed=run,
+    )  # fmt: skip
+    plan = planned(data, FOLDS, case.repeats)
+    scores = np.concatenate([_ridge(x, target, split.numpy(), case.metric) for split in plan.splits], 1)
+    units, by, folds = plan.judged_on(case.metric)
+    names = [f"m{m}" for m in range(methods)]
+    cells = {
+        name: Cell(name, {"seconds": 0.0}, {"scores": torch.as_tensor(s)[None]})
+        for name, s in zip(names, scores, strict=True)
+    }
+    return judge(Comparison, Measured(tuple(map(Drawn, names)), cells, {}), units, by, baseline="m1", folds=folds)
+
+
+def _ridge(x: ndarray, target: ndarray, split: ndarray, metric: str) -> ndarray:
+    """Scores `[methods, test items, 1]`; the penalty is chosen on validation."""
+    train, val, test = (np.flatnonzero(split == s) for s in range(3))
+    middle, level = x[:, train].mean(1, keepdims=True), target[train].mean()
+    x = x - middle
+    products = x[:, train].transpose(0, 2, 1) @ x[:, train]
+    seen = (x[:, train].transpose(0, 2, 1) @ (target[train] - level))[..., None]
+    truth = target[val][:, None] if metric == "R2" else (target[val] > 0).astype(int)
+    measure, ones = METRICS[metric], np.ones((1, len(val)))
+    best, kept = np.full(len(x), -np.inf), np.zeros((len(x), len(test), 1))
+    for penalty in PENALTIES:
+        said = x @ np.linalg.solve(products + penalty * np.eye(FEATURES), seen) + level
+        now = np.array([measure(s[val], truth, ones)[0] for s in said])
+        kept[now > best] = said[now > best][:, test]
+        best = np.maximum(best, now)
+    return kept
+
+
+def level_of_folds(case: Folded, runs: int) -> dict[str, Any]:
+    """Alarms and coverage among equally good methods."""
+    rng = np.random.default_rng(3)
+    found = [trained(case, rng, run) for run in range(runs)]
+    true = float(np.mean([r.metric for c in found for r in c.results]))
+    intervals = [c[m].interval for c in found for m in ("m0", "m1")]
+    pairs = [next(t for t in c.pairs if {t.first, t.second} == {"m0", "m1"}).interval for c in found]
+    return {
+        "case": case.name,
+        "alarms": float(np.mean([alarmed(c) for c in found])),
+        "coverage": float(np.mean([not (true < low or true > high) for low, high in intervals])),
+        "coverage of differences": float(np.mean([not (low > 0 or high < 0) for low, high in pairs])),
+        "no verdict": float(np.mean([bool(c.no_verdict) for c in found])),
+        "metric": true,
+    }
 
 
 def alarmed(c: Comparison[Any]) -> bool:
@@ -213,9 +324,9 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     levels, found, start = [], [], time.perf_counter()
-    for case in cases():
+    for case in (*cases(), *folded_cases()):
         if arguments.only in case.name:
-            row = level_of(case, arguments.runs)
+            row = (level_of if isinstance(case, Case) else level_of_folds)(case, arguments.runs)
             row["verdict"] = verdict_of_level(row)
             levels.append(row)
             print(

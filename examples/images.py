@@ -101,7 +101,7 @@ def main() -> None:
     cenote("extract", out / "digits", "--backbone", out / "vit", "--layers", "all", "--out", out / "tokens")
     methods = ("--methods", "mean,max,cls,abmil", "--seeds", 1, "--epochs", 30)
     cenote("probe", out / "tokens", "--out", out / "digits-report", *methods)
-    cenote("probe", out / "photos", "--backbone", out / "vit", "--out", out / "photos-report", *methods)
+    cenote("probe", out / "photos", "--backbone", out / "vit", "--out", out / "photos-report", *methods, "--folds", 1)
 
 
 if __name__ == "__main__":

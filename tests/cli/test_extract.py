@@ -11,7 +11,7 @@ from PIL import Image
 from tests import tiny
 from tests.cli.program import Run
 
-QUICK = ["--methods", "mean,max", "--seeds", "1", "--epochs", "2"]
+QUICK = ["--methods", "mean,max", "--seeds", "1", "--epochs", "2", "--folds", "1"]
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_missing_labels_are_told_before_the_model_runs(cenote: Run, photos: Path
         (["--layers", "1 2"], "layers: expected last, all, or numbers"),
         (["--layers", "0,3-1"], "layers: expected last, all, or numbers"),
         (["--metric", "smell"], "metric: 'smell' does not fit a binary task"),
-        (["--significance", "none"], "significance: expected bootstrap or wilcoxon"),
+        (["--significance", "none"], "significance: expected permutation or wilcoxon"),
         (["--grid", "9x9"], "grid: with --backbone, the model says how its tokens lie"),
         (["--prefix-tokens", "2"], "prefix-tokens: with --backbone, the model says"),
         (["--vectors", "x"], "vectors: with --backbone, the model says"),

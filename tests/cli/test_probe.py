@@ -17,7 +17,7 @@ from cenote.cli.probe import table_of
 from cenote.jobs.probe import Comparison
 from tests.cli.program import Run
 
-QUICK = ["--methods", "mean,abmil", "--seeds", "1", "--epochs", "3"]
+QUICK = ["--methods", "mean,abmil", "--seeds", "1", "--epochs", "3", "--folds", "1"]
 
 
 @pytest.fixture
@@ -128,6 +128,33 @@ def test_running_again_resumes(cenote: Run, bags: Path, tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "cells").iterdir()} == stamps
 
 
+def test_small_data_are_folded_and_that_is_said(cenote: Run, bags: Path, tmp_path: Path) -> None:
+    command = ("probe", bags, "--methods", "mean,max", "--seeds", "1", "--epochs", "2", "--group", "patient")
+    code, text, _ = cenote(*command, "--out", tmp_path / "out")
+    assert code == 0
+    told = "a single split would test 12 items, fewer than 200 (--folds 1 forces it)"
+    assert f"5 folds of about 12 test items: {told}" in text
+    assert "AUROC on 60 items in 5 folds" in text
+    assert "p of the corrected resampled t test, adjusted by Holm's method" in text
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["provenance"]["folds_because"] == told
+    assert told in (tmp_path / "out" / "report.html").read_text()
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 10
+    # the same folder serves one split as well
+    code, text, _ = cenote(*command, "--folds", "1", "--out", tmp_path / "out")
+    assert "AUROC on 12 test items" in text
+    assert "folds" not in text
+
+
+def test_a_split_column_and_folds_do_not_go_together(cenote: Run, bags: Path, tmp_path: Path) -> None:
+    rows = list(csv.DictReader((bags / "labels.csv").read_text().splitlines()))
+    lines = [f"{r['id']},{r['label']},{('train', 'val', 'test')[i // 2 % 3]}" for i, r in enumerate(rows)]
+    (bags / "labels.csv").write_text("\n".join(["id,label,split", *lines]) + "\n")
+    code, _, err = cenote("probe", bags, *QUICK[:-2], "--folds", "5", "--out", tmp_path / "out")
+    assert code == 2
+    assert err.startswith("error: folds: the data come with a split of their own")
+    assert not (tmp_path / "out").exists()
+
+
 def _damage(name: str, bags: Path) -> None:
     labels = bags / "labels.csv"
     item = bags / "slide7.npy"
@@ -216,6 +243,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(bags: Path, tmp_path: Path) -> No
     out = tmp_path / "out"
     command = [sys.executable, "-c", "from cenote.cli import main; main()", "probe", str(bags), "--seeds", "2"]
     command += ["--epochs", "300", "--patience", "300", "--methods", "mean,abmil,simpool,gem", "--out", str(out)]
+    command += ["--folds", "1"]
     run = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -240,7 +268,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(bags: Path, tmp_path: Path) -> No
 
 
 def test_a_narrow_terminal_gets_a_table_of_fewer_columns(cenote: Run, bags: Path, tmp_path: Path) -> None:
-    cenote("probe", bags, "--out", tmp_path / "out", "--methods", "mean,max", "--seeds", "1", "--epochs", "2")
+    cenote("probe", bags, "--out", tmp_path / "out", "--methods", "mean,max", *QUICK[2:])
     found = Comparison.load(tmp_path / "out")
     for width, last in ((120, "train s"), (80, "ms/item"), (48, "p adj."), (32, "AUROC")):
         table = table_of(found, width)

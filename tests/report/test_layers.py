@@ -84,7 +84,7 @@ def test_a_probe_of_an_npz_of_layers_draws_it(tmp_path: Path) -> None:
     np.savez(tmp_path / "layers.npz", x=x, y=y)
     data = cenote.features.read(tmp_path / "layers.npz", layers="all")
     out = tmp_path / "out"
-    c = compare(data, ["mean", "max"], seeds=1, layers="all", out=out, recipe=Recipe((5e-2,), epochs=3))
+    c = compare(data, ["mean", "max"], seeds=1, folds=1, layers="all", out=out, recipe=Recipe((5e-2,), epochs=3))
     drawn = layer_map(c)
     assert drawn is not None
     assert drawn.layers == (1, 2, 3)

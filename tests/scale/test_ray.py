@@ -258,7 +258,20 @@ def test_raw_images_to_a_table_by_the_command(
     for engine in ("local", "ray"):
         out = tmp_path / engine
         command = ["probe", tmp_path / "photos", "--backbone", vit.name, "--layers", "all", "--methods", "max,abmil"]
-        command += ["--epochs", 2, "--seeds", 1, "--out", out, "--engine", engine, "--address", cluster.address]
+        command += [
+            "--folds",
+            1,
+            "--epochs",
+            2,
+            "--seeds",
+            1,
+            "--out",
+            out,
+            "--engine",
+            engine,
+            "--address",
+            cluster.address,
+        ]
         monkeypatch.setattr(sys, "argv", ["cenote", *map(str, command)])
         with pytest.raises(SystemExit) as ended:
             main()

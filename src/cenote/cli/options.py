@@ -33,6 +33,15 @@ References = Annotated[
         help="Whether k-NN and logistic (ridge) regression on the mean stand in the table too; they never win.",
     ),
 ]
+Folds = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="How many splits, each testing another part of the items; 1: one split decides. Default: 5 where the split is "
+        "made here and tests fewer than 200 items, else 1.",
+    ),
+]
+Repeats = Annotated[int, typer.Option(min=1, help="Rounds of --folds, each with another assignment of items to folds.")]
 Workers = Annotated[
     int | None,
     typer.Option(min=1, help="How many methods are trained at once; default: one per core where that is faster."),

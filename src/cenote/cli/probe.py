@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from cenote.compare import PairTest
     from cenote.jobs.probe import Comparison
 
+P_FROM = {"wilcoxon": "of Wilcoxon's signed ranks, ", "corrected t": "of the corrected resampled t test, "}
+
 
 def probe(
     data: Annotated[
@@ -42,6 +44,8 @@ def probe(
     metric: options.Metric = None,
     significance: options.Significance = "permutation",
     seed_effects: options.SeedEffects = "fixed",
+    folds: options.Folds = None,
+    repeats: options.Repeats = 1,
     task: options.Task = None,
     labels: options.Labels = None,
     label: options.Label = None,
@@ -93,6 +97,7 @@ def probe(
     import cenote.features as features
     from cenote.jobs.probe import Recipe, compare
     from cenote.jobs.probe.arms import chosen_methods, columns_of
+    from cenote.jobs.probe.folds import planned
     from cenote.jobs.probe.references import reference_names
 
     chosen_methods(methods)
@@ -134,12 +139,17 @@ def probe(
                 layers=layers,
                 metric=metric,
                 significance=significance,
+                folds=folds,
+                repeats=repeats,
                 extractor=extractor(engine, address),
                 on_progress=on_progress,
                 on_message=lambda text: say(console, text),
                 on_extracted=lambda done: tell(done, console),
             )
     say(console, features.describe(items))
+    plan = planned(items, folds, repeats, significance)
+    if told := plan.told():
+        say(console, f"  {told}")
 
     count = len(columns_of(items, methods, layers)[0]) + (len(reference_names(items.task)) if references else 0)
     start = time.perf_counter()
@@ -152,6 +162,8 @@ def probe(
             metric=metric,
             significance=significance,  # type: ignore[arg-type]
             seed_effects=seed_effects,  # type: ignore[arg-type]
+            folds=folds,
+            repeats=repeats,
             recipe=recipe,
             layers=layers,
             references=references,
@@ -210,7 +222,7 @@ def _tell_what_to_use(comparison: Comparison, out: Path, console: Console) -> No
 
 def table_of(comparison: Comparison, width: int) -> Table:
     """The results for a terminal of so many columns, best first."""
-    source = "of Wilcoxon's signed ranks, " if comparison.provenance.get("significance") == "wilcoxon" else ""
+    source = P_FROM.get(comparison.provenance.get("significance", ""), "")
     aside = "; † only for reference, never the winner" if comparison.references else ""
     tests = {t.first: t for t in comparison.against_baseline}
     difference = f"vs {comparison.baseline}"
@@ -228,7 +240,7 @@ def table_of(comparison: Comparison, width: int) -> Table:
     return leaderboard(
         columns,
         width,
-        title=f"{comparison.dataset['name']}: {comparison.metric_name} on {comparison.dataset['items']['test']} test items",
+        title=f"{comparison.dataset['name']}: {comparison.metric_name} on {comparison.tested}",
         caption=f"intervals of 95 %; p {source}adjusted by Holm's method; * no other method is both better and faster{aside}",
         luxuries=("multiply-adds", "train s"),
         spared=("params", "ms/item", "interval", "p adj.", difference),

@@ -6,6 +6,7 @@ See `README.md` beside this file.
 from cenote.compare.arms import Arm, OnShare
 from cenote.compare.cells import Cell
 from cenote.compare.engine import Engine, Measured, measure
+from cenote.compare.folds import Folds
 from cenote.compare.inference import Measure
 from cenote.compare.judge import judge
 from cenote.compare.provenance import provenance
@@ -20,6 +21,7 @@ __all__ = [
     "Cell",
     "Comparison",
     "Engine",
+    "Folds",
     "Measure",
     "Measured",
     "OnShare",

@@ -41,6 +41,7 @@ def measure(
     arms: Sequence[Arm],
     baseline: str,
     *,
+    needed: Sequence[str] = (),
     folder: Path | None = None,
     workers: int | None = None,
     engine: Engine | None = None,
@@ -51,6 +52,7 @@ def measure(
     Args:
         arms: what is compared, in the order in which they are run one by one; controls among them.
         baseline: the arm without which there is no comparison; it is run first.
+        needed: names of other arms without which there is none; they are run next.
         folder: of finished cells, which are not run again; `None`: nothing is written.
         workers: how many arms at once, in processes of their own. `None`: one per thread of torch where all arms gain by
             that and there is enough to do, else one.
@@ -58,7 +60,7 @@ def measure(
         on_share: progress.
 
     Returns:
-        The finished arms; after Ctrl-C those that had finished, if the baseline is one of them.
+        The finished arms; after Ctrl-C those that had finished, if the baseline and what is needed are among them.
 
     Raises:
         InputError: where two arms share a name, there is no baseline, it is a reference, or it does not fit.
@@ -103,12 +105,12 @@ def measure(
 
     complete = True
     try:
-        run = engine(missing, on_share) if engine else _run(missing, cells, baseline, workers, on_share)
+        run = engine(missing, on_share) if engine else _run(missing, cells, [baseline, *needed], workers, on_share)
         for arm, cell in run:
             keep(cell)
             on_share(arm.name, 1.0)
     except KeyboardInterrupt:
-        if baseline not in cells:
+        if not {baseline, *needed} <= cells.keys():
             raise
         complete = False
     done = tuple(arm for arm in arms if arm.name in cells)
@@ -153,13 +155,13 @@ def prepared(out: Path) -> Path:
 
 
 def _run(
-    arms: list[Arm], cells: dict[str, Cell], baseline: str, workers: int | None, on_share: OnShare
+    arms: list[Arm], cells: dict[str, Cell], needed: Sequence[str], workers: int | None, on_share: OnShare
 ) -> Iterator[tuple[Arm, Cell]]:
-    """Cells of all arms, the baseline's first: how long it takes says whether processes of their own pay."""
-    yield from run_in_turn([arm for arm in arms if arm.name == baseline], on_share)
-    others = [arm for arm in arms if arm.name != baseline]
+    """Cells of all arms, of what is needed first: how long the baseline takes says whether processes of their own pay."""
+    yield from run_in_turn([arm for name in needed for arm in arms if arm.name == name], on_share)
+    others = [arm for arm in arms if arm.name not in needed]
     if workers is None:
-        least = float(cells[baseline].record["seconds"]) * len(others)
+        least = float(cells[needed[0]].record["seconds"]) * len(others)
         pays = least >= PROCESSES_PAY_FROM and all(arm.gains_by_processes() for arm in others)
         workers = processors() if pays else 1
     workers = min(workers, len(others))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy import ndarray
 
 from cenote.compare import metrics, statistics
@@ -54,6 +54,13 @@ class Measure:
         if self.metric is mean and self.shares is None:
             object.__setattr__(self, "shares", mean_shares)
 
+    def carried_by(self, truth: Any, groups: Int[ndarray, "units"]) -> float:
+        """How many groups of one size the metric stands on: of all, or of those that carry it."""
+        sizes = np.bincount(groups)
+        # groups of unlike sizes are as good as fewer of one size (Kish)
+        alike = float(sizes.sum() ** 2 / (sizes**2).sum())
+        return alike if self.carriers is None else min(alike, self.carriers(truth, groups))
+
     @classmethod
     def known(cls, name: str, truth: Any) -> Measure:
         """A metric of `cenote.compare.metrics.METRICS`, with all that is known of it."""
@@ -67,6 +74,39 @@ class Measure:
             metrics.LIMITS[name],
             metrics.CARRIERS.get(name),
         )
+
+
+class Inferred(Protocol):
+    """What a table is made of: see `Inference`, from one split, and `cenote.compare.folds.Resampled`, from several.
+
+    Attributes:
+        means: of each arm, its metric.
+        per_seed: of each arm, its metric with each seed.
+    """
+
+    means: list[float]
+    per_seed: list[tuple[float, ...]]
+
+    def interval(self, arm: int) -> tuple[float, float]:
+        """Of an arm's metric, 95 %; NaN where it cannot be known."""
+
+    def differences(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[float, tuple[float, float], float]]:
+        """`(difference, its 95 % interval, two-sided p-value)` of pairs of arms."""
+
+    def too_few(self, tests: int, units: Units, /) -> str:
+        """Why none of so many tests could be significant, however much better an arm is; empty where one could."""
+
+    def of_arm(self, arm: int, /) -> dict[str, Any]:
+        """What is told of an arm besides, by fields of `ArmResult`."""
+
+    def provenance(self) -> dict[str, Any]:
+        """What a reader needs to repeat it."""
+
+
+def require_seeds(seed_effects: SeedEffects, scores: Sequence[Float[ndarray, "seeds units *outputs"]]) -> None:
+    """Raises: InputError: where the variance over seeds is asked for, and an arm has one."""
+    if seed_effects == "random" and min(len(arm) for arm in scores) < 2:
+        raise InputError("seed_effects: random needs at least 2 seeds of each arm, for their variance")
 
 
 class Inference:
@@ -101,18 +141,13 @@ class Inference:
                 f"significance: wilcoxon compares what units add to the metric, and {measure.name} has no such shares, "
                 "use permutation, or give Measure(shares=...)"
             )
-        if seed_effects == "random" and min(len(arm) for arm in scores) < 2:
-            raise InputError("seed_effects: random needs at least 2 seeds of each arm, for their variance")
+        require_seeds(seed_effects, scores)
         self.measure, self.significance, self.seed_effects = measure, significance, seed_effects
         self.units, groups = len(units), units.group_numbers()
         self.groups = int(groups.max()) + 1
         self._blocks = statistics.merged(groups, BLOCKS)
         self._count = int(self._blocks.max()) + 1
-        sizes = np.bincount(self._blocks)
-        # groups of unlike sizes are as good as fewer of one size (Kish)
-        self._carriers = float(sizes.sum() ** 2 / (sizes**2).sum())
-        if measure.carriers is not None:
-            self._carriers = min(self._carriers, measure.carriers(measure.truth, self._blocks))
+        self._carriers = measure.carried_by(measure.truth, self._blocks)
         ones = np.ones((1, len(units)))
         with np.errstate(invalid="ignore", divide="ignore"):
             self.per_seed = [tuple(float(measure.metric(s, measure.truth, ones)[0]) for s in arm) for arm in scores]
@@ -138,9 +173,24 @@ class Inference:
             if self.seed_effects == "random":
                 seeds = [over_seeds(np.asarray(self.per_seed[arm])) for arm in (a, b)]
                 spread = spread.plus(seeds[0].plus(seeds[1]))
-                p = max(p, _t_test(d, spread))
+                p = max(p, spread.p_value(d))
             found.append((d, interval(d, spread), p))
         return found
+
+    def too_few(self, tests: int, units: Units, /) -> str:
+        """Why none of so many tests could be significant, however much better an arm is; empty where one could."""
+        needed = statistics.least_groups(tests)
+        if not tests or self.groups >= needed:
+            return ""
+        kind = "unit" if units.groups is None else "group"
+        return (
+            f"{self.groups} test {kind}{'' if self.groups == 1 else 's'} cannot carry one: with fewer than {needed}, "
+            f"none of {tests + 1} can be told from the others at p <= {statistics.SIGNIFICANT}, however much better it is"
+        )
+
+    def of_arm(self, _arm: int, /) -> dict[str, Any]:
+        """Nothing besides."""
+        return {}
 
     def provenance(self) -> dict[str, Any]:
         """What a reader needs to repeat it."""
@@ -202,11 +252,3 @@ class Inference:
         first, second = self._scores[a], self._scores[b]
         count = max(len(first), len(second))
         return [(first[s % len(first)], second[s % len(second)]) for s in range(count)]
-
-
-def _t_test(difference: float, spread: Spread) -> float:
-    import scipy.stats
-
-    if not spread.variance > 0:
-        return 1.0
-    return float(2 * scipy.stats.t.sf(abs(difference) / np.sqrt(spread.variance), spread.freedom))

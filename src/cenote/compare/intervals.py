@@ -69,6 +69,14 @@ class Spread:
         parts = self.variance**2 / max(self.freedom, 1e-9) + other.variance**2 / max(other.freedom, 1e-9)
         return Spread(variance, variance**2 / parts if parts > 0 else min(self.freedom, other.freedom))
 
+    def p_value(self, value: float) -> float:
+        """Two-sided, of a number that is zero on average, by Student's t; 1 where the variance is zero or not known."""
+        import scipy.stats
+
+        if not self.variance > 0:
+            return 1.0
+        return float(2 * scipy.stats.t.sf(abs(value) / math.sqrt(self.variance), self.freedom))
+
     @property
     def quantile(self) -> float:
         """Of Student's t, for an interval of 95 %."""

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from cenote.compare.engine import Measured
-from cenote.compare.inference import Inference, Measure, SeedEffects
+from cenote.compare.folds import Folds, Resampled
+from cenote.compare.inference import Inference, Inferred, Measure, SeedEffects
 from cenote.compare.pareto import pareto
 from cenote.compare.result import Comparison, PairTest, as_tuple
-from cenote.compare.statistics import SIGNIFICANT, Significance, holm, least_groups
+from cenote.compare.statistics import Significance, holm
 from cenote.compare.units import Units
 from cenote.compare.verdict import with_sentence
 from cenote.core.errors import InputError
@@ -30,6 +31,7 @@ def judge(
     baseline: str,
     significance: Significance = "permutation",
     seed_effects: SeedEffects = "fixed",
+    folds: Folds | None = None,
     provenance: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> C:
@@ -43,6 +45,7 @@ def judge(
         baseline: name of the arm that the others are compared with.
         significance: where p-values come from, see `Inference`.
         seed_effects: whether the verdict speaks of the trained seeds or of any, see `Inference`.
+        folds: of units that were tested in several splits; then p-values are those of `cenote.compare.folds.Resampled`.
         provenance: see `cenote.compare.provenance`.
         more: the job's own fields of its comparison.
 
@@ -63,7 +66,11 @@ def judge(
             skipped[arm.name] = reason
     arms = tuple(arm for arm in arms if arm.name not in skipped)
     scores = [cells[arm.name].scores.double().cpu().numpy() for arm in arms]
-    inferred = Inference(measure, scores, units, significance, seed_effects)
+    inferred: Inferred = (
+        Inference(measure, scores, units, significance, seed_effects)
+        if folds is None
+        else Resampled(measure, scores, units, folds, seed_effects)
+    )
     row = {arm.name: i for i, arm in enumerate(arms)}
 
     known = {f.name for f in dataclasses.fields(kind.result_type)}
@@ -82,6 +89,7 @@ def judge(
                     "metric_per_seed": inferred.per_seed[i],
                     "control": arm.control,
                     "reference": arm.reference,
+                    **inferred.of_arm(i),
                 }
             )
         )
@@ -112,7 +120,7 @@ def judge(
             pairs=all_pairs,
             pareto=tuple(ranked[i].method for i in pareto([r.metric for r in ranked], costs)),
             sentence="",
-            no_verdict=_too_few(inferred, len(ranked) - 1, units),
+            no_verdict=inferred.too_few(len(ranked) - 1, units),
             provenance={**(provenance or {}), **inferred.provenance()},
             complete=measured.complete,
             **more,
@@ -146,18 +154,6 @@ def _lifted(
 
 def _with_reference(test: PairTest, references: set[str]) -> bool:
     return test.first in references or test.second in references
-
-
-def _too_few(inferred: Inference, tests: int, units: Units) -> str:
-    """Why no arm could be told from the baseline, however much better it is; empty where one could."""
-    needed = least_groups(tests)
-    if not tests or inferred.groups >= needed:
-        return ""
-    kind = "unit" if units.groups is None else "group"
-    return (
-        f"{inferred.groups} test {kind}{'' if inferred.groups == 1 else 's'} cannot carry one: with fewer than {needed}, "
-        f"none of {tests + 1} can be told from the others at p <= {SIGNIFICANT}, however much better it is"
-    )
 
 
 def _not_finite(scores: Tensor, units: Units) -> str | None:

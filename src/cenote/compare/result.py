@@ -28,6 +28,7 @@ class ArmResult:
         seconds: that measuring it took.
         control: whether it must lose.
         reference: whether it only shows what the usual alternative scores.
+        metric_per_fold: mean over the seeds in each fold, where there are folds.
     """
 
     method: str
@@ -39,6 +40,7 @@ class ArmResult:
     seconds: float
     control: bool = False
     reference: bool = False
+    metric_per_fold: tuple[float, ...] = ()
 
     @property
     def cost(self) -> float | None:
@@ -54,7 +56,8 @@ class PairTest:
         first, second: names of arms.
         difference: metric of `first` minus metric of `second`.
         interval: 95 % interval of `difference`; NaN where it cannot be known.
-        p_value: two-sided, from exchanges of the two arms or from Wilcoxon's test: `provenance["significance"]` says which.
+        p_value: two-sided, from exchanges of the two arms, from Wilcoxon's test or, of folds, from the corrected resampled t
+            test: `provenance["significance"]` says which.
         p_adjusted: after Holm's correction, over the comparisons with the baseline or over all pairs. That of a pair is never
             below the least of those with the baseline, so that the whole table raises a false alarm no more often than one
             comparison would. Tests of references are families of their own: whether there are any changes no other p-value.

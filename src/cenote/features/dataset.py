@@ -58,6 +58,7 @@ class TokenDataset:
         token_labels: one label per token (`[items, tokens]` or `[total]`), where known (instance labels of bags).
         source: where it was read from, for provenance.
         cautions: what the reader noticed that a person should know.
+        split_seed: of a split that was made here, so that others may be made as well; `None`: it was given.
 
     Raises:
         InputError: where tokens, targets, ids and split are not of equally many items.
@@ -78,6 +79,7 @@ class TokenDataset:
     token_labels: Tensor | None = None
     source: str = ""
     cautions: tuple[str, ...] = ()
+    split_seed: int | None = None
 
     def __post_init__(self) -> None:
         items = len(self.token_source)
@@ -183,8 +185,8 @@ class TokenDataset:
         return self.token_source.fingerprint((self.y, self.split), words)
 
     def with_split(self, split: Sequence[int] | Tensor) -> TokenDataset:
-        """The same items under another split."""
-        return replace(self, split=torch.as_tensor(split, dtype=torch.int64))
+        """The same items under another split, which is given."""
+        return replace(self, split=torch.as_tensor(split, dtype=torch.int64), split_seed=None)
 
     def at(self, layer: int) -> TokenDataset:
         """The same items at one of the layers; negative numbers count from the last one.

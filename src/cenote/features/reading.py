@@ -151,9 +151,10 @@ def read_labelled(
     if not source.ids:
         raise InputError(f"{path}: holds no item")
 
-    made, split, groups = None, torch.full((len(source.ids),), SPLITS.index("test")), None
+    made, split = None, torch.full((len(source.ids),), SPLITS.index("test"))
+    groups, split_seed = None, None
     if labelling is not None:
-        made, split, groups = _judged(source, labelling, problems)
+        made, split, groups, split_seed = _judged(source, labelling, problems)
     filled = source.load(problems)
     marked = None
     if filled is not None and not len(problems):
@@ -181,6 +182,7 @@ def read_labelled(
         token_labels=marked if marked is None or isinstance(x, Bags) else marked.view(x.shape[:2]),
         source=f"{path} ({source.format})",
         cautions=_cautions(source, labelling),
+        split_seed=split_seed,
     )
     return data if not source.layers else _chosen(data, x, source.layers, layers)
 
@@ -196,8 +198,13 @@ def _chosen(
     return every.at(numbers[0]) if len(numbers) == 1 else every.only(numbers)
 
 
-def require_labels(items: RawItems, labelling: Labelling) -> Task:
+def require_labels(items: RawItems, labelling: Labelling, folds: int | None = None) -> Task:
     """The task of raw items, whose labels, groups and splits `read` will accept: told before hours are spent on tokens.
+
+    Args:
+        items: raw.
+        labelling: of them.
+        folds: that will be asked for.
 
     Raises:
         InputError: as `read` would.
@@ -205,9 +212,11 @@ def require_labels(items: RawItems, labelling: Labelling) -> Task:
     problems = Problems("data")
     ids = [item.id for item in items.items]
     source = Source(items.format, ids, items.columns, lambda _: None, items.class_names, items.used)
-    made, _, _ = _judged(source, labelling, problems)
+    made, _, _, split_seed = _judged(source, labelling, problems)
     problems.raise_any()
     assert made is not None
+    if folds is not None and folds > 1:
+        splits.require_made(split_seed)
     return made.task
 
 
@@ -247,9 +256,10 @@ def _from_store(
     )  # fmt: skip
     if labels is not None and labelling is not None:
         source = _joined(source, labels, id_column, problems)
-    made, split, groups = _unlabelled(len(stored)), torch.full((len(stored),), SPLITS.index("test")), None
+    made, split = _unlabelled(len(stored)), torch.full((len(stored),), SPLITS.index("test"))
+    groups, split_seed = None, None
     if labelling is not None:
-        target, split, groups = _judged(source, labelling, problems)
+        target, split, groups, split_seed = _judged(source, labelling, problems)
         made = target or made
     add_column(marks, source.columns.get(TOKEN_LABELS, ()))
     check_lengths(source.ids, stored.lengths.tolist(), manifest.prefix_tokens, problems)
@@ -279,6 +289,7 @@ def _from_store(
         token_labels=marked.view(len(stored), -1) if fixed and marked is not None else marked,
         source=f"{path} ({source.format})",
         cautions=_cautions(source, labelling),
+        split_seed=split_seed,
     )
 
 
@@ -360,8 +371,8 @@ def _joined(source: Source, labels: Path, id_column: str | None, problems: Probl
 
 def _judged(
     source: Source, labelling: Labelling, problems: Problems
-) -> tuple[Target | None, Int[Tensor, "items"], list[str] | None]:
-    """Target, split and groups; every problem with them is told."""
+) -> tuple[Target | None, Int[Tensor, "items"], list[str] | None, int | None]:
+    """Target, split, groups and the seed of a split that was made; every problem with them is told."""
     ids, columns = source.ids, source.columns
     names, group_name, split_name = _named(source, labelling)
     made = targets.target(ids, {n: columns[n] for n in names}, labelling, source.class_names, problems)
@@ -382,10 +393,10 @@ def _judged(
             targets.check_enough(made, groups, problems)
             if len(problems) == before:
                 split = splits.make_split(made, groups, labelling, problems)
-        return made, split, groups
+        return made, split, groups, labelling.seed
     given = splits.given_split(ids, columns[split_name], problems)
     if given is None:
-        return made, split, groups
+        return made, split, groups, None
     if groups is not None:
         check_groups(ids, groups, given, problems)
     split = torch.tensor(given)
@@ -393,7 +404,7 @@ def _judged(
         if SPLITS.index("val") not in given:
             split = splits.val_from_train(split, made, groups, labelling, problems)
         splits.check_given(split, made, problems)
-    return made, split, groups
+    return made, split, groups, None
 
 
 def _named(source: Source, labelling: Labelling) -> tuple[list[str], str | None, str | None]:

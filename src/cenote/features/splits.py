@@ -11,7 +11,9 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cenote.features.dataset import SPLITS
+from cenote.core import InputError
+from cenote.core.requirements import require_at_least
+from cenote.features.dataset import SPLITS, TokenDataset
 from cenote.features.labelling import Labelling
 from cenote.features.table import Column, is_missing
 from cenote.features.targets import Target
@@ -101,6 +103,106 @@ def val_from_train(
         if not (split == part).any():
             problems.add("split", "train is too small to take a val split from it; give val items in the split column")
     return split
+
+
+def folds(data: TokenDataset, count: int, repeats: int = 1) -> tuple[Int[Tensor, "items"], ...]:
+    """Splits that test every item once in each of `repeats` rounds, of `count` folds each.
+
+    Test items of a fold: classes are stratified, groups stay whole (`StratifiedKFold`, `StratifiedGroupKFold` and `KFold` of
+    scikit-learn; groups of regression items, and multilabel items, are dealt out as in `make_split`). Validation is taken from
+    the rest, in the share that it has beside train in the split of the data, and like it from its seed.
+
+    Args:
+        data: with a split that was made, not given.
+        count: folds of a round, 2 or more.
+        repeats: rounds, each with another assignment of items to folds.
+
+    Raises:
+        InputError: where the split was given, or items or groups are too few for so many folds.
+
+    Source: Kohavi, "A Study of Cross-Validation and Bootstrap for Accuracy Estimation and Model Selection", IJCAI 1995.
+    """
+    require_at_least(2, folds=count)
+    require_at_least(1, repeats=repeats)
+    seed = require_made(data.split_seed)
+    made, groups = Target(data.y, data.task, data.classes), data.groups
+    owner = np.arange(len(data)) if groups is None else np.unique(np.array(groups), return_inverse=True)[1]
+    _require_for_folds(made, owner, groups is not None, count)
+    in_train, in_val = (len(data.indices(split)) for split in ("train", "val"))
+    rest, share = 1 - 1 / count, in_val / (in_train + in_val)
+    labelling = Labelling(fractions=(rest * (1 - share), rest * share, 1 / count), seed=seed)
+    rng, found = np.random.RandomState(seed), []
+    for _ in range(repeats):
+        fold = _dealt_to_folds(made, groups, owner, count, rng)
+        for number in range(count):
+            problems = Problems("folds")
+            split = torch.from_numpy(np.where(fold == number, SPLITS.index("test"), 0))
+            split = val_from_train(split, made, groups, labelling, problems)
+            check_given(split, made, problems)
+            if len(problems) or not _can_judge(split, made):
+                raise InputError(
+                    f"folds: of {count}, number {number + 1} has nothing to learn, choose or judge by, as a class or its "
+                    f"targets are missing on one side; give fewer folds, or 1 for a single split"
+                )
+            found.append(split)
+    return tuple(found)
+
+
+def require_made(split_seed: int | None) -> int:
+    """The seed of a split that was made.
+
+    Raises:
+        InputError: where it was given: folds would take it apart.
+    """
+    if split_seed is None:
+        raise InputError(
+            "folds: the data come with a split of their own, and folds would make others; leave folds out, or read data "
+            "without a split column"
+        )
+    return split_seed
+
+
+def _require_for_folds(made: Target, owner: NDArray[np.int64], grouped: bool, count: int) -> None:
+    """Each fold can test something of each class."""
+    units = "groups" if grouped else "items"
+    if made.task in ("binary", "multiclass"):
+        held = {name: len(set(owner[(made.y == i).numpy()].tolist())) for i, name in enumerate(made.classes)}
+        rarest = min(held, key=held.__getitem__)
+        least, of_what = held[rarest], f"class {rarest!r} has"
+    else:
+        least, of_what = len(set(owner.tolist())) // (1 if grouped else 2), f"there are {units} for"
+    if least < count:
+        raise InputError(
+            f"folds: each of {count} tests {units} that the others do not, but {of_what} {least}; give at most "
+            f"{max(1, least)}{'' if least < 2 else ', or 1 for a single split'}"
+        )
+
+
+def _dealt_to_folds(
+    made: Target, groups: Sequence[str] | None, owner: NDArray[np.int64], count: int, rng: np.random.RandomState
+) -> NDArray[np.int64]:
+    """The fold that tests each item."""
+    from sklearn.model_selection import KFold, StratifiedGroupKFold, StratifiedKFold
+
+    if made.task == "multilabel" or (made.task == "regression" and groups is not None):
+        return _parts(made, groups, [1 / count] * count, int(rng.randint(2**31)))[0]
+    if made.task == "regression":
+        splitter: Any = KFold(count, shuffle=True, random_state=rng)
+    else:
+        of_classes = StratifiedKFold if groups is None else StratifiedGroupKFold
+        splitter = of_classes(count, shuffle=True, random_state=rng)
+    fold = np.zeros(len(made.y), np.int64)
+    for number, (_, tested) in enumerate(splitter.split(owner, made.y.numpy(), None if groups is None else owner)):
+        fold[tested] = number
+    return fold
+
+
+def _can_judge(split: Int[Tensor, "items"], made: Target) -> bool:
+    """Whether every part holds items, and of a regression different targets."""
+    parts = [made.y[split == number] for number in range(len(SPLITS))]
+    if made.task != "regression":
+        return all(len(y) for y in parts)
+    return all(len(y) > 1 and bool((y != y[0]).any(0).all()) for y in parts)
 
 
 def _parts(

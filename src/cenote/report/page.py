@@ -52,7 +52,7 @@ def write(out: Path) -> Path:
     attention = Attention.load(out)
     try:
         page = render(comparison, attention, out)
-    except UndefinedError as error:
+    except (UndefinedError, KeyError) as error:
         raise _damaged(found, error) from error
     path = out / "report.html"
     files.write_whole(path, page)

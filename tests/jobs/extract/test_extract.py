@@ -129,7 +129,7 @@ def test_pictures_of_stored_items(tmp_path: Path, items: RawItems, vit: ModelSpe
     assert np.array_equal(data.images[3], np.asarray(whole.resize((32, 32))))
     first = data.ids[int(data.indices("test")[0])]
     (tmp_path / "photos" / first).unlink()
-    compare(data, ["mean"], seeds=1, recipe=Recipe(epochs=1), out=tmp_path / "out")
+    compare(data, ["mean"], seeds=1, folds=1, recipe=Recipe(epochs=1), out=tmp_path / "out")
     shown = json.loads((tmp_path / "out" / "attention.json").read_text())["items"]
     assert [item["id"] for item in shown if item["image"] is None] == [first]
     assert Image.open(io.BytesIO(base64.b64decode(shown[1]["image"]))).size == (32, 32)
@@ -420,7 +420,7 @@ def test_words_that_cannot_be_told(tmp_path: Path) -> None:
     extract(texts(tmp_path, WORDS, ["x", "y"] * 9), model, tmp_path / "store")
 
     def shown() -> list[dict[str, object]]:
-        compare(stored(tmp_path / "store"), "abmil", seeds=1, recipe=Recipe(epochs=1), out=tmp_path / "out")
+        compare(stored(tmp_path / "store"), "abmil", seeds=1, folds=1, recipe=Recipe(epochs=1), out=tmp_path / "out")
         found: list[dict[str, object]] = json.loads((tmp_path / "out" / "attention.json").read_text())["items"]
         return found
 

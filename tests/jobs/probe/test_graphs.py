@@ -40,7 +40,7 @@ def rings(tmp_path: Path) -> Path:
 def test_one_leaderboard(rings: Path, tmp_path: Path) -> None:
     data = read(rings)
     out = tmp_path / "out"
-    result = compare(data, ["max", "graph-parsing", "sparse-hierarchical"], seeds=1, recipe=RECIPE, out=out)
+    result = compare(data, ["max", "graph-parsing", "sparse-hierarchical"], seeds=1, folds=1, recipe=RECIPE, out=out)
     assert set(result.references) == {"knn", "logistic-regression"}
     assert {r.method for r in result.results if not r.reference} == {
         "mean",
@@ -54,7 +54,7 @@ def test_one_leaderboard(rings: Path, tmp_path: Path) -> None:
     assert result.winner == "graph-parsing"
     assert all(r.latency_ms > 0 and r.multiply_adds > 0 for r in result.results if not r.reference)
     assert Comparison.load(out).winner == "graph-parsing"
-    again = compare(data, ["graph-parsing"], seeds=1, recipe=RECIPE, out=out)
+    again = compare(data, ["graph-parsing"], seeds=1, folds=1, recipe=RECIPE, out=out)
     assert again["graph-parsing"].seconds == result["graph-parsing"].seconds
 
     saved = load(out / "best")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from cenote.features.dataset import TokenDataset
@@ -40,21 +40,23 @@ LATE = 0.8
 """Share of the epochs after which a curve that still rises has not ended."""
 
 
-def cautions(data: TokenDataset, comparison: Comparison, recipe: Recipe) -> tuple[str, ...]:
-    """All that apply, those of the data first."""
+def cautions(
+    data: TokenDataset, comparison: Comparison, recipe: Recipe, tested: Int[Tensor, "tested"] | None = None
+) -> tuple[str, ...]:
+    """All that apply, those of the data first; of `tested` items, by default those of the test split."""
     looked_at = {comparison.winner, comparison.baseline}
     results = [r for r in comparison.results if r.method in looked_at]
     return (
         *data.cautions,
-        *small_test(data, comparison.metric_name),
+        *small_test(data, comparison.metric_name, tested),
         *odd_features(data),
         *(text for r in results for text in (*at_the_edge(r, recipe), *still_improving(r, recipe))),
     )
 
 
-def small_test(data: TokenDataset, metric: str) -> tuple[str, ...]:
+def small_test(data: TokenDataset, metric: str, tested: Int[Tensor, "tested"] | None = None) -> tuple[str, ...]:
     """Too few test items or groups, or too few of a class for a metric that rests on every class."""
-    test = data.indices("test")
+    test = data.indices("test") if tested is None else tested
     numbers = test.tolist()
     of_item = numbers if data.groups is None else [data.groups[i] for i in numbers]
     units, few = len(set(of_item)), FEW_ITEMS if data.groups is None else FEW_GROUPS

@@ -12,7 +12,7 @@ import numpy as np
 
 import cenote.core.files as files
 from cenote.compare.arms import OnShare, unheard
-from cenote.compare.engine import Engine, measure, prepared
+from cenote.compare.engine import Engine, prepared
 from cenote.compare.inference import SeedEffects
 from cenote.compare.judge import judge
 from cenote.compare.provenance import provenance
@@ -24,8 +24,9 @@ from cenote.features import facts
 from cenote.features.dataset import SPLITS, TokenDataset
 from cenote.jobs.probe.arms import Layers, Trial, columns_of, remembered
 from cenote.jobs.probe.cautions import cautions
+from cenote.jobs.probe.folds import planned
 from cenote.jobs.probe.looks import save_looks
-from cenote.jobs.probe.measure import judged_by, measured_by
+from cenote.jobs.probe.measure import judged_by
 from cenote.jobs.probe.recipe import Recipe
 from cenote.jobs.probe.references import references_of
 from cenote.jobs.probe.result import Comparison
@@ -43,6 +44,8 @@ def compare(
     metric: str | None = None,
     significance: Significance = "permutation",
     seed_effects: SeedEffects = "fixed",
+    folds: int | None = None,
+    repeats: int = 1,
     recipe: Recipe | None = None,
     layers: Layers = None,
     references: bool = True,
@@ -64,6 +67,10 @@ def compare(
             to the metric, mean over the seeds: not for AUROC and mean average precision. Finished cells serve both.
         seed_effects: `"fixed"`: the verdict speaks of these trained probes, on other test items. `"random"`: of the methods,
             trained with other seeds as well.
+        folds: how many splits of the items, each testing another part; methods are then told apart by the corrected resampled
+            t test, see `cenote.compare.folds`, and looked at and saved as the first fold trained them. 1: the split of the data
+            decides alone. Default: 1, but 5 where that split was made and tests fewer than 200 items.
+        repeats: so many rounds of folds, each with another assignment.
         recipe: how probes are trained.
         layers: of data that hold several: at which of them token pools are tried, `"last"` (the default), `"all"`, a number,
             several, or a text such as `"-4:"`. Pools of layers are compared in the same table; they read all layers but the
@@ -99,17 +106,21 @@ def compare(
     for split in SPLITS:
         if not len(data.indices(split)):
             raise InputError(f"data: no item is in the {split} split; it needs train, val and test items")
+    plan = planned(data, folds, repeats, significance)
     folder = None if out is None else prepared(Path(out))
 
     if int(data.lengths().max()) * data.dim * 4 >= HUGE_ITEM_BYTES:
         return_freed_blocks()
     fingerprint = remembered()
-    trials = {c.name: Trial(c, name_of_metric, seed_numbers, recipe, fingerprint) for c in columns}
-    arms = [*trials.values(), *(references_of(trials[baseline]) if references else ())]
-    cells_folder = None if folder is None else folder / "cells"
-    measured = measure(arms, baseline, folder=cells_folder, workers=workers, engine=engine, on_share=on_method)
+    of_folds = [
+        {c.name: Trial(plan.seen(c, fold), name_of_metric, seed_numbers, recipe, fingerprint) for c in columns}
+        for fold in range(len(plan))
+    ]
+    trials, cells_folder = of_folds[0], None if folder is None else folder / "cells"
+    arms = [[*of_fold.values(), *(references_of(of_fold[baseline]) if references else ())] for of_fold in of_folds]
+    measured = plan.measured(arms, baseline, folder=cells_folder, workers=workers, engine=engine, on_share=on_method)
     measured = dataclasses.replace(measured, skipped={**skipped, **measured.skipped})
-    units, by = measured_by(data, name_of_metric)
+    units, by, in_folds = plan.judged_on(name_of_metric)
     comparison = judge(
         Comparison,
         measured,
@@ -118,21 +129,23 @@ def compare(
         baseline=baseline,
         significance=significance,
         seed_effects=seed_effects,
+        folds=in_folds,
         provenance=provenance(
             "cenote.jobs.probe.compare",
             seeds=list(seed_numbers),
             recipe=json.loads(json.dumps(dataclasses.asdict(recipe))),
             data_sha256=fingerprint(data),
+            **plan.provenance(),
         ),
-        dataset={**facts(data), "classes": list(data.classes)},
+        dataset={**facts(plan.view(data, 0)), "classes": list(data.classes)},
     )
-    comparison = dataclasses.replace(comparison, cautions=cautions(data, comparison, recipe))
+    comparison = dataclasses.replace(comparison, cautions=cautions(data, comparison, recipe, plan.tested()))
     if folder is not None:
         judged = {r.method for r in comparison.results}
         done = {name: trial for name, trial in trials.items() if name in judged}
         probes = {name: trial.probe(measured.cells[name], 0) for name, trial in done.items()}
         views = {name: trial.column.data for name, trial in done.items()}
-        comparison = save_looks(folder, comparison, data, probes, views)
+        comparison = save_looks(folder, comparison, plan.view(data, 0), probes, views)
         for place, name in ((BEST, comparison.winner), (RECOMMENDED, comparison.recommended)):
             if place == RECOMMENDED and name == comparison.winner:
                 save_same(folder / place, BEST)

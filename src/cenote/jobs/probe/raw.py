@@ -17,6 +17,7 @@ from cenote.jobs.extract import Engine as Extractor
 from cenote.jobs.extract import Extracted, ModelSpec, Options, extract
 from cenote.jobs.extract.result import OnProgress
 from cenote.jobs.probe.arms import Layers, chosen_methods
+from cenote.jobs.probe.folds import asked
 from cenote.jobs.probe.job import compare
 from cenote.jobs.probe.measure import judged_by
 from cenote.jobs.probe.recipe import Recipe
@@ -39,6 +40,8 @@ def tokens_of_raw(
     layers: Layers = None,
     metric: str | None = None,
     significance: str = "permutation",
+    folds: int | None = None,
+    repeats: int = 1,
     extractor: Extractor | None = None,
     backbone: Backbone | None = None,
     on_progress: OnProgress = lambda _: None,
@@ -57,6 +60,8 @@ def tokens_of_raw(
         layers: at which the comparison will try token pools; given, all layers are kept.
         metric: of the comparison.
         significance: of the comparison.
+        folds: of the comparison.
+        repeats: of the comparison.
         extractor: who computes; default: this process.
         backbone: the model, if it is loaded already.
         on_progress: called after every batch.
@@ -69,7 +74,7 @@ def tokens_of_raw(
     """
     labelling = labelling or Labelling()
     kept = None if layers is None else "all"
-    judged_by(require_labels(items, labelling), metric, significance)
+    judged_by(require_labels(items, labelling, asked(folds, repeats, significance)), metric, significance)
 
     def on_model(layout: Layout) -> None:
         layer_numbers(layers, range(layout.blocks + 1))
@@ -103,6 +108,8 @@ def compare_raw(
     metric: str | None = None,
     significance: Significance = "permutation",
     seed_effects: SeedEffects = "fixed",
+    folds: int | None = None,
+    repeats: int = 1,
     recipe: Recipe | None = None,
     layers: Layers = None,
     references: bool = True,
@@ -118,8 +125,8 @@ def compare_raw(
     Args:
         items: see `cenote.features.raw.open_raw`.
         model: which model.
-        methods: see `cenote.jobs.probe.compare`, as for `seeds`, `metric`, `significance`, `seed_effects`, `recipe`,
-            `layers`, `references`, `workers`, `engine` and `on_method`.
+        methods: see `cenote.jobs.probe.compare`, as for `seeds`, `metric`, `significance`, `seed_effects`, `folds`,
+            `repeats`, `recipe`, `layers`, `references`, `workers`, `engine` and `on_method`.
         out: folder for results, the tokens in `features` among them; the same folder again resumes.
         labelling: see `tokens_of_raw`, as for `name`, `options`, `extractor`, `backbone` and `on_progress`.
 
@@ -140,6 +147,8 @@ def compare_raw(
         layers=layers,
         metric=metric,
         significance=significance,
+        folds=folds,
+        repeats=repeats,
         extractor=extractor,
         backbone=backbone,
         on_progress=on_progress,
@@ -152,6 +161,8 @@ def compare_raw(
         metric=metric,
         significance=significance,
         seed_effects=seed_effects,
+        folds=folds,
+        repeats=repeats,
         recipe=recipe,
         layers=layers,
         references=references,

@@ -14,6 +14,9 @@ from cenote.compare.words import Words
 class MethodResult(ArmResult):
     """One method on one data set, over all its seeds. Of a reference, what was not measured is `None`.
 
+    Of folds, what is told of the training is that of the first; `metric` is their mean, `seconds` their sum, `latency_ms` their
+    median.
+
     Attributes:
         method: name in the catalog; where it was tried at several layers, followed by `@` and the layer.
         settings: the constructor arguments that were used.
@@ -65,6 +68,15 @@ class Comparison(Table[MethodResult]):
 
     dataset: dict[str, Any]
     localisation: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def tested(self) -> str:
+        """On how many items, in words."""
+        items, folds = self.dataset["items"], self.provenance.get("folds", 1)
+        if folds == 1:
+            return f"{items['test']:,} test items"
+        repeats = self.provenance.get("repeats", 1)
+        return f"{sum(items.values()):,} items in {folds if repeats == 1 else f'{repeats} times {folds}'} folds"
 
     @property
     def words(self) -> Words:
