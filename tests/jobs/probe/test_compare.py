@@ -223,7 +223,7 @@ def test_signed_ranks_judge_the_same_cells_anew(toy: TokenDataset, tmp_path: Pat
     second = compare(toy, METHODS, seeds=2, recipe=QUICK, out=tmp_path, significance="wilcoxon")
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").iterdir()} == stamps
     assert first.results == second.results
-    assert [c.provenance["significance"] for c in (first, second)] == ["permutation", "wilcoxon"]
+    assert [c.provenance["significance"] for c in (first, second)] == ["bootstrap", "wilcoxon"]
     assert Comparison.load(tmp_path).provenance["significance"] == "wilcoxon"
     test, y = toy.indices("test"), toy.y[toy.indices("test")]
     right = {}
@@ -252,7 +252,7 @@ def test_signed_ranks_are_those_of_whole_groups(toy: TokenDataset) -> None:
         (
             "wilcoxon",
             None,
-            "AUROC ranks items against each other; use permutation, or metric 'accuracy', or metric 'balanced",
+            "AUROC ranks items against each other; use bootstrap, or metric 'accuracy', or metric 'balanced",
         ),
     ],
 )
@@ -263,7 +263,7 @@ def test_a_test_that_does_not_fit_is_named(wanted: Any, metric: str | None, mess
 
 def test_signed_ranks_do_not_fit_average_precision(ragged: TokenDataset) -> None:
     labels = torch.stack([ragged.y, 1 - ragged.y], -1).to(torch.get_default_dtype())
-    with pytest.raises(InputError, match=r"mean average precision ranks items against each other; use permutation$"):
+    with pytest.raises(InputError, match=r"mean average precision ranks items against each other; use bootstrap$"):
         compare(dataclasses.replace(ragged, y=labels, task="multilabel"), ["mean"], significance="wilcoxon")
 
 
