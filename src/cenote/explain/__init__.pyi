@@ -1,1 +1,8 @@
 # written by scripts/build_stubs.py from the catalog; do not edit
+
+from cenote.explain.attention_flow.explainers import AttentionFlow as AttentionFlow
+from cenote.explain.attention_flow.explainers import AttentionRollout as AttentionRollout
+from cenote.explain.attention_flow.matrices import augmented as augmented
+from cenote.explain.attention_flow.matrices import max_flow as max_flow
+from cenote.explain.attention_flow.matrices import over_heads as over_heads
+from cenote.explain.attention_flow.matrices import rollout as rollout

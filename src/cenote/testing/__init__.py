@@ -1,5 +1,6 @@
 """Public contract checks: what every class of a room promises, runnable on your own classes."""
 
+from cenote.testing.explainers import check_explainer
 from cenote.testing.graphs import check_graph_pool
 from cenote.testing.layers import check_layer_pool
 from cenote.testing.live import LiveReport, check_live
@@ -10,6 +11,7 @@ __all__ = [
     "PLAIN_MODULE",
     "ContractError",
     "LiveReport",
+    "check_explainer",
     "check_graph_pool",
     "check_layer_pool",
     "check_live",

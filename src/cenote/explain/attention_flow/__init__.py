@@ -1,0 +1,1 @@
+"""Attention rollout and attention flow."""

@@ -1,0 +1,205 @@
+"""The contract of explainers, as a check that anybody can run on their own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cenote.core.errors import InputError
+from cenote.explain.base import Attribution, Explainer
+from cenote.testing.contract import difference, run_rules
+
+CLOSE = 1e-5
+STILL_ALIKE = 0.9
+"""Rank correlation of two explanations, above which the model behind them seems not to matter."""
+REDRAWS = 3
+UNLIKELY_SEED = 739_204_117
+
+
+class _Trial:
+    def __init__(self, explainer: Explainer, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        self.explainer, self.model, self.inputs = explainer, model, dict(inputs)
+        self.mask: Tensor = self.inputs["attention_mask"]
+        self.lengths = self.mask.sum(1).tolist()
+        self.weights = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def explained(self, **changes: Any) -> Attribution:
+        return self.explainer.explain(self.model, {**self.inputs, **changes})
+
+    def item(self, number: int) -> dict[str, Any]:
+        """One item without its padding."""
+        real = self.mask[number].bool()
+        return {name: _cut(v[number : number + 1], real) for name, v in self.inputs.items()}
+
+
+def check_explainer(
+    explainer: Explainer,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    leave_out: Collection[str] = (),
+) -> None:
+    """Check that an explainer keeps what is promised of every explainer.
+
+    Scores are finite and zero in padding. Batch mates change nothing, nor does padding on either side, where it does not change
+    the model's own output; the same call gives the same
+    numbers, and global random generators stay as they are. Two targets are told apart, unless the class says that it speaks of
+    none. With other weights in the model the ranks change. The model is left as it was.
+
+    Args:
+        explainer: to check.
+        model: in eval mode, with parameters.
+        inputs: a batch of at least two items of different lengths, padded on the right: `input_ids` and `attention_mask`.
+        leave_out: names of rules that are not checked.
+
+    Raises:
+        ContractError: with one line per broken rule.
+        InputError: for inputs that cannot show it, and where `leave_out` names a rule that there is not.
+    """
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or len(set(mask.sum(1).tolist())) < 2:
+        raise InputError(
+            "inputs: expected input_ids and attention_mask of at least two items of different lengths, padded on the right"
+        )
+    if model.training or not any(True for _ in model.parameters()):
+        raise InputError("model: expected one in eval mode, with parameters")
+    run_rules(explainer, _RULES, _Trial(explainer, model, inputs), leave_out=leave_out, first=(_rule_form,))
+
+
+def _rule_form(trial: _Trial) -> str | None:
+    found = trial.explained()
+    if not isinstance(found, Attribution):
+        return f"form: explain gave {type(found).__name__}, expected an Attribution"
+    if found.units == "tokens" and not torch.equal(found.mask, trial.mask.bool()):
+        return "form: the mask is not that of the tokens"
+    return None
+
+
+def _rule_batch_mates(trial: _Trial) -> str | None:
+    found = trial.explained()
+    for number, length in enumerate(trial.lengths):
+        alone = trial.explainer.explain(trial.model, trial.item(number)).scores
+        if (off := difference(found.scores[number : number + 1, :length], alone)) > CLOSE:
+            return f"batch mates: item {number} alone differs by {off:.1e}; its padding or its batch mates change it"
+    return None
+
+
+def _rule_left_padding(trial: _Trial) -> str | None:
+    found = trial.explained()
+    longest = int(trial.mask.shape[1])
+    for number, length in enumerate(trial.lengths):
+        if length == longest:
+            continue
+        item = trial.item(number)
+        left = {n: nn.functional.pad(v, (longest - length, 0)) if v.dim() == 2 else v for n, v in item.items()}
+        left.setdefault("position_ids", (left["attention_mask"].cumsum(1) - 1).clamp(min=0))
+        # of a model that reads its first token, left padding is another input
+        if difference(*(_output(trial.model, given, length) for given in (item, left))) > CLOSE:
+            continue
+        scores = trial.explainer.explain(trial.model, left).scores[:, longest - length :]
+        if (off := difference(found.scores[number : number + 1, :length], scores)) > CLOSE:
+            return f"left padding: item {number} padded on the left differs by {off:.1e}"
+    return None
+
+
+def _rule_determinism(trial: _Trial) -> str | None:
+    with torch.random.fork_rng():
+        # a state that nobody seeds
+        torch.manual_seed(UNLIKELY_SEED)
+        before = torch.get_rng_state()
+        first, second = trial.explained(), trial.explained()
+        after = torch.get_rng_state()
+    if not torch.equal(before, after):
+        return "determinism: the global random generator was used; take a random_state"
+    if not torch.equal(first.scores, second.scores):
+        return "determinism: the same call gave other scores"
+    return None
+
+
+def _rule_target(trial: _Trial) -> str | None:
+    zero = torch.zeros(len(trial.mask), dtype=torch.long)
+    first, second = (trial.explainer.explain(trial.model, trial.inputs, t).scores for t in (zero, zero + 1))
+    same = torch.equal(first, second)
+    if trial.explainer.class_agnostic and not same:
+        return "target: two targets got different scores, though class_agnostic is True"
+    if not trial.explainer.class_agnostic and same:
+        return "target: two targets got the same scores; heed the target, or say class_agnostic = True"
+    return None
+
+
+def _rule_reacts_to_the_model(trial: _Trial) -> str | None:
+    """The weakest form of the parameter randomisation test (Adebayo et al. 2018)."""
+    scores = trial.explained().scores
+    if all(bool((s[:n] == s[0]).all()) for s, n in zip(scores, trial.lengths, strict=True)):
+        return "reacts to the model: all units of every item have one score"
+    alike = []
+    for seed in range(REDRAWS):
+        other = copy.deepcopy(trial.model)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in other.parameters():
+                if p.dim() > 1:
+                    p.copy_(p.std() * torch.randn(p.shape, generator=generator))
+        found = trial.explainer.explain(other, trial.inputs).scores
+        alike += [_spearman(a[:n], b[:n]) for a, b, n in zip(scores, found, trial.lengths, strict=True) if n > 2]
+    if alike and sum(alike) / len(alike) > STILL_ALIKE:
+        return f"reacts to the model: with random weights ranks agree by {sum(alike) / len(alike):.2f} still"
+    return None
+
+
+def _rule_model_as_found(trial: _Trial) -> str | None:
+    before = _state(trial.model)
+    trial.explained()
+    after = _state(trial.model)
+    changed = [name for name in before if before[name] != after[name]]
+    if not changed:
+        unequal = [n for n, v in trial.model.state_dict().items() if not torch.equal(v, trial.weights[n])]
+        changed = [f"parameters ({unequal[0]})"] if unequal else []
+    return f"model as found: it was left with other {', '.join(changed)}" if changed else None
+
+
+@torch.no_grad()
+def _output(model: nn.Module, inputs: Mapping[str, Any], length: int) -> Tensor:
+    """What it gives for the last tokens, or for the whole."""
+    found = model(**inputs)
+    first = found if isinstance(found, Tensor) else found[0]
+    return first[:, -length:] if first.dim() > 2 else first
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    config = getattr(model, "config", None)
+    return {
+        "hooks": [len(getattr(m, name)) for m in model.modules() for name in hooks],
+        "training": [m.training for m in model.modules()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "gradients": [p.grad is None for p in model.parameters()],
+        "forward": [vars(m).get("forward") for m in model.modules()],
+        "attention implementation": getattr(config, "_attn_implementation", None),
+    }
+
+
+def _spearman(a: Tensor, b: Tensor) -> float:
+    import scipy.stats
+
+    if bool((a == a[0]).all()) or bool((b == b[0]).all()):
+        return 0.0
+    return float(scipy.stats.spearmanr(a.detach().cpu().numpy(), b.detach().cpu().numpy()).statistic)
+
+
+def _cut(value: Tensor, real: Tensor) -> Tensor:
+    return value[:, real] if value.dim() > 1 and value.shape[1] == len(real) else value
+
+
+_RULES = (
+    _rule_batch_mates,
+    _rule_left_padding,
+    _rule_determinism,
+    _rule_target,
+    _rule_reacts_to_the_model,
+    _rule_model_as_found,
+)
