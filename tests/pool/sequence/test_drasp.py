@@ -83,6 +83,19 @@ def test_a_masked_frame_inside_a_clip_still_takes_time() -> None:
     torch.testing.assert_close(weights[0, 0], expected)
 
 
+@pytest.mark.parametrize("tokens", [8, 9])
+def test_masked_frames_and_further_ones_change_nothing(tokens: int) -> None:
+    pool, x = shaken(DraspPool(16, segment=4)), features(2, tokens)
+    mask = torch.arange(tokens).expand(2, tokens) < torch.tensor([[tokens], [5]])
+    expected = torch.cat([pool(x[:1]), pool(x[1:, :5])])
+    longer = torch.cat([x, features(2, 6, seed=3)], 1)
+    further = torch.cat([mask, torch.zeros(2, 6, dtype=torch.bool)], 1)
+    for frames, real in ((x.masked_fill(~mask.unsqueeze(-1), 1e3), mask), (longer, further)):
+        torch.testing.assert_close(pool(frames, real), expected)
+    with pytest.raises(InputError, match="mask"):
+        pool(x, mask.double() / 2)
+
+
 @pytest.mark.parametrize("mask_from", [7, 9])
 def test_weights_are_what_the_means_took_from_each_frame(mask_from: int) -> None:
     pool, x = shaken(DraspPool(16, segment=4, statistics="mean")), features()
