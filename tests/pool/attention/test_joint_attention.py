@@ -117,6 +117,24 @@ def test_padded_people_are_not_seen(aggregation: str) -> None:
     assert nobody.joint.isfinite().all()
 
 
+def test_a_person_at_the_origin_who_does_nothing_is_a_person() -> None:
+    model, given = small(), group()
+    silent = [torch.cat([v, torch.zeros_like(v[:, :1])], 1) for v in given]
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    seen = model(*silent, mask, size=SIZE)
+    assert not torch.allclose(seen.joint, model(*given, size=SIZE).joint)
+    assert seen.people[:, 5].any()
+    torch.testing.assert_close(seen.joint, model(*silent, size=SIZE).joint)
+
+
+def test_only_the_form_with_all_tokens_side_by_side_limits_the_number_of_people() -> None:
+    given = group(13)
+    for aggregation in AGGREGATIONS:
+        assert small(aggregation=aggregation)(*given, size=SIZE).people.shape == (2, 13, *SIZE)
+    with pytest.raises(InputError, match="built for 12 people, got 13"):
+        small(aggregation="token_only_concat")(*given, size=SIZE)
+
+
 def test_aggregations() -> None:
     given = group()
     token, each, both = (small(aggregation=a) for a in AGGREGATIONS)
