@@ -169,8 +169,8 @@ def test_placeholders_are_counted_per_image() -> None:
         check_placeholders(ids, 9, 4)
 
 
-def test_in_a_vision_language_model() -> None:
-    """The projector of a LLaVA is replaced; the same model then reads images in any number of tokens."""
+def llava() -> Any:
+    """A small LLaVA whose projector is replaced; its image token is 31."""
     pytest.importorskip("transformers")
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -189,8 +189,14 @@ def test_in_a_vision_language_model() -> None:
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=31, vision_feature_select_strategy="default"
     )
-    model = LlavaForConditionalGeneration(config).eval()
+    model = LlavaForConditionalGeneration(config)
     model.model.multi_modal_projector = TokenFlex(16, 24)
+    return model
+
+
+def test_in_a_vision_language_model() -> None:
+    """The same model then reads images in any number of tokens."""
+    model = llava().eval()
     image = torch.randn(1, 3, 16, 16)
     logits = {}
     for n in (1, 4, 16):
@@ -201,6 +207,32 @@ def test_in_a_vision_language_model() -> None:
         other = model(input_ids=ids, pixel_values=-image).logits[:, -1]
         assert not torch.equal(logits[n], other)
     assert not torch.equal(logits[1], logits[4])
+
+
+def test_generation_with_a_number_of_tokens_per_request() -> None:
+    """The cache holds as many keys as the request has tokens, the weights are the same."""
+    model = llava().eval()
+    image = torch.randn(1, 3, 16, 16)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for n in (4, 1, 16):
+        model.model.multi_modal_projector.num_tokens = n
+        ids = torch.tensor([[1, *([31] * n), 5, 6]])
+        made = model.generate(
+            input_ids=ids,
+            pixel_values=image,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=3,
+            min_new_tokens=3,
+            do_sample=False,
+            return_dict_in_generate=True,
+            pad_token_id=0,
+        )
+        assert made.sequences.shape == (1, n + 6)
+        # the last token drawn is not read any more
+        assert made.past_key_values.get_seq_length() == n + 5
+        prefill = model(input_ids=ids, pixel_values=image).logits[:, -1].argmax(-1)
+        assert made.sequences[0, n + 3] == prefill
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
