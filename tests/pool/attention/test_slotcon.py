@@ -56,6 +56,20 @@ def test_without_heat_slots_are_means_of_what_is_assigned() -> None:
             torch.testing.assert_close(pool(x)[item, k], x[item, best[item] == k].mean(0))
 
 
+def test_a_map_of_one_place_gives_every_slot_that_place_and_one_active_prototype() -> None:
+    pool, x = shaken(SemanticGrouping(6, slots=3)), randn(2, 6, 1, 1)
+    slots, dots = pool.group(x)
+    torch.testing.assert_close(slots, x.flatten(1).unsqueeze(1).expand(-1, 3, -1))
+    assert active_slots(dots).sum(1).tolist() == [1, 1]
+
+
+def test_what_is_not_assigned_leaks_by_eps() -> None:
+    pool, x = shaken(SemanticGrouping(6, slots=2, temp=1e-5, eps=0.1)), features(1, 8, 6)
+    own = (pool.dots(x)[0].argmax(-1) == 0).double()
+    share = own + 0.1
+    torch.testing.assert_close(pool(x)[0, 0], share @ x[0] / share.sum())
+
+
 def test_scale_of_tokens_and_their_order() -> None:
     pool = shaken(SemanticGrouping(6, slots=3))
     x = features(2, 7, 6)
