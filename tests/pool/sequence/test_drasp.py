@@ -114,6 +114,30 @@ def test_branches_of_one_are_the_plain_pools() -> None:
     torch.testing.assert_close(DraspPool(16, branches="coarse")(x), StatisticsPool(16, eps=0.0)(x))
 
 
+def test_variants_by_the_names_of_the_code() -> None:
+    x = features()
+    whole = shaken(DraspPool(16, segment=4))
+    fine = {k: v for k, v in whole.state_dict().items() if k not in ("alpha", "beta")}
+    coarse = [x.mean(1), x.std(1, correction=0)]
+    parts = {}
+    for name in ("sap", "asp", "gsap", "gasp"):
+        pool = DraspPool.variant(name, 16, segment=4).double()
+        pool.load_state_dict(fine)
+        assert pool.segment == (4 if name[0] == "g" else 1)
+        parts[name] = pool(x)
+    torch.testing.assert_close(DraspPool.variant("tap", 16)(x), coarse[0])
+    torch.testing.assert_close(DraspPool.variant("tsp", 16)(x), torch.cat(coarse, -1))
+    torch.testing.assert_close(parts["asp"][:, :16], parts["sap"])
+    torch.testing.assert_close(parts["gasp"][:, :16], parts["gsap"])
+    for name, first, second in (("drap", coarse[0], parts["gsap"]), ("drsp", torch.cat(coarse, -1), parts["gasp"])):
+        pool = DraspPool.variant(name, 16, segment=4).double()
+        pool.load_state_dict(whole.state_dict())
+        torch.testing.assert_close(pool(x), whole.alpha * first + whole.beta * second)
+    assert DraspPool.variant("drsp", 16, fusion="concat").out_dim == 64
+    with pytest.raises(InputError, match="name"):
+        DraspPool.variant("gap", 16)
+
+
 def test_fusions() -> None:
     x = features()
     joined = shaken(DraspPool(16, segment=4, fusion="concat"))
