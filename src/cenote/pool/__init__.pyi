@@ -9,8 +9,10 @@ from cenote.pool.attention.adaptive_noise_pooling.knn_centroid import knn_centro
 from cenote.pool.attention.adaptive_noise_pooling.pool import AdaptiveNoisePool as AdaptiveNoisePool
 from cenote.pool.attention.aim import AimPool as AimPool
 from cenote.pool.attention.attsets.faset import FASet as FASet
+from cenote.pool.attention.attsets.occupancy import iou_by_views as iou_by_views
 from cenote.pool.attention.attsets.pool import AttSets as AttSets
 from cenote.pool.attention.attsets.pool import AttSetsConv as AttSetsConv
+from cenote.pool.attention.attsets.running import RunningAttSets as RunningAttSets
 from cenote.pool.attention.cae import CaePool as CaePool
 from cenote.pool.attention.cait import CaiTPool as CaiTPool
 from cenote.pool.attention.cbam import CbamPool as CbamPool
@@ -27,6 +29,9 @@ from cenote.pool.attention.esimpool import ESimPool as ESimPool
 from cenote.pool.attention.jepa import JepaPool as JepaPool
 from cenote.pool.attention.joint_attention.field import FieldHead as FieldHead
 from cenote.pool.attention.joint_attention.fusion import JointAttentionFusion as JointAttentionFusion
+from cenote.pool.attention.joint_attention.measure import detection_curve as detection_curve
+from cenote.pool.attention.joint_attention.measure import gaze_cones as gaze_cones
+from cenote.pool.attention.joint_attention.measure import trivial_points as trivial_points
 from cenote.pool.attention.joint_attention.model import JointAttention as JointAttention
 from cenote.pool.attention.joint_attention.pool import JointAttentionPool as JointAttentionPool
 from cenote.pool.attention.joint_attention.targets import best_point as best_point
