@@ -47,6 +47,8 @@ from cenote.pool.attention.set_transformer.model import SetTransformer as SetTra
 from cenote.pool.attention.siglip import SigLipPool as SigLipPool
 from cenote.pool.attention.simpool import SimPool as SimPool
 from cenote.pool.attention.slotcon.grouping import SemanticGrouping as SemanticGrouping
+from cenote.pool.attention.slotcon.groups import nearest_slots as nearest_slots
+from cenote.pool.attention.slotcon.groups import shares_of_image as shares_of_image
 from cenote.pool.attention.slotcon.model import SlotCon as SlotCon
 from cenote.pool.attention.slotcon.trainer import SlotConTrainer as SlotConTrainer
 from cenote.pool.attention.slotcon.views import TwoCrops as TwoCrops
@@ -121,6 +123,7 @@ from cenote.pool.sequence.biomedical_re_pooling import EntityPool as EntityPool
 from cenote.pool.sequence.biomedical_re_pooling import IndexSetPool as IndexSetPool
 from cenote.pool.sequence.biomedical_re_pooling import RelationPooled as RelationPooled
 from cenote.pool.sequence.biomedical_re_pooling import RelationSentences as RelationSentences
+from cenote.pool.sequence.biomedical_re_pooling import SentencePool as SentencePool
 from cenote.pool.sequence.cuni_multimodal import FlatMemories as FlatMemories
 from cenote.pool.sequence.cuni_multimodal import HierarchicalMemories as HierarchicalMemories
 from cenote.pool.sequence.cuni_multimodal import ImageMemory as ImageMemory
@@ -202,6 +205,7 @@ from cenote.pool.spatial.deeplabv3 import DeepLabV3ASPP as DeepLabV3ASPP
 from cenote.pool.spatial.deeplabv3 import DeepLabV3Head as DeepLabV3Head
 from cenote.pool.spatial.deeplabv3 import multi_grid as multi_grid
 from cenote.pool.spatial.deeplabv3 import pixel_loss as pixel_loss
+from cenote.pool.spatial.ggem.dependence import group_dependence as group_dependence
 from cenote.pool.spatial.ggem.pool import GGeM as GGeM
 from cenote.pool.spatial.ggem.pool import GeM as GeM
 from cenote.pool.spatial.ggem.windows import GGeMPool1d as GGeMPool1d
@@ -211,6 +215,7 @@ from cenote.pool.spatial.gramian_heads.loss import DecorrelationLoss as Decorrel
 from cenote.pool.spatial.gramian_heads.loss import divergence_from_mean as divergence_from_mean
 from cenote.pool.spatial.gramian_heads.model import GramianHeads as GramianHeads
 from cenote.pool.spatial.gramian_heads.model import GramianPool as GramianPool
+from cenote.pool.spatial.gramian_heads.strength import strength_and_correlation as strength_and_correlation
 from cenote.pool.spatial.mixed_gated_tree import GatedPool1d as GatedPool1d
 from cenote.pool.spatial.mixed_gated_tree import GatedPool2d as GatedPool2d
 from cenote.pool.spatial.mixed_gated_tree import GatedPool3d as GatedPool3d
@@ -231,5 +236,6 @@ from cenote.pool.spatial.softpool import SoftPool3d as SoftPool3d
 from cenote.pool.spatial.tokenflex import TokenCountSampler as TokenCountSampler
 from cenote.pool.spatial.tokenflex import TokenFlex as TokenFlex
 from cenote.pool.spatial.tokenflex import check_placeholders as check_placeholders
+from cenote.pool.spatial.tokenflex import expand_placeholders as expand_placeholders
 from cenote.pool.spatial.weighted import LeanWindowPool as LeanWindowPool
 from cenote.pool.spatial.weighted import WeightedWindowPool as WeightedWindowPool

@@ -11,7 +11,7 @@ from tests.pools import features, shaken
 from torch import Tensor, nn
 
 from cenote import InputError
-from cenote.pool import TokenCountSampler, TokenFlex, check_placeholders
+from cenote.pool import TokenCountSampler, TokenFlex, check_placeholders, expand_placeholders
 from cenote.pool.spatial.tokenflex import as_map
 
 
@@ -167,6 +167,23 @@ def test_placeholders_are_counted_per_image() -> None:
     check_placeholders(torch.tensor([[1, 2], [9, 1]]), 9, 1, images=[0, 1])
     with pytest.raises(InputError, match=r"text 1 has 5 image placeholders, expected 4; expand each image token to 4"):
         check_placeholders(ids, 9, 4)
+
+
+def test_placeholders_are_expanded_to_what_is_drawn() -> None:
+    text = torch.tensor([1, 9, 2, 9, 3])
+    sampler = TokenCountSampler((4, 9))
+    for step in range(6):
+        n = sampler.at(step)
+        ids = expand_placeholders(text, 9, n)
+        assert ids.tolist() == [1, *[9] * n, 2, *[9] * n, 3]
+        check_placeholders(ids.unsqueeze(0), 9, n, images=2)
+    tiled = expand_placeholders(text, 9, (1, 2), tiles=[3, 1])
+    assert tiled.tolist() == [1, *[9] * 6, 2, 9, 9, 3]
+    check_placeholders(tiled.unsqueeze(0), 9, (1, 2), images=4)
+    assert expand_placeholders(text[:1], 9, 4, tiles=[]).tolist() == [1]
+    for tiles in ([1], [1, 0], 0):
+        with pytest.raises(InputError, match="tiles: expected at least one for each of the text's 2 images"):
+            expand_placeholders(text, 9, 4, tiles)
 
 
 def llava() -> Any:
