@@ -146,13 +146,16 @@ from cenote.pool.sequence.layer_aware_tdnn.model import LayerAwareTDNN as LayerA
 from cenote.pool.sequence.layer_aware_tdnn.model import SpeakerStatisticsPool as SpeakerStatisticsPool
 from cenote.pool.sequence.sentiment_attitudes import IMLPAttention as IMLPAttention
 from cenote.pool.sequence.sentiment_attitudes import InteractiveAttention as InteractiveAttention
+from cenote.pool.sequence.sentiment_attitudes import InteractiveEncoder as InteractiveEncoder
 from cenote.pool.sequence.sentiment_attitudes import LinAttention as LinAttention
 from cenote.pool.sequence.sentiment_attitudes import MLPAttention as MLPAttention
 from cenote.pool.sequence.sentiment_attitudes import PiecewiseMaxPool as PiecewiseMaxPool
 from cenote.pool.sequence.sentiment_attitudes import YangAttention as YangAttention
 from cenote.pool.sequence.sentiment_attitudes import ZhouAttention as ZhouAttention
 from cenote.pool.sequence.sentiment_attitudes import attention_penalty as attention_penalty
+from cenote.pool.sequence.sentiment_attitudes import combined_keys as combined_keys
 from cenote.pool.sequence.sentiment_attitudes import mass_by_type as mass_by_type
+from cenote.pool.sequence.sentiment_attitudes import mass_difference as mass_difference
 from cenote.pool.sequence.sta_v2a.alignment import aa_align as aa_align
 from cenote.pool.sequence.sta_v2a.alignment import onset_times as onset_times
 from cenote.pool.sequence.sta_v2a.generator import StaV2a as StaV2a
