@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import cenote
-from cenote.catalog import Method, System, load
+from cenote.catalog import Method, Part, System, load
 from cenote.study import Verdict
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -79,7 +79,7 @@ def system_page(s: System) -> str:
             under.setdefault(documented(path), []).append(path.rpartition(".")[2])
         for path, names in under.items():
             lines += reference(path, names)
-    lines += ["## Does the claim show here?", "", *study(s)]
+    lines += [*consists_of(s), "## Does the claim show here?", "", *study(s)]
     return finished(lines)
 
 
@@ -141,6 +141,26 @@ def reference(path: str, names: list[str]) -> list[str]:
     return [f"`{source}`{had_as}", "", f"::: {path}", ""]
 
 
+def consists_of(s: System) -> list[str]:
+    """The map of its parts, the missing ones first."""
+    if not s.parts:
+        return []
+    ordered = sorted(s.parts, key=lambda p: p.state != "missing")
+
+    def where(p: Part) -> str:
+        said = {"missing": p.missing, "answered": p.answered}.get(p.state)
+        return "; ".join(filter(None, [", ".join(f"`{m}`" for m in p.met_by), said]))
+
+    return [
+        "## What it consists of",
+        "",
+        f"{s.standing[0].upper()}{s.standing[1:]}.",
+        "",
+        *table(("part", "kind", "state", "where, or why not"), [(p.name, p.kind, p.state, where(p)) for p in ordered]),
+        "",
+    ]
+
+
 def study(s: System) -> list[str]:
     if s.study is None:
         return ["There is no study of it yet."]
@@ -166,8 +186,8 @@ def index() -> str:
         "",
         "# All methods",
         "",
-        f"{len(systems)} published systems: {counts['complete']} built and with a study of their claim, "
-        f"{counts['no study yet']} built without one, {counts['planned']} planned. "
+        f"{len(systems)} published systems: {counts['complete']} complete, every part met or answered, "
+        f"{counts['partial']} partial, {counts['planned']} planned. Numbers after a status: parts met or answered, of all. "
         "`cenote list` prints the same, `cenote show NAME` one of them.",
         "",
         "## Pools that everybody knows",
@@ -182,7 +202,8 @@ def index() -> str:
 
 def row(s: System) -> tuple[str, ...]:
     link = f"[{s.slug}]({s.slug}.md)" if has_page(s) else s.slug
-    return str(s.row), link, str(s.year), s.title, s.status
+    done = f", {sum(p.state != 'missing' for p in s.parts)} of {len(s.parts)}" if s.parts else ""
+    return str(s.row), link, str(s.year), s.title, f"{s.status}{done}"
 
 
 def table(headings: Any, rows: Any) -> list[str]:

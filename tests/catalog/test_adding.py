@@ -39,7 +39,7 @@ assert type(pool) is cenote.pool.PoolOfThePage
 assert "PoolOfThePage" in dir(cenote.pool)
 found = method("pool-of-the-page")
 assert found in cenote.methods(room="pool", kind="sets")
-print(found.path, found.slug, *(s.slug for s in find("PoolOfThePage") if s.status == "no study yet"))
+print(found.path, found.slug, *(s.slug for s in find("PoolOfThePage") if s.status == "partial"))
 """
 
 

@@ -73,7 +73,11 @@ def test_list_and_show_for_machines() -> None:
     assert [s["slug"] for s in listed["systems"]] == [s.slug for s in cenote.systems()]
     assert [m["name"] for m in listed["methods"]] == [m.name for m in cenote.methods()]
     shown = json.loads(runner.invoke(app, ["show", "simpool", "--json"]).stdout)
-    assert (shown["row"], shown["status"], shown["built_by_name"]) == (7, "complete", ["simpool"])
+    simpool = cenote.find("simpool")[0]
+    assert (shown["row"], shown["status"], shown["built_by_name"]) == (7, simpool.status, ["simpool"])
+    told = shown["parts"]
+    assert told["all"] == len(simpool.parts) == told["present"] + told["missing"] + told["answered"]
+    assert [p["name"] for p in told["list"] if p["state"] == "missing"] == list(simpool.missing)
     assert shown in listed["systems"]
     mean = json.loads(runner.invoke(app, ["show", "mean", "--json"]).stdout)
     assert (mean["name"], mean["class"]) == ("mean", "cenote.pool.basic.mean.MeanPool")

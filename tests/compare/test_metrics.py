@@ -3,6 +3,7 @@ import pytest
 import sklearn.metrics as reference
 
 from cenote.compare import metrics
+from cenote.core import InputError
 
 RNG = np.random.default_rng(0)
 WEIGHTS = RNG.multinomial(60, np.full(60, 1 / 60), size=5).astype(float)
@@ -24,6 +25,26 @@ def test_balanced_accuracy_agrees_with_scikit_learn() -> None:
     scores, y = RNG.normal(size=(60, 3)), RNG.choice(3, 60, p=[0.7, 0.2, 0.1])
     for w, got in zip(WEIGHTS, metrics.balanced_accuracy(scores, y, WEIGHTS), strict=True):
         assert got == pytest.approx(reference.balanced_accuracy_score(y, scores.argmax(1), sample_weight=w))
+
+
+@pytest.mark.parametrize("classes", [None, (1, 2), (3,)])
+@pytest.mark.parametrize("average", ["macro", "micro"])
+def test_f1_agrees_with_scikit_learn(average: str, classes: tuple[int, ...] | None) -> None:
+    scores, y = RNG.normal(size=(60, 4)), RNG.choice(4, 60, p=[0.6, 0.2, 0.15, 0.05])
+    labels = list(range(4) if classes is None else classes)
+    by_class = metrics.precision_recall_f1(scores, y, WEIGHTS)
+    for i, (w, got) in enumerate(zip(WEIGHTS, metrics.f1(average, classes)(scores, y, WEIGHTS), strict=True)):
+        told = {"labels": labels, "sample_weight": w, "zero_division": 0}
+        assert got == pytest.approx(reference.f1_score(y, scores.argmax(1), average=average, **told))
+        expected = reference.precision_recall_fscore_support(y, scores.argmax(1), **told)[:3]
+        np.testing.assert_allclose(by_class[:, i][:, labels], np.stack(expected))
+
+
+def test_f1_of_a_class_that_is_nowhere_is_zero() -> None:
+    scores = np.eye(3)[[0, 1]]
+    assert metrics.f1(classes=(2,))(scores, np.array([0, 1]), np.ones((1, 2)))[0] == 0
+    with pytest.raises(InputError, match="average"):
+        metrics.f1("mean")
 
 
 @pytest.mark.parametrize("decimals", [9, 0])

@@ -2,5 +2,20 @@
 
 from cenote.catalog.entries import Method, System, create, find, method, methods, systems
 from cenote.catalog.names import ROOMS, lazy, load, public
+from cenote.catalog.parts import Part, parts
 
-__all__ = ["ROOMS", "Method", "System", "create", "find", "lazy", "load", "method", "methods", "public", "systems"]
+__all__ = [
+    "ROOMS",
+    "Method",
+    "Part",
+    "System",
+    "create",
+    "find",
+    "lazy",
+    "load",
+    "method",
+    "methods",
+    "parts",
+    "public",
+    "systems",
+]

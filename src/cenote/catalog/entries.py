@@ -10,9 +10,10 @@ from functools import cache
 from typing import Any, Literal
 
 from cenote.catalog.names import load, places, read, unique
+from cenote.catalog.parts import Part, parts
 from cenote.core.errors import InputError
 
-Status = Literal["complete", "no study yet", "planned"]
+Status = Literal["complete", "partial", "planned"]
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,35 @@ class System:
 
     @property
     def status(self) -> Status:
-        """Derived from what imports and which study exists, never typed by hand."""
+        """Derived from what imports, which study exists and which parts are met, never typed by hand."""
         if not self.classes or not all(_exists(path) for path in self.classes):
             return "planned"
-        return "complete" if self.study is not None else "no study yet"
+        known = self.parts and self.study is not None
+        return "complete" if known and not self.missing else "partial"
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What it consists of, see `cenote.catalog.parts`."""
+        return parts(self.slug)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Names of the parts that are not there yet."""
+        return tuple(p.name for p in self.parts if p.state == "missing")
+
+    @property
+    def standing(self) -> str:
+        """The status in words, with what is missing.
+
+        >>> find("colbert-token-pooling")[0].standing
+        'planned'
+        """
+        if self.status != "partial":
+            return self.status
+        if not self.parts:
+            return "partial (parts not gone through)"
+        reasons = [*self.missing, *(() if self.study else ("study",))]
+        return f"partial (missing: {', '.join(reasons)})"
 
     @property
     def study(self) -> str | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Annotated, Any
+from collections import Counter
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.table import Table
 from cenote.catalog import System, find, method, methods, systems
 from cenote.catalog.entries import owner_of
 from cenote.catalog.names import places
+from cenote.catalog.parts import State
 from cenote.cli import options
 from cenote.cli.console import emit
 from cenote.core.errors import InputError
@@ -34,9 +36,9 @@ def list_methods(
     if as_json:
         emit({"systems": [_told(s) for s in rows], "methods": [dataclasses.asdict(m) for m in built]})
         return
-    table = Table("row", "system", "year", "room", "status", "title")
+    table = Table("row", "system", "year", "room", "status", "parts", "title")
     for s in rows:
-        table.add_row(str(s.row), s.slug, str(s.year), s.room, s.status, s.title)
+        table.add_row(str(s.row), s.slug, str(s.year), s.room, s.status, _counted(s), s.title)
     console = _console()
     console.print(table)
     names = Table("name", "what it does", "system", title="cenote.create(name, ...); * in cenote probe --methods fast")
@@ -88,16 +90,34 @@ def show(
         ("classes", "\n".join(s.classes) or "none yet"),
         ("built by name", ", ".join(m.name for m in methods() if m.slug == s.slug) or "-"),
         ("study", s.study or "none yet"),
-        ("status", s.status),
+        ("status", s.standing),
         ("note", s.legal),
     )
     console.print(_table(s.title, [(name, value) for name, value in rows if value is not None]))
+    if s.parts:
+        table = Table("part", "kind", "state", "where, or why not", title="What it consists of")
+        for p in s.parts:
+            table.add_row(p.name, p.kind, p.state, "\n".join(filter(None, [*p.met_by, p.missing, p.answered])))
+        console.print(table)
 
 
 def _told(s: System) -> dict[str, Any]:
     """A system for machines."""
     built = [m.name for m in methods() if m.slug == s.slug]
-    return {**dataclasses.asdict(s), "study": s.study, "status": s.status, "built_by_name": built}
+    known: dict[str, Any] = {"study": s.study, "status": s.status, "standing": s.standing, "built_by_name": built}
+    if s.parts:
+        states = Counter(p.state for p in s.parts)
+        known["parts"] = {
+            "all": len(s.parts),
+            **{state: states[state] for state in get_args(State)},
+            "list": [{**dataclasses.asdict(p), "state": p.state} for p in s.parts],
+        }
+    return {**dataclasses.asdict(s), **known}
+
+
+def _counted(s: System) -> str:
+    """Parts that are met or answered, of all."""
+    return f"{sum(p.state != 'missing' for p in s.parts)}/{len(s.parts)}" if s.parts else "-"
 
 
 def _of_no_system(name: str) -> list[tuple[str, str]]:

@@ -7,12 +7,14 @@ scikit-learn's functions are the reference in the tests; called once per resampl
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
+
+from cenote.core.requirements import require_one_of
 
 Metric = Callable[[Any, Any, Float[ndarray, "resamples items"]], Float[ndarray, "resamples"]]
 """`(scores [items, *outputs], y [items, *targets], weights) -> [resamples]`; higher is better."""
@@ -49,6 +51,38 @@ def balanced_accuracy(scores: ndarray, y: ndarray, weights: ndarray) -> ndarray:
     with np.errstate(invalid="ignore"):
         recall = weights @ (of_class * right[:, None]) / (weights @ of_class)
     return np.nanmean(recall, 1)
+
+
+def precision_recall_f1(scores: ndarray, y: ndarray, weights: ndarray) -> Float[ndarray, "three resamples classes"]:
+    """Precision, recall and F1 of each class; 0 where none is guessed, or none is there."""
+    numbers = np.arange(scores.shape[1])
+    guessed, true = scores.argmax(1)[:, None] == numbers, y[:, None] == numbers
+    both, of_guesses, of_truth = (weights @ m.astype(weights.dtype) for m in (guessed & true, guessed, true))
+    return np.stack([_share(both, of_guesses), _share(both, of_truth), _share(2 * both, of_guesses + of_truth)])
+
+
+def f1(average: Literal["macro", "micro"] = "macro", classes: Sequence[int] | None = None) -> Metric:
+    """The metric F1 of some classes: the mean of theirs, or that of all their decisions together.
+
+    Args:
+        average: `"macro"` or `"micro"`.
+        classes: numbers of those that count, such as all relations without the negative class; `None`: all.
+
+    >>> scores, y = np.eye(3)[[0, 1, 2, 2]], np.array([0, 1, 2, 1])
+    >>> f1("micro", classes=(1, 2))(scores, y, np.ones((1, 4))).round(3).tolist()
+    [0.667]
+    """
+    require_one_of(("macro", "micro"), average=average)
+
+    def metric(scores: Any, y: Any, weights: ndarray) -> ndarray:
+        chosen = np.arange(scores.shape[1]) if classes is None else np.asarray(classes)
+        if average == "macro":
+            return precision_recall_f1(scores, y, weights)[2][:, chosen].mean(1)
+        guess = scores.argmax(1)
+        counted = (np.isin(guess, chosen).astype(float) + np.isin(y, chosen)) / 2
+        return _share(weights @ ((guess == y) & np.isin(y, chosen)).astype(float), weights @ counted)
+
+    return metric
 
 
 def auroc(scores: ndarray, y: ndarray, weights: ndarray) -> ndarray:
@@ -193,6 +227,10 @@ def ranked(scores: Float[ndarray, "items outputs"]) -> Float[ndarray, "items out
 def _below(values: ndarray, others: ndarray) -> ndarray:
     """Of how many others, in order, each value is above; of equal ones half."""
     return (np.searchsorted(others, values, "left") + np.searchsorted(others, values, "right")) / 2
+
+
+def _share(part: ndarray, whole: ndarray) -> ndarray:
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
 
 def _right(scores: ndarray, y: ndarray) -> ndarray:

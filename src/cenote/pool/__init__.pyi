@@ -9,8 +9,10 @@ from cenote.pool.attention.adaptive_noise_pooling.knn_centroid import knn_centro
 from cenote.pool.attention.adaptive_noise_pooling.pool import AdaptiveNoisePool as AdaptiveNoisePool
 from cenote.pool.attention.aim import AimPool as AimPool
 from cenote.pool.attention.attsets.faset import FASet as FASet
+from cenote.pool.attention.attsets.occupancy import iou_by_views as iou_by_views
 from cenote.pool.attention.attsets.pool import AttSets as AttSets
 from cenote.pool.attention.attsets.pool import AttSetsConv as AttSetsConv
+from cenote.pool.attention.attsets.running import RunningAttSets as RunningAttSets
 from cenote.pool.attention.cae import CaePool as CaePool
 from cenote.pool.attention.cait import CaiTPool as CaiTPool
 from cenote.pool.attention.cbam import CbamPool as CbamPool
@@ -27,6 +29,9 @@ from cenote.pool.attention.esimpool import ESimPool as ESimPool
 from cenote.pool.attention.jepa import JepaPool as JepaPool
 from cenote.pool.attention.joint_attention.field import FieldHead as FieldHead
 from cenote.pool.attention.joint_attention.fusion import JointAttentionFusion as JointAttentionFusion
+from cenote.pool.attention.joint_attention.measure import detection_curve as detection_curve
+from cenote.pool.attention.joint_attention.measure import gaze_cones as gaze_cones
+from cenote.pool.attention.joint_attention.measure import trivial_points as trivial_points
 from cenote.pool.attention.joint_attention.model import JointAttention as JointAttention
 from cenote.pool.attention.joint_attention.pool import JointAttentionPool as JointAttentionPool
 from cenote.pool.attention.joint_attention.targets import best_point as best_point
@@ -42,6 +47,8 @@ from cenote.pool.attention.set_transformer.model import SetTransformer as SetTra
 from cenote.pool.attention.siglip import SigLipPool as SigLipPool
 from cenote.pool.attention.simpool import SimPool as SimPool
 from cenote.pool.attention.slotcon.grouping import SemanticGrouping as SemanticGrouping
+from cenote.pool.attention.slotcon.groups import nearest_slots as nearest_slots
+from cenote.pool.attention.slotcon.groups import shares_of_image as shares_of_image
 from cenote.pool.attention.slotcon.model import SlotCon as SlotCon
 from cenote.pool.attention.slotcon.trainer import SlotConTrainer as SlotConTrainer
 from cenote.pool.attention.slotcon.views import TwoCrops as TwoCrops
@@ -116,6 +123,7 @@ from cenote.pool.sequence.biomedical_re_pooling import EntityPool as EntityPool
 from cenote.pool.sequence.biomedical_re_pooling import IndexSetPool as IndexSetPool
 from cenote.pool.sequence.biomedical_re_pooling import RelationPooled as RelationPooled
 from cenote.pool.sequence.biomedical_re_pooling import RelationSentences as RelationSentences
+from cenote.pool.sequence.biomedical_re_pooling import SentencePool as SentencePool
 from cenote.pool.sequence.cuni_multimodal import FlatMemories as FlatMemories
 from cenote.pool.sequence.cuni_multimodal import HierarchicalMemories as HierarchicalMemories
 from cenote.pool.sequence.cuni_multimodal import ImageMemory as ImageMemory
@@ -138,13 +146,16 @@ from cenote.pool.sequence.layer_aware_tdnn.model import LayerAwareTDNN as LayerA
 from cenote.pool.sequence.layer_aware_tdnn.model import SpeakerStatisticsPool as SpeakerStatisticsPool
 from cenote.pool.sequence.sentiment_attitudes import IMLPAttention as IMLPAttention
 from cenote.pool.sequence.sentiment_attitudes import InteractiveAttention as InteractiveAttention
+from cenote.pool.sequence.sentiment_attitudes import InteractiveEncoder as InteractiveEncoder
 from cenote.pool.sequence.sentiment_attitudes import LinAttention as LinAttention
 from cenote.pool.sequence.sentiment_attitudes import MLPAttention as MLPAttention
 from cenote.pool.sequence.sentiment_attitudes import PiecewiseMaxPool as PiecewiseMaxPool
 from cenote.pool.sequence.sentiment_attitudes import YangAttention as YangAttention
 from cenote.pool.sequence.sentiment_attitudes import ZhouAttention as ZhouAttention
 from cenote.pool.sequence.sentiment_attitudes import attention_penalty as attention_penalty
+from cenote.pool.sequence.sentiment_attitudes import combined_keys as combined_keys
 from cenote.pool.sequence.sentiment_attitudes import mass_by_type as mass_by_type
+from cenote.pool.sequence.sentiment_attitudes import mass_difference as mass_difference
 from cenote.pool.sequence.sta_v2a.alignment import aa_align as aa_align
 from cenote.pool.sequence.sta_v2a.alignment import onset_times as onset_times
 from cenote.pool.sequence.sta_v2a.generator import StaV2a as StaV2a
@@ -197,6 +208,7 @@ from cenote.pool.spatial.deeplabv3 import DeepLabV3ASPP as DeepLabV3ASPP
 from cenote.pool.spatial.deeplabv3 import DeepLabV3Head as DeepLabV3Head
 from cenote.pool.spatial.deeplabv3 import multi_grid as multi_grid
 from cenote.pool.spatial.deeplabv3 import pixel_loss as pixel_loss
+from cenote.pool.spatial.ggem.dependence import group_dependence as group_dependence
 from cenote.pool.spatial.ggem.pool import GGeM as GGeM
 from cenote.pool.spatial.ggem.pool import GeM as GeM
 from cenote.pool.spatial.ggem.windows import GGeMPool1d as GGeMPool1d
@@ -206,6 +218,7 @@ from cenote.pool.spatial.gramian_heads.loss import DecorrelationLoss as Decorrel
 from cenote.pool.spatial.gramian_heads.loss import divergence_from_mean as divergence_from_mean
 from cenote.pool.spatial.gramian_heads.model import GramianHeads as GramianHeads
 from cenote.pool.spatial.gramian_heads.model import GramianPool as GramianPool
+from cenote.pool.spatial.gramian_heads.strength import strength_and_correlation as strength_and_correlation
 from cenote.pool.spatial.mixed_gated_tree import GatedPool1d as GatedPool1d
 from cenote.pool.spatial.mixed_gated_tree import GatedPool2d as GatedPool2d
 from cenote.pool.spatial.mixed_gated_tree import GatedPool3d as GatedPool3d
@@ -226,5 +239,6 @@ from cenote.pool.spatial.softpool import SoftPool3d as SoftPool3d
 from cenote.pool.spatial.tokenflex import TokenCountSampler as TokenCountSampler
 from cenote.pool.spatial.tokenflex import TokenFlex as TokenFlex
 from cenote.pool.spatial.tokenflex import check_placeholders as check_placeholders
+from cenote.pool.spatial.tokenflex import expand_placeholders as expand_placeholders
 from cenote.pool.spatial.weighted import LeanWindowPool as LeanWindowPool
 from cenote.pool.spatial.weighted import WeightedWindowPool as WeightedWindowPool

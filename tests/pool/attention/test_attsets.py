@@ -11,6 +11,8 @@ from torch.optim import Adam
 from cenote.core import Bags, InputError
 from cenote.pool import AttSets, AttSetsConv, FASet
 from cenote.pool.attention.attsets.faset import Batch
+from cenote.pool.attention.attsets.occupancy import best_threshold, iou, iou_by_views, occupancy_loss
+from cenote.pool.attention.attsets.running import RunningAttSets
 from cenote.testing import check_pool
 
 
@@ -222,6 +224,56 @@ def test_training_lowers_both_losses(alternate: bool) -> None:
     assert len(losses.attention) == (40 if alternate else 15)
     assert losses.base[-1] < 0.9 * losses.base[0]
     assert losses.attention[-1] < losses.attention[0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"outputs": 2, "tanh": True}])
+def test_views_one_by_one_are_all_at_once(settings: dict[str, object]) -> None:
+    pool, x = pool_of(6, **settings), 30 * randn(3, 5, 6)
+    mask = torch.tensor([[True] * 5, [False, True, False, True, False], [False] * 5])
+    running, masked = RunningAttSets(pool), RunningAttSets(pool)
+    for n in range(5):
+        torch.testing.assert_close(running.add(x[:, n : n + 1]), pool(x[:, : n + 1]))
+        seen = masked.add(x[:, n : n + 1], mask[:, n : n + 1])
+        torch.testing.assert_close(seen, pool(x[:, : n + 1], mask[:, : n + 1]))
+    pieces = RunningAttSets(pool)
+    pieces.add(x[:, 3:])
+    torch.testing.assert_close(pieces.add(x[:, :3]), pool(x))
+    with pytest.raises(InputError, match="x"):
+        pieces.add(x[..., :5])
+
+
+def test_gradients_of_views_one_by_one() -> None:
+    pool, x = pool_of(6), randn(2, 3, 6).requires_grad_()
+    running = RunningAttSets(pool)
+    for view in x.split(1, 1):
+        y = running.add(view)
+    inputs = [x, pool.score.weight]
+    for got, expected in zip(
+        torch.autograd.grad(y.square().sum(), inputs), torch.autograd.grad(pool(x).square().sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_occupancy_is_judged_by_its_voxels() -> None:
+    p = torch.tensor([[[0.9, 0.6], [0.2, 0.1]], [[0.4, 0.3], [0.2, 0.1]]])
+    truth = torch.tensor([[[True, False], [True, False]], [[True, True], [False, False]]])
+    torch.testing.assert_close(iou(p, truth), torch.tensor([1 / 3, 0.0]))
+    assert iou(p, torch.zeros_like(truth), 0.95).tolist() == [1.0, 1.0]
+    # above 0.25: two of three, and all
+    assert best_threshold(p, truth, (0.05, 0.25, 0.5)) == 0.25
+    loss = nn.functional.binary_cross_entropy(p, truth.float())
+    torch.testing.assert_close(occupancy_loss(p, truth.float()), loss)
+    assert occupancy_loss(torch.zeros(1, 3), torch.ones(1, 3)).isfinite()
+
+
+def test_iou_by_the_number_of_views() -> None:
+    truth = torch.tensor([[True, True, False]])
+    views = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]])
+    assert iou_by_views(lambda x: x.amax(1), views, truth, (1, 2, 3)) == pytest.approx({1: 0.5, 2: 1.0, 3: 2 / 3})
+    with pytest.raises(InputError, match="counts: expected numbers of views from 1 to 3"):
+        iou_by_views(lambda x: x.amax(1), views, truth, (4,))
+    with pytest.raises(InputError, match="thresholds"):
+        best_threshold(views, views > 0, ())
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -7,6 +7,7 @@ from torch import nn
 from cenote.core import InputError
 from cenote.pool.attention.joint_attention.field import FieldHead, coordinates, mean_map
 from cenote.pool.attention.joint_attention.fusion import JointAttentionFusion
+from cenote.pool.attention.joint_attention.measure import detection_curve, distance, gaze_cones, trivial_points
 from cenote.pool.attention.joint_attention.model import JointAttention
 from cenote.pool.attention.joint_attention.pool import JointAttentionPool
 from cenote.pool.attention.joint_attention.targets import best_point, gaussian_target
@@ -117,6 +118,24 @@ def test_padded_people_are_not_seen(aggregation: str) -> None:
     assert nobody.joint.isfinite().all()
 
 
+def test_a_person_at_the_origin_who_does_nothing_is_a_person() -> None:
+    model, given = small(), group()
+    silent = [torch.cat([v, torch.zeros_like(v[:, :1])], 1) for v in given]
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    seen = model(*silent, mask, size=SIZE)
+    assert not torch.allclose(seen.joint, model(*given, size=SIZE).joint)
+    assert seen.people[:, 5].any()
+    torch.testing.assert_close(seen.joint, model(*silent, size=SIZE).joint)
+
+
+def test_only_the_form_with_all_tokens_side_by_side_limits_the_number_of_people() -> None:
+    given = group(13)
+    for aggregation in AGGREGATIONS:
+        assert small(aggregation=aggregation)(*given, size=SIZE).people.shape == (2, 13, *SIZE)
+    with pytest.raises(InputError, match="built for 12 people, got 13"):
+        small(aggregation="token_only_concat")(*given, size=SIZE)
+
+
 def test_aggregations() -> None:
     given = group()
     token, each, both = (small(aggregation=a) for a in AGGREGATIONS)
@@ -195,6 +214,35 @@ def test_targets() -> None:
     assert best_point(one[:, 0]).tolist() == [[0.5, 0.25], [0.75, 0.5]]
 
 
+def test_distances_and_shares_are_in_pixels() -> None:
+    found, truth = torch.tensor([[0.5, 0.5], [0.1, 0.2]]), torch.tensor([[0.5, 0.75], [0.4, 0.2]])
+    apart = distance(found, truth, (40, 100))
+    torch.testing.assert_close(apart, torch.tensor([10.0, 30.0]))
+    assert detection_curve(apart, [9.9, 10.1, 30.1]).tolist() == [0.0, 0.5, 1.0]
+
+
+def test_gaze_cones_by_hand_and_what_needs_no_training() -> None:
+    torch.manual_seed(0)
+    size = (20, 40)
+    ball = torch.tensor([[0.5, 0.25], [0.75, 0.5]])
+    position = torch.rand(2, 4, 2)
+    way = (ball.unsqueeze(1) - position) * torch.tensor([40.0, 20.0])
+    gaze = F.normalize(way, dim=-1)
+    mask = torch.tensor([[True, True, True, False], [True] * 4])
+    gaze[0, 3] *= -1
+    cones = gaze_cones(position, gaze, size, mask, spread=0.3)
+    i, j = 7, 31
+    angles = []
+    for n in range(3):
+        to = torch.tensor([j - position[0, n, 0] * 40, i - position[0, n, 1] * 20])
+        angles.append(torch.acos(to @ gaze[0, n] / to.norm()))
+    torch.testing.assert_close(cones[0, 0, i, j], torch.exp(-torch.stack(angles).square() / 0.3).mean())
+    points = trivial_points(position, gaze, size, mask)
+    assert distance(points["mean gaze cone"], ball, size).max() < 1.5
+    torch.testing.assert_close(points["mean position"][0], position[0, :3].mean(0))
+    assert points["image centre"].tolist() == [[0.5, 0.5]] * 2
+
+
 def test_training_paints_the_point() -> None:
     torch.manual_seed(0)
     model = JointAttention(actions=1, width=8, layers=1)
@@ -229,6 +277,7 @@ def test_errors() -> None:
         (lambda: JointAttentionFusion("late"), "kind"),
         (lambda: JointAttentionFusion()(torch.rand(2, 1, 4, 4), torch.rand(2, 1, 4, 5)), "people, scene"),
         (lambda: gaussian_target(torch.rand(1, 1, 2), (4, 4), sigma=0.0), "sigma"),
+        (lambda: gaze_cones(torch.rand(1, 1, 2), torch.rand(1, 1, 2), (4, 4), spread=0.0), "spread"),
     ):
         with pytest.raises(InputError, match=name):
             call()

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from tests.pools import dense_attention, features, shaken
 
-from cenote.core import InputError
+from cenote.core import InputError, PaddedTokens
 from cenote.pool import SimPool
 from cenote.testing import check_pool
 
@@ -84,6 +84,15 @@ def test_equals_attention_written_out() -> None:
     torch.testing.assert_close(got, weights.squeeze(2))
     fused = F.scaled_dot_product_attention(*(t.unflatten(-1, (4, 4)).transpose(1, 2) for t in (q, pool.wk(z), z)))
     torch.testing.assert_close(output, fused.squeeze(2).flatten(1))
+
+
+def test_the_power_mean_stays_in_float32_under_autocast() -> None:
+    pool, x = shaken(SimPool(16, gamma=2.0, beta=True)).float(), PaddedTokens(features().float())
+    weights = torch.full((2, 9, 1), 1 / 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = pool.power_mean(x, x.values, weights).output
+        assert pool(x.values).dtype == torch.float32
+    torch.testing.assert_close(output, pool.power_mean(x, x.values, weights).output, atol=0, rtol=0)
 
 
 def test_plans_agree() -> None:

@@ -10,6 +10,7 @@ from torch import nn
 import cenote.pool.attention.slotcon.model as slotcon_model
 from cenote.core import Bags, InputError
 from cenote.pool.attention.slotcon.grouping import Grouped, SemanticGrouping
+from cenote.pool.attention.slotcon.groups import nearest_slots, shares_of_image
 from cenote.pool.attention.slotcon.lars import LARS
 from cenote.pool.attention.slotcon.model import SlotCon, active_slots
 from cenote.pool.attention.slotcon.trainer import SlotConTrainer
@@ -54,6 +55,20 @@ def test_without_heat_slots_are_means_of_what_is_assigned() -> None:
     for item in range(2):
         for k in range(3):
             torch.testing.assert_close(pool(x)[item, k], x[item, best[item] == k].mean(0))
+
+
+def test_a_map_of_one_place_gives_every_slot_that_place_and_one_active_prototype() -> None:
+    pool, x = shaken(SemanticGrouping(6, slots=3)), randn(2, 6, 1, 1)
+    slots, dots = pool.group(x)
+    torch.testing.assert_close(slots, x.flatten(1).unsqueeze(1).expand(-1, 3, -1))
+    assert active_slots(dots).sum(1).tolist() == [1, 1]
+
+
+def test_what_is_not_assigned_leaks_by_eps() -> None:
+    pool, x = shaken(SemanticGrouping(6, slots=2, temp=1e-5, eps=0.1)), features(1, 8, 6)
+    own = (pool.dots(x)[0].argmax(-1) == 0).double()
+    share = own + 0.1
+    torch.testing.assert_close(pool(x)[0, 0], share @ x[0] / share.sum())
 
 
 def test_scale_of_tokens_and_their_order() -> None:
@@ -253,6 +268,48 @@ def test_trainer_trains_and_stops_on_time() -> None:
         trainer.step(torch.rand(8, 1, 12, 12))
     assert trainer.schedule.get_last_lr()[0] == pytest.approx(0.0, abs=1e-6)
     assert model.segment(torch.rand(2, 1, 12, 12)).shape == (2, 6, 6)
+
+
+def test_a_training_that_was_stopped_goes_on_as_it_would_have() -> None:
+    images = torch.rand(4, 1, 12, 12)
+
+    def trainer() -> SlotConTrainer:
+        return SlotConTrainer(small().float(), TwoCrops(8, scale=(0.4, 0.9)), steps=6, warm_up=0.5, batch=64)
+
+    def go_on(training: SlotConTrainer, steps: int, seed: int) -> None:
+        torch.manual_seed(seed)
+        for _ in range(steps):
+            training.step(images)
+
+    whole, first, second = trainer(), trainer(), trainer()
+    for training in (whole, first):
+        go_on(training, 3, seed=1)
+    state = copy.deepcopy(first.state_dict())
+    second.load_state_dict(state)
+    for training in (whole, second):
+        go_on(training, 3, seed=2)
+    assert second.done == 6
+    torch.testing.assert_close(second.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+    assert second.model.center.any()
+    short = SlotConTrainer(small(), TwoCrops(8), steps=2)
+    with pytest.raises(InputError, match="state: 3 steps are done, more than the 2"):
+        short.load_state_dict(state)
+
+
+def test_shares_of_an_image_and_the_images_of_a_prototype() -> None:
+    torch.manual_seed(0)
+    grouping = shaken(SemanticGrouping(6, slots=3))
+    found = grouping.group(randn(20, 6, 4, 4))
+    shares = shares_of_image(found.dots)
+    label = found.dots.argmax(1)
+    torch.testing.assert_close(shares, torch.stack([(label == k).double().mean((1, 2)) for k in range(3)], 1))
+    images, cosines = nearest_slots(grouping.slot_embed, found, 1, count=4, least=0.25)
+    fitting = [i for i in range(20) if shares[i, 1] >= 0.25]
+    near = {i: float(F.cosine_similarity(found.slots[i, 1], grouping.slot_embed[1], dim=0)) for i in fitting}
+    assert images.tolist() == sorted(near, key=near.__getitem__, reverse=True)[:4]
+    assert cosines.tolist() == pytest.approx([near[i] for i in images.tolist()])
+    with pytest.raises(InputError, match="prototype: expected a number from 0 to 2"):
+        nearest_slots(grouping.slot_embed, found, 3)
 
 
 def test_default_optimiser_is_lars_with_warm_up() -> None:

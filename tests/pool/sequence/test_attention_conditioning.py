@@ -67,6 +67,26 @@ def test_concat_without_knowledge_is_plain_attention() -> None:
     torch.testing.assert_close(pool(h, torch.zeros(2, 9, F_)), plain(h, pool.score.weight[0, :DIM]))
 
 
+def test_without_knowledge_gate_and_affine_are_constant_maps_and_not_plain_attention() -> None:
+    h, _ = inputs()
+    nothing = torch.zeros(2, 9, F_, dtype=torch.float64)
+    gate, affine = shaken(AttentionalGate(DIM, F_)), shaken(AttentionalAffine(DIM, F_))
+    v = gate.score.weight[0]
+    torch.testing.assert_close(gate(h, nothing), plain(h, v * torch.sigmoid(gate.gate.bias)))
+    assert not torch.allclose(gate(h, nothing), plain(h, v))
+    torch.testing.assert_close(affine(h, nothing), plain(h, affine.score.weight[0] * affine.scale.bias))
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_a_sentence_without_words_gives_zeros(make) -> None:
+    pool, (h, c) = shaken(make()), inputs()
+    mask = torch.tensor([[True] * 9, [False] * 9])
+    output, weights = pool.attend(h, c, mask)
+    assert output[1].eq(0).all()
+    assert weights[1].eq(0).all()
+    torch.testing.assert_close(output[0], pool(h, c)[0])
+
+
 def test_a_gate_of_zeros_halves_the_scores() -> None:
     pool, (h, c) = shaken(AttentionalGate(DIM, F_)), inputs()
     with torch.no_grad():

@@ -7,7 +7,7 @@ import torch
 from tests.pools import features, shaken
 
 from cenote.core import InputError
-from cenote.pool import ABMIL, DependencyPool, DynamicPool, EntityPool, IndexSetPool
+from cenote.pool import ABMIL, DependencyPool, DynamicPool, EntityPool, IndexSetPool, SentencePool
 
 TOKENS, DIM = 9, 6
 SUBJECT, OBJECT = torch.tensor([[1, 3], [5, 6]]), torch.tensor([[6, 7], [0, 2]])
@@ -16,6 +16,8 @@ STAR = torch.tensor([4, 4, 4, 4, -1, 4, 4, 4, 4]).expand(2, TOKENS)
 ALL = [
     lambda reduce: EntityPool(DIM, reduce=reduce),
     lambda reduce: EntityPool(DIM, sentence=False, reduce=reduce),
+    lambda reduce: EntityPool(DIM, head_word=True, reduce=reduce),
+    lambda reduce: SentencePool(DIM, reduce=reduce),
     lambda reduce: DynamicPool(DIM, reduce=reduce),
     lambda reduce: DynamicPool(DIM, pieces=5, reduce=reduce),
     lambda reduce: DependencyPool(DIM, reduce=reduce),
@@ -35,6 +37,34 @@ def test_entities_and_sentence() -> None:
     torch.testing.assert_close(y[1], torch.stack([x[1, 5], x[1, 0:2].amax(0), x[1].amax(0)]))
     only = EntityPool(DIM, sentence=False, reduce="mean")(x, SUBJECT, OBJECT)
     torch.testing.assert_close(only[0], torch.cat([x[0, 1:3].mean(0), x[0, 6]]))
+
+
+def test_the_head_word_of_a_mention_alone() -> None:
+    x = words()
+    # words 1 and 2 hang on each other; the span's head is the one whose head lies outside
+    heads = torch.tensor([[-1, 2, 0, 0, 0, 0, 0, 0, 0]] * 2)
+    pooled = EntityPool(DIM, sentence=False, head_word=True).attend(x, SUBJECT, OBJECT, heads)
+    torch.testing.assert_close(pooled.output[0], torch.cat([x[0, 2], x[0, 6]]))
+    torch.testing.assert_close(pooled.output[1], torch.cat([x[1, 5], x[1, 0]]))
+    nothing = torch.tensor([[4, 4], [5, 6]])
+    none = EntityPool(DIM, sentence=False, head_word=True).attend(x, nothing, OBJECT, heads)
+    assert none.output[0, :DIM].eq(0).all()
+    with pytest.raises(InputError, match="heads"):
+        EntityPool(DIM, head_word=True)(x, SUBJECT, OBJECT)
+
+
+def test_the_whole_sentence_in_four_ways() -> None:
+    x = words()
+    mask = torch.arange(TOKENS).expand(2, TOKENS) < torch.tensor([[TOKENS], [4]])
+    for reduce, expected in (
+        ("max", [x[0].amax(0), x[1, :4].amax(0)]),
+        ("mean", [x[0].mean(0), x[1, :4].mean(0)]),
+        ("last", [x[0, -1], x[1, 3]]),
+    ):
+        y = SentencePool(DIM, reduce)(x, SUBJECT, torch.tensor([[6, 7], [0, 2]]), mask=mask)
+        torch.testing.assert_close(y, torch.stack(expected))
+    attention = shaken(SentencePool(DIM, "attention", hidden=4))
+    torch.testing.assert_close(attention(x, SUBJECT, OBJECT, mask=mask), attention.reduce(x, mask))
 
 
 def test_pieces_go_by_the_order_in_the_text() -> None:
@@ -78,7 +108,7 @@ def test_swapping_the_mentions_swaps_their_parts_alone() -> None:
 
 
 @pytest.mark.parametrize("make", ALL)
-@pytest.mark.parametrize("reduce", ["max", "mean", "attention"])
+@pytest.mark.parametrize("reduce", ["max", "mean", "attention", "last"])
 def test_padding_and_batch_mates_do_nothing(make, reduce: str) -> None:
     pool, x = shaken(make(reduce)), words()
     y = pool(x, SUBJECT, OBJECT, STAR)
@@ -145,6 +175,7 @@ def test_an_empty_mention_gives_zeros_and_falls_back() -> None:
     pooled = DependencyPool(DIM).attend(x, nothing, OBJECT, CHAIN)
     assert pooled.output[0, :DIM].eq(0).all()
     assert pooled.fallback.tolist() == [True, False]
+    assert pooled.empty.tolist() == [[True, False, False], [False] * 3]
 
 
 @pytest.mark.parametrize("make", ALL)

@@ -83,6 +83,19 @@ def test_a_masked_frame_inside_a_clip_still_takes_time() -> None:
     torch.testing.assert_close(weights[0, 0], expected)
 
 
+@pytest.mark.parametrize("tokens", [8, 9])
+def test_masked_frames_and_further_ones_change_nothing(tokens: int) -> None:
+    pool, x = shaken(DraspPool(16, segment=4)), features(2, tokens)
+    mask = torch.arange(tokens).expand(2, tokens) < torch.tensor([[tokens], [5]])
+    expected = torch.cat([pool(x[:1]), pool(x[1:, :5])])
+    longer = torch.cat([x, features(2, 6, seed=3)], 1)
+    further = torch.cat([mask, torch.zeros(2, 6, dtype=torch.bool)], 1)
+    for frames, real in ((x.masked_fill(~mask.unsqueeze(-1), 1e3), mask), (longer, further)):
+        torch.testing.assert_close(pool(frames, real), expected)
+    with pytest.raises(InputError, match="mask"):
+        pool(x, mask.double() / 2)
+
+
 @pytest.mark.parametrize("mask_from", [7, 9])
 def test_weights_are_what_the_means_took_from_each_frame(mask_from: int) -> None:
     pool, x = shaken(DraspPool(16, segment=4, statistics="mean")), features()
@@ -99,6 +112,30 @@ def test_branches_of_one_are_the_plain_pools() -> None:
     x = features()
     torch.testing.assert_close(DraspPool(16, branches="coarse", statistics="mean")(x), MeanPool(16)(x))
     torch.testing.assert_close(DraspPool(16, branches="coarse")(x), StatisticsPool(16, eps=0.0)(x))
+
+
+def test_variants_by_the_names_of_the_code() -> None:
+    x = features()
+    whole = shaken(DraspPool(16, segment=4))
+    fine = {k: v for k, v in whole.state_dict().items() if k not in ("alpha", "beta")}
+    coarse = [x.mean(1), x.std(1, correction=0)]
+    parts = {}
+    for name in ("sap", "asp", "gsap", "gasp"):
+        pool = DraspPool.variant(name, 16, segment=4).double()
+        pool.load_state_dict(fine)
+        assert pool.segment == (4 if name[0] == "g" else 1)
+        parts[name] = pool(x)
+    torch.testing.assert_close(DraspPool.variant("tap", 16)(x), coarse[0])
+    torch.testing.assert_close(DraspPool.variant("tsp", 16)(x), torch.cat(coarse, -1))
+    torch.testing.assert_close(parts["asp"][:, :16], parts["sap"])
+    torch.testing.assert_close(parts["gasp"][:, :16], parts["gsap"])
+    for name, first, second in (("drap", coarse[0], parts["gsap"]), ("drsp", torch.cat(coarse, -1), parts["gasp"])):
+        pool = DraspPool.variant(name, 16, segment=4).double()
+        pool.load_state_dict(whole.state_dict())
+        torch.testing.assert_close(pool(x), whole.alpha * first + whole.beta * second)
+    assert DraspPool.variant("drsp", 16, fusion="concat").out_dim == 64
+    with pytest.raises(InputError, match="name"):
+        DraspPool.variant("gap", 16)
 
 
 def test_fusions() -> None:

@@ -10,6 +10,7 @@ from cenote.core.sets import PaddedTokens
 from cenote.pool import (
     IMLPAttention,
     InteractiveAttention,
+    InteractiveEncoder,
     LinAttention,
     MLPAttention,
     PaddedPool,
@@ -18,7 +19,9 @@ from cenote.pool import (
     YangAttention,
     ZhouAttention,
     attention_penalty,
+    combined_keys,
     mass_by_type,
+    mass_difference,
 )
 from cenote.testing import check_pool
 
@@ -74,6 +77,18 @@ def test_several_rows_of_weights() -> None:
         LinAttention(16, rows=0)
 
 
+def test_rows_joined_by_a_layer() -> None:
+    pool, x = shaken(LinAttention(16, rows=3, hidden=5, joined=7)), features()
+    assert pool.out_dim == 7
+    rows = LinAttention(16, rows=3, hidden=5).double()
+    rows.load_state_dict({k: v for k, v in pool.state_dict().items() if not k.startswith("joined")})
+    output, weights = pool.attend(x, MASK)
+    flat = rows(x, MASK).flatten(1)
+    torch.testing.assert_close(output, torch.relu(flat @ pool.joined.weight.T + pool.joined.bias))
+    assert weights.shape == (2, 3, 9)
+    check_pool(LinAttention(8, rows=2, hidden=4, joined=5))
+
+
 def test_a_vector_of_zeros_gives_the_mean() -> None:
     x = features()
     zhou, yang = shaken(ZhouAttention(16)), shaken(YangAttention(16))
@@ -114,6 +129,17 @@ def test_averaging_one_key_is_that_key() -> None:
     for keys in (key, padded, key.expand(-1, 3)):
         torch.testing.assert_close(many(x, keys), one(x, key))
         torch.testing.assert_close(many.attend(x, keys).weights, one.attend(x, key).weights)
+
+
+def test_lists_of_keys_are_combined_with_what_is_none_last() -> None:
+    pool, x = shaken(IMLPAttention(16)), features()
+    frames = torch.tensor([[4, -1], [-1, -1]])
+    both = combined_keys(KEYS, frames)
+    assert both.tolist() == [[4, 3, 0, -1], [5, 2, -1, -1]]
+    torch.testing.assert_close(pool(x, both), pool(x, torch.cat([frames, KEYS], 1)))
+    torch.testing.assert_close(pool(x, both)[1:], pool(x, KEYS)[1:])
+    with pytest.raises(InputError, match="keys: expected at least one"):
+        combined_keys()
 
 
 def test_averaging_is_over_the_real_keys() -> None:
@@ -163,6 +189,36 @@ def test_interactive_attention_equation() -> None:
         pool(h[:, :8], s)
 
 
+@pytest.mark.parametrize("average", ["padded", "last"])
+def test_what_stands_for_the_other_side(average: str) -> None:
+    pool = shaken(InteractiveAttention(16, average=average))
+    h, s = features(), features(tokens=3, seed=5)
+    aspects = torch.tensor([[True] * 3, [True, True, False]])
+    y, of_context, _ = pool.attend(h, s, MASK, aspects)
+    of_h, of_s = (h[1, :6].sum(0) / 9, s[1, :2].sum(0) / 3) if average == "padded" else (h[1, 5], s[1, 1])
+    beta = torch.tanh(h[1, :6] @ (pool.of_context @ of_s)).softmax(0)
+    gamma = torch.tanh(s[1, :2] @ (pool.of_aspects @ of_h)).softmax(0)
+    torch.testing.assert_close(y[1], torch.cat([beta @ h[1, :6], gamma @ s[1, :2]]))
+    torch.testing.assert_close(of_context[1, 0, :6], beta)
+    with pytest.raises(InputError, match="average"):
+        InteractiveAttention(16, average="first")
+
+
+def test_the_whole_of_ian_reads_both_sides_by_itself() -> None:
+    model = shaken(InteractiveEncoder(16, hidden=5, tokens=9, aspects=3))
+    x, terms = features(), features(tokens=3, seed=5)
+    aspects = torch.tensor([[True] * 3, [True, True, False]])
+    nan = float("nan")
+    y = model(x.masked_fill(~MASK.unsqueeze(-1), nan), terms.masked_fill(~aspects.unsqueeze(-1), nan), MASK, aspects)
+    h, s = model.context(x[1:, :6])[0], model.aspects(terms[1:, :2])[0]
+    pad = torch.nn.functional.pad
+    expected = model.attention(pad(h, (0, 0, 0, 3)), pad(s, (0, 0, 0, 1)), MASK[1:], aspects[1:])
+    torch.testing.assert_close(y[1:], expected)
+    assert y.shape == (2, model.out_dim)
+    y.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_interactive_attention_ignores_padding() -> None:
     pool, h, s = shaken(InteractiveAttention(16)), features(), features(tokens=3, seed=5)
     nan = torch.full((2, 2, 16), float("nan"), dtype=h.dtype)
@@ -191,6 +247,34 @@ def test_empty_pieces_are_zero() -> None:
     assert after.eq(0).all()
     masked = pool(x, torch.tensor([[0, 1]]), torch.tensor([[True, True, False, False, False]])).view(3, 4)
     assert masked[2].eq(0).all()
+
+
+def test_entities_that_open_their_pieces_leave_the_first_one_empty_at_the_start() -> None:
+    x, pool = features(1, 7, 4), PiecewiseMaxPool(4, tanh=False, entities="open")
+    y = pool(x, torch.tensor([[4, 1]])).view(3, 4)
+    torch.testing.assert_close(y, torch.stack([x[0, 0], x[0, 1:4].amax(0), x[0, 4:].amax(0)]))
+    both = pool(x - 10, torch.tensor([[0, 0]])).view(3, 4)
+    assert both[:2].eq(0).all()
+    torch.testing.assert_close(both[2], (x - 10)[0].amax(0))
+    with pytest.raises(InputError, match="entities"):
+        PiecewiseMaxPool(4, entities="between")
+
+
+def test_mass_of_two_kinds_of_contexts_is_compared() -> None:
+    from scipy.stats import mannwhitneyu
+
+    torch.manual_seed(0)
+    first, second = torch.rand(30, 2), torch.rand(20, 2)
+    first[:, 0] += 0.5
+    more, same = mass_difference(first, second)
+    assert more.difference == pytest.approx(float(first[:, 0].mean() - second[:, 0].mean()))
+    assert more.p == pytest.approx(mannwhitneyu(first[:, 0].numpy(), second[:, 0].numpy()).pvalue)
+    assert more.p < 1e-3
+    assert same.p > 0.01
+    with pytest.raises(InputError, match="first, second"):
+        mass_difference(first, second[:0])
+    with pytest.raises(InputError, match="first, second"):
+        mass_difference(first, second[:, :1])
 
 
 def test_mass_by_type() -> None:

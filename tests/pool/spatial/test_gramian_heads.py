@@ -13,6 +13,7 @@ from cenote import InputError
 from cenote.core import Bags, PaddedTokens
 from cenote.pool import DecorrelationLoss, GramianHeads, GramianPool, divergence_from_mean
 from cenote.pool.spatial.gramian_heads.model import gramian
+from cenote.pool.spatial.gramian_heads.strength import strength_and_correlation
 from cenote.testing import check_pool
 
 DIM = 16
@@ -141,6 +142,67 @@ def test_heads_classify_each_class_token_and_answer_with_the_mean() -> None:
     single = shaken(heads_of(branches=1))
     assert single.logits(x).shape == (2, 1, 5)
     torch.testing.assert_close(single(x), single.logits(x)[:, 0])
+
+
+def test_any_subset_of_the_heads_answers_and_shows_where_it_looked() -> None:
+    model, x = shaken(heads_of()), features(tokens=12, dim=DIM)
+    logits = model.logits(x)
+    torch.testing.assert_close(model(x, branches=[2]), logits[:, 2])
+    torch.testing.assert_close(model(x, branches=(0, 2)), (logits[:, 0] + logits[:, 2]) / 2)
+    weights = model.pool.attend(x).weights
+    looks = model.looks(x)
+    torch.testing.assert_close(looks[:, 1], weights[:, 4:8].mean(1))
+    on_map = model.looks(x.transpose(1, 2).unflatten(2, (3, 4)))
+    torch.testing.assert_close(on_map, looks.unflatten(2, (3, 4)))
+    for wrong in ([], [3], [-1]):
+        with pytest.raises(InputError, match="branches: expected numbers from 0 to 2"):
+            model(x, branches=wrong)
+
+
+def votes(*heads: list[int]) -> Tensor:
+    return F.one_hot(torch.tensor(heads), 3).double().transpose(0, 1)
+
+
+def test_strength_and_correlation_by_hand() -> None:
+    y = torch.tensor([0, 0, 1, 2])
+    found = strength_and_correlation(votes([0, 0, 1, 0], [0, 1, 1, 0], [0, 1, 2, 2]), y)
+    # the wrong class of most votes: none but 1 for the first two items, 2 for the third, 0 for the last
+    raw = torch.tensor([[1.0, 1.0, 1.0, -1.0], [1.0, -1.0, 1.0, -1.0], [1.0, -1.0, -1.0, 1.0]])
+    margin = raw.mean(0)
+    s, r = float(margin.mean()), float(margin.var(correction=0) / raw.std(1, correction=0).mean() ** 2)
+    assert found.strength == pytest.approx(s)
+    assert found.correlation == pytest.approx(r)
+    assert found.bound == pytest.approx(r * (1 - s**2) / s**2)
+
+
+def test_equal_heads_correlate_fully_and_gain_nothing() -> None:
+    logits = torch.randn(50, 1, 4, dtype=torch.float64)
+    y = torch.randint(4, (50,))
+    same = strength_and_correlation(logits.expand(-1, 3, -1), y)
+    assert same.correlation == pytest.approx(1)
+    assert same.residual_correlation == pytest.approx(1)
+    assert same.gain == 0
+    alone = strength_and_correlation(logits, y)
+    assert alone.correlation != alone.correlation
+    assert alone.residual_correlation != alone.residual_correlation
+    assert alone.strength == pytest.approx(same.strength)
+
+
+def test_heads_that_err_apart_gain_together_within_the_bound() -> None:
+    torch.manual_seed(0)
+    y = torch.randint(4, (400,))
+    logits = 2 * F.one_hot(y, 4).double().unsqueeze(1) + torch.randn(400, 5, 4, dtype=torch.float64)
+    found = strength_and_correlation(logits, y)
+    assert found.gain > 0.05
+    assert found.correlation < 0.5
+    vote = F.one_hot(logits.argmax(-1), 4).double().mean(1)
+    error = float((vote.argmax(-1) != y).double().mean())
+    assert error <= found.bound
+    residual = (logits.softmax(-1) - F.one_hot(y, 4).unsqueeze(1)).transpose(0, 1).flatten(1)
+    c = torch.corrcoef(residual)
+    assert found.residual_correlation == pytest.approx(float((c.sum() - 5) / 20))
+    with pytest.raises(InputError, match="logits"):
+        strength_and_correlation(logits[..., :1], y)
 
 
 @pytest.mark.parametrize("gram_layer", [False, True])

@@ -11,7 +11,7 @@ from tests.pools import features, shaken
 from torch import Tensor, nn
 
 from cenote import InputError
-from cenote.pool import TokenCountSampler, TokenFlex, check_placeholders
+from cenote.pool import TokenCountSampler, TokenFlex, check_placeholders, expand_placeholders
 from cenote.pool.spatial.tokenflex import as_map
 
 
@@ -169,8 +169,25 @@ def test_placeholders_are_counted_per_image() -> None:
         check_placeholders(ids, 9, 4)
 
 
-def test_in_a_vision_language_model() -> None:
-    """The projector of a LLaVA is replaced; the same model then reads images in any number of tokens."""
+def test_placeholders_are_expanded_to_what_is_drawn() -> None:
+    text = torch.tensor([1, 9, 2, 9, 3])
+    sampler = TokenCountSampler((4, 9))
+    for step in range(6):
+        n = sampler.at(step)
+        ids = expand_placeholders(text, 9, n)
+        assert ids.tolist() == [1, *[9] * n, 2, *[9] * n, 3]
+        check_placeholders(ids.unsqueeze(0), 9, n, images=2)
+    tiled = expand_placeholders(text, 9, (1, 2), tiles=[3, 1])
+    assert tiled.tolist() == [1, *[9] * 6, 2, 9, 9, 3]
+    check_placeholders(tiled.unsqueeze(0), 9, (1, 2), images=4)
+    assert expand_placeholders(text[:1], 9, 4, tiles=[]).tolist() == [1]
+    for tiles in ([1], [1, 0], 0):
+        with pytest.raises(InputError, match="tiles: expected at least one for each of the text's 2 images"):
+            expand_placeholders(text, 9, 4, tiles)
+
+
+def llava() -> Any:
+    """A small LLaVA whose projector is replaced; its image token is 31."""
     pytest.importorskip("transformers")
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -189,8 +206,14 @@ def test_in_a_vision_language_model() -> None:
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=31, vision_feature_select_strategy="default"
     )
-    model = LlavaForConditionalGeneration(config).eval()
+    model = LlavaForConditionalGeneration(config)
     model.model.multi_modal_projector = TokenFlex(16, 24)
+    return model
+
+
+def test_in_a_vision_language_model() -> None:
+    """The same model then reads images in any number of tokens."""
+    model = llava().eval()
     image = torch.randn(1, 3, 16, 16)
     logits = {}
     for n in (1, 4, 16):
@@ -201,6 +224,32 @@ def test_in_a_vision_language_model() -> None:
         other = model(input_ids=ids, pixel_values=-image).logits[:, -1]
         assert not torch.equal(logits[n], other)
     assert not torch.equal(logits[1], logits[4])
+
+
+def test_generation_with_a_number_of_tokens_per_request() -> None:
+    """The cache holds as many keys as the request has tokens, the weights are the same."""
+    model = llava().eval()
+    image = torch.randn(1, 3, 16, 16)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for n in (4, 1, 16):
+        model.model.multi_modal_projector.num_tokens = n
+        ids = torch.tensor([[1, *([31] * n), 5, 6]])
+        made = model.generate(
+            input_ids=ids,
+            pixel_values=image,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=3,
+            min_new_tokens=3,
+            do_sample=False,
+            return_dict_in_generate=True,
+            pad_token_id=0,
+        )
+        assert made.sequences.shape == (1, n + 6)
+        # the last token drawn is not read any more
+        assert made.past_key_values.get_seq_length() == n + 5
+        prefill = model(input_ids=ids, pixel_values=image).logits[:, -1].argmax(-1)
+        assert made.sequences[0, n + 3] == prefill
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,12 @@ from cenote.core.requirements import require_at_least, require_one_of
 from cenote.core.sets import PaddedTokens, as_tokens
 from cenote.pool.attention.abmil import ABMIL
 from cenote.pool.base import Pool
+from cenote.pool.basic.last import LastPool
 from cenote.pool.basic.max import MaxPool
 from cenote.pool.basic.mean import MeanPool
 from cenote.pool.sequence.dependency_trees import Trees, span_mask
 
-Reduce = Literal["max", "mean", "attention"]
+Reduce = Literal["max", "mean", "attention", "last"]
 
 
 class RelationPooled(NamedTuple):
@@ -39,6 +40,11 @@ class RelationPooled(NamedTuple):
     weights: Float[Tensor, "batch parts tokens"]
     sets: Bool[Tensor, "batch parts tokens"]
     fallback: Bool[Tensor, "batch"]
+
+    @property
+    def empty(self) -> Bool[Tensor, "batch parts"]:
+        """Which parts have no word and so are zero."""
+        return ~self.sets.any(-1)
 
 
 class RelationSentences(NamedTuple):
@@ -59,6 +65,16 @@ class RelationSentences(NamedTuple):
         """The words of the subject, and those of the object."""
         return [span_mask(self.subject, self.real), span_mask(self.object_, self.real)]
 
+    def trees(self) -> Trees:
+        """Those of the sentences.
+
+        Raises:
+            InputError: where no heads were given.
+        """
+        if self.heads is None:
+            raise InputError("heads: this pooling needs the head of each word; read_conllu reads them from a file")
+        return Trees(self.heads, self.real & (self.heads >= -1))
+
 
 IndexSets = tuple[list[Bool[Tensor, "batch tokens"]], Bool[Tensor, "batch"]]
 
@@ -66,12 +82,12 @@ IndexSets = tuple[list[Bool[Tensor, "batch tokens"]], Bool[Tensor, "batch"]]
 class IndexSetPool(nn.Module, ABC):
     """Base of the pools `y = [P(S_1) ; ... ; P(S_k)]` over sets of words that two mentions and a tree choose.
 
-    `P(S)_c = max_{n in S} x_nc`, or the mean, or additive attention; 0 where `S` is empty.
+    `P(S)_c = max_{n in S} x_nc`, or the mean, or additive attention, or the last word; 0 where `S` is empty.
 
     Args:
         dim: width of a word.
         parts: number of sets.
-        reduce: `"max"`, `"mean"` or `"attention"` (`softmax_n(w . tanh(V x_n + b))`, shared by the parts).
+        reduce: `"max"`, `"mean"`, `"last"` or `"attention"` (`softmax_n(w . tanh(V x_n + b))`, shared by the parts).
         hidden: width of the attention.
 
     Attributes:
@@ -85,7 +101,7 @@ class IndexSetPool(nn.Module, ABC):
     def __init__(self, dim: int, parts: int, reduce: Reduce = "max", hidden: int = 64) -> None:
         super().__init__()
         require_at_least(1, dim=dim)
-        reductions: dict[str, type[Pool]] = {"max": MaxPool, "mean": MeanPool}
+        reductions: dict[str, type[Pool]] = {"max": MaxPool, "mean": MeanPool, "last": LastPool}
         require_one_of((*reductions, "attention"), reduce=reduce)
         self.dim = dim
         self.parts = parts
@@ -154,6 +170,31 @@ class IndexSetPool(nn.Module, ABC):
         return PaddedTokens(tokens.values.repeat_interleave(self.parts, 0), sets.flatten(0, 1)), sets, fallback
 
 
+class SentencePool(IndexSetPool):
+    """The whole sentence: SENT-MAX, SENT-MEAN, SENT-ATT or LAST, called as the poolings that look at the mentions.
+
+    `P(all)`
+
+    Args:
+        dim: width of a word.
+        reduce: `"max"`, `"mean"`, `"attention"`, or `"last"` for the state of the last word.
+        hidden: width of the attention.
+
+    Example:
+        >>> subject, object_ = torch.tensor([[0, 2]]), torch.tensor([[4, 5]])
+        >>> SentencePool(8, "mean")(torch.randn(1, 6, 8), subject, object_).shape
+        torch.Size([1, 8])
+
+    Source: "On the Effectiveness of the Pooling Methods for Biomedical Relation Extraction with Deep Learning", LOUHI 2019.
+    """
+
+    def __init__(self, dim: int, reduce: Reduce = "max", hidden: int = 64) -> None:
+        super().__init__(dim, 1, reduce, hidden)
+
+    def index_sets(self, sentences: RelationSentences) -> IndexSets:
+        return [sentences.real], torch.zeros_like(sentences.real[:, 0])
+
+
 class EntityPool(IndexSetPool):
     """The mentions, and with them the whole sentence.
 
@@ -162,7 +203,8 @@ class EntityPool(IndexSetPool):
     Args:
         dim: width of a word.
         sentence: whether the whole sentence is the third part.
-        reduce: `"max"`, `"mean"` or `"attention"`.
+        head_word: whether of each mention only its head word counts, for which trees must be given.
+        reduce: `"max"`, `"mean"`, `"last"` or `"attention"`.
         hidden: width of the attention.
 
     Example:
@@ -173,12 +215,19 @@ class EntityPool(IndexSetPool):
     Source: "On the Effectiveness of the Pooling Methods for Biomedical Relation Extraction with Deep Learning", LOUHI 2019.
     """
 
-    def __init__(self, dim: int, sentence: bool = True, reduce: Reduce = "max", hidden: int = 64) -> None:
+    def __init__(
+        self, dim: int, sentence: bool = True, reduce: Reduce = "max", hidden: int = 64, head_word: bool = False
+    ) -> None:
         super().__init__(dim, 3 if sentence else 2, reduce, hidden)
         self.sentence = sentence
+        self.head_word = head_word
 
     def index_sets(self, sentences: RelationSentences) -> IndexSets:
         mentions, real = sentences.mentions(), sentences.real
+        if self.head_word:
+            trees, slots = sentences.trees(), torch.arange(real.shape[1], device=real.device)
+            heads = [trees.head_word(span).unsqueeze(1) for span in (sentences.subject, sentences.object_)]
+            mentions = [mention & (slots == head) for mention, head in zip(mentions, heads, strict=True)]
         return [*mentions, real] if self.sentence else mentions, torch.zeros_like(real[:, 0])
 
 
@@ -191,7 +240,7 @@ class DynamicPool(IndexSetPool):
     Args:
         dim: width of a word.
         pieces: 3, or 5 with the mentions apart.
-        reduce: `"max"`, `"mean"` or `"attention"`.
+        reduce: `"max"`, `"mean"`, `"last"` or `"attention"`.
         hidden: width of the attention.
 
     Example:
@@ -237,7 +286,7 @@ class DependencyPool(IndexSetPool):
         dim: width of a word.
         k: steps from the path; `None`: the subtree below the meeting point of the mentions.
         entities: whether the mentions are parts of their own.
-        reduce: `"max"`, `"mean"` or `"attention"`.
+        reduce: `"max"`, `"mean"`, `"last"` or `"attention"`.
         hidden: width of the attention.
 
     Example:
@@ -264,12 +313,8 @@ class DependencyPool(IndexSetPool):
         self.entities = entities
 
     def index_sets(self, sentences: RelationSentences) -> IndexSets:
-        subject, object_, heads, real = sentences
-        if heads is None:
-            raise InputError(
-                "heads: dependency pooling needs the head of each word; read_conllu reads them from a file"
-            )
-        trees = Trees(heads, real & (heads >= -1))
+        subject, object_, _, real = sentences
+        trees = sentences.trees()
         mentions = sentences.mentions()
         a, b = trees.head_word(subject), trees.head_word(object_)
         chosen = trees.below(trees.meeting(a, b)) if self.k is None else trees.near(trees.path(a, b), self.k)

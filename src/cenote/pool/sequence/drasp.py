@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Self, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,9 @@ from cenote.pool.base import Pool, Pooled
 
 Branches = Literal["both", "coarse", "fine"]
 Fusion = Literal["scalars", "sigmoid", "concat"]
+Variant = Literal["tap", "tsp", "sap", "asp", "gsap", "gasp", "drap", "drsp"]
+
+_BRANCHES: dict[str, Branches] = {"t": "coarse", "s": "fine", "a": "fine", "g": "fine", "d": "both"}
 
 
 class DraspPool(Pool):
@@ -85,6 +88,32 @@ class DraspPool(Pool):
         if branches == "both" and fusion == "scalars":
             self.beta = nn.Parameter(torch.tensor(0.0))
         self.projection = nn.Linear(joined, dim) if project else None
+
+    @classmethod
+    def variant(cls, name: Variant, dim: int, segment: int = 1, **settings: Any) -> Self:
+        """The pooling of that name in the authors' code.
+
+        `tap`, `tsp`: mean, mean and deviation; `sap`, `asp`: the same under attention to frames; `gsap`, `gasp`: to segments;
+        `drap`, `drsp`: both branches, and so DRASP.
+
+        Args:
+            name: as above.
+            dim: width of a frame.
+            segment: number of frames in a segment, where the variant has segments.
+            settings: further ones of the class.
+
+        >>> DraspPool.variant("gasp", 8, segment=4).segment, DraspPool.variant("tap", 8).out_dim
+        (4, 8)
+        """
+        require_one_of(get_args(Variant), name=name)
+        means = name in ("tap", "sap", "gsap", "drap")
+        return cls(
+            dim,
+            segment if name[0] in "gd" else 1,
+            "mean" if means else "mean_std",
+            _BRANCHES[name[0]],
+            **settings,
+        )
 
     def pool(self, tokens: Tokens) -> Pooled:
         outputs: list[Tensor] = []

@@ -8,7 +8,7 @@ Note:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.masks import real_tokens
-from cenote.core.requirements import require_at_least
+from cenote.core.requirements import require_at_least, require_one_of
 from cenote.core.sets import PaddedTokens, Tokens, as_tokens
 from cenote.core.tokenwise import tokenwise
 from cenote.pool.base import Pool, Pooled
+
+Average = Literal["real", "padded", "last"]
 
 
 class ZhouAttention(Pool):
@@ -85,11 +87,13 @@ class LinAttention(Pool):
     """Self-based attention of an encoder's states, several rows of weights that a penalty keeps apart.
 
     `A = softmax_n(W_2 tanh(W_1 h_n))`, `y_r = sum_n A_rn h_n`; in training `attention_penalty(A)` is added to the loss.
+    With `joined`: `y = ReLU(W_3 [y_1 ; ... ; y_R] + b)`.
 
     Args:
         dim: width of a token.
         rows: number of rows of weights, the vectors that come out.
         hidden: width of `W_1`.
+        joined: width of a layer that makes one vector of the rows, 200 in the authors' model; `None`: no such layer.
 
     Example:
         >>> LinAttention(8, rows=3)(torch.randn(2, 5, 8)).shape
@@ -97,21 +101,27 @@ class LinAttention(Pool):
 
     Source: Lin et al., "A Structured Self-attentive Sentence Embedding", ICLR 2017; as in Rusnachenko, Loukachevitch,
     "Studying Attention Models in Sentiment Attitude Extraction Task", NLDB 2020.
+
+    Note:
+        Of the layer behind the rows only the width is known to us; the ReLU is ours.
     """
 
-    def __init__(self, dim: int, rows: int = 30, hidden: int = 350) -> None:
-        super().__init__(dim)
+    def __init__(self, dim: int, rows: int = 30, hidden: int = 350, joined: int | None = None) -> None:
+        super().__init__(dim, joined)
         require_at_least(1, rows=rows, hidden=hidden)
-        self.vectors = rows
+        self.vectors = rows if joined is None else 1
         self.map = nn.Linear(dim, hidden, bias=False)
         self.score = nn.Linear(hidden, rows, bias=False)
+        self.joined = None if joined is None else nn.Linear(rows * dim, joined)
 
     def pool(self, tokens: Tokens) -> Pooled:
         weights = tokens.softmax(tokenwise(self.scores, tokens.values))
         y = tokens.weighted_sum(weights)
+        if self.joined is not None:
+            return Pooled(torch.relu(self.joined(y.flatten(1))), weights)
         return Pooled(y if self.vectors > 1 else y.squeeze(1), weights)
 
-    def scores(self, h: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows vectors"]:
+    def scores(self, h: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows heads"]:
         """`W_2 tanh(W_1 h_n)`."""
         return self.score(torch.tanh(self.map(h)))
 
@@ -272,6 +282,8 @@ class InteractiveAttention(nn.Module):
         dim: width of the states of context and of aspects.
         tokens: number of slots of a context, each with a bias `p_n` of its own; `None`: no such biases.
         aspects: number of slots of aspects, each with a bias `r_j`; `None`: no such biases.
+        average: what stands for the other side: `"real"`, the mean of its real slots; `"padded"`, the sum of these over the
+            number of all slots; `"last"`, its last real state.
 
     Attributes:
         out_dim: `2 * dim`.
@@ -285,12 +297,16 @@ class InteractiveAttention(nn.Module):
     Rusnachenko, Loukachevitch, "Studying Attention Models in Sentiment Attitude Extraction Task", NLDB 2020.
 
     Note:
-        Means run over real slots; those of the authors' code include the zeros of padding. The biases per position are
-        theirs.
+        By default means run over real slots; those of the authors' code include the zeros of padding (`"padded"`), or are
+        the last state (`"last"`). The biases per position are theirs.
     """
 
-    def __init__(self, dim: int, tokens: int | None = None, aspects: int | None = None) -> None:
+    def __init__(
+        self, dim: int, tokens: int | None = None, aspects: int | None = None, average: Average = "real"
+    ) -> None:
         super().__init__()
+        require_one_of(get_args(Average), average=average)
+        self.average = average
         self.dim = dim
         self.out_dim = 2 * dim
         self.of_context = nn.Parameter(torch.empty(dim, dim))
@@ -322,8 +338,8 @@ class InteractiveAttention(nn.Module):
         if h.batch != s.batch:
             raise InputError(f"aspects: expected {h.batch} sets to match the contexts, got {s.batch}")
         sides = (
-            ("context", h, s.mean() @ self.of_context.T, self.context_bias),
-            ("aspects", s, h.mean() @ self.of_aspects.T, self.aspect_bias),
+            ("context", h, self._stands_for(s) @ self.of_context.T, self.context_bias),
+            ("aspects", s, self._stands_for(h) @ self.of_aspects.T, self.aspect_bias),
         )
         pooled, weights = [], []
         for name, tokens, query, bias in sides:
@@ -337,6 +353,59 @@ class InteractiveAttention(nn.Module):
             weights.append(tokens.heads_first(w))
         return torch.cat(pooled, -1), weights[0], weights[1]
 
+    def _stands_for(self, side: Tokens) -> Float[Tensor, "batch dim"]:
+        if self.average == "last":
+            return side.token(-1)
+        return side.sum() / side.values.shape[1] if self.average == "padded" else side.mean()
+
+
+class InteractiveEncoder(nn.Module):
+    """IAN whole: one LSTM reads the context, one the aspect terms, and `InteractiveAttention` pools both.
+
+    Args:
+        dim: width of a term vector.
+        hidden: width of the LSTMs' states.
+        tokens, aspects, average: see `InteractiveAttention`.
+
+    Attributes:
+        out_dim: `2 * hidden`.
+
+    Example:
+        >>> InteractiveEncoder(8, hidden=4)(torch.randn(2, 5, 8), torch.randn(2, 3, 8)).shape
+        torch.Size([2, 8])
+
+    Source: as `InteractiveAttention`.
+
+    Note:
+        Padding must stand behind the real terms: an LSTM reads what stands before.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int = 128,
+        tokens: int | None = None,
+        aspects: int | None = None,
+        average: Average = "real",
+    ) -> None:
+        super().__init__()
+        self.context = nn.LSTM(dim, hidden, batch_first=True)
+        self.aspects = nn.LSTM(dim, hidden, batch_first=True)
+        self.attention = InteractiveAttention(hidden, tokens, aspects, average)
+        self.out_dim = self.attention.out_dim
+
+    def forward(
+        self,
+        context: Float[Tensor, "batch tokens dim"],
+        aspects: Float[Tensor, "batch aspects dim"],
+        context_mask: Bool[Tensor, "batch tokens"] | None = None,
+        aspect_mask: Bool[Tensor, "batch aspects"] | None = None,
+    ) -> Float[Tensor, "batch out_dim"]:
+        """Read and pool both sequences; the masks are True on real slots."""
+        h, _ = self.context(as_tokens(context, context_mask).values)
+        s, _ = self.aspects(as_tokens(aspects, aspect_mask).values)
+        return self.attention(h, s, context_mask, aspect_mask)
+
 
 class PiecewiseMaxPool(nn.Module):
     """PCNN's pooling: the sequence is cut at the two entities, and each of the three pieces gives its maximum.
@@ -347,6 +416,7 @@ class PiecewiseMaxPool(nn.Module):
     Args:
         dim: width of a token.
         tanh: whether the tanh is there.
+        entities: whether each entity is the last token of its piece, `"close"`, or the first of the next, `"open"`.
 
     Attributes:
         out_dim: `3 * dim`.
@@ -360,11 +430,13 @@ class PiecewiseMaxPool(nn.Module):
     2015; as in Rusnachenko, Loukachevitch, "Studying Attention Models in Sentiment Attitude Extraction Task", NLDB 2020.
 
     Note:
-        Each entity closes its piece, as in Zeng et al. The authors' code fills an empty piece with the lowest float.
+        By default each entity closes its piece, as in Zeng et al. The authors' code fills an empty piece with the lowest float.
     """
 
-    def __init__(self, dim: int, tanh: bool = True) -> None:
+    def __init__(self, dim: int, tanh: bool = True, entities: Literal["close", "open"] = "close") -> None:
         super().__init__()
+        require_one_of(("close", "open"), entities=entities)
+        self.opened = entities == "open"
         self.dim = dim
         self.out_dim = 3 * dim
         self.tanh = tanh
@@ -380,7 +452,7 @@ class PiecewiseMaxPool(nn.Module):
         assert isinstance(tokens, PaddedTokens)
         _require_indices("entities", entities, tokens, 2)
         first, second = entities.amin(1, keepdim=True), entities.amax(1, keepdim=True)
-        slots = torch.arange(x.shape[1], device=x.device)
+        slots = torch.arange(x.shape[1], device=x.device) + int(self.opened)
         real = real_tokens(x, mask)
         pieces = (slots <= first, (slots > first) & (slots <= second), slots > second)
         y = torch.cat([PaddedTokens(tokens.values, piece & real).max() for piece in pieces], -1)
@@ -400,6 +472,55 @@ def terms_at(
         return tokens.values.new_zeros((*keys.shape, tokens.dim)), torch.zeros_like(real)
     terms = tokens.values.gather(1, slots.unsqueeze(-1).expand(-1, -1, tokens.dim))
     return terms.masked_fill(~real.unsqueeze(-1), 0), real
+
+
+def combined_keys(*keys: Int[Tensor, "batch _"]) -> Int[Tensor, "batch keys"]:
+    """Several lists of keys as one, without order: entities and frames for instance; -1, where there is none, comes last.
+
+    >>> combined_keys(torch.tensor([[3, -1]]), torch.tensor([[0, 5]])).tolist()
+    [[5, 3, 0, -1]]
+    """
+    if not keys:
+        raise InputError("keys: expected at least one list of keys, got none")
+    return torch.cat(keys, 1).sort(1, descending=True).values
+
+
+class MassDifference(NamedTuple):
+    """Whether the weights of one kind of contexts fall on terms of some type more than those of another.
+
+    Attributes:
+        difference: of the means, first minus second.
+        p: of the Mann-Whitney test of both samples, two-sided.
+    """
+
+    difference: float
+    p: float
+
+
+def mass_difference(
+    first: Float[Tensor, "contexts types"], second: Float[Tensor, "others types"]
+) -> tuple[MassDifference, ...]:
+    """Compare `mass_by_type` of contexts with sentiment and of neutral ones: one comparison per type of terms.
+
+    Args:
+        first, second: a context per line.
+
+    Raises:
+        InputError: where a kind has no context, or both have other types.
+
+    Source: Rusnachenko, Loukachevitch, "Studying Attention Models in Sentiment Attitude Extraction Task", NLDB 2020; the test
+    is ours.
+    """
+    from scipy.stats import mannwhitneyu
+
+    if not len(first) or not len(second) or first.shape[1] != second.shape[1]:
+        raise InputError(
+            f"first, second: expected contexts of both kinds and the same types, got {tuple(first.shape)} and "
+            f"{tuple(second.shape)}"
+        )
+    means = (first.mean(0) - second.mean(0)).tolist()
+    samples = (side.detach().cpu().double().numpy() for side in (first, second))
+    return tuple(map(MassDifference, means, mannwhitneyu(*samples).pvalue.tolist()))
 
 
 def mass_by_type(

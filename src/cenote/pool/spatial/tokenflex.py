@@ -211,3 +211,33 @@ def check_placeholders(
             f"input_ids: text {i} has {int(found[i])} image placeholders, expected {int(wanted[i])}; expand each image token "
             f"to {rows * columns}, the number that the projector gives"
         )
+
+
+def expand_placeholders(
+    input_ids: Int[Tensor, "length"], placeholder: int, num_tokens: NumTokens, tiles: int | Sequence[int] = 1
+) -> Int[Tensor, "longer"]:
+    """A text with one placeholder per image -> the same with `num_tokens` for each tile of each image.
+
+    Args:
+        input_ids: token ids of one text.
+        placeholder: id of the image token.
+        num_tokens: what the projector gives per tile.
+        tiles: of every image, or of each.
+
+    Raises:
+        InputError: where tiles are named for another number of images, or an image has none.
+
+    Source: as `TokenFlex`, which needs it.
+
+    >>> expand_placeholders(torch.tensor([1, 7, 2]), placeholder=7, num_tokens=4).tolist()
+    [1, 7, 7, 7, 7, 2]
+    """
+    rows, columns = grid_of(num_tokens)
+    is_image = input_ids == placeholder
+    images = int(is_image.sum())
+    of_image = [tiles] * images if isinstance(tiles, int) else list(tiles)
+    if len(of_image) != images or any(n < 1 for n in of_image):
+        raise InputError(f"tiles: expected at least one for each of the text's {images} images, got {tiles}")
+    times = torch.ones_like(input_ids)
+    times[is_image] = torch.tensor(of_image, dtype=times.dtype, device=times.device) * rows * columns
+    return input_ids.repeat_interleave(times)

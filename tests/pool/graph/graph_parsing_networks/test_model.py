@@ -108,6 +108,31 @@ def test_each_level_at_least_halves_what_has_neighbours() -> None:
     assert len(levels) <= math.log2(70)
 
 
+def test_renaming_the_nodes_renames_the_communities() -> None:
+    nodes, edges = 30, random_graph(30, 45, 4)
+    scores = symmetric_scores(edges, nodes, 4)
+    level = parse(scores, edges, zeros(nodes))
+    order = torch.randperm(nodes, generator=torch.Generator().manual_seed(0))
+    renamed = order.argsort()[edges]
+    sort = (renamed[0] * nodes + renamed[1]).argsort()
+    moved = parse(scores[sort], renamed[:, sort], zeros(nodes))
+    same = level.assignment[order].unsqueeze(0) == level.assignment[order].unsqueeze(1)
+    assert torch.equal(moved.assignment.unsqueeze(0) == moved.assignment.unsqueeze(1), same)
+    torch.testing.assert_close(moved.scores[moved.assignment], level.scores[level.assignment][order])
+    assert len(level.assignment) == nodes
+    assert sorted(level.assignment.unique().tolist()) == list(range(len(level.batch)))
+
+
+def test_one_node_is_its_transformation_and_a_graph_without_nodes_gives_zeros() -> None:
+    p, x = pool(), features(1)
+    none = torch.empty(2, 0, dtype=torch.int64)
+    torch.testing.assert_close(p(x, none), p.input(x))  # type: ignore[misc]
+    y = p(torch.cat([x, x]), none, batch=torch.tensor([0, 2]))
+    assert y.shape == (3, 6)
+    assert y[1].eq(0).all()
+    torch.testing.assert_close(y[2:], p(x, none))
+
+
 def test_scores_are_equal_in_both_directions_bit_for_bit() -> None:
     edges = random_graph(50, 200)
     scores, kept = EdgeScores(4)(features(50).float(), edges)

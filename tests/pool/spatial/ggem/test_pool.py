@@ -7,6 +7,7 @@ from tests.pools import features
 
 from cenote.core import Bags, InputError
 from cenote.pool import GeM, GGeM
+from cenote.pool.spatial.ggem.dependence import group_dependence, recall_at_one
 from cenote.testing import check_pool
 
 
@@ -128,6 +129,40 @@ def test_weights_are_the_shares_of_the_powers_averaged_over_each_group() -> None
     output, weights = pool.attend(x)
     torch.testing.assert_close(weights, expected)
     torch.testing.assert_close(output, pool(x))
+
+
+def test_weights_of_single_channels_sum_to_one_over_real_tokens() -> None:
+    x, pool = positive(), with_exponents(1.0, 4.0)
+    by_channel = torch.tensor([1.0] * 6 + [4.0] * 6, dtype=torch.float64)
+    weights = pool.channel_weights(x)
+    torch.testing.assert_close(weights, x.pow(by_channel) / x.pow(by_channel).sum(1, keepdim=True))
+    torch.testing.assert_close(weights.unflatten(-1, (2, 6)).mean(-1).transpose(1, 2), pool.attend(x).weights)
+    mask = torch.arange(9).expand(2, 9) < torch.tensor([[9], [4]])
+    masked = pool.channel_weights(x, mask)
+    assert masked[~mask].eq(0).all()
+    torch.testing.assert_close(masked.sum(1), torch.ones(2, 12, dtype=torch.float64))
+
+
+def test_dependence_between_groups_is_linear_cka() -> None:
+    y = features(1, 40, 6)[0]
+    found = group_dependence(y, 3)
+    grams = [(c - c.mean(0)) @ (c - c.mean(0)).T for c in y.split(2, 1)]
+    for i, a in enumerate(grams):
+        for j, b in enumerate(grams):
+            torch.testing.assert_close(found[i, j], (a * b).sum() / (a.norm() * b.norm()))
+    turned = torch.cat([y[:, :2], 3 * y[:, :2] @ torch.tensor([[0.6, 0.8], [-0.8, 0.6]]).double() + 1], 1)
+    torch.testing.assert_close(group_dependence(turned, 2), torch.ones(2, 2, dtype=torch.float64))
+    still = group_dependence(torch.cat([y[:, :2], torch.ones(40, 2)], 1), 2)
+    torch.testing.assert_close(still, torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64))
+    with pytest.raises(InputError, match="groups"):
+        group_dependence(y, 4)
+
+
+def test_recall_at_one_asks_the_other_items() -> None:
+    x = F.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.6, 0.7]]), dim=1)
+    assert recall_at_one(x, torch.tensor([0, 0, 1, 0])) == 0.5
+    with pytest.raises(InputError, match="descriptors"):
+        recall_at_one(x[:1], torch.tensor([0]))
 
 
 def test_negative_features() -> None:

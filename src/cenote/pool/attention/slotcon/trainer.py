@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -93,6 +94,28 @@ class SlotConTrainer:
                 raise InputError("batches: gave nothing in an epoch; an iterator is spent after one, give a list")
             history.append(total / count)
         return history
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a later `SlotConTrainer` needs to go on: model with teacher and center, optimiser, schedule, step."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "done": self.done,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()` of a training of the same length.
+
+        Raises:
+            InputError: where more steps are done than are planned here.
+        """
+        if state["done"] > self.steps:
+            raise InputError(f"state: {state['done']} steps are done, more than the {self.steps} planned here")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.done = state["done"]
 
 
 def _rate(share: float, warm_up: float) -> float:

@@ -1,12 +1,12 @@
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core.powermean import power_mean
 from cenote.core.requirements import require_one_of
-from cenote.core.sets import Tokens
+from cenote.core.sets import Tokens, as_tokens
 from cenote.core.widths import largest_divisor, require_divides
 from cenote.pool.base import Pool, Pooled
 
@@ -56,8 +56,16 @@ class GGeM(Pool):
         self.eps = eps
         self.p = nn.Parameter(torch.full((self.groups,), float(p)), requires_grad=learnable)
 
+    def channel_weights(
+        self,
+        x: Float[Tensor, "batch tokens dim"] | Float[Tensor, "batch dim height width"] | Tokens,
+        mask: Bool[Tensor, "batch *tokens"] | None = None,
+    ) -> Float[Tensor, "*rows dim"]:
+        """`x_nc^p / sum_m x_mc^p`, `[batch, tokens, dim]` (`[total, dim]` for `Bags`); sums to 1 over each set."""
+        return self._weights(as_tokens(x, mask, self.dim))
+
     def pool(self, tokens: Tokens) -> Pooled:
-        weights = tokens.softmax(self._exponent() * self._positive(tokens).log())
+        weights = self._weights(tokens)
         by_group = weights.unflatten(-1, (self.groups, -1)).mean(-1)
         return Pooled(self.pool_only(tokens), by_group)
 
@@ -65,6 +73,9 @@ class GGeM(Pool):
         by_set = self.negatives == "shift"
         y = power_mean(tokens, self._positive(tokens) if by_set else self._magnitude, self._exponent())
         return y * tokens.mean().sign() if self.negatives == "abs_sign" else y
+
+    def _weights(self, tokens: Tokens) -> Float[Tensor, "*rows dim"]:
+        return tokens.softmax(self._exponent() * self._positive(tokens).log())
 
     def _exponent(self) -> Float[Tensor, "dim"]:
         return self.p.repeat_interleave(self.dim // self.groups)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -174,9 +176,26 @@ class GramianHeads(nn.Module):
         self,
         x: Float[Tensor, "batch dim height width"] | Float[Tensor, "batch tokens dim"] | Tokens,
         mask: Bool[Tensor, "batch *tokens"] | None = None,
+        branches: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch classes"]:
-        """Mean of the branches' logits."""
-        return self.logits(x, mask).mean(1)
+        """Mean of the logits of all branches, or of those named."""
+        logits = self.logits(x, mask)
+        if branches is None:
+            return logits.mean(1)
+        if not branches or min(branches) < 0 or max(branches) >= logits.shape[1]:
+            raise InputError(f"branches: expected numbers from 0 to {logits.shape[1] - 1}, got {list(branches)}")
+        return logits[:, list(branches)].mean(1)
+
+    def looks(
+        self,
+        x: Float[Tensor, "batch dim height width"] | Float[Tensor, "batch tokens dim"],
+        mask: Bool[Tensor, "batch *tokens"] | None = None,
+    ) -> Float[Tensor, "batch branches *tokens"]:
+        """What each branch took from each token or place, mean over its attention heads."""
+        weights = self.pool.attend(x, mask).weights
+        assert weights is not None
+        by_branch = weights.unflatten(1, (self.pool.vectors, -1)).mean(2)
+        return by_branch.unflatten(2, x.shape[2:]) if x.dim() == 4 else by_branch
 
     def logits(
         self,
