@@ -197,6 +197,7 @@ from cenote.pool.spatial.deeplabv3 import DeepLabV3ASPP as DeepLabV3ASPP
 from cenote.pool.spatial.deeplabv3 import DeepLabV3Head as DeepLabV3Head
 from cenote.pool.spatial.deeplabv3 import multi_grid as multi_grid
 from cenote.pool.spatial.deeplabv3 import pixel_loss as pixel_loss
+from cenote.pool.spatial.deeplabv3 import tap_diagnosis as tap_diagnosis
 from cenote.pool.spatial.ggem.pool import GGeM as GGeM
 from cenote.pool.spatial.ggem.pool import GeM as GeM
 from cenote.pool.spatial.ggem.windows import GGeMPool1d as GGeMPool1d
@@ -220,6 +221,12 @@ from cenote.pool.spatial.network_in_network import MLPConv as MLPConv
 from cenote.pool.spatial.network_in_network import NetworkInNetwork as NetworkInNetwork
 from cenote.pool.spatial.network_in_network import class_maps as class_maps
 from cenote.pool.spatial.output_stride import to_output_stride as to_output_stride
+from cenote.pool.spatial.segmentation import border_accuracy as border_accuracy
+from cenote.pool.spatial.segmentation import head_rates as head_rates
+from cenote.pool.spatial.segmentation import label_counts as label_counts
+from cenote.pool.spatial.segmentation import mean_iou as mean_iou
+from cenote.pool.spatial.segmentation import pixel_accuracy as pixel_accuracy
+from cenote.pool.spatial.segmentation import poly_schedule as poly_schedule
 from cenote.pool.spatial.softpool import SoftPool1d as SoftPool1d
 from cenote.pool.spatial.softpool import SoftPool2d as SoftPool2d
 from cenote.pool.spatial.softpool import SoftPool3d as SoftPool3d
