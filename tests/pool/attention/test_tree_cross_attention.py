@@ -124,6 +124,15 @@ def test_padding_and_batch_mates_change_nothing(b: int) -> None:
         )
 
 
+def test_the_order_of_the_batch_is_that_of_the_results() -> None:
+    tca, x, query, tree = built(9, 8)
+    order = torch.tensor([2, 0, 1])
+    mask = torch.arange(9) < torch.tensor([[9], [8], [4]])
+    for whole, turned in ((tree, tca.build(x[order])), (tca.build(x, mask), tca.build(x[order], mask[order]))):
+        torch.testing.assert_close(tca.attend(query[order], turned).output, tca.attend(query, whole).output[order])
+        torch.testing.assert_close(tca.full(query[order], turned), tca.full(query, whole)[order])
+
+
 def test_token_weights_share_a_summary_among_its_tokens() -> None:
     tca, _, query, tree = built(11, 3)
     found = tca.attend(query, tree)
