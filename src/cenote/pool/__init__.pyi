@@ -46,6 +46,7 @@ from cenote.pool.attention.slotcon.model import SlotCon as SlotCon
 from cenote.pool.attention.slotcon.trainer import SlotConTrainer as SlotConTrainer
 from cenote.pool.attention.slotcon.views import TwoCrops as TwoCrops
 from cenote.pool.attention.tree_cross_attention.objective import TreeLosses as TreeLosses
+from cenote.pool.attention.tree_cross_attention.objective import TreeMeasures as TreeMeasures
 from cenote.pool.attention.tree_cross_attention.objective import TreeObjective as TreeObjective
 from cenote.pool.attention.tree_cross_attention.pool import TreeCrossAttentionPool as TreeCrossAttentionPool
 from cenote.pool.attention.tree_cross_attention.retreever import ReTreever as ReTreever
@@ -136,6 +137,11 @@ from cenote.pool.sequence.layer_aware_tdnn.fronts import Ecapa2d as Ecapa2d
 from cenote.pool.sequence.layer_aware_tdnn.model import LayerAttentionPool as LayerAttentionPool
 from cenote.pool.sequence.layer_aware_tdnn.model import LayerAwareTDNN as LayerAwareTDNN
 from cenote.pool.sequence.layer_aware_tdnn.model import SpeakerStatisticsPool as SpeakerStatisticsPool
+from cenote.pool.sequence.layer_aware_tdnn.verification import EqualErrors as EqualErrors
+from cenote.pool.sequence.layer_aware_tdnn.verification import enrolled as enrolled
+from cenote.pool.sequence.layer_aware_tdnn.verification import equal_errors as equal_errors
+from cenote.pool.sequence.layer_aware_tdnn.verification import min_detection_cost as min_detection_cost
+from cenote.pool.sequence.layer_aware_tdnn.verification import trial_scores as trial_scores
 from cenote.pool.sequence.sentiment_attitudes import IMLPAttention as IMLPAttention
 from cenote.pool.sequence.sentiment_attitudes import InteractiveAttention as InteractiveAttention
 from cenote.pool.sequence.sentiment_attitudes import LinAttention as LinAttention

@@ -156,6 +156,38 @@ def test_the_convolution_is_its_equation() -> None:
     torch.testing.assert_close(conv(x, edges), torch.relu(mean @ lin.weight.T + lin.bias + x @ root.weight.T))
 
 
+def test_edges_may_weigh_in_the_mean() -> None:
+    conv, x = shaken(MeanConv(4, 5)), features(6)
+    edges = torch.tensor([[0, 1, 2, 3, 3], [1, 0, 0, 2, 3]])
+    weight = torch.tensor([0.5, 2.0, 0.0, 3.0, 4.0], dtype=torch.float64)
+    a = torch.eye(6, dtype=torch.float64)
+    # a loop that is given keeps its weight; x_j reaches x_i along (j, i)
+    a[edges[1], edges[0]] = weight
+    lin, root = conv.conv.lin_l, conv.conv.lin_r
+    expected = torch.relu((a @ x / a.sum(1, keepdim=True)) @ lin.weight.T + lin.bias + x @ root.weight.T)
+    torch.testing.assert_close(conv(x, edges, weight), expected)
+    plain = random_graph(6, 9)
+    torch.testing.assert_close(conv(x, plain, torch.ones(plain.shape[1], dtype=torch.float64)), conv(x, plain))
+
+
+def test_a_weighted_hierarchy_reads_the_weights_at_every_level() -> None:
+    plain, graph = shaken(SparseHierarchicalPool(4, hidden=8)), three_graphs()
+    weighted = SparseHierarchicalPool(4, hidden=8, weighted=True).double()
+    weighted.load_state_dict(plain.state_dict())
+    edges, batch = graph.edge_index, graph.batch
+    ones = torch.ones(edges.shape[1], 1)
+    torch.testing.assert_close(weighted(graph.x, edges, ones, batch), plain(graph.x, edges, batch=batch))
+    assert not torch.allclose(weighted(graph.x, edges, graph.edge_attr, batch), plain(graph.x, edges, batch=batch))
+    # edges without weight are none
+    kept = torch.arange(edges.shape[1]) % 2 == 0
+    torch.testing.assert_close(
+        weighted(graph.x, edges, kept.double(), batch), plain(graph.x, edges[:, kept], batch=batch)
+    )
+    for wrong in (None, ones[1:], -ones, ones.expand(-1, 2)):
+        with pytest.raises(InputError, match="edge_attr"):
+            weighted(graph.x, edges, wrong, batch)
+
+
 def test_the_readouts_of_all_blocks_are_summed() -> None:
     pool, graph = shaken(SparseHierarchicalPool(4, hidden=8)), three_graphs()
     total = torch.zeros(3, 16, dtype=torch.float64)
