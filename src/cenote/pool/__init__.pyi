@@ -53,6 +53,7 @@ from cenote.pool.attention.slotcon.model import SlotCon as SlotCon
 from cenote.pool.attention.slotcon.trainer import SlotConTrainer as SlotConTrainer
 from cenote.pool.attention.slotcon.views import TwoCrops as TwoCrops
 from cenote.pool.attention.tree_cross_attention.objective import TreeLosses as TreeLosses
+from cenote.pool.attention.tree_cross_attention.objective import TreeMeasures as TreeMeasures
 from cenote.pool.attention.tree_cross_attention.objective import TreeObjective as TreeObjective
 from cenote.pool.attention.tree_cross_attention.pool import TreeCrossAttentionPool as TreeCrossAttentionPool
 from cenote.pool.attention.tree_cross_attention.retreever import ReTreever as ReTreever
@@ -144,6 +145,11 @@ from cenote.pool.sequence.layer_aware_tdnn.fronts import Ecapa2d as Ecapa2d
 from cenote.pool.sequence.layer_aware_tdnn.model import LayerAttentionPool as LayerAttentionPool
 from cenote.pool.sequence.layer_aware_tdnn.model import LayerAwareTDNN as LayerAwareTDNN
 from cenote.pool.sequence.layer_aware_tdnn.model import SpeakerStatisticsPool as SpeakerStatisticsPool
+from cenote.pool.sequence.layer_aware_tdnn.verification import EqualErrors as EqualErrors
+from cenote.pool.sequence.layer_aware_tdnn.verification import enrolled as enrolled
+from cenote.pool.sequence.layer_aware_tdnn.verification import equal_errors as equal_errors
+from cenote.pool.sequence.layer_aware_tdnn.verification import min_detection_cost as min_detection_cost
+from cenote.pool.sequence.layer_aware_tdnn.verification import trial_scores as trial_scores
 from cenote.pool.sequence.sentiment_attitudes import IMLPAttention as IMLPAttention
 from cenote.pool.sequence.sentiment_attitudes import InteractiveAttention as InteractiveAttention
 from cenote.pool.sequence.sentiment_attitudes import InteractiveEncoder as InteractiveEncoder
@@ -208,6 +214,7 @@ from cenote.pool.spatial.deeplabv3 import DeepLabV3ASPP as DeepLabV3ASPP
 from cenote.pool.spatial.deeplabv3 import DeepLabV3Head as DeepLabV3Head
 from cenote.pool.spatial.deeplabv3 import multi_grid as multi_grid
 from cenote.pool.spatial.deeplabv3 import pixel_loss as pixel_loss
+from cenote.pool.spatial.deeplabv3 import tap_diagnosis as tap_diagnosis
 from cenote.pool.spatial.ggem.dependence import group_dependence as group_dependence
 from cenote.pool.spatial.ggem.pool import GGeM as GGeM
 from cenote.pool.spatial.ggem.pool import GeM as GeM
@@ -233,6 +240,12 @@ from cenote.pool.spatial.network_in_network import MLPConv as MLPConv
 from cenote.pool.spatial.network_in_network import NetworkInNetwork as NetworkInNetwork
 from cenote.pool.spatial.network_in_network import class_maps as class_maps
 from cenote.pool.spatial.output_stride import to_output_stride as to_output_stride
+from cenote.pool.spatial.segmentation import border_accuracy as border_accuracy
+from cenote.pool.spatial.segmentation import head_rates as head_rates
+from cenote.pool.spatial.segmentation import label_counts as label_counts
+from cenote.pool.spatial.segmentation import mean_iou as mean_iou
+from cenote.pool.spatial.segmentation import pixel_accuracy as pixel_accuracy
+from cenote.pool.spatial.segmentation import poly_schedule as poly_schedule
 from cenote.pool.spatial.softpool import SoftPool1d as SoftPool1d
 from cenote.pool.spatial.softpool import SoftPool2d as SoftPool2d
 from cenote.pool.spatial.softpool import SoftPool3d as SoftPool3d

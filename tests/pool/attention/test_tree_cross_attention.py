@@ -124,6 +124,15 @@ def test_padding_and_batch_mates_change_nothing(b: int) -> None:
         )
 
 
+def test_the_order_of_the_batch_is_that_of_the_results() -> None:
+    tca, x, query, tree = built(9, 8)
+    order = torch.tensor([2, 0, 1])
+    mask = torch.arange(9) < torch.tensor([[9], [8], [4]])
+    for whole, turned in ((tree, tca.build(x[order])), (tca.build(x, mask), tca.build(x[order], mask[order]))):
+        torch.testing.assert_close(tca.attend(query[order], turned).output, tca.attend(query, whole).output[order])
+        torch.testing.assert_close(tca.full(query[order], turned), tca.full(query, whole)[order])
+
+
 def test_token_weights_share_a_summary_among_its_tokens() -> None:
     tca, _, query, tree = built(11, 3)
     found = tca.attend(query, tree)
@@ -212,6 +221,42 @@ def test_regression_losses() -> None:
     std = 0.05 + 0.95 * torch.nn.functional.softplus(wide[..., 1:])
     expected = -torch.distributions.Normal(wide[..., :1], std).log_prob(target).sum(-1)
     torch.testing.assert_close(TreeObjective("gaussian").losses(wide, target), expected)
+
+
+@pytest.mark.parametrize(("tokens", "b"), SIZES)
+def test_routing_is_right_where_the_opened_node_holds_the_token(tokens: int, b: int) -> None:
+    tca, x, query, _ = built(tokens, b)
+    lengths = (tokens, tokens - 1, 2)
+    mask = torch.arange(tokens) < torch.tensor(lengths).unsqueeze(1)
+    tree = tca.build(x, mask)
+    found = tca.attend(query, tree)
+    wanted = torch.tensor([[(3 * j + i) % n for j in range(4)] for i, n in enumerate(lengths)])
+    right = tca.routed(found, tree, wanted)
+    assert right.shape == (3, 4, tree.levels)
+    for i, j in ((i, j) for i in range(3) for j in range(4)):
+        node = 0
+        for level in range(1, tree.levels + 1):
+            node = node * b + int(found.choices[i, j, level - 1])
+            assert bool(right[i, j, level - 1]) == (int(wanted[i, j]) in below(tree, level, node, i))
+    for outside in (tokens, -1):
+        with pytest.raises(InputError, match="wanted"):
+            tca.routed(found, tree, torch.full_like(wanted, outside))
+
+
+def test_measures_are_those_of_the_best_way() -> None:
+    model = shaken(ReTreever(3, 5, 4, dim=8, heads=2, encoder_layers=1))
+    context, queries, target = features(2, 13, 3), features(2, 6, 5, seed=2), torch.arange(12).view(2, 6) % 4
+    wanted = torch.arange(12).view(2, 6)
+    got = TreeObjective("classification").measure(model, context, queries, target, wanted=wanted)
+    tree = model.encode(context)
+    found, logits = model.ask(queries, tree), model(context, queries)
+    assert got.accuracy == float((logits.argmax(-1) == target).double().mean())
+    likelihood = logits.log_softmax(-1).gather(-1, target.unsqueeze(-1)).mean()
+    assert got.log_likelihood == pytest.approx(float(likelihood.detach()))
+    assert got.read == pytest.approx(float(found.read().double().mean()) / 13)
+    assert got.routing == tuple(model.tca.routed(found, tree, wanted).double().mean((0, 1)).tolist())
+    plain = TreeObjective("regression").measure(model, context, queries, features(2, 6, 4))
+    assert (plain.accuracy, plain.log_likelihood, plain.routing) == (None, None, None)
 
 
 def test_training_finds_the_way() -> None:

@@ -235,6 +235,44 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(mode: str) -> None:
     assert torch.equal(resumed.scores(resumed.bags), whole.scores(whole.bags))
 
 
+def test_scorer_and_loss_share_mode_temperature_and_bags() -> None:
+    bags = list(features())
+    for model, loss, named in (
+        (smoothed(0.5), MIDAMSmoothedMaxLoss(BAGS, tau=0.1), "tau: the scorer pools at 0.5, the loss at 0.1"),
+        (attentive(), MIDAMSmoothedMaxLoss(BAGS), "MIDAMSmoothedMax .* got a MIDAMAttention"),
+        (smoothed(), MIDAMAttentionLoss(BAGS), "MIDAMAttention .* got a MIDAMSmoothedMax"),
+        (smoothed(), MIDAMSmoothedMaxLoss(BAGS + 1, tau=0.5), "6 of them, 6 labels, 7 estimates"),
+    ):
+        with pytest.raises(InputError, match=named):
+            MIDAMTrainer(model, MIDAM(model.parameters(), loss), bags, Y)
+
+
+def test_a_state_of_another_temperature_mode_or_number_of_bags_is_refused() -> None:
+    model = smoothed(0.2)
+    loss = MIDAMSmoothedMaxLoss(BAGS, tau=0.2).double()
+    cooler = MIDAMTrainer(model, MIDAM(model.parameters(), loss), list(features()), Y)
+    fewer = MIDAMSmoothedMaxLoss(BAGS - 1, tau=0.5).double()
+    smaller = MIDAMTrainer(smoothed(), MIDAM(smoothed().parameters(), fewer), list(features())[:-1], Y[:-1])
+    for other, named in (
+        (cooler, "'tau': 0.2.*'tau': 0.5"),
+        (trainer("attention"), "MIDAMAttentionLoss.*MIDAMSmoothedMaxLoss"),
+        (smaller, "'bags': 5.*'bags': 6"),
+    ):
+        with pytest.raises(InputError, match=named):
+            trainer().load_state_dict(other.state_dict())
+    # states of earlier versions do not say
+    state = trainer().state_dict()
+    del state["kind"]
+    trainer().load_state_dict(state)
+
+
+def test_a_small_gamma_from_the_first_value_stays_finite() -> None:
+    model, loss = smoothed(0.1).float(), MIDAMSmoothedMaxLoss(BAGS, gamma=0.1)
+    t = MIDAMTrainer(model, MIDAM(model.parameters(), loss, lr=0.05), list(features().float()), Y, 2)
+    assert np.isfinite(t.fit(200)).all()
+    assert bool(t.scores(t.bags).isfinite().all())
+
+
 def test_scores_are_exact_in_pieces() -> None:
     t = trainer("attention")
     whole = torch.cat([t.model(bag.unsqueeze(0)) for bag in t.bags])  # type: ignore[attr-defined]

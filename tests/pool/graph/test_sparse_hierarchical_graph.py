@@ -107,6 +107,40 @@ def test_saturated_scores_are_still_ranked() -> None:
     assert level.assignment.tolist() == [-1, 1, -1, 0]
 
 
+def test_float32_scores_near_ten_do_not_tie() -> None:
+    top = TopK(1, k=2)
+    with torch.no_grad():
+        top.pooling.select.weight.fill_(1.0)
+    x = torch.tensor([[10.0], [10.001], [9.999], [10.002]])
+    assert torch.tanh(x).unique().numel() == 1
+    assert top(as_graph(x, torch.empty(2, 0, dtype=torch.int64)))[1].assignment.tolist() == [-1, 1, -1, 0]
+
+
+def test_permuted_nodes_give_the_permuted_result() -> None:
+    pool, x, edges = shaken(SparseHierarchicalPool(4, hidden=8)), features(9), random_graph(9, 20)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    place = order.argsort()
+    y, _, levels = pool.attend(x, edges)
+    again, _, turned = pool.attend(x[order], place[edges])
+    torch.testing.assert_close(again, y)
+    assert torch.equal(turned[0].assignment, levels[0].assignment[order])
+    torch.testing.assert_close(turned[-1].scores, levels[-1].scores)
+
+
+def test_levels_without_edges_and_graphs_without_nodes() -> None:
+    pool, none = shaken(SparseHierarchicalPool(4, hidden=8, ratio=0.5)), torch.empty(2, 0, dtype=torch.int64)
+    for edges in (none, path(2)):
+        x = features(5).requires_grad_()
+        y, _, levels = pool.attend(x, edges)
+        y.sum().backward()
+        assert bool(y.isfinite().all())
+        assert bool(x.grad.isfinite().all())
+        assert levels[-1].edge_index.shape[1] == 0
+    empty = pool(features(5), none, batch=torch.tensor([0, 0, 2, 2, 2]), size=3)
+    assert torch.equal(empty[1], torch.zeros_like(empty[1]))
+    assert bool(empty[0].any())
+
+
 def test_a_complete_graph_stays_complete() -> None:
     complete = both_ways([(i, j) for i in range(6) for j in range(i)])
     _, level = shaken(TopK(4, 0.5))(as_graph(features(6), complete))
@@ -120,6 +154,38 @@ def test_the_convolution_is_its_equation() -> None:
     mean = a @ x / a.sum(1, keepdim=True)
     lin, root = conv.conv.lin_l, conv.conv.lin_r
     torch.testing.assert_close(conv(x, edges), torch.relu(mean @ lin.weight.T + lin.bias + x @ root.weight.T))
+
+
+def test_edges_may_weigh_in_the_mean() -> None:
+    conv, x = shaken(MeanConv(4, 5)), features(6)
+    edges = torch.tensor([[0, 1, 2, 3, 3], [1, 0, 0, 2, 3]])
+    weight = torch.tensor([0.5, 2.0, 0.0, 3.0, 4.0], dtype=torch.float64)
+    a = torch.eye(6, dtype=torch.float64)
+    # a loop that is given keeps its weight; x_j reaches x_i along (j, i)
+    a[edges[1], edges[0]] = weight
+    lin, root = conv.conv.lin_l, conv.conv.lin_r
+    expected = torch.relu((a @ x / a.sum(1, keepdim=True)) @ lin.weight.T + lin.bias + x @ root.weight.T)
+    torch.testing.assert_close(conv(x, edges, weight), expected)
+    plain = random_graph(6, 9)
+    torch.testing.assert_close(conv(x, plain, torch.ones(plain.shape[1], dtype=torch.float64)), conv(x, plain))
+
+
+def test_a_weighted_hierarchy_reads_the_weights_at_every_level() -> None:
+    plain, graph = shaken(SparseHierarchicalPool(4, hidden=8)), three_graphs()
+    weighted = SparseHierarchicalPool(4, hidden=8, weighted=True).double()
+    weighted.load_state_dict(plain.state_dict())
+    edges, batch = graph.edge_index, graph.batch
+    ones = torch.ones(edges.shape[1], 1)
+    torch.testing.assert_close(weighted(graph.x, edges, ones, batch), plain(graph.x, edges, batch=batch))
+    assert not torch.allclose(weighted(graph.x, edges, graph.edge_attr, batch), plain(graph.x, edges, batch=batch))
+    # edges without weight are none
+    kept = torch.arange(edges.shape[1]) % 2 == 0
+    torch.testing.assert_close(
+        weighted(graph.x, edges, kept.double(), batch), plain(graph.x, edges[:, kept], batch=batch)
+    )
+    for wrong in (None, ones[1:], -ones, ones.expand(-1, 2)):
+        with pytest.raises(InputError, match="edge_attr"):
+            weighted(graph.x, edges, wrong, batch)
 
 
 def test_the_readouts_of_all_blocks_are_summed() -> None:

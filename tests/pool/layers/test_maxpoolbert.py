@@ -31,6 +31,25 @@ def test_max_seq_equals_torch_attention_over_the_maximum(last: int) -> None:
     torch.testing.assert_close(got.sum(2), weights.squeeze(2))
 
 
+def test_mean_seq_is_the_same_attention_over_the_mean() -> None:
+    pool, x = shaken(MaxPoolBERT(8, last=2, over="mean")), stack()
+    alone = shaken(CLSAttention(8))
+    alone.load_state_dict(pool.state_dict())
+    mean = x[:, -2:].mean(1, keepdim=True)
+    output, weights = pool.attend(x, MASK)
+    torch.testing.assert_close(output, alone(mean, MASK))
+    torch.testing.assert_close(weights[:, :, -2:], alone.attend(mean, MASK).weights.expand(-1, -1, 2, -1) / 2)
+    assert weights[:, :, :-2].eq(0).all()
+
+
+def test_the_maximum_of_noise_lies_above_it() -> None:
+    """Without any signal: the expected maximum of two normals is 0.564, of three 0.846 deviations."""
+    noise = torch.randn(20_000, 3, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for last, shift in ((1, 0.0), (2, torch.pi**-0.5), (3, 1.5 * torch.pi**-0.5)):
+        assert float(MaxCLS(1, last=last)(noise).mean()) == pytest.approx(shift, abs=0.02)
+    assert (round(torch.pi**-0.5, 2), round(1.5 * torch.pi**-0.5, 2)) == (0.56, 0.85)
+
+
 def test_mha_equals_torch_attention_over_the_last_layer() -> None:
     pool, x = shaken(CLSAttention(8)), stack()
     last = x[:, -1]
@@ -76,9 +95,10 @@ def test_one_token_is_mapped_twice() -> None:
 
 def test_padded_tokens_do_nothing_even_where_they_are_largest() -> None:
     x = stack()
-    loud = x.masked_fill(~MASK[:, None, :, None], 1e6)
-    for pool in (MaxCLS(8), shaken(CLSAttention(8)), shaken(MaxPoolBERT(8))):
-        torch.testing.assert_close(pool.double()(loud, MASK)[1], pool(x[1:, :, :4])[0])
+    for content in (1e6, float("nan")):
+        loud = x.masked_fill(~MASK[:, None, :, None], content)
+        for pool in (MaxCLS(8), shaken(CLSAttention(8)), shaken(MaxPoolBERT(8))):
+            torch.testing.assert_close(pool.double()(loud, MASK)[1], pool(x[1:, :, :4])[0])
 
 
 def test_layers_that_take_no_part_do_nothing() -> None:
@@ -116,7 +136,7 @@ def test_more_layers_than_there_are_is_named() -> None:
             pool(stack())
 
 
-@pytest.mark.parametrize("wrong", [{"last": 0}, {"heads": 3}, {"dropout": 1.0}])
+@pytest.mark.parametrize("wrong", [{"last": 0}, {"heads": 3}, {"dropout": 1.0}, {"over": "sum"}])
 def test_wrong_arguments_are_named(wrong: dict) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
         MaxPoolBERT(8, **wrong)
@@ -124,4 +144,5 @@ def test_wrong_arguments_are_named(wrong: dict) -> None:
 
 def test_contract_of_variants() -> None:
     check_layer_pool(MaxPoolBERT(8, last=2, residual=True, norm=True))
+    check_layer_pool(MaxPoolBERT(8, last=2, over="mean"))
     check_layer_pool(MaxCLS(8, last=1))

@@ -74,6 +74,28 @@ def test_permuting_layers_with_their_embeddings_changes_nothing() -> None:
     torch.testing.assert_close(pool(x[:, order]), before)
 
 
+def test_the_mean_of_the_latents_is_a_constant() -> None:
+    """Without what is looked up, all inputs become the same vector."""
+    pool = shaken(MultiLayerTrainable(8, 4, **SMALL))
+    with torch.no_grad():
+        for p in (pool.look_up.to_out.weight, *pool.look_up.ff_out.parameters()):
+            p.zero_()
+    constant = F.normalize(pool.look_up.latents.mean(0), dim=-1)
+    torch.testing.assert_close(pool(stack(5)), constant.expand(5, -1))
+
+
+def test_another_number_of_layers_is_refused_and_no_real_token_is_finite() -> None:
+    for tokens in ("last", "mean"):
+        pool, x = shaken(MultiLayerTrainable(8, 4, tokens=tokens, **SMALL)), stack()
+        for layers in (3, 5):
+            with pytest.raises(InputError, match=f"built for 4 layers, got {layers}"):
+                pool(stack(layers=layers))
+        mask = torch.tensor([[True] * 6, [False] * 6])
+        y = pool(x.masked_fill(~mask[:, None, :, None], float("nan")), mask)
+        assert bool(y.isfinite().all())
+        torch.testing.assert_close(y[0], pool(x)[0])
+
+
 def test_the_last_token_may_stand_left_or_right() -> None:
     pool, x = shaken(MultiLayerTrainable(8, 4, **SMALL)), stack(tokens=3)
     nothing = torch.zeros(2, 4, 2, 8, dtype=x.dtype)

@@ -213,8 +213,14 @@ def test_image_memory_goes_row_by_row() -> None:
     memory = module(image)
     expected = module.fc2(F.relu(module.fc1(image[:, :, 1, 2])))
     torch.testing.assert_close(memory[:, 6], expected)
-    with pytest.raises(InputError, match="image"):
-        module(image[:, :5])
+    for wrong in (image[:, :5], image[0, :, :, :3]):
+        with pytest.raises(InputError, match="image"):
+            module(wrong)
+
+
+def test_image_memory_takes_the_patches_of_a_transformer() -> None:
+    module, image = shaken(ImageMemory(6, DIM)), features(2, 6, 12).unflatten(-1, (3, 4))
+    assert torch.equal(module(image.flatten(2).transpose(1, 2)), module(image))
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])

@@ -15,6 +15,10 @@ from cenote.pool import (
     LayerAttentionPool,
     LayerAwareTDNN,
     SpeakerStatisticsPool,
+    enrolled,
+    equal_errors,
+    min_detection_cost,
+    trial_scores,
 )
 from cenote.testing import check_layer_pool, check_pool
 
@@ -232,6 +236,72 @@ def test_an_embedding_right_on_its_class_has_a_finite_gradient() -> None:
     loss(x, torch.tensor([0])).backward()
     assert x.grad.isfinite().all()
     assert loss.weight.grad.isfinite().all()
+
+
+def trials(count: int = 200, apart: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    same = torch.arange(count) % 3 == 0
+    return torch.randn(count, generator=generator, dtype=torch.float64) + apart * same, same
+
+
+def test_speakers_are_enrolled_with_clips_of_any_length_and_compared() -> None:
+    net, x = model("ecapa", loss_heads=2), stack(4)
+    mask = torch.arange(9) < torch.tensor([[9], [6], [4], [9]])
+    clips = net.embed(x, mask)
+    speaker = enrolled(clips[:2])
+    torch.testing.assert_close(speaker, F.normalize(clips[:2].sum(0), dim=-1))
+    torch.testing.assert_close(enrolled(clips[:1]), clips[0])
+    scores = trial_scores(speaker.expand(2, -1, -1), clips[2:])
+    torch.testing.assert_close(scores, (speaker * clips[2:]).sum(-1).mean(-1))
+    torch.testing.assert_close(scores[0], trial_scores(speaker[None], net.embed(x[2:3, :, :4]))[0])
+    torch.testing.assert_close(trial_scores(clips, clips), torch.ones(4, dtype=torch.float64))
+    with pytest.raises(InputError, match="clips"):
+        enrolled(clips[:0])
+
+
+def test_equal_errors_are_equal_at_the_threshold_of_the_trials() -> None:
+    scores, same = trials(3000)
+    rate, threshold, low, high = equal_errors(scores, same)
+    missed = float((scores[same] < threshold).double().mean())
+    falsely = float((scores[~same] >= threshold).double().mean())
+    assert missed == pytest.approx(rate, abs=1e-3)
+    assert falsely == pytest.approx(rate, abs=1e-3)
+    # two normals one deviation apart: half of it beyond
+    assert rate == pytest.approx(0.5 * math.erfc(0.5 / math.sqrt(2)), abs=0.02)
+    assert low < rate < high < low + 0.06
+    assert equal_errors(torch.exp(scores), same).rate == pytest.approx(rate)
+    development = equal_errors(*trials(3000, seed=1)).threshold
+    assert float((scores[~same] >= development).double().mean()) == pytest.approx(rate, abs=0.05)
+
+
+def test_equal_errors_at_their_edges() -> None:
+    same = torch.tensor([True, True, False, False, False])
+    right, wrong = torch.tensor([0.8, 0.9, 0.1, 0.2, 0.3]), torch.tensor([0.1, 0.2, 0.7, 0.8, 0.9])
+    found = equal_errors(right, same)
+    assert found[:1] + found[2:] == (0.0, 0.0, 0.0)
+    assert bool(((right >= found.threshold) == same).all())
+    assert equal_errors(wrong, same).rate == 1.0
+    assert equal_errors(torch.zeros(5), same).rate == 0.5
+    assert min_detection_cost(right, same) == 0.0
+    assert min_detection_cost(wrong, same) == min_detection_cost(torch.zeros(5), same) == 1.0
+
+
+def test_the_least_detection_cost_is_that_of_the_best_threshold() -> None:
+    scores, same = trials()
+    costs = [
+        (5 * 0.05 * float((scores[same] < t).double().mean()) + 2 * 0.95 * float((scores[~same] >= t).double().mean()))
+        / 0.25
+        for t in [*scores.tolist(), 100.0]
+    ]
+    assert min_detection_cost(scores, same, 0.05, 5.0, 2.0) == pytest.approx(min(costs))
+    for call, named in (
+        (lambda: equal_errors(scores, torch.ones_like(same)), "trials_of_two_speakers"),
+        (lambda: equal_errors(scores[1:], same), "scores, same"),
+        (lambda: equal_errors(scores / 0, same), "scores: expected finite"),
+        (lambda: min_detection_cost(scores, same, 1.0), "prior"),
+    ):
+        with pytest.raises(InputError, match=named):
+            call()
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -74,7 +74,34 @@ def test_dropout_is_a_matter_of_training_unless_asked_for() -> None:
         assert not torch.equal(pool(x), pool(x))
 
 
-@pytest.mark.parametrize("settings", [{"prompts": 1, "width": 6}])
+def test_the_order_of_frames_leaves_the_prompt_and_no_frame_gives_zeros() -> None:
+    pool, x = shaken(StaV2aPrompt(16)), features()
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(pool(x[:, order]), pool(x))
+    torch.testing.assert_close(pool.attend(x[:, order]).weights, pool.attend(x).weights[..., order])
+    mask = torch.tensor([[True] * 9, [False] * 9])
+    y = pool(x.masked_fill(~mask.unsqueeze(-1), float("nan")), mask)
+    torch.testing.assert_close(y[0], pool(x)[0])
+    assert torch.equal(y[1], torch.zeros_like(y[1]))
+
+
+@pytest.mark.parametrize("potentials", [("unary",), ("agreement",), ()])
+def test_one_potential_alone_or_none(potentials: tuple) -> None:
+    whole, part, x = shaken(StaV2aPrompt(16)), StaV2aPrompt(16, potentials=potentials), features()
+    part.double().eval().load_state_dict(whole.state_dict())
+    with torch.no_grad():
+        for i, name in enumerate(("unary", "agreement")):
+            if name not in potentials:
+                whole.attention.reduce[i] = 0
+    torch.testing.assert_close(part(x), whole(x))
+    if not potentials:
+        torch.testing.assert_close(part(x), part.conv(part.fc(x).mean(1, keepdim=True)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"prompts": 1, "width": 6}, {"potentials": ()}, {"potentials": ["unary"]}, {"potentials": ["agreement"]}],
+)
 def test_contract_of_variants(settings: dict) -> None:
     check_pool(StaV2aPrompt(16, **settings))
 
@@ -163,8 +190,32 @@ def test_alignment_counts_hits_of_generated_onsets() -> None:
     # strictly nearer than the tolerance (numbers that are exact in binary)
     assert aa_align([1.0], [1.125], tolerance=0.125) == 0.0
     assert aa_align([1.0], [1.124], tolerance=0.125) == 1.0
+    assert aa_align([0.5], [0.6]) == aa_align([0.6], [0.5]) == aa_align([2.0], [2.1]) == 0.0
     # not one to one: both hit the same, and the formula passes 1
     assert aa_align([1.0], [0.99, 1.01]) == 2.0
+
+
+def test_alignment_one_to_one_makes_the_most_pairs() -> None:
+    assert aa_align([1.0], [0.99, 1.01], one_to_one=True) == 1 / 2
+    # the nearest pair first would leave the two others without
+    assert aa_align([1.0, 1.09], [1.08, 1.17], one_to_one=True) == 1.0
+    assert aa_align([], [], one_to_one=True) == 1.0
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        there, made = (generator.uniform(0, 0.6, generator.integers(1, 6)).tolist() for _ in range(2))
+        most = most_pairs(there, made)
+        assert aa_align(there, made, one_to_one=True) == most / (len(there) + len(made) - most) <= 1
+
+
+def most_pairs(there: list[float], made: list[float]) -> int:
+    """Tried out: the first onset goes with any that is near, or with none."""
+    if not there:
+        return 0
+    rest = there[1:]
+    pairs = [
+        1 + most_pairs(rest, made[:i] + made[i + 1 :]) for i, m in enumerate(made) if abs(m - there[0]) < 0.1 - 1e-9
+    ]
+    return max([most_pairs(rest, made), *pairs])
 
 
 @pytest.mark.slow("librosa compiles for 15 seconds")
@@ -367,6 +418,8 @@ def test_wrong_arguments_are_named(unet) -> None:
         FactorGraphAttention(4, dropout=1.0)
     with pytest.raises(InputError, match="prompts"):
         StaV2aPrompt(4, prompts=0)
+    with pytest.raises(InputError, match="potentials"):
+        StaV2aPrompt(4, potentials=["pairwise"])
     for name, settings in (("windows", {"windows": (0,)}), ("fps", {"fps": 0})):
         with pytest.raises(InputError, match=name):
             StaV2aOnsets(4, **settings)

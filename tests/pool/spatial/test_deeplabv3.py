@@ -17,6 +17,7 @@ from cenote.pool import (
     pixel_loss,
     to_output_stride,
 )
+from cenote.pool.spatial.deeplabv3 import SCALES, tap_diagnosis
 
 
 def shaken(module: nn.Module) -> nn.Module:
@@ -161,6 +162,79 @@ def test_the_system_trains_on_every_label_and_averages_scales_and_mirror_images(
     torch.testing.assert_close(p.sum(1), torch.ones(4, 17, 22))
     torch.testing.assert_close(net.segment(x.flip(-1), (0.5, 1.0), flip=True).flip(-1), p, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(net.segment(x), net(x).softmax(1))
+
+
+def v3(**settings: object) -> DeepLabV3:
+    torch.manual_seed(0)
+    return DeepLabV3(nn.Conv2d(3, 4, 3, 4, 1), 4, 3, output_stride=4, width=4, **settings)
+
+
+def test_settings_of_the_head_are_reached_from_the_net() -> None:
+    x = randn(1, 3, 16, 16).float()
+    with pytest.raises(InputError, match="GroupNorm"):
+        v3(rates=(1,))(x)
+    net = v3(rates=(1,), norm=partial(nn.GroupNorm, 2), dropout=0.25)
+    assert net(x).shape == (1, 3, 16, 16)
+    assert [m.p for m in net.modules() if isinstance(m, nn.Dropout)] == [0.25]
+    assert (
+        v3(rates="auto", input_size=(128, 256)).head.aspp.rates
+        == DeepLabV3ASPP(4, 4, "auto", input_size=(128, 256), output_stride=4).rates
+    )
+
+
+def test_testing_at_stride_8_with_the_scales_of_the_paper_leaves_the_mode_alone() -> None:
+    torch.manual_seed(0)
+    net = DeepLabV3(nn.Conv2d(3, 4, 3, 8, 1), 4, 3, output_stride=8, width=4).train()
+    x, state = randn(2, 3, 33, 40).float(), copy.deepcopy(net.state_dict())
+    p = net.segment(x, SCALES, flip=True)
+    assert tuple(0.5 + 0.25 * i for i in range(6)) == SCALES
+    assert net.training
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    net.eval()
+    parts = []
+    for s in SCALES:
+        scaled = F.interpolate(x, scale_factor=s, mode="bilinear") if s != 1 else x
+        for y in (net(scaled), net(scaled.flip(-1)).flip(-1)):
+            parts.append(F.interpolate(y, (33, 40), mode="bilinear").softmax(1))
+    torch.testing.assert_close(p, torch.stack(parts).mean(0))
+
+
+def test_a_trained_net_is_made_denser_and_its_rates_double() -> None:
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1))
+    net = shaken(DeepLabV3(backbone, 4, 3, output_stride=8, rates=(1, (1, 2)), width=4, image_pool=False))
+    x = randn(1, 3, 33, 33)
+    dense = net.at_output_stride(4, x)
+    assert net.head.aspp.rates == ((1, 1), (1, 2))
+    assert dense.head.aspp.rates == ((2, 2), (2, 4)) == tuple(b[0].dilation for b in dense.head.aspp.branches[1:])
+    assert (dense.output_stride, dense(x).shape) == (4, (1, 3, 33, 33))
+    torch.testing.assert_close(dense.head(dense.backbone(x))[..., ::2, ::2], net.head(net.backbone(x)))
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in dense.state_dict().items())
+    for wrong in (16, 3):
+        with pytest.raises(InputError, match="output_stride"):
+            net.at_output_stride(wrong, x)
+
+
+@pytest.mark.parametrize("image_pool", [True, False])
+def test_multiply_adds(image_pool: bool) -> None:
+    aspp = DeepLabV3ASPP(10, image_pool=image_pool)
+    ranges = 5 if image_pool else 4
+    expected = 10 * 256 * 28 * 7 * 9 + ranges * 256 * 256 * 7 * 9 + (10 * 256 if image_pool else 0)
+    assert aspp.multiply_adds(7, 9) == expected
+
+
+def test_taps_are_told_as_a_convolution_of_ones_counts_them() -> None:
+    lines = tap_diagnosis((65, 129), ((1, 2), 3, (4, 9)), output_stride=8).splitlines()
+    assert lines[0] == "map of 9 x 17 cells"
+    for line, (down, across) in zip(lines[1:], ((1, 2), (3, 3), (4, 9)), strict=True):
+        ones = F.conv2d(
+            torch.ones(1, 1, 9, 17), torch.ones(1, 1, 3, 3), padding=(down, across), dilation=(down, across)
+        )
+        assert (
+            line
+            == f"rate {down} x {across}: all nine taps inside at {100 * float((ones == 9).double().mean()):.1f} % "
+            + ("of the positions")
+        )
+    assert "1 x 1 filter" in tap_diagnosis(128, (8,), output_stride=16)
 
 
 def test_mobilevit_of_transformers_agrees() -> None:

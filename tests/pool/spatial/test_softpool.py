@@ -87,6 +87,15 @@ def test_windows_of_one_cell_change_nothing() -> None:
     torch.testing.assert_close(SoftPool2d(1)(maps()), maps(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_constant_window_keeps_it_and_a_window_larger_than_the_map_is_refused(dims: int) -> None:
+    for level in (-3.25, 0.0, 200.0):
+        x = torch.full((1, 2, *(4,) * dims), level)
+        assert torch.equal(CLASSES[dims](2)(x), torch.full((1, 2, *(2,) * dims), level))
+    with pytest.raises(InputError, match="x:"):
+        CLASSES[dims](5)(torch.zeros(1, 2, *(4,) * dims))
+
+
 def test_not_monotone() -> None:
     """`(0, -x)` gives `-x e^-x / (1 + e^-x)`, which dips where `e^-x = x - 1`: at 1.278, to -0.278."""
     depth = torch.linspace(0, 6, 6001, dtype=torch.float64)

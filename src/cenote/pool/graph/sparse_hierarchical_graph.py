@@ -24,6 +24,8 @@ GATES: dict[str, Any] = {"tanh": torch.tanh, "sigmoid": torch.sigmoid}
 class MeanConv(nn.Module):
     """`ReLU(D^-1 A x Theta + x Theta')` with `A` the edges and a loop at each node, `D` its degrees.
 
+    Called with weights of the edges, `A` holds these, a loop weighing 1, and `D` the sums of its rows.
+
     Args:
         dim: width of a node.
         out_dim: width of the result.
@@ -33,9 +35,20 @@ class MeanConv(nn.Module):
         super().__init__()
         self.conv = geometric().SAGEConv(dim, out_dim, aggr="mean")
 
-    def forward(self, x: Float[Tensor, "nodes dim"], edge_index: Int[Tensor, "2 edges"]) -> Float[Tensor, "nodes out"]:
-        looped, _ = geometric("utils").add_remaining_self_loops(edge_index, num_nodes=x.shape[0])
-        return torch.relu(self.conv(x, looped))
+    def forward(
+        self,
+        x: Float[Tensor, "nodes dim"],
+        edge_index: Int[Tensor, "2 edges"],
+        edge_weight: Float[Tensor, "edges"] | None = None,
+    ) -> Float[Tensor, "nodes out"]:
+        looped, weight = geometric("utils").add_remaining_self_loops(edge_index, edge_weight, 1.0, x.shape[0])
+        if weight is None:
+            return torch.relu(self.conv(x, looped))
+        source, target = looped
+        degrees = x.new_zeros(len(x)).index_add(0, target, weight)
+        total = torch.zeros_like(x).index_add(0, target, weight.unsqueeze(1) * x[source])
+        mean = total / degrees.clamp(min=torch.finfo(x.dtype).tiny).unsqueeze(1)
+        return torch.relu(self.conv.lin_l(mean) + self.conv.lin_r(x))
 
 
 class TopK(nn.Module):
@@ -125,6 +138,7 @@ class SparseHierarchicalPool(GraphPool):
         hidden: width of a convolution; the output has twice as many.
         blocks: how many times.
         ratio, k, gate, min_score: of each `TopK`.
+        weighted: whether `edge_attr`, one number of 0 or more per edge, weighs the edges in the convolutions.
         precise: whether to compute in float64, so that which nodes stay does not turn with rounding: not with who else is in
             the batch, nor on a graphics card from call to call. `False`: in the precision of `x`, for half the memory.
 
@@ -140,7 +154,7 @@ class SparseHierarchicalPool(GraphPool):
     Source: Cangea et al., "Towards Sparse Hierarchical Graph Classifiers", 2018: three blocks of 128 that keep 0.8.
 
     Note:
-        `edge_attr` is carried along to the levels; the convolution does not read it.
+        `edge_attr` is carried along to the levels; the convolution reads it only where `weighted`.
     """
 
     discrete = True
@@ -155,9 +169,11 @@ class SparseHierarchicalPool(GraphPool):
         gate: Gate = "tanh",
         min_score: float | None = None,
         precise: bool = True,
+        weighted: bool = False,
     ) -> None:
         super().__init__(dim, 2 * hidden)
         self.precise = precise
+        self.weighted = weighted
         require_at_least(1, blocks=blocks)
         self.convs = nn.ModuleList([MeanConv(hidden if i else dim, hidden) for i in range(blocks)])
         self.pools = nn.ModuleList([TopK(hidden, ratio, k, gate, min_score) for _ in range(blocks)])
@@ -166,11 +182,22 @@ class SparseHierarchicalPool(GraphPool):
         total = graph.x.new_zeros(graph.size, self.out_dim)
         levels: list[GraphLevel] = []
         for conv, top in zip(self.convs, self.pools, strict=True):
-            x, level = top(graph._replace(x=conv(graph.x, graph.edge_index)))
+            x, level = top(graph._replace(x=conv(graph.x, graph.edge_index, self._weights(graph))))
             graph = Graph(x, level.edge_index, level.edge_attr, level.batch, graph.size)
             total = total + readout(x, level.batch, graph.size)
             levels.append(level)
         return GraphPooled(total, None, tuple(levels))
+
+    def _weights(self, graph: Graph) -> Float[Tensor, "edges"] | None:
+        if not self.weighted:
+            return None
+        attr = graph.edge_attr
+        if attr is None or attr.numel() != graph.edge_index.shape[1] or bool((attr < 0).any()):
+            raise InputError(
+                f"edge_attr: expected one weight of 0 or more for each of {graph.edge_index.shape[1]} edges, got "
+                f"{'none' if attr is None else f'shape {tuple(attr.shape)}'}; build with weighted=False to leave it out"
+            )
+        return attr.flatten().to(graph.x.dtype)
 
 
 class SparseHierarchicalClassifier(GraphClassifier):

@@ -9,6 +9,8 @@ Note:
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from cenote.core.attention import cross_attention
 from cenote.core.errors import InputError
 from cenote.core.masks import first_tokens, real_tokens
-from cenote.core.requirements import require_rate
+from cenote.core.requirements import require_one_of, require_rate
 from cenote.core.sets import PaddedTokens
 from cenote.core.widths import largest_divisor, require_divides
 from cenote.pool.layers.base import LayerPool, LayersPooled, layer_tokens
@@ -154,6 +156,7 @@ class MaxPoolBERT(CLSAttention):
         dropout: of the attention weights.
         residual: whether `m_cls` is added to the output.
         norm: whether the output is layer-normalised.
+        over: `"max"`, or `"mean"`: the mean of the layers in place of the maximum (the variant "MeanSeq+MHA").
 
     Raises:
         InputError: where the stack has fewer layers than `last`.
@@ -178,22 +181,35 @@ class MaxPoolBERT(CLSAttention):
         dropout: float = 0.0,
         residual: bool = False,
         norm: bool = False,
+        over: Literal["max", "mean"] = "max",
     ) -> None:
         super().__init__(dim, heads, dropout, residual, norm)
         if last < 1:
             raise InputError(f"last: expected how many of the last layers take part, at least 1, got {last}")
+        require_one_of(("max", "mean"), over=over)
         self.last = self.min_layers = last
+        self.over = over
 
     def pool(
         self, x: Float[Tensor, "batch layers tokens dim"], mask: Bool[Tensor, "batch tokens"] | None
     ) -> LayersPooled:
-        output, by_token = self.attended(x[:, -self.last :].amax(1), mask)
-        return LayersPooled(output, torch.einsum("bln,bhn->bhln", winners(x, self.last), by_token))
+        output, by_token = self.attended(self.over_layers(x), mask)
+        if self.over == "mean":
+            late = torch.arange(x.shape[1], device=x.device) >= x.shape[1] - self.last
+            shares = (late.to(x.dtype) / self.last).view(1, -1, 1).expand(x.shape[:3])
+        else:
+            shares = winners(x, self.last)
+        return LayersPooled(output, torch.einsum("bln,bhn->bhln", shares, by_token))
 
     def pool_only(
         self, x: Float[Tensor, "batch layers tokens dim"], mask: Bool[Tensor, "batch tokens"] | None
     ) -> Float[Tensor, "batch out_dim"]:
-        return self.attended(x[:, -self.last :].amax(1), mask)[0]
+        return self.attended(self.over_layers(x), mask)[0]
+
+    def over_layers(self, x: Float[Tensor, "batch layers tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        """`m`, one value for each token and channel of the last layers."""
+        late = x[:, -self.last :]
+        return late.amax(1) if self.over == "max" else late.mean(1)
 
 
 def winners(x: Float[Tensor, "batch layers *tokens dim"], last: int) -> Float[Tensor, "batch layers *tokens"]:

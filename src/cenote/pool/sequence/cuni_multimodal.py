@@ -337,7 +337,7 @@ class HierarchicalMemories(ParallelMemories):
 
 
 class ImageMemory(nn.Module):
-    """A map of image features as a memory: its positions row by row, brought to the width of the text.
+    """A map of image features as a memory: its positions row by row, brought to the width of the text; all of them real.
 
     `m_n = W_2 relu(W_1 x_n + b_1) + b_2`
 
@@ -359,11 +359,17 @@ class ImageMemory(nn.Module):
         self.fc1 = nn.Linear(channels, dim if hidden is None else hidden)
         self.fc2 = nn.Linear(self.fc1.out_features, dim)
 
-    def forward(self, image: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch tokens dim"]:
-        """The memory of a map `[batch, channels, height, width]`."""
-        if image.dim() != 4 or image.shape[1] != self.channels:
-            raise InputError(f"image: expected [batch, {self.channels}, height, width], got shape {tuple(image.shape)}")
-        return self.fc2(F.relu(self.fc1(image.flatten(2).transpose(1, 2))))
+    def forward(
+        self, image: Float[Tensor, "batch channels height width"] | Float[Tensor, "batch tokens channels"]
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """The memory of a map `[batch, channels, height, width]`, or of patches `[batch, tokens, channels]`."""
+        patches = image.flatten(2).transpose(1, 2) if image.dim() == 4 else image
+        if patches.dim() != 3 or patches.shape[-1] != self.channels:
+            raise InputError(
+                f"image: expected [batch, {self.channels}, height, width] or [batch, tokens, {self.channels}], "
+                f"got shape {tuple(image.shape)}"
+            )
+        return self.fc2(F.relu(self.fc1(patches)))
 
 
 class Imagination(nn.Module):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
@@ -9,17 +10,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
-from cenote.core.requirements import require_all_positive
+from cenote.core.requirements import require_all_positive, require_at_least
 from cenote.core.sets import as_tokens
-from cenote.pool.spatial.atrous_rates import recommend_rates
+from cenote.pool.spatial.atrous_rates import recommend_rates, valid_taps
 from cenote.pool.spatial.axes import integers_per_axis
-from cenote.pool.spatial.output_stride import dilate, upsampled
+from cenote.pool.spatial.output_stride import dilate, to_output_stride, upsampled
+from cenote.pool.spatial.segmentation import evaluated
 
 Rate = int | tuple[int, int]
 Norm = Callable[[int], nn.Module]
 
 RATES = (6, 12, 18)
 MULTI_GRID = (1, 2, 4)
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+"""Of the input, at which the paper tests, with mirror images."""
 
 
 class Ranges(NamedTuple):
@@ -111,6 +115,18 @@ class DeepLabV3ASPP(nn.Module):
         energies = torch.stack([p.norm(dim=1) for p in parts], 1)
         return Ranges(self.project(torch.cat(parts, 1)), energies)
 
+    def multiply_adds(self, height: int, width: int) -> int:
+        """Of one map of that size: `(C O (1 + 9 R) + B O^2) h w + C O`, with `R` rates and `B` branches to `O` channels.
+
+        The last term is the branch of the whole image. Norms and biases are not counted.
+        """
+        channels, out = self.branches[0][0].in_channels, self.branches[0][0].out_channels  # type: ignore[index]
+        convs = [
+            m for m in self.modules() if isinstance(m, nn.Conv2d) and (self.image is None or m is not self.image[0])
+        ]
+        by_place = sum(m.weight.numel() for m in convs)
+        return by_place * height * width + (0 if self.image is None else channels * out)
+
     def _ranges(self, x: Tensor, mask: Tensor | None) -> list[Tensor]:
         if x.dim() != 4:
             raise InputError(f"x: expected [batch, channels, height, width], got {tuple(x.shape)}")
@@ -179,6 +195,7 @@ class DeepLabV3(nn.Module):
         rates: of the pyramid; default (6, 12, 18) at output stride 16, twice that at 8.
         width: channels inside of the head.
         image_pool: whether the head has the branch of the whole image.
+        dropout, input_size, norm: of the head, see `DeepLabV3ASPP`; `rates="auto"` needs `input_size`.
 
     Example:
         >>> net = DeepLabV3(torch.nn.Conv2d(3, 16, 3, 16, 1), 16, classes=4, width=8).eval()
@@ -194,15 +211,18 @@ class DeepLabV3(nn.Module):
         channels: int,
         classes: int,
         output_stride: int = 16,
-        rates: Sequence[Rate] | None = None,
+        rates: Sequence[Rate] | Literal["auto"] | None = None,
         width: int = 256,
         image_pool: bool = True,
+        dropout: float = 0.0,
+        input_size: int | tuple[int, int] | None = None,
+        norm: Norm = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
         if rates is None:
             rates = tuple(max(1, round(r * 16 / output_stride)) for r in RATES)
         self.backbone = backbone
-        self.head = DeepLabV3Head(channels, classes, width, rates, image_pool)
+        self.head = DeepLabV3Head(channels, classes, width, rates, image_pool, dropout, input_size, output_stride, norm)
         self.output_stride = output_stride
 
     def forward(
@@ -211,17 +231,45 @@ class DeepLabV3(nn.Module):
         """Logits of every pixel; the paper trains on these, see `pixel_loss`."""
         return upsampled(self.head(self.backbone(x)), self.output_stride, (x.shape[2], x.shape[3]))
 
+    def at_output_stride(
+        self, output_stride: int, example: Float[Tensor, "batch in_channels height width"]
+    ) -> DeepLabV3:
+        """A copy whose map is as much denser, with the same weights: the rates grow as the stride falls, 16 to 8 twice.
+
+        Args:
+            output_stride: below the present one, see `to_output_stride`; the paper trains at 16 and tests at 8.
+            example: an input of the backbone.
+
+        Raises:
+            InputError: where the net cannot have that stride.
+        """
+        times, rest = divmod(self.output_stride, output_stride)
+        if rest or times < 1:
+            raise InputError(f"output_stride: expected a part of the present {self.output_stride}, got {output_stride}")
+        net = copy.deepcopy(self)
+        net.backbone = to_output_stride(self.backbone, output_stride, example).train(self.backbone.training)
+        net.output_stride = output_stride
+        aspp = net.head.aspp
+        aspp.rates = tuple((down * times, across * times) for down, across in aspp.rates)
+        for branch in aspp.branches[1:]:
+            dilate(branch[0], times)  # type: ignore[index]
+        return net
+
     @torch.no_grad()
     def segment(
         self, x: Float[Tensor, "batch in_channels height width"], scales: Sequence[float] = (1.0,), flip: bool = False
     ) -> Float[Tensor, "batch classes height width"]:
-        """Class probabilities, the mean over scales of the input (0.5 to 1.75 in the paper) and over mirror images."""
+        """Class probabilities, the mean over scales of the input (`SCALES` in the paper) and over mirror images.
+
+        In eval mode, whatever the mode of the net.
+        """
         require_all_positive(scales=scales)
         size, parts = x.shape[2:], []
-        for s in scales:
-            scaled = x if s == 1 else F.interpolate(x, scale_factor=s, mode="bilinear")
-            logits = [self(scaled)] + ([self(scaled.flip(-1)).flip(-1)] if flip else [])
-            parts += [F.interpolate(one, size, mode="bilinear").softmax(1) for one in logits]
+        with evaluated(self):
+            for s in scales:
+                scaled = x if s == 1 else F.interpolate(x, scale_factor=s, mode="bilinear")
+                logits = [self(scaled)] + ([self(scaled.flip(-1)).flip(-1)] if flip else [])
+                parts += [F.interpolate(one, size, mode="bilinear").softmax(1) for one in logits]
         return torch.stack(parts).mean(0)
 
 
@@ -286,6 +334,38 @@ def multi_grid(units: Iterable[nn.Module], rates: Sequence[int] = MULTI_GRID) ->
             # 1 x 1 convolutions have nothing to dilate, but their padding must not grow
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and max(module.kernel_size) > 1:
                 dilate(module, rate, name)
+
+
+def tap_diagnosis(input_size: int | tuple[int, int], rates: Sequence[Rate] = RATES, output_stride: int = 16) -> str:
+    """What each 3 x 3 filter of a pyramid reads of a map, one line per rate, to be printed before a net is trained.
+
+    Args:
+        input_size: side of the image in pixels, or `(height, width)`.
+        rates: one per filter, or `(down, across)`.
+        output_stride: pixels per cell of the map.
+
+    Raises:
+        InputError: where a number is not positive.
+
+    >>> print(tap_diagnosis(257, (6, 18)))
+    map of 17 x 17 cells
+    rate 6 x 6: all nine taps inside at 8.7 % of the positions
+    rate 18 x 18: never more than the middle tap, a 1 x 1 filter; the map has 17 x 17 cells
+
+    Source: Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017.
+    """
+    require_at_least(1, output_stride=output_stride)
+    cells = tuple(-(-n // output_stride) for n in integers_per_axis("input_size", input_size, 2))
+    side = " x ".join(map(str, cells))
+    lines = [f"map of {side} cells"]
+    for rate in rates:
+        pair = integers_per_axis("rates", rate, 2)
+        found = valid_taps((cells[0], cells[1]), (pair[0], pair[1]))
+        said = f"all nine taps inside at {100 * found.whole:.1f} % of the positions"
+        if found.alone == 1:
+            said = f"never more than the middle tap, a 1 x 1 filter; the map has {side} cells"
+        lines.append(f"rate {pair[0]} x {pair[1]}: {said}")
+    return "\n".join(lines)
 
 
 def pixel_loss(

@@ -161,6 +161,47 @@ def test_the_whole_system_trains_and_segments() -> None:
     assert (fine == labels).double().mean() > max(0.95, (rough == labels).double().mean().item())
 
 
+def small(scales: tuple[float, ...] = (1.0,), **settings: object) -> DeepLab:
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.BatchNorm2d(8), nn.ReLU())
+    return DeepLab(backbone, 8, 3, rates=(1, 2), output_stride=4, scales=scales, **settings)
+
+
+def test_every_scale_has_a_loss_of_its_own() -> None:
+    net, x, labels = small((0.5, 1.0)).eval(), randn(2, 3, 16, 24).float(), torch.arange(24).expand(2, 16, 24) % 3
+    by_scale = net.scores.by_scale(x)
+    each = [score_map_loss(m, labels, 4) for m in (by_scale.amax(1), by_scale[:, 0], by_scale[:, 1])]
+    torch.testing.assert_close(net.loss(x, labels), sum(each))
+    alone = small().eval()
+    torch.testing.assert_close(alone.loss(x, labels), score_map_loss(alone(x), labels, 4))
+
+
+@pytest.mark.parametrize("hidden", [None, 6])
+def test_class_scores_learn_ten_times_as_fast(hidden: int | None) -> None:
+    net = small(hidden=hidden)
+    slow, fast = net.parameter_groups(0.01)
+    heads = {id(p) for conv in net.scores.net[1].classifiers() for p in conv.parameters()}
+    assert {id(p) for p in fast["params"]} == heads
+    assert all(p.shape[0] == 3 for p in fast["params"])
+    assert (slow["lr"], fast["lr"]) == (0.01, 0.1)
+    assert len(slow["params"]) + len(fast["params"]) == len(list(net.parameters()))
+
+
+def test_dropout_is_that_of_the_branches() -> None:
+    rates = {m.p for m in small(hidden=6, dropout=0.25).modules() if isinstance(m, nn.Dropout)}
+    assert rates == {0.25}
+
+
+def test_segmenting_is_done_in_eval_mode_and_leaves_every_mode_alone() -> None:
+    net, x = small(hidden=6).train(), randn(2, 3, 17, 22).float()
+    net.scores.net[0].eval()
+    modes, state = [m.training for m in net.modules()], copy.deepcopy(net.state_dict())
+    p = net.segment(x)
+    assert [m.training for m in net.modules()] == modes
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    torch.testing.assert_close(p, net.eval().segment(x))
+
+
 def test_labels_that_do_not_fit_the_map_are_named() -> None:
     with pytest.raises(InputError, match="labels"):
         score_map_loss(torch.zeros(1, 2, 4, 4), torch.zeros(1, 9, 16).long(), 8)

@@ -3,8 +3,9 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple, get_args
 
+import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from cenote.core.requirements import require_one_of
@@ -31,6 +32,23 @@ class TreeLosses(NamedTuple):
     reward: Float[Tensor, ""]
     entropy: Float[Tensor, ""]
     read: Float[Tensor, ""]
+
+
+class TreeMeasures(NamedTuple):
+    """How well queries are answered, and at what price.
+
+    Attributes:
+        accuracy: of a classification, else `None`.
+        log_likelihood: mean over queries, of a classification or of the `"gaussian"` task, else `None`.
+        read: share of the real tokens that as many vectors as a query attended to would be.
+        routing: by level, the share of the queries that opened the node of the token that they wanted; `None` where these
+            were not given.
+    """
+
+    accuracy: float | None
+    log_likelihood: float | None
+    read: float
+    routing: tuple[float, ...] | None
 
 
 class TreeObjective:
@@ -96,6 +114,30 @@ class TreeObjective:
         total = tca + self.ca_weight * ca + self.rl_weight * rl
         read = found.read().to(total.dtype).mean()
         return TreeLosses(total, tca.detach(), ca.detach(), rl.detach(), reward.mean(), entropy.detach(), read)
+
+    @torch.no_grad()
+    def measure(
+        self,
+        model: ReTreever,
+        context: Float[Tensor, "batch tokens context_dim"],
+        queries: Float[Tensor, "batch queries query_dim"],
+        target: Shaped[Tensor, "batch queries *target"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+        wanted: Int[Tensor, "batch queries"] | None = None,
+    ) -> TreeMeasures:
+        """What always opening the best child comes to; `wanted` is the number of the token that answers each query."""
+        tree = model.encode(context, mask)
+        found = model.ask(queries, tree)
+        prediction = model.predictor(found.output)
+        likelihood = None if self.task == "regression" else -float(self.losses(prediction, target).mean())
+        right = (prediction.argmax(-1) == target).double().mean() if self.task == "classification" else None
+        routing = None if wanted is None else model.tca.routed(found, tree, wanted).double().mean((0, 1)).tolist()
+        return TreeMeasures(
+            None if right is None else float(right),
+            likelihood,
+            float((found.read() / tree.real[-1].sum(-1, keepdim=True).clamp(min=1)).mean()),
+            None if routing is None else tuple(routing),
+        )
 
     def losses(
         self, prediction: Float[Tensor, "batch queries out_dim"], target: Shaped[Tensor, "batch queries *target"]

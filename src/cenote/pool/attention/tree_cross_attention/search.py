@@ -216,6 +216,30 @@ class TreeCrossAttention(nn.Module):
         place = torch.where(tree.tokens < 0, tokens, tree.tokens)[:, None, None].expand_as(carried)
         return carried.new_zeros((*carried.shape[:3], tokens + 1)).scatter_add(-1, place, carried)[..., :tokens]
 
+    def routed(
+        self, found: Retrieved, tree: Tree, wanted: Int[Tensor, "batch queries"]
+    ) -> Bool[Tensor, "batch queries levels"]:
+        """Whether the node that each query opened at a level holds the token that it wanted; the mean is routing accuracy.
+
+        Args:
+            found: of `attend`.
+            tree: the tree that was searched.
+            wanted: number of the token that answers each query. At levels where a smaller set has nothing to choose its
+                queries are always right.
+
+        Raises:
+            InputError: where a wanted token is not in the tree.
+        """
+        is_it = tree.tokens.unsqueeze(1) == wanted.unsqueeze(-1)
+        if not bool(is_it.any(-1).all()) or bool((wanted < 0).any()):
+            raise InputError(f"wanted: expected numbers of real tokens, got {wanted.flatten().tolist()[:10]}")
+        leaf, leaves = is_it.int().argmax(-1), tree.tokens.shape[1]
+        at, right = torch.zeros_like(leaf), [leaf.new_zeros((*leaf.shape, 0), dtype=torch.bool)]
+        for level in range(1, tree.levels + 1):
+            at = at * self.branch_factor + found.choices[..., level - 1]
+            right.append((leaf // (leaves // tree.nodes[level].shape[1]) == at).unsqueeze(-1))
+        return torch.cat(right, -1)
+
     def _aggregate(
         self, children: Float[Tensor, "batch parents children dim"], real: Bool[Tensor, "batch parents children"]
     ) -> Float[Tensor, "batch parents dim"]:

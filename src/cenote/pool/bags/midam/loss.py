@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_one_of, require_positive
-from cenote.pool.bags.midam.scorers import AttentionStatistic
+from cenote.pool.bags.midam.scorers import AttentionStatistic, BagScorer, MIDAMAttention, MIDAMSmoothedMax
 
 Init = Literal["first_value", "authors"]
 
@@ -32,6 +32,8 @@ class MIDAMLoss(nn.Module, ABC):
         InputError: where a number is out of range, or a batch repeats a bag or holds one class only.
     """
 
+    scorer: type[BagScorer]
+    """The scorer of this mode."""
     a: nn.Parameter
     b: nn.Parameter
     alpha: Tensor
@@ -72,6 +74,14 @@ class MIDAMLoss(nn.Module, ABC):
         self, sampled: Any, index: Int[Tensor, "batch"]
     ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
         """Update the estimates of these bags; `(h, slope)` as `surrogate` takes them."""
+
+    def require_scorer(self, model: BagScorer) -> None:
+        """Raise `InputError` where `model` is the scorer of another mode, or pools otherwise than this loss takes it to."""
+        if isinstance(model, MIDAMSmoothedMax | MIDAMAttention) and not isinstance(model, self.scorer):
+            raise InputError(
+                f"model: {type(self).__name__} takes what {self.scorer.__name__} says of samples, got a "
+                f"{type(model).__name__}; give scorer and loss of one mode"
+            )
 
     def forward(self, sampled: Any, y: Tensor, index: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
         """The surrogate of a batch, after updating its bags' estimates.
@@ -157,6 +167,7 @@ class MIDAMSmoothedMaxLoss(MIDAMLoss):
         before the loss reads it.
     """
 
+    scorer = MIDAMSmoothedMax
     log_s: Float[Tensor, "bags"]
 
     def __init__(
@@ -171,6 +182,14 @@ class MIDAMSmoothedMaxLoss(MIDAMLoss):
         super().__init__(bags, margin, gamma, init, exact_alpha)
         require_positive(tau=tau)
         self.tau = tau
+
+    def require_scorer(self, model: BagScorer) -> None:
+        super().require_scorer(model)
+        tau = getattr(model, "tau", self.tau)
+        if tau != self.tau:
+            raise InputError(
+                f"tau: the scorer pools at {tau:g}, the loss at {self.tau:g}; give both the same temperature"
+            )
 
     def unseen(self, bags: int) -> dict[str, Float[Tensor, "bags"]]:
         return {"log_s": torch.full((bags,), float("-inf"))}
@@ -209,6 +228,7 @@ class MIDAMAttentionLoss(MIDAMLoss):
         below by 1e-8, which a logarithm does not need.
     """
 
+    scorer = MIDAMAttention
     score: Float[Tensor, "bags"]
     log_mass: Float[Tensor, "bags"]
 

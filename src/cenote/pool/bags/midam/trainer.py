@@ -122,7 +122,7 @@ class MIDAMTrainer:
     """Trains a bag scorer on a few instances per bag and step, for the AUC of the exact pooled scores.
 
     Args:
-        model: the scorer; its mode must be that of the optimiser's loss.
+        model: the scorer; its mode and temperature must be those of the optimiser's loss.
         optimizer: holds the loss.
         bags: see `sample_instances`; in the order of the loss's estimates.
         y: labels 0 and 1 of the bags.
@@ -131,7 +131,8 @@ class MIDAMTrainer:
         seed: of batches and instances.
 
     Raises:
-        InputError: where the numbers of bags, labels and estimates differ.
+        InputError: where the numbers of bags, labels and estimates differ, or the scorer's mode or temperature is not the
+            loss's.
 
     Example:
         >>> from cenote.pool import MIDAM, MIDAMSmoothedMax, MIDAMSmoothedMaxLoss
@@ -158,6 +159,7 @@ class MIDAMTrainer:
         if not len(bags) == len(y) == optimizer.loss.bags:
             raise InputError(f"bags: {len(bags)} of them, {len(y)} labels, {optimizer.loss.bags} estimates in the loss")
         require_at_least(1, instances=instances)
+        optimizer.loss.require_scorer(model)
         self.model = model
         self.optimizer = optimizer
         self.loss = optimizer.loss
@@ -206,15 +208,26 @@ class MIDAMTrainer:
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "left": [part.clone() for part in self.batches.left],
+            "kind": self._kind(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Inverse of `state_dict`.
+
+        Raises:
+            InputError: where the state is that of another mode, temperature or number of bags.
+        """
+        saved, own = state.get("kind", self._kind()), self._kind()
+        if saved != own:
+            raise InputError(f"state: was saved of {saved}, this trainer has {own}; build it as the saved one was")
         self.model.load_state_dict(state["model"])
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.batches.left = [part.clone() for part in state["left"]]
+
+    def _kind(self) -> dict[str, Any]:
+        return {"loss": type(self.loss).__name__, "tau": getattr(self.loss, "tau", None), "bags": self.loss.bags}
 
 
 def _rows(bag: Bag, number: int, count: int, generator: torch.Generator | None) -> Tensor:

@@ -15,15 +15,18 @@ from torch import Tensor
 from cenote.core.errors import InputError
 
 
-def aa_align(reference: Sequence[float], generated: Sequence[float], tolerance: float = 0.1) -> float:
+def aa_align(
+    reference: Sequence[float], generated: Sequence[float], tolerance: float = 0.1, one_to_one: bool = False
+) -> float:
     """Audio-audio alignment of onset times: `hits / (|generated| + |reference| - hits)`.
 
     A generated onset is a hit where some reference onset lies nearer than `tolerance`. Two generated onsets may hit the same
-    reference onset, so that the score can exceed 1; the same sound twice scores 1.
+    reference onset, so that the score can exceed 1, unless it is to be `one_to_one`; the same sound twice scores 1.
 
     Args:
         reference, generated: onset times in seconds.
         tolerance: in seconds; an onset exactly so far away is no hit.
+        one_to_one: whether each reference onset can be hit once; then as many hits are made as can be.
 
     Returns:
         The score; 1 where neither sound has an onset, 0 where one of them has none.
@@ -38,16 +41,30 @@ def aa_align(reference: Sequence[float], generated: Sequence[float], tolerance: 
     Source: "STA-V2A", ICASSP 2025, by the name AA-Align.
 
     Note:
-        Two sounds without onsets divide zero by zero in the formula; they agree, so 1 is returned.
+        Two sounds without onsets divide zero by zero in the formula; they agree, so 1 is returned. `one_to_one` is ours.
     """
     if tolerance <= 0:
         raise InputError(f"tolerance: expected positive seconds, got {tolerance}")
     there, made = np.asarray(reference, float), np.asarray(generated, float)
     if there.size == made.size == 0:
         return 1.0
-    near = np.abs(made[:, None] - there[None, :]) < tolerance
-    hits = int(near.any(1).sum())
+    # 1e-9: 0.6 - 0.5 is below 0.1 by rounding
+    near = np.abs(made[:, None] - there[None, :]) < tolerance - 1e-9
+    hits = _pairs(np.sort(there), np.sort(made), tolerance - 1e-9) if one_to_one else int(near.any(1).sum())
     return hits / (made.size + there.size - hits)
+
+
+def _pairs(there: Float[np.ndarray, "there"], made: Float[np.ndarray, "made"], tolerance: float) -> int:
+    """The most pairs of sorted onsets nearer than `tolerance`: on a line the earliest two that fit always may be paired."""
+    pairs = first = second = 0
+    while first < len(there) and second < len(made):
+        if abs(made[second] - there[first]) < tolerance:
+            pairs, first, second = pairs + 1, first + 1, second + 1
+        elif there[first] < made[second]:
+            first += 1
+        else:
+            second += 1
+    return pairs
 
 
 def onset_times(

@@ -6,17 +6,23 @@ modality form of Schwartz et al., "Factor Graph Attention", CVPR 2019.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal, get_args
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
-from cenote.core.requirements import require_rate
+from cenote.core.requirements import require_one_of, require_rate
 from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import Tokens
 from cenote.core.tokenwise import tokenwise
 from cenote.pool.base import Pool, Pooled
+
+Potential = Literal["unary", "agreement"]
+POTENTIALS: tuple[Potential, ...] = get_args(Potential)
 
 
 class FactorGraphAttention(Pool):
@@ -32,9 +38,10 @@ class FactorGraphAttention(Pool):
         dim: width of a frame.
         dropout: on `relu(U x_n + b_U)`, while training.
         always_dropout: drop also in eval mode, as the authors' code does, so that no two calls agree.
+        potentials: which of `"unary"` and `"agreement"` the weights follow; none of them: the mean of the frames.
 
     Raises:
-        InputError: where `dropout` is no share.
+        InputError: where `dropout` is no share, or a potential unknown.
 
     Example:
         >>> output, weights = FactorGraphAttention(16).attend(torch.randn(2, 9, 16))
@@ -48,11 +55,19 @@ class FactorGraphAttention(Pool):
         The bias `b_w` drops out of the softmax; it is kept so that published weights load.
     """
 
-    inert_parameters = ("unary_score.bias",)
-
-    def __init__(self, dim: int, dropout: float = 0.5, always_dropout: bool = False) -> None:
+    def __init__(
+        self,
+        dim: int,
+        dropout: float = 0.5,
+        always_dropout: bool = False,
+        potentials: Sequence[Potential] = POTENTIALS,
+    ) -> None:
         super().__init__(dim)
         require_rate(dropout=dropout)
+        for potential in potentials:
+            require_one_of(POTENTIALS, potentials=potential)
+        self.potentials = tuple(potentials)
+        self.inert_parameters = ("unary_score.bias", *self._unused())
         self.dropout = dropout
         self.always_dropout = always_dropout
         self.unary = nn.Linear(dim, dim)
@@ -63,9 +78,21 @@ class FactorGraphAttention(Pool):
         self.reduce = nn.Parameter(torch.empty(2).uniform_(-(2**-0.5), 2**-0.5))
 
     def pool(self, tokens: Tokens) -> Pooled:
-        potentials = torch.cat([tokenwise(self.unary_potential, tokens.values), self.agreement(tokens)], -1)
-        weights = tokens.softmax((potentials @ self.reduce).unsqueeze(-1))
+        scores = torch.zeros_like(tokens.values[..., :1])
+        if "unary" in self.potentials:
+            scores = scores + self.reduce[0] * tokenwise(self.unary_potential, tokens.values)
+        if "agreement" in self.potentials:
+            scores = scores + self.reduce[1] * self.agreement(tokens)
+        weights = tokens.softmax(scores)
         return Pooled(tokens.weighted_sum(weights).squeeze(1), weights)
+
+    def _unused(self) -> tuple[str, ...]:
+        unary = () if "unary" in self.potentials else ("unary.weight", "unary.bias", "unary_score.weight")
+        maps = ("first", "second")
+        agreement = (
+            () if "agreement" in self.potentials else tuple(f"{m}.{p}" for m in maps for p in ("weight", "bias"))
+        )
+        return (*unary, *agreement, *(() if self.potentials else ("reduce",)))
 
     def unary_potential(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows 1"]:
         """What a frame is worth on its own, `u_n`."""
@@ -88,7 +115,7 @@ class StaV2aPrompt(Pool):
         dim: width of a frame; 512 in the paper.
         width: of a token of the prompt; `None`: `dim`. In the paper 1024, that of the text states.
         prompts: number of tokens, `k`.
-        dropout, always_dropout: see `FactorGraphAttention`.
+        dropout, always_dropout, potentials: see `FactorGraphAttention`.
 
     Raises:
         InputError: where `prompts` or `width` is below 1, or `dropout` is no share.
@@ -104,8 +131,6 @@ class StaV2aPrompt(Pool):
         The authors' code computes a GELU of the frames that it does not use; there is none here.
     """
 
-    inert_parameters = ("attention.unary_score.bias",)
-
     def __init__(
         self,
         dim: int,
@@ -113,13 +138,15 @@ class StaV2aPrompt(Pool):
         prompts: int = 4,
         dropout: float = 0.5,
         always_dropout: bool = False,
+        potentials: Sequence[Potential] = POTENTIALS,
     ) -> None:
         super().__init__(dim, dim if width is None else width)
         if prompts < 1 or self.out_dim < 1:
             raise InputError(f"prompts, width: expected positive numbers, got {prompts} and {self.out_dim}")
         self.vectors = prompts
         self.fc = nn.Linear(dim, self.out_dim)
-        self.attention = FactorGraphAttention(self.out_dim, dropout, always_dropout)
+        self.attention = FactorGraphAttention(self.out_dim, dropout, always_dropout, potentials)
+        self.inert_parameters = tuple(f"attention.{name}" for name in self.attention.inert_parameters)
         self.conv = nn.Conv1d(1, prompts, 3, padding=1)
 
     def pool(self, tokens: Tokens) -> Pooled:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from cenote.core.errors import InputError
 from cenote.core.requirements import require_all_positive, require_one_of
 from cenote.pool.spatial.deeplab.dense_crf import DenseCRF, unary_from_probabilities
 from cenote.pool.spatial.output_stride import upsampled
+from cenote.pool.spatial.segmentation import evaluated, head_rates
 
 LARGE = (6, 12, 18, 24)
 SMALL = (2, 4, 8, 12)
@@ -67,6 +68,10 @@ class DeepLabASPP(nn.Module):
         """What each branch adds to the scores: which distance spoke for a class."""
         return torch.stack([branch(x) for branch in self.branches], 1)
 
+    def classifiers(self) -> list[nn.Module]:
+        """The layers that give class scores, one per branch: what the paper trains at ten times the rate of the rest."""
+        return [b[-1] if isinstance(b, nn.Sequential) else b for b in self.branches]
+
 
 class MultiScale(nn.Module):
     """Runs a net on its input at several scales and fuses what comes out, position by position.
@@ -95,7 +100,10 @@ class MultiScale(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out h w"]:
         """The fused map."""
-        maps = self.by_scale(x)
+        return self.fused(self.by_scale(x))
+
+    def fused(self, maps: Float[Tensor, "batch scales out h w"]) -> Float[Tensor, "batch out h w"]:
+        """One map of those of all scales."""
         return maps.amax(1) if self.fuse == "max" else maps.mean(1)
 
     def by_scale(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch scales out h w"]:
@@ -112,7 +120,7 @@ class DeepLab(nn.Module):
         backbone: images to maps `[batch, channels, h, w]` at `output_stride`; `to_output_stride` makes one of a classifier.
         channels: of the backbone's map.
         classes: number of classes.
-        rates, hidden: see `DeepLabASPP`.
+        rates, hidden, dropout: see `DeepLabASPP`.
         output_stride: pixels per cell of the map.
         scales: of the input, fused by their maximum; (0.5, 0.75, 1.0) in the paper.
         crf: what refines the probabilities in `segment`; default `DenseCRF()`.
@@ -137,15 +145,36 @@ class DeepLab(nn.Module):
         output_stride: int = 8,
         scales: Sequence[float] = (1.0,),
         crf: DenseCRF | None = None,
+        dropout: float = 0.5,
     ) -> None:
         super().__init__()
-        self.scores = MultiScale(nn.Sequential(backbone, DeepLabASPP(channels, classes, rates, hidden)), scales)
+        aspp = DeepLabASPP(channels, classes, rates, hidden, dropout)
+        self.scores = MultiScale(nn.Sequential(backbone, aspp), scales)
         self.output_stride = output_stride
         self.crf = DenseCRF() if crf is None else crf
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes h w"]:
-        """Scores at the size of the map, on which the paper trains; see `score_map_loss`."""
+        """Scores at the size of the map, on which the paper trains; see `loss`."""
         return self.scores(x)
+
+    def loss(
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        labels: Int[Tensor, "batch height width"],
+        ignore: int = 255,
+    ) -> Float[Tensor, ""]:
+        """`score_map_loss` of the fused scores; with several scales those of each scale are added."""
+        by_scale = self.scores.by_scale(x)
+        maps = [self.scores.fused(by_scale), *(by_scale.unbind(1) if by_scale.shape[1] > 1 else ())]
+        return torch.stack([score_map_loss(m, labels, self.output_stride, ignore) for m in maps]).sum()
+
+    def parameter_groups(self, lr: float = 1e-3, times: float = 10.0) -> list[dict[str, Any]]:
+        """What an optimiser is given: the layers that give class scores at `times` the rate of all else.
+
+        The paper trains with `SGD(net.parameter_groups(), momentum=0.9, weight_decay=5e-4)` and `poly_schedule`, 20,000 steps.
+        """
+        aspp: Any = self.scores.net[1]  # type: ignore[index]
+        return head_rates(self, aspp.classifiers(), lr, times)
 
     @torch.no_grad()
     def segment(
@@ -153,13 +182,15 @@ class DeepLab(nn.Module):
         x: Float[Tensor, "batch channels height width"],
         image: Shaped[Tensor, "batch 3 height width"] | None = None,
     ) -> Float[Tensor, "batch classes height width"]:
-        """Class probabilities of every pixel.
+        """Class probabilities of every pixel; in eval mode, whatever the mode of the net.
 
         Args:
             x: as the backbone takes it.
             image: the same in colours from 0 to 255, for the CRF; without it the CRF is left out.
         """
-        p = upsampled(self(x), self.output_stride, (x.shape[2], x.shape[3])).softmax(1)
+        with evaluated(self):
+            scores = self(x)
+        p = upsampled(scores, self.output_stride, (x.shape[2], x.shape[3])).softmax(1)
         return p if image is None else self.crf(unary_from_probabilities(p), image)
 
 
