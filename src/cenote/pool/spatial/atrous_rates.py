@@ -5,6 +5,7 @@ Source: Kim, Choi, Jang, Kim, "Resolution-Aware Design of Atrous Rates for Seman
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, overload
 
@@ -256,3 +257,64 @@ def receptive_extent(
         return 0.0
     held = mass.cumsum(0) / mass.sum()
     return float((held < share - 1e-12).sum())
+
+
+def receptive_peaks(field: Float[Tensor, "height width"], least: float = 0.5) -> list[tuple[int, int]]:
+    """`(row, column)` of the peaks of a receptive field, the strongest first: pixels that none of the eight around them exceeds.
+
+    Args:
+        field: as `effective_receptive_field` gives it.
+        least: share of the largest value that a peak has at least, above 0 and up to 1.
+
+    Example:
+        >>> field = torch.zeros(9, 9)
+        >>> field[4, 4], field[4, 1], field[4, 2], field[0, 8] = 1.0, 0.8, 0.7, 0.1
+        >>> receptive_peaks(field)
+        [(4, 4), (4, 1)]
+
+    Source: Kim et al., 2023, for the field; this summary is ours.
+    """
+    if not 0 < least <= 1:
+        raise InputError(f"least: expected a share above 0 and up to 1, got {least}")
+    around = torch.nn.functional.max_pool2d(field.detach()[None, None], 3, 1, 1)[0, 0]
+    found = ((field == around) & (field > 0) & (field >= least * field.max())).nonzero()
+    return sorted(map(tuple, found.tolist()), key=lambda at: -float(field[at]))
+
+
+def star_share(
+    field: Float[Tensor, "height width"],
+    rates: Sequence[int],
+    output_stride: int = 1,
+    position: tuple[int, int] | None = None,
+) -> float:
+    """Share of a receptive field's sum that lies where a pyramid of such rates would put it.
+
+    That is at the nine offsets `(i r s, j r s)`, `i, j` of -1, 0 and 1, of each rate `r` at the output stride `s`, and within
+    half a stride of each; offsets outside of the field count for nothing.
+
+    Args:
+        field: as `effective_receptive_field` gives it.
+        rates: of the 3 x 3 branches.
+        output_stride: pixels per cell of the map.
+        position: `(row, column)` in pixels; default the middle.
+
+    Example:
+        >>> conv = torch.nn.Conv2d(1, 1, 3, padding=4, dilation=4)
+        >>> field = effective_receptive_field(conv, torch.randn(2, 1, 16, 16))
+        >>> star_share(field, (4,)), 0 < star_share(field, (3,)) < 0.5
+        (1.0, True)
+
+    Source: the pattern of Kim et al., 2023; its share is ours.
+    """
+    require_all_positive(rates=rates)
+    require_at_least(1, output_stride=output_stride)
+    height, width = field.shape
+    row, column = position or (height // 2, width // 2)
+    inside, near = torch.zeros(height, width, dtype=torch.bool), output_stride // 2
+    for r in rates:
+        for i, j in itertools.product((-1, 0, 1), repeat=2):
+            y, x = row + i * r * output_stride, column + j * r * output_stride
+            if 0 <= y < height and 0 <= x < width:
+                inside[max(0, y - near) : y + near + 1, max(0, x - near) : x + near + 1] = True
+    mass = field.detach().cpu().double()
+    return float(mass[inside].sum() / mass.sum()) if float(mass.sum()) > 0 else 0.0
