@@ -260,7 +260,7 @@ def receptive_extent(
 
 
 def receptive_peaks(field: Float[Tensor, "height width"], least: float = 0.5) -> list[tuple[int, int]]:
-    """`(row, column)` of the peaks of a receptive field, the strongest first: pixels that none of the eight around them exceeds.
+    """`(row, column)` of the peaks of a receptive field, the strongest first: none of the eight pixels around exceeds them.
 
     Args:
         field: as `effective_receptive_field` gives it.

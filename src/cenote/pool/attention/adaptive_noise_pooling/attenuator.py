@@ -29,7 +29,7 @@ class Attenuator(PaddedPool):
         dim: width of a token.
         out_dim: width of the output; default `hidden`. Without it nothing is projected after pooling.
         hidden: width inside; default `dim`. Where it differs, or with `project_in`, the tokens are projected first.
-        pooling: `"adaptive"`, `"mean"`, `"max"`, `"token"`: the first token as the encoder leaves it, or `"cls"`: the output of a
+        pooling: `"adaptive"`, `"mean"`, `"max"`, `"token"`: the first token as encoded, or `"cls"`: the output of a
             learned token that stands before the others.
         query: of the adaptive pool, see `AdaptiveNoisePool`; 0 in the author's configurations.
         layers: number of transformer layers.
