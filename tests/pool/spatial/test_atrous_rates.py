@@ -1,6 +1,7 @@
 import itertools
 
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from torch import nn
 
 from cenote.core import InputError
 from cenote.pool import effective_receptive_field, receptive_extent, recommend_rates, sweep_rates, valid_taps
-from cenote.pool.spatial.atrous_rates import receptive_peaks, star_share
+from cenote.pool.spatial.atrous_rates import best_with_ties, receptive_peaks, star_share
 
 
 def ones(rate: int, channels: int = 1) -> nn.Conv2d:
@@ -69,6 +70,36 @@ def test_a_sweep_keeps_every_score() -> None:
     assert sweep.best == (4, 8, 12)
     assert sweep.reach == (6 / 16, 12 / 16, 18 / 16)
     assert sweep.scores == (-2, 0, -2)
+    assert sweep.rule == recommend_rates(256, 16) == (3, 6, 9)
+    assert sweep.rule_reach == 9 / 16
+    assert sweep.inside[0] == pytest.approx(sum(valid_taps(16, r).taps for r in (2, 4, 6)) / 3)
+
+
+def test_another_size_of_test_is_flagged_with_its_taps() -> None:
+    with pytest.warns(UserWarning, match=r"test_size: at 128 pixels 31% .* at 256 57%"):
+        sweep = sweep_rates(lambda rates: -rates[0], 256, 16, multipliers=(3, 4), test_size=128)
+    assert sweep.inside == tuple(pytest.approx(sum(valid_taps(8, g * i).taps for i in (1, 2, 3)) / 3) for g in (3, 4))
+    assert (
+        sweep_rates(lambda _rates: 0.0, 256, 16, (3,), test_size=256).inside
+        == sweep_rates(lambda _rates: 0.0, 256, 16, (3,)).inside
+    )
+
+
+def test_the_best_and_what_ties_with_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    scores = torch.tensor([0.0, 4.9, 5.0, 3.0]) + 0.3 * noise
+    best, tied = best_with_ties(scores)
+    assert best == int(scores.mean(0).argmax())
+    expected = [
+        g
+        for g in range(4)
+        if g == best or scipy.stats.ttest_rel(scores[:, best].numpy(), scores[:, g].numpy()).pvalue >= 0.05
+    ]
+    assert list(tied) == expected
+    assert tied == (1, 2)
+    # what is behind by the same amount in every seed is behind
+    assert best_with_ties(torch.tensor([[0.1, 0.2], [0.3, 0.4]], dtype=torch.float64)).tied == (1,)
 
 
 @pytest.mark.parametrize("rate", [1, 3, 5])
@@ -172,6 +203,7 @@ def test_half_of_the_mass_lies_nearer() -> None:
         (lambda: receptive_extent(torch.zeros(3, 3), share=0.0), "share"),
         (lambda: receptive_peaks(torch.zeros(3, 3), least=0.0), "least"),
         (lambda: star_share(torch.zeros(3, 3), ()), "rates"),
+        (lambda: best_with_ties(torch.zeros(1, 3)), "scores"),
     ],
 )
 def test_wrong_arguments_are_named(call, named: str) -> None:
