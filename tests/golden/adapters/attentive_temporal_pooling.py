@@ -1,22 +1,8 @@
 import torch
 from torch import Tensor
 
-from cenote.core import PaddedTokens, Tokens
 from cenote.pool import AttentiveTemporalPool
 from tests.golden.cases import Case, adapter, load_parameters
-
-
-class LeakyTemporalPool(AttentiveTemporalPool):
-    """The authors' padding: a padded frame is read, and weighs `eps` where frames are weighted."""
-
-    paddings: Tensor
-
-    def frame_weights(self, tokens: Tokens) -> Tensor:
-        assert isinstance(tokens, PaddedTokens)
-        valid = 1 - self.paddings.T.unsqueeze(-1).to(tokens.values)
-        if self.scorer is None:
-            return valid
-        return valid * torch.sigmoid(self.scorer(tokens.values)) + self.eps
 
 
 @adapter("attentive-temporal-pooling", "CumulativeStatisticsLayer")
@@ -25,7 +11,7 @@ def cumulative(case: Case) -> dict[str, Tensor]:
     x, paddings = case.inputs["features"], case.inputs["paddings"].detach()
     if config["stats_type"] == "PASS_THRU":
         return {"features": x, "features_streamed": x}
-    pool = LeakyTemporalPool(
+    pool = AttentiveTemporalPool(
         x.shape[-1],
         statistics=config["stats_type"].lower(),
         weighted=config.get("use_weighted_frames", True),
@@ -33,13 +19,12 @@ def cumulative(case: Case) -> dict[str, Tensor]:
     )
     if pool.scorer is not None:
         load_parameters(pool, {"scorer.0.weight": case.params["W"].T, "scorer.0.bias": case.params["b"]})
-    pool.paddings = paddings
-    frames = x.transpose(0, 1).double()
-    offline = pool.running(frames)
+    frames, mask = x.transpose(0, 1).double(), paddings.T == 0
+    offline = pool.running(frames, mask, count_padding=True)
     pieces, state, start = [], None, 0
     for packet in config.get("packets", [len(x)]):
-        pool.paddings = paddings[start : start + packet]
-        piece, state = pool.step(frames[:, start : start + packet], state)
+        here = slice(start, start + packet)
+        piece, state = pool.step(frames[:, here], state, mask[:, here], count_padding=True)
         pieces.append(piece)
         start += packet
     outputs = {

@@ -1,34 +1,22 @@
-import torch
 from torch import Tensor
 
-from cenote.core.sets import PaddedTokens
 from cenote.pool.attention.dicosa.similarity import DiCoSA
 from tests.golden.cases import Case, adapter, load_parameters
-
-
-class AsTheirs(DiCoSA):
-    """Their code lets padded frames take a share of the weights before it blanks them."""
-
-    raw: Tensor
-
-    def _frame_weights(self, text: Tensor, frames: PaddedTokens) -> Tensor:
-        weights = (torch.einsum("ad,bvd->abv", text, self.raw) / self.temp).softmax(-1)
-        return weights if frames.mask is None else weights * frames.mask
 
 
 @adapter("dicosa", "DiCoSA.similarity")
 def similarity(case: Case) -> dict[str, Tensor]:
     c, given = case.config, case.inputs
     text, frames = given["cls"], given["video_feat"]
-    head = AsTheirs(
+    head = DiCoSA(
         text.shape[-1],
         c["center"],
         c["temp"],
         c.get("alpha", 0.01),
         c.get("beta", 0.005),
         normaliser=c.get("n_words"),
+        renormalise=False,
     )
-    head.raw = frames
     state = {name: value for name, value in head.state_dict().items() if not name.startswith("weight_fc.")}
     load_parameters(head, state | {f"weight_fc.{name}": value for name, value in case.params.items()})
     head.to(text.dtype)

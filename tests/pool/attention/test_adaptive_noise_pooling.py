@@ -6,9 +6,10 @@ from hypothesis import strategies as st
 from tests.pools import randn
 from torch import nn
 
-from cenote.core import Bags, InputError
+from cenote.core import Bags, InputError, PaddedTokens
 from cenote.pool import AdaptiveNoisePool, Attenuator
 from cenote.pool.attention.adaptive_noise_pooling.knn_centroid import knn_centroid_targets, knn_centroid_vectors
+from cenote.pool.attention.adaptive_noise_pooling.measures import attenuation, noise_mass, regret, signal_loss
 from cenote.pool.attention.adaptive_noise_pooling.pool import attenuation_bound
 from cenote.testing import check_pool
 
@@ -116,6 +117,53 @@ def test_noise_is_attenuated_as_the_bound_says(
     assert distance <= attenuation_bound(tokens, signal, spread, margin) * x.norm(dim=-1).max() + 1e-9
 
 
+@given(tokens=st.integers(2, 12), share=st.floats(0.01, 1), scale=st.floats(0, 5), seed=st.integers(0, 10**6))
+@settings(max_examples=40, deadline=None)
+def test_the_bound_holds_for_the_scores_at_hand(tokens: int, share: float, scale: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, scores = torch.randn(tokens, 5, generator=generator), scale * torch.randn(tokens, generator=generator)
+    count = max(1, round(share * tokens))
+    signal = torch.arange(tokens) < count
+    found = attenuation(scores.double(), signal)
+    weights = scores.double().softmax(0)
+    assert found.noise_mass == pytest.approx(float(weights[count:].sum()))
+    assert found.noise_mass <= (tokens - count) / count * np.exp(-found.margin) + 1e-9
+    distance = (weights @ x.double() - x[:count].double().mean(0)).norm()
+    assert distance <= found.bound * x.norm(dim=-1).max() + 1e-5
+
+
+def test_noise_mass_of_a_set_whatever_its_mates_and_the_path() -> None:
+    pool = AdaptiveNoisePool(8, heads=2, query=0).double()
+    x = randn(3, 6, 8)
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    mask[1, 4:] = False
+    for share in (1, 3):
+        signal = (torch.arange(6) < share).expand(3, -1)
+        output, weights = pool.attend(x, mask)
+        mass = noise_mass(weights, signal)
+        alone = pool.attend(x[1:2, :4])
+        torch.testing.assert_close(mass[1], noise_mass(alone.weights, signal[:1, :4])[0])
+        torch.testing.assert_close(mass, 1 - (weights * signal.unsqueeze(1)).sum(-1))
+        torch.testing.assert_close(output, pool(x, mask))
+
+
+def test_loss_of_the_signal_is_least_at_its_mean() -> None:
+    x, signal = randn(2, 5, 3), torch.tensor([[True, True, False, True, False], [False, True, True, False, False]])
+    mean = torch.stack([row[chosen].mean(0) for row, chosen in zip(x, signal, strict=True)])
+    variance = torch.stack([row[chosen].var(0, correction=0).sum() for row, chosen in zip(x, signal, strict=True)])
+    torch.testing.assert_close(signal_loss(mean, x, signal), variance)
+    torch.testing.assert_close(signal_loss(mean + 1, x, signal), variance + 3)
+    errors = torch.rand(4, 3)
+    assert torch.equal(regret(errors), errors - errors.min(0).values)
+
+
+def test_the_query_token_alone_is_a_rival() -> None:
+    model = Attenuator(8, pooling="token", layers=1, heads=4).double()
+    x = randn(2, 5, 8)
+    _, encoded, _ = model._encoded(PaddedTokens(x))
+    torch.testing.assert_close(model(x), encoded[:, 0])
+
+
 def test_a_signal_query_beats_mean_and_max_over_the_shares_of_signal() -> None:
     """The mean is exact without noise and fails with it; the adaptive pool is near the signal's centroid throughout."""
     generator = torch.Generator().manual_seed(0)
@@ -136,7 +184,8 @@ def test_a_signal_query_beats_mean_and_max_over_the_shares_of_signal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pooling", "projected"), [("adaptive", True), ("mean", False), ("max", True), ("cls", False), ("cls", True)]
+    ("pooling", "projected"),
+    [("adaptive", True), ("mean", False), ("max", True), ("token", False), ("cls", False), ("cls", True)],
 )
 def test_attenuator_keeps_the_contract(pooling: str, projected: bool) -> None:
     sizes = {"hidden": 16, "out_dim": 5} if projected else {}
@@ -245,3 +294,6 @@ def test_wrong_arguments_are_named() -> None:
         knn_centroid_vectors(2, vectors=0)
     with pytest.raises(InputError, match="signal"):
         attenuation_bound(4, 5, 0.0, 0.0)
+    for signal in (torch.zeros(3, dtype=torch.bool), torch.ones(2, dtype=torch.bool)):
+        with pytest.raises(InputError, match="signal"):
+            attenuation(torch.zeros(3), signal)

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from tests.pools import randn, shaken
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from cenote.core import InputError
 from cenote.pool.attention.dicosa.query_bank import query_bank_normalise
+from cenote.pool.attention.dicosa.retrieval import multiply_adds_per_pair, retrieved
 from cenote.pool.attention.dicosa.similarity import DiCoSA
 from cenote.pool.attention.dicosa.temporal import TemporalTransformer
 
@@ -89,6 +91,21 @@ def test_padding_is_not_seen() -> None:
     losses = head.losses(text[:3], dirty, mask)
     assert losses.total.isfinite()
     assert not head(text, dirty, mask)[:, 2].any()
+
+
+def test_padded_frames_take_their_share_as_with_the_authors() -> None:
+    text, frames, mask = data()
+    ours, theirs = DiCoSA(8, blocks=4).double(), DiCoSA(8, blocks=4, renormalise=False).double()
+    raw = (torch.einsum("ad,bvd->abv", text, frames) / 3).softmax(-1) * mask
+    weights = theirs.frame_weights(text, frames, mask)
+    torch.testing.assert_close(weights, raw)
+    assert (weights[:, 1].sum(-1) < 0.999).all()
+    even = torch.ones(4, 3, dtype=torch.float64)
+    torch.testing.assert_close(ours.frame_weights(text, frames, mask).sum(-1), even)
+    theirs.load_state_dict(ours.state_dict())
+    factors, cosines = theirs.concept_scores(text, frames, mask)
+    torch.testing.assert_close((factors * cosines).sum(-1), theirs(text, frames, mask))
+    torch.testing.assert_close(theirs(text, frames[::2], mask[::2]), ours(text, frames[::2]))
 
 
 def test_losses_are_their_equations() -> None:
@@ -194,6 +211,30 @@ def test_query_bank_takes_from_items_that_suit_everybody() -> None:
     assert query_bank_normalise(1e4 * s, bank, beta=70.0).isfinite().all()
 
 
+def test_what_is_retrieved_both_ways() -> None:
+    torch.manual_seed(0)
+    s = randn(30, 30) + 2 * torch.eye(30)
+    for way, found in ((s, retrieved(s).text_to_video), (s.T, retrieved(s).video_to_text)):
+        ranks = [way[i].argsort(descending=True).tolist().index(i) + 1 for i in range(30)]
+        assert found.recall == {k: sum(r <= k for r in ranks) / 30 for k in (1, 5, 10)}
+        assert found.mean_rank == pytest.approx(sum(ranks) / 30)
+        assert found.median_rank == pytest.approx((sorted(ranks)[14] + sorted(ranks)[15]) / 2)
+    # a similarity that knows nothing finds its own in the middle
+    assert retrieved(torch.zeros(9, 9)).text_to_video.mean_rank == 5
+
+
+def test_multiply_adds_of_a_pair_are_those_that_are_counted() -> None:
+    head = DiCoSA(32, blocks=4)
+
+    def counted(videos: int) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            head(torch.randn(1, 32), torch.randn(videos, 6, 32))
+        return counter.get_total_flops() // 2
+
+    # the counter sees products of matrices, and not the cosines
+    assert counted(9) - counted(8) == multiply_adds_per_pair(32, 4, 6) - 2 * 32
+
+
 def test_errors() -> None:
     head = DiCoSA(8, blocks=4)
     text, frames, mask = torch.randn(3, 8), torch.randn(3, 5, 8), torch.ones(3, 5, dtype=torch.bool)
@@ -211,6 +252,7 @@ def test_errors() -> None:
         (lambda: query_bank_normalise(text, text[:, :3]), "bank"),
         (lambda: query_bank_normalise(text, text, beta=0.0), "beta"),
         (lambda: query_bank_normalise(text, text, top_k=9), "top_k"),
+        (lambda: retrieved(text), "similarity"),
     ):
         with pytest.raises(InputError, match=name):
             call()

@@ -3,6 +3,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from sklearn.metrics import adjusted_rand_score
 from tests.pools import randn
 from torch import nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cenote.core import Bags, InputError
 from cenote.pool import ISAB, MAB, PMA, SAB, DeepSet, GaussianMixtures, SetTransformer, sample_mixtures
+from cenote.pool.attention.set_transformer.clustering import adjusted_rand_index, clustering_scores
 from cenote.testing import check_pool
 
 
@@ -190,6 +192,39 @@ def test_em_keeps_a_component_that_takes_no_point() -> None:
     assert torch.equal(after.mu[0, 1], mixtures.mu[0, 1])
     assert all(bool(part.isfinite().all()) for part in after)
     assert float(after.pi[0, 1]) == 0
+
+
+def test_scores_of_each_set() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, labels, truth = sample_mixtures(4, 60, components=3, generator=generator)
+    mixtures = GaussianMixtures.from_raw(torch.randn(4, 3, 5, generator=generator))
+    mask = torch.rand(4, 60, generator=generator) > 0.2
+    scores = clustering_scores(mixtures, x.masked_fill(~mask.unsqueeze(-1), float("nan")), labels, truth, mask)
+    for i in range(4):
+        own, real = slice(i, i + 1), mask[i]
+        points = x[own, real]
+        alone = GaussianMixtures(*(part[own] for part in mixtures))
+        after = alone.em_step(points)
+        torch.testing.assert_close(scores.direct[i], alone.log_likelihood(points))
+        torch.testing.assert_close(scores.after_em[i], after.log_likelihood(points))
+        torch.testing.assert_close(
+            scores.oracle[i], GaussianMixtures(*(part[own] for part in truth)).log_likelihood(points)
+        )
+        assert float(scores.rand[i]) == pytest.approx(
+            adjusted_rand_score(labels[i, real].numpy(), after.labels(points)[0].numpy()), abs=1e-6
+        )
+    assert (scores.after_em > scores.direct).all()
+    whole = clustering_scores(mixtures, x, labels, truth)
+    torch.testing.assert_close(whole.direct.mean(), mixtures.log_likelihood(x))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 7])
+def test_adjusted_rand_index_is_scikit_learns(groups: int) -> None:
+    generator = torch.Generator().manual_seed(groups)
+    a, b = (torch.randint(groups, (50,), generator=generator) for _ in range(2))
+    assert adjusted_rand_index(a, b) == pytest.approx(adjusted_rand_score(a.numpy(), b.numpy()))
+    assert adjusted_rand_index(a, a + 3) == 1
+    assert adjusted_rand_index(a[:0], b[:0]) == 1
 
 
 def test_sampled_problems_follow_their_description() -> None:

@@ -156,6 +156,42 @@ def test_masked_frames_repeat_the_last_statistics_and_their_content_is_not_read(
     torch.testing.assert_close(y[:, [1, 2, 4]], pool.running(x[:, [1, 2, 4]]))
 
 
+def test_padded_frames_can_weigh_eps_as_with_the_authors() -> None:
+    pool, x = shaken(AttentiveTemporalPool(16, eps=0.1)), features(2, 6)
+    mask = torch.tensor([[True, True, False, True, True, False], [False] * 6])
+    y = pool.running(x, mask, count_padding=True)
+    w = torch.where(mask.unsqueeze(-1), torch.sigmoid(pool.scorer(x)), 0) + 0.1
+    for t in range(6):
+        share = w[:, : t + 1] / w[:, : t + 1].sum(1, keepdim=True)
+        mean = (share * x[:, : t + 1]).sum(1)
+        variance = (share * (x[:, : t + 1] - mean.unsqueeze(1)).square()).sum(1)
+        torch.testing.assert_close(y[:, t], torch.cat([mean, (variance + 0.1).sqrt()], 1))
+    first, state = pool.step(x[:, :4], None, mask[:, :4], count_padding=True)
+    torch.testing.assert_close(torch.cat([first, pool.step(x[:, 4:], state, mask[:, 4:], True)[0]], 1), y)
+    even = AttentiveTemporalPool(16, weighted=False).double()
+    torch.testing.assert_close(even.running(x, mask, count_padding=True), even.running(x, mask))
+
+
+def test_what_is_forgotten() -> None:
+    pool, x = shaken(AttentiveTemporalPool(16, forget=0.7)), features(2, 11)
+    mask = torch.rand(2, 11, generator=torch.Generator().manual_seed(0)) > 0.3
+    w, c, m, q = torch.sigmoid(pool.scorer(x)) + pool.eps, 0.0, 0.0, 0.0
+    y = pool.running(x, mask)
+    for t in range(11):
+        real = mask[:, t, None]
+        c, m, q = (
+            torch.where(real, 0.7 * s + w[:, t] * part, torch.as_tensor(s))
+            for s, part in ((c, torch.ones(2, 1)), (m, x[:, t]), (q, x[:, t].square()))
+        )
+        seen = mask[:, : t + 1].any(1)
+        expected = torch.cat([m / c, ((q / c - (m / c).square()).clamp(min=0) + pool.eps).sqrt()], 1)
+        torch.testing.assert_close(y[seen, t], expected[seen])
+    torch.testing.assert_close(y[:, -1], pool(x, mask))
+    for cuts in ([3], [1, 2, 8]):
+        torch.testing.assert_close(streamed(pool, x, mask, cuts)[0], y)
+    assert not torch.allclose(pool(x.flip(1)), pool(x))
+
+
 def test_a_stream_without_frames_has_finite_gradients() -> None:
     pool, x = shaken(AttentiveTemporalPool(16)), features().requires_grad_()
     mask = torch.zeros(2, 9, dtype=torch.bool)
@@ -182,7 +218,7 @@ def test_weights_are_shares_of_the_last_statistics() -> None:
     torch.testing.assert_close((weights @ x).squeeze(1), output)
 
 
-@pytest.mark.parametrize("settings", [{"statistics": "mean"}, {"weighted": False}, {"hidden": 8}])
+@pytest.mark.parametrize("settings", [{"statistics": "mean"}, {"weighted": False}, {"hidden": 8}, {"forget": 0.9}])
 def test_contract_of_variants(settings: dict) -> None:
     check_pool(AttentiveTemporalPool(16, **settings))
 
@@ -200,6 +236,9 @@ def test_wrong_arguments_are_named() -> None:
         AttentiveTemporalPool(4, statistics="std")
     with pytest.raises(InputError, match="eps"):
         AttentiveTemporalPool(4, eps=0.0)
+    for forget in (0.0, 1.5):
+        with pytest.raises(InputError, match="forget"):
+            AttentiveTemporalPool(4, forget=forget)
 
 
 def test_other_frequencies_of_classes_are_bayes_rule() -> None:

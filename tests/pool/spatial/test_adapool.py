@@ -113,6 +113,22 @@ def test_a_zero_in_a_window_of_mean_zero_counts_fully() -> None:
     torch.testing.assert_close(weights.flatten(), torch.tensor([1.0, math.e, 1.0]) / (2 + math.e))
 
 
+@pytest.mark.parametrize("pool", [EDSCWPool2d(2), IDWPool2d(2), SoftPool2d(2), AdaPool2d(2)])
+def test_activations_of_200_are_finite(pool: WindowPool) -> None:
+    x = torch.tensor([[[[200.0, -200.0], [199.0, 0.0]]]])
+    y, g = with_gradient(pool, x)
+    assert y.isfinite().all()
+    assert g.isfinite().all()
+    assert -200 <= y.item() <= 200
+
+
+def test_opposite_signs_count_as_alike() -> None:
+    # 3 and -3 are as similar to the mean of 1 as each other
+    weights = EDSCWPool2d((1, 3)).attend(torch.tensor([[[[3.0, -3.0, 3.0]]]])).weights
+    assert weights is not None
+    torch.testing.assert_close(weights.flatten(), torch.full((3,), 1 / 3))
+
+
 @pytest.mark.parametrize("cls", [EDSCWPool2d, IDWPool2d, SoftPool2d, AdaPool2d])
 def test_windows_of_one_cell_change_nothing(cls: type[WindowPool]) -> None:
     torch.testing.assert_close(cls(1)(maps()), maps())

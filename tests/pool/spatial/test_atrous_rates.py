@@ -1,6 +1,7 @@
 import itertools
 
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from torch import nn
 
 from cenote.core import InputError
 from cenote.pool import effective_receptive_field, receptive_extent, recommend_rates, sweep_rates, valid_taps
+from cenote.pool.spatial.atrous_rates import best_with_ties, receptive_peaks, star_share
 
 
 def ones(rate: int, channels: int = 1) -> nn.Conv2d:
@@ -44,6 +46,14 @@ def test_rates_rise_with_the_input_and_differ(size: int, more: int, stride: int,
     assert all(a <= b for a, b in zip(rates, larger, strict=True))
 
 
+@pytest.mark.parametrize("size", [97, 100, 127, 128, 129, 513])
+def test_sizes_round_as_a_striding_network_does(size: int) -> None:
+    net = nn.Sequential(*(nn.Conv2d(1, 1, 3, 2, 1) for _ in range(4)))
+    side = net(torch.zeros(1, 1, size, size)).shape[-1]
+    assert recommend_rates(size, 16) == recommend_rates(side, 1)
+    assert sweep_rates(lambda _rates: 0.0, size, 16, (1,)).reach == (3 / side,)
+
+
 def test_more_coverage_means_larger_rates() -> None:
     assert recommend_rates(513, 16, coverage=0.75)[-1] == 25 > recommend_rates(513, 16, coverage=0.5)[-1] == 16
 
@@ -60,6 +70,36 @@ def test_a_sweep_keeps_every_score() -> None:
     assert sweep.best == (4, 8, 12)
     assert sweep.reach == (6 / 16, 12 / 16, 18 / 16)
     assert sweep.scores == (-2, 0, -2)
+    assert sweep.rule == recommend_rates(256, 16) == (3, 6, 9)
+    assert sweep.rule_reach == 9 / 16
+    assert sweep.inside[0] == pytest.approx(sum(valid_taps(16, r).taps for r in (2, 4, 6)) / 3)
+
+
+def test_another_size_of_test_is_flagged_with_its_taps() -> None:
+    with pytest.warns(UserWarning, match=r"test_size: at 128 pixels 31% .* at 256 57%"):
+        sweep = sweep_rates(lambda rates: -rates[0], 256, 16, multipliers=(3, 4), test_size=128)
+    assert sweep.inside == tuple(pytest.approx(sum(valid_taps(8, g * i).taps for i in (1, 2, 3)) / 3) for g in (3, 4))
+    assert (
+        sweep_rates(lambda _rates: 0.0, 256, 16, (3,), test_size=256).inside
+        == sweep_rates(lambda _rates: 0.0, 256, 16, (3,)).inside
+    )
+
+
+def test_the_best_and_what_ties_with_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    scores = torch.tensor([0.0, 4.9, 5.0, 3.0]) + 0.3 * noise
+    best, tied = best_with_ties(scores)
+    assert best == int(scores.mean(0).argmax())
+    expected = [
+        g
+        for g in range(4)
+        if g == best or scipy.stats.ttest_rel(scores[:, best].numpy(), scores[:, g].numpy()).pvalue >= 0.05
+    ]
+    assert list(tied) == expected
+    assert tied == (1, 2)
+    # what is behind by the same amount in every seed is behind
+    assert best_with_ties(torch.tensor([[0.1, 0.2], [0.3, 0.4]], dtype=torch.float64)).tied == (1,)
 
 
 @pytest.mark.parametrize("rate", [1, 3, 5])
@@ -71,6 +111,32 @@ def test_one_atrous_filter_shows_nine_spots(rate: int) -> None:
             expected[8 + i, 7 + j] = 1
     torch.testing.assert_close(field, expected)
     assert receptive_extent(field, share=1.0) == rate
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_star_of_a_pyramid_and_its_peaks(stride: int) -> None:
+    class Pyramid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branches = nn.ModuleList([ones(3), ones(6)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x[..., ::stride, ::stride]
+            return sum(branch(x) for branch in self.branches)
+
+    side = 16 * stride + 1
+    field = effective_receptive_field(Pyramid(), torch.randn(1, 1, side, side))
+    middle = side // 2
+    around = {
+        (middle + i * r * stride, middle + j * r * stride) for r in (3, 6) for i in (-1, 0, 1) for j in (-1, 0, 1)
+    }
+    assert set(receptive_peaks(field)) == around
+    assert receptive_peaks(field)[0] == (middle, middle)
+    assert receptive_peaks(field, least=0.9) == [(middle, middle)]
+    assert star_share(field, (3, 6), stride) == 1
+    # both branches look at the middle, each at eight other cells
+    assert star_share(field, (6,), stride) == pytest.approx(10 / 18)
+    assert star_share(torch.zeros(5, 5), (1,)) == 0
 
 
 def test_the_identity_looks_at_itself() -> None:
@@ -135,6 +201,9 @@ def test_half_of_the_mass_lies_nearer() -> None:
         (lambda: effective_receptive_field(nn.Flatten(), torch.zeros(1, 3, 4, 4)), "model"),
         (lambda: effective_receptive_field(nn.Identity(), torch.zeros(1, 3, 4, 4), (4, 0)), "position"),
         (lambda: receptive_extent(torch.zeros(3, 3), share=0.0), "share"),
+        (lambda: receptive_peaks(torch.zeros(3, 3), least=0.0), "least"),
+        (lambda: star_share(torch.zeros(3, 3), ()), "rates"),
+        (lambda: best_with_ties(torch.zeros(1, 3)), "scores"),
     ],
 )
 def test_wrong_arguments_are_named(call, named: str) -> None:

@@ -19,7 +19,7 @@ from cenote.pool import (
     scale_space_rendering,
 )
 from cenote.pool.spatial.attentive_feature_aggregation.dla import bilinear_up, log_loss
-from cenote.pool.spatial.attentive_feature_aggregation.fusion import in_front
+from cenote.pool.spatial.attentive_feature_aggregation.fusion import hierarchical_fusion, in_front
 
 C = 16
 
@@ -165,11 +165,27 @@ def test_weights_of_scales_sum_to_what_is_stopped() -> None:
     torch.testing.assert_close(whole.output.argmax(1), scale_space_rendering(p, y).output.argmax(1))
 
 
-def test_densities_are_resized_to_the_predictions() -> None:
-    p = [randn(1, 3, 4, 4).softmax(1)]
-    y = randn(1, 1, 2, 2).abs()
-    large = F.interpolate(y, (4, 4), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(scale_space_rendering(p, [y]).weights, 1 - torch.exp(-large))
+def test_weights_are_rendered_on_the_grid_of_the_densities_and_then_enlarged() -> None:
+    p = [randn(1, 3, 8, 8, seed=i).softmax(1) for i in (0, 1)]
+    y = [3 * randn(1, 1, 4, 4, seed=i).abs() for i in (2, 3)]
+    on_grid = [1 - torch.exp(-y[0]), torch.exp(-y[0]) * (1 - torch.exp(-y[1]))]
+    expected = [F.interpolate(w, (8, 8), mode="bilinear", align_corners=False) for w in on_grid]
+    output, weights = scale_space_rendering(p, y)
+    torch.testing.assert_close(weights, torch.cat(expected, 1))
+    torch.testing.assert_close(output, expected[0] * p[0] + expected[1] * p[1])
+    even = scale_space_rendering(p, y, normalise=True).weights.sum(1)
+    torch.testing.assert_close(even, torch.ones(1, 8, 8, dtype=torch.float64))
+
+
+def test_hierarchical_fusion_goes_from_the_largest_scale_down() -> None:
+    p = [randn(1, 3, 2, 2, seed=i).softmax(1) for i in range(3)]
+    a = [randn(1, 1, 2, 2, seed=5 + i).sigmoid() for i in range(3)]
+    q = a[1] * p[1] + (1 - a[1]) * p[2]
+    q = a[0] * p[0] + (1 - a[0]) * q
+    output, weights = hierarchical_fusion(p, a)
+    torch.testing.assert_close(output, q)
+    torch.testing.assert_close(weights.sum(1), torch.ones(1, 2, 2, dtype=torch.float64))
+    torch.testing.assert_close(hierarchical_fusion(p[:1], a[:1]).output, p[0])
 
 
 @pytest.mark.parametrize("factor", [2, 3, 4])
@@ -269,6 +285,20 @@ def test_the_loss_has_its_three_terms_and_takes_probabilities_of_zero() -> None:
     assert log_loss(torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1).long()).isfinite()
 
 
+def test_the_segmenter_fuses_scales_hierarchically_too() -> None:
+    net = shaken(AFASegmenter(Backbone(), (C, C, 18), classes=2, fusion="hierarchical"))
+    x = randn(2, 3, 16, 16)
+    found = net.at_scales(x, (0.5, 1.0))
+    small = F.interpolate(x, (8, 8), mode="bilinear", align_corners=False)
+    attention = net.density(net.neck(net.backbone(small)))
+    assert (attention > 0).all()
+    assert (attention < 1).all()
+    attention = F.interpolate(attention, (16, 16), mode="bilinear", align_corners=False)
+    p = found.by_scale
+    torch.testing.assert_close(found.output, attention * p[:, 0] + (1 - attention) * p[:, 1])
+    torch.testing.assert_close(net(x), found.output)
+
+
 @pytest.mark.parametrize("build", [lambda: BinaryAFA(C), lambda: MultiAFA(C)])
 def test_gradients_compile_export_and_copies(build) -> None:
     module, x, y = shaken(build()), randn(2, C, 4, 3), randn(2, C, 4, 3, seed=1)
@@ -302,6 +332,7 @@ def test_gradients_compile_export_and_copies(build) -> None:
         (lambda: MultiAFA(C, (18,))([torch.zeros(2, C, 3, 3)]), "levels"),
         (lambda: MultiAFA(C)([]), "levels"),
         (lambda: scale_space_rendering([torch.zeros(1, 2, 1, 1)], []), "densities"),
+        (lambda: hierarchical_fusion([torch.zeros(1, 2, 1, 1)], []), "attentions"),
         (lambda: AFAIDAUp((C,), (1,)), "up_factors"),
         (lambda: AFAIDAUp((C, C), (1, 2))([torch.zeros(2, C, 4, 4)]), "layers"),
         (lambda: AFADLAUp((C, C), (1, 2, 4)), "scales"),
@@ -309,6 +340,7 @@ def test_gradients_compile_export_and_copies(build) -> None:
         (lambda: AFADLAUp((C, C), fused=0), "fused"),
         (lambda: AFADLAUp((C, C))([torch.zeros(2, C, 4, 4)]), "pyramid"),
         (lambda: AFASegmenter(nn.Identity(), (C, C), 2, scales=()), "scales"),
+        (lambda: AFASegmenter(nn.Identity(), (C, C), 2, fusion="mean"), "fusion"),
     ],
 )
 def test_wrong_arguments_are_named(call, named: str) -> None:

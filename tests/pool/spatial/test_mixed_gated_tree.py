@@ -142,6 +142,18 @@ def test_tree_of_means_is_the_mean_and_of_equal_leaves_a_convolution(levels: int
     torch.testing.assert_close(pool(x), expected)
 
 
+@pytest.mark.parametrize("levels", [1, 2, 3, 4])
+def test_windows_are_their_leaves_by_their_shares(levels: int) -> None:
+    x = maps()
+    pool = shaken(TreePool2d(3, 2, levels=levels))
+    shares = pool.shares(x)
+    leaves = (parameters(pool, x)["leaves"] * cells(x, 3, 2)).sum(-1)
+    assert shares.shape == leaves.shape
+    torch.testing.assert_close(shares.sum(0), torch.ones_like(leaves[0]))
+    torch.testing.assert_close((shares * leaves).sum(0), pool(x))
+    torch.testing.assert_close(pool.shares(x[0]), shares[:, 0])
+
+
 def test_one_cell() -> None:
     x = maps()
     torch.testing.assert_close(shaken(MixedPool2d(1))(x), x)

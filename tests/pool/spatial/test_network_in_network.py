@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cenote import InputError
 from cenote.pool import GlobalAveragePool, MLPConv, NetworkInNetwork, SoftPool2d, class_maps
+from cenote.pool.spatial.network_in_network import Whitening
 
 
 def small(**options: Any) -> NetworkInNetwork:
@@ -123,6 +124,58 @@ def test_any_pooling_stands_between_blocks() -> None:
     assert net.evidence(images()).maps.shape == (2, 5, 6, 6)
 
 
+def test_evidence_is_located_in_the_image() -> None:
+    net = (
+        NetworkInNetwork(1, 2, ((4,), (4,)), (3, 3), [functools.partial(nn.AvgPool2d, 2)], dropout=0.0).double().eval()
+    )
+    # a net whose class 0 is bright where the image is, and class 1 where it is not
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            p.zero_()
+            if name.endswith("weight") and p.shape[-1] == 3:
+                p[0, 0, 1, 1] = 1
+        last = net.trunk[-1].layers[-1]
+        last.weight[0, 0], last.weight[1, 0] = 1, -1
+    for size in (16, 24):
+        x = torch.zeros(2, 1, size, size, dtype=torch.float64)
+        x[0, :, 4:8, 10:12] = 1
+        x[1, :, 12:16, 2:8] = 1
+        found = net.locate(x)
+        assert found.classes.tolist() == [0, 0]
+        assert found.maps.shape == (2, 2, size, size)
+        torch.testing.assert_close(
+            found.maps[:, 0], F.interpolate(F.avg_pool2d(x, 2), (size, size), mode="bilinear")[:, 0]
+        )
+        assert [float(x[i, 0, r, c]) for i, (r, c) in enumerate(found.position.tolist())] == [1, 1]
+        # the enlarged map is above a half just where the object is
+        assert found.box.tolist() == [[4, 10, 8, 12], [12, 2, 16, 8]]
+        away = net.locate(x, target=1)
+        assert away.classes.tolist() == [1, 1]
+        assert [float(x[i, 0, r, c]) for i, (r, c) in enumerate(away.position.tolist())] == [0, 0]
+
+
+def test_whitened_images_are_uncorrelated_and_the_fit_is_saved() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    train, test = ((torch.randn(n, 12, generator=generator, dtype=torch.float64) @ mixing) for n in (4000, 50))
+    train, test = train.view(-1, 3, 2, 2), test.view(-1, 3, 2, 2)
+    whitening = Whitening((3, 2, 2), zca_eps=1e-9).double().fit(train)
+    made = whitening(train).flatten(1)
+    # an image has no mean of its own left, so one direction is empty
+    variances = torch.linalg.eigvalsh(made.T.cov(correction=0))
+    torch.testing.assert_close(variances[1:], torch.ones(11, dtype=torch.float64), atol=1e-5, rtol=0)
+    assert float(variances[0]) < 1e-5
+    torch.testing.assert_close(whitening.matrix, whitening.matrix.T)
+    # brightness and contrast do not matter
+    torch.testing.assert_close(whitening(3 * test + 5), whitening(test), atol=1e-5, rtol=1e-5)
+    again = nn.Sequential(Whitening((3, 2, 2), zca_eps=1e-9).double(), nn.Flatten())
+    again.load_state_dict(nn.Sequential(whitening, nn.Flatten()).state_dict())
+    torch.testing.assert_close(again(test), whitening(test).flatten(1), rtol=0, atol=0)
+    plain = Whitening((3, 2, 2)).double()(test).flatten(1)
+    torch.testing.assert_close(plain.mean(1), torch.zeros(50, dtype=torch.float64), atol=1e-9, rtol=0)
+    torch.testing.assert_close(plain.var(1, correction=0), torch.ones(50, dtype=torch.float64))
+
+
 def test_dropout_only_in_training() -> None:
     net, x = small(), images()
     torch.testing.assert_close(net(x), net(x), rtol=0, atol=0)
@@ -151,6 +204,12 @@ def test_the_net_differentiates_compiles_exports_and_runs_in_half_precision() ->
         (lambda: MLPConv(3, (4, 0)), "widths"),
         (lambda: NetworkInNetwork(blocks=((4,), (4,)), kernels=(3,)), "blocks"),
         (lambda: NetworkInNetwork(pools=[]), "blocks"),
+        (lambda: NetworkInNetwork().locate(torch.zeros(1, 3, 8, 8), share=0.0), "share"),
+        (lambda: NetworkInNetwork().locate(torch.zeros(1, 3, 8, 8), target=10), "target"),
+        (lambda: Whitening((3, 2, 0)), "size"),
+        (lambda: Whitening((3, 2, 2), zca_eps=0.0), "zca_eps"),
+        (lambda: Whitening((3, 2, 2))(torch.zeros(1, 3, 4, 4)), "images"),
+        (lambda: Whitening((3, 2, 2)).fit(torch.zeros(1, 3, 2, 2)), "images"),
         (lambda: GlobalAveragePool()(torch.ones(2, 3, 4)), "maps"),
         (lambda: GlobalAveragePool()(torch.ones(2, 3, 4, 4), torch.ones(2, 5, 4, dtype=torch.bool)), "mask"),
         (lambda: class_maps(torch.ones(2, 3, 4, 4), nn.Linear(4, 2)), "features"),

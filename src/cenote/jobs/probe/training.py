@@ -22,7 +22,7 @@ from cenote.core.sets import Tokens
 from cenote.core.tokenwise import ROWS_AT_ONCE
 from cenote.features.dataset import Task, TokenDataset
 from cenote.jobs.probe.module import Probe
-from cenote.jobs.probe.optimiser import CosineAdamW
+from cenote.jobs.probe.optimiser import CosineAdamW, CosineLARS
 from cenote.jobs.probe.recipe import Recipe
 from cenote.jobs.probe.together import joined_products
 from cenote.pool.base import similar_lengths
@@ -116,8 +116,13 @@ def _train(
     size = recipe.items_per_step(len(train_items))
     batches = max(1, math.ceil(len(train_items) / size))
     passes = math.ceil(recipe.least_steps / batches)
-    optimiser = CosineAdamW(
-        ensemble.leaves(), recipe.learning_rates, recipe.weight_decay, recipe.epochs * passes * batches
+    per_epoch = passes * batches
+    optimiser = (CosineLARS if recipe.optimiser == "lars" else CosineAdamW)(
+        ensemble.leaves(),
+        recipe.learning_rates,
+        recipe.weight_decay,
+        recipe.epochs * per_epoch,
+        recipe.warmup_epochs * per_epoch,
     )
     ensemble.pool_once(data, torch.cat([train_items, val_items]), recipe.tokens_at_once)
     order = torch.Generator().manual_seed(seeds[0])

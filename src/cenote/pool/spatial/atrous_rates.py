@@ -5,6 +5,8 @@ Source: Kim, Choi, Jang, Kim, "Resolution-Aware Design of Atrous Rates for Seman
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, overload
 
@@ -124,12 +126,18 @@ class Sweep(NamedTuple):
         rates: what was tried.
         reach: the largest rate of each as a share of the map's side; to plot the scores against.
         scores: as `score` gave them.
+        rule: rates of `recommend_rates`, to mark among those tried.
+        rule_reach: their largest as a share of the map's side.
+        inside: share of the taps of each that lie inside of the map, at the size of test.
     """
 
     best: tuple[int, ...]
     rates: tuple[tuple[int, ...], ...]
     reach: tuple[float, ...]
     scores: tuple[float, ...]
+    rule: tuple[int, ...]
+    rule_reach: float
+    inside: tuple[float, ...]
 
 
 def sweep_rates(
@@ -138,13 +146,17 @@ def sweep_rates(
     output_stride: int = 16,
     multipliers: Sequence[int] = (1, 2, 3, 4, 6, 8, 12),
     branches: int = 3,
+    test_size: int | None = None,
 ) -> Sweep:
     """Try rates `(g, 2g, ...)` for several `g`; for when a rule is not enough.
+
+    Warns where the net will see images of another size than in training, for then other taps lie inside of the map.
 
     Args:
         score: rates to a validation score, larger is better: trains and evaluates the user's own net.
         input_size, output_stride, branches: as in `recommend_rates`.
         multipliers: the `g`.
+        test_size: side of the images that the net will see, where it is another.
 
     Example:
         >>> sweep_rates(lambda rates: -abs(rates[-1] - 10), 256, multipliers=(1, 3, 6)).best
@@ -156,8 +168,57 @@ def sweep_rates(
     side = -(-input_size // output_stride)
     rates = tuple(tuple(g * i for i in range(1, branches + 1)) for g in multipliers)
     scores = tuple(float(score(r)) for r in rates)
-    best = rates[max(range(len(rates)), key=scores.__getitem__)]
-    return Sweep(best, rates, tuple(r[-1] / side for r in rates), scores)
+    chosen = max(range(len(rates)), key=scores.__getitem__)
+    trained = [_inside(side, r) for r in rates]
+    inside = trained if test_size is None else [_inside(-(-test_size // output_stride), r) for r in rates]
+    if test_size not in (None, input_size):
+        warnings.warn(
+            f"test_size: at {test_size} pixels {inside[chosen]:.0%} of the taps of the best rates lie inside of the map, in "
+            f"training at {input_size} {trained[chosen]:.0%}; choose rates at the size that the net will see",
+            stacklevel=2,
+        )
+    rule = recommend_rates(input_size, output_stride, branches)
+    reach = tuple(r[-1] / side for r in rates)
+    return Sweep(rates[chosen], rates, reach, scores, rule, rule[-1] / side, tuple(inside))
+
+
+class Ties(NamedTuple):
+    """The best of several settings over seeds, and its equals.
+
+    Attributes:
+        best: the setting with the largest mean score.
+        tied: all settings that may be as good: the 95 % interval of the paired difference over the seeds holds 0; with `best`.
+    """
+
+    best: int
+    tied: tuple[int, ...]
+
+
+def best_with_ties(scores: Float[Tensor, "seeds settings"]) -> Ties:
+    """Which setting is best, and which cannot be told from it: of neighbouring rates the best is partly chance.
+
+    Args:
+        scores: of each seed at each setting, larger is better; at least two seeds.
+
+    Example:
+        >>> best_with_ties(torch.tensor([[0.1, 0.80, 0.82], [0.2, 0.83, 0.81], [0.1, 0.81, 0.82]]))
+        Ties(best=2, tied=(1, 2))
+
+    Source: ours, for the sweeps of Kim et al., 2023.
+    """
+    import scipy.stats
+
+    seeds = len(scores)
+    if scores.dim() != 2 or seeds < 2:
+        raise InputError(f"scores: expected [seeds, settings] with at least two seeds, got {tuple(scores.shape)}")
+    best = int(scores.mean(0).argmax())
+    behind = (scores[:, best : best + 1] - scores).double()
+    half = float(scipy.stats.t.ppf(0.975, seeds - 1)) * behind.std(0) / seeds**0.5
+    return Ties(best, tuple((behind.mean(0) <= half).nonzero().flatten().tolist()))
+
+
+def _inside(side: int, rates: tuple[int, ...]) -> float:
+    return sum(valid_taps(side, r).taps for r in rates) / len(rates)
 
 
 def effective_receptive_field(
@@ -256,3 +317,64 @@ def receptive_extent(
         return 0.0
     held = mass.cumsum(0) / mass.sum()
     return float((held < share - 1e-12).sum())
+
+
+def receptive_peaks(field: Float[Tensor, "height width"], least: float = 0.5) -> list[tuple[int, int]]:
+    """`(row, column)` of the peaks of a receptive field, the strongest first: none of the eight pixels around exceeds them.
+
+    Args:
+        field: as `effective_receptive_field` gives it.
+        least: share of the largest value that a peak has at least, above 0 and up to 1.
+
+    Example:
+        >>> field = torch.zeros(9, 9)
+        >>> field[4, 4], field[4, 1], field[4, 2], field[0, 8] = 1.0, 0.8, 0.7, 0.1
+        >>> receptive_peaks(field)
+        [(4, 4), (4, 1)]
+
+    Source: Kim et al., 2023, for the field; this summary is ours.
+    """
+    if not 0 < least <= 1:
+        raise InputError(f"least: expected a share above 0 and up to 1, got {least}")
+    around = torch.nn.functional.max_pool2d(field.detach()[None, None], 3, 1, 1)[0, 0]
+    found = ((field == around) & (field > 0) & (field >= least * field.max())).nonzero()
+    return sorted(map(tuple, found.tolist()), key=lambda at: -float(field[at]))
+
+
+def star_share(
+    field: Float[Tensor, "height width"],
+    rates: Sequence[int],
+    output_stride: int = 1,
+    position: tuple[int, int] | None = None,
+) -> float:
+    """Share of a receptive field's sum that lies where a pyramid of such rates would put it.
+
+    That is at the nine offsets `(i r s, j r s)`, `i, j` of -1, 0 and 1, of each rate `r` at the output stride `s`, and within
+    half a stride of each; offsets outside of the field count for nothing.
+
+    Args:
+        field: as `effective_receptive_field` gives it.
+        rates: of the 3 x 3 branches.
+        output_stride: pixels per cell of the map.
+        position: `(row, column)` in pixels; default the middle.
+
+    Example:
+        >>> conv = torch.nn.Conv2d(1, 1, 3, padding=4, dilation=4)
+        >>> field = effective_receptive_field(conv, torch.randn(2, 1, 16, 16))
+        >>> star_share(field, (4,)), 0 < star_share(field, (3,)) < 0.5
+        (1.0, True)
+
+    Source: the pattern of Kim et al., 2023; its share is ours.
+    """
+    require_all_positive(rates=rates)
+    require_at_least(1, output_stride=output_stride)
+    height, width = field.shape
+    row, column = position or (height // 2, width // 2)
+    inside, near = torch.zeros(height, width, dtype=torch.bool), output_stride // 2
+    for r in rates:
+        for i, j in itertools.product((-1, 0, 1), repeat=2):
+            y, x = row + i * r * output_stride, column + j * r * output_stride
+            if 0 <= y < height and 0 <= x < width:
+                inside[max(0, y - near) : y + near + 1, max(0, x - near) : x + near + 1] = True
+    mass = field.detach().cpu().double()
+    return float(mass[inside].sum() / mass.sum()) if float(mass.sum()) > 0 else 0.0

@@ -223,6 +223,18 @@ class TreePool(SharedWindowPool):
             nodes = [right + torch.sigmoid(s) * (left - right) for s, left, right in pairs]
         return nodes[0]
 
+    def shares(self, x: Float[Tensor, "*given"]) -> Float[Tensor, "leaves *pooled"]:
+        """How much of each leaf every window takes, from left to right; they sum to 1."""
+        batch = self.as_batch(x)
+        if self.gates is None:
+            return torch.ones_like(self.as_given(self.pool(batch), x)).unsqueeze(0)
+        shares = [torch.ones((), dtype=x.dtype, device=x.device)]
+        for s in self.windows.filtered(batch, self.gates.to(x.dtype)):
+            # gates come level by level: the oldest share is that of the node which this gate parts
+            whole, s = shares.pop(0), torch.sigmoid(s)
+            shares += [whole * s, whole * (1 - s)]
+        return torch.stack([self.as_given(share, x) for share in shares])
+
 
 class MixedPool1d(MixedPool):
     dims = 1

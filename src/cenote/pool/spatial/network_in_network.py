@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from jaxtyping import Bool, Float
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
-from cenote.core.requirements import require_all_positive
+from cenote.core.requirements import require_all_positive, require_positive
 from cenote.core.sets import as_tokens
 
 Build = Callable[[], nn.Module]
@@ -26,6 +29,22 @@ class Evidence(NamedTuple):
 
     logits: Float[Tensor, "batch classes"]
     maps: Float[Tensor, "batch classes height width"]
+
+
+class Located(NamedTuple):
+    """Where in the image the evidence for a class lies.
+
+    Attributes:
+        maps: `[batch, classes, height, width]`, the class maps enlarged to the image.
+        classes: `[batch]`, the class that was asked for, or the named one.
+        position: `[batch, 2]`, row and column of the largest evidence.
+        box: `[batch, 4]`, top, left, bottom and right of the pixels with much of it, the last two excluded.
+    """
+
+    maps: Float[Tensor, "batch classes height width"]
+    classes: Int[Tensor, "batch"]
+    position: Int[Tensor, "batch 2"]
+    box: Int[Tensor, "batch 4"]
 
 
 class MLPConv(nn.Module):
@@ -190,3 +209,99 @@ class NetworkInNetwork(nn.Module):
         """Logits, and the class maps whose means they are."""
         maps = self.trunk(x)
         return Evidence(self.pool(maps), maps)
+
+    @torch.no_grad()
+    def locate(
+        self, x: Float[Tensor, "batch channels height width"], target: int | None = None, share: float = 0.5
+    ) -> Located:
+        """Where the evidence lies, in pixels of images of any size.
+
+        Args:
+            x: images.
+            target: the class whose evidence is asked for; default: the one that the net names.
+            share: a pixel belongs to the box whose evidence is so far up from the smallest to the largest of its map.
+
+        Raises:
+            InputError: where there is no such class, or the share is none.
+        """
+        if not 0 < share <= 1:
+            raise InputError(f"share: expected a number above 0 and up to 1, got {share}")
+        logits, maps = self.evidence(x)
+        if target is not None and not 0 <= target < logits.shape[1]:
+            raise InputError(f"target: expected one of {logits.shape[1]} classes, from 0, got {target}")
+        classes = logits.argmax(1) if target is None else torch.full_like(logits[:, 0], target, dtype=torch.int64)
+        large = F.interpolate(maps, x.shape[2:], mode="bilinear", align_corners=False)
+        chosen = large[torch.arange(len(x)), classes]
+        at = chosen.flatten(1).argmax(1)
+        least, most = chosen.amin((1, 2), keepdim=True), chosen.amax((1, 2), keepdim=True)
+        inside = chosen >= least + share * (most - least)
+        sides = [_ends(inside.any(axis)) for axis in (2, 1)]
+        box = torch.stack([side[i] for i in (0, 1) for side in sides], 1)
+        return Located(large, classes, torch.stack([at // x.shape[3], at % x.shape[3]], 1), box)
+
+
+class Whitening(nn.Module):
+    """Images of equal contrast whose pixels are uncorrelated: what the nets were trained on.
+
+    Global contrast normalisation, each image by itself: `x <- (x - mean x) / sqrt(var x + eps)`. Then ZCA:
+    `x <- (x - m) U diag((s + eps)^-1/2) U^T`, with the mean `m` and the covariance `U diag(s) U^T` of the training images.
+
+    Before `fit` the second step changes nothing. What was fitted is saved with the net: `Sequential(whitening, net)`.
+
+    Args:
+        size: `(channels, height, width)` of an image.
+        contrast_eps, zca_eps: added to the variance of an image, and to the variances `s`.
+
+    Raises:
+        InputError: where images are of another size, or too few to fit.
+
+    Example:
+        >>> whitening = Whitening((1, 2, 2)).fit(torch.randn(50, 1, 2, 2))
+        >>> whitening(torch.randn(3, 1, 2, 2)).shape
+        torch.Size([3, 1, 2, 2])
+
+    Source: Goodfellow et al., "Maxout Networks", ICML 2013, which Lin, Chen, Yan, ICLR 2014, follow. The constants are ours.
+    """
+
+    mean: Tensor
+    matrix: Tensor
+
+    def __init__(self, size: tuple[int, int, int], contrast_eps: float = 1e-8, zca_eps: float = 0.1) -> None:
+        super().__init__()
+        require_all_positive(size=size)
+        require_positive(contrast_eps=contrast_eps, zca_eps=zca_eps)
+        self.size = tuple(size)
+        self.contrast_eps = contrast_eps
+        self.zca_eps = zca_eps
+        pixels = math.prod(size)
+        self.register_buffer("mean", torch.zeros(pixels))
+        self.register_buffer("matrix", torch.eye(pixels))
+
+    @torch.no_grad()
+    def fit(self, images: Float[Tensor, "images channels height width"]) -> Whitening:
+        """Learn mean and covariance from training images, and return itself."""
+        flat = self._contrasted(images).double()
+        if len(flat) < 2:
+            raise InputError(f"images: a covariance needs at least two, got {len(flat)}")
+        self.mean.copy_(flat.mean(0))
+        variances, axes = torch.linalg.eigh(flat.T.cov(correction=0))
+        self.matrix.copy_((axes / (variances.clamp(min=0) + self.zca_eps).sqrt()) @ axes.T)
+        return self
+
+    def forward(
+        self, x: Float[Tensor, "images channels height width"]
+    ) -> Float[Tensor, "images channels height width"]:
+        """Whitened images."""
+        return ((self._contrasted(x) - self.mean) @ self.matrix).view(x.shape)
+
+    def _contrasted(self, x: Tensor) -> Float[Tensor, "images pixels"]:
+        if x.dim() != 4 or x.shape[1:] != self.size:
+            raise InputError(f"images: expected [images, {', '.join(map(str, self.size))}], got {tuple(x.shape)}")
+        flat = x.flatten(1)
+        variance, mean = torch.var_mean(flat, 1, correction=0, keepdim=True)
+        return (flat - mean) / (variance + self.contrast_eps).sqrt()
+
+
+def _ends(inside: Bool[Tensor, "batch cells"]) -> tuple[Int[Tensor, "batch"], Int[Tensor, "batch"]]:
+    """The first cell that is inside, and the one behind the last."""
+    return inside.int().argmax(1), inside.shape[1] - inside.flip(1).int().argmax(1)

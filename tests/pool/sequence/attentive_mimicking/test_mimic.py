@@ -88,6 +88,43 @@ def test_a_rare_word_gets_the_vector_of_its_kind(tmp_path: Path) -> None:
     )
 
 
+def test_what_a_word_was_made_of() -> None:
+    mimic = train_mimic(vectors(), text(), least_count=10, least_ngram=2, epochs=2)
+    found = contexts_of(["applin", "kiwi", "gone"], [*text()[:5], "one juicy kiwi"], mimic.known.number)
+    shown = mimic.show(found, batch_size=2)
+    assert list(shown) == ["applin", "kiwi", "gone"]
+    assert [len(shown[w].weights) for w in shown] == [5, 1, 0]
+    assert sum(shown["applin"].weights) == pytest.approx(1)
+    assert shown["kiwi"].weights == pytest.approx((1.0,))
+    assert shown["gone"].gate == 1
+    assert 0 < shown["applin"].gate < 1
+    alike = train_mimic(vectors(), text(), least_count=10, epochs=1, attentive=False)
+    assert alike.show(found)["applin"].weights is None
+
+
+def test_ngrams_are_left_out_in_training_alone() -> None:
+    mimic = train_mimic(vectors(), text(), least_count=10, least_ngram=1, epochs=1)
+    items = [("applin", []), ("a", [])] * 200
+    whole = mimic.batch(items)
+    thin = mimic.batch(items, 0.25, torch.Generator().manual_seed(0))
+    count = thin.ngram_mask[::2].sum(1).double()
+    assert abs(float(count.mean()) / len(mimic.ngrams.numbers("applin")) - 0.75) < 0.03
+    assert torch.equal(whole.ngram_mask[0], whole.ngram_mask[2])
+    for i in range(0, 400, 2):
+        left = thin.ngrams[i][thin.ngram_mask[i]].tolist()
+        known = iter(mimic.ngrams.numbers("applin"))
+        assert all(n in known for n in left)
+    # the one n-gram of a word of one letter is replaced by the unknown one
+    ones = thin.ngrams[1::2, 0]
+    assert thin.ngram_mask[1::2].sum(1).eq(1).all()
+    assert abs(float((ones == 0).double().mean()) - (0.25 if mimic.ngrams.numbers("a") != [0] else 1)) < 0.1
+    dropped = train_mimic(vectors(), text(), least_count=10, epochs=2, ngram_dropout=0.5)
+    plain = train_mimic(vectors(), text(), least_count=10, epochs=2)
+    assert dropped.losses != plain.losses
+    with pytest.raises(InputError, match="ngram_dropout"):
+        train_mimic(vectors(), text(), ngram_dropout=1.0)
+
+
 def test_the_same_seed_gives_the_same_model() -> None:
     first, second = (train_mimic(vectors(), text(), least_count=10, epochs=2, seed=3) for _ in range(2))
     assert first.losses == second.losses

@@ -11,14 +11,15 @@ from cenote.core.widths import largest_divisor, require_divides
 from cenote.pool.attention.adaptive_noise_pooling.pool import AdaptiveNoisePool, Query
 from cenote.pool.attention.blocks import MLP, SelfAttention, TransformerBlock
 from cenote.pool.base import PaddedPool, Pool, Pooled
+from cenote.pool.basic.cls import ClsPool
 from cenote.pool.basic.max import MaxPool
 from cenote.pool.basic.mean import MeanPool
 
-Pooling = Literal["adaptive", "mean", "max", "cls"]
+Pooling = Literal["adaptive", "mean", "max", "token", "cls"]
 
 
 class Attenuator(PaddedPool):
-    """A transformer whose tokens are pooled by an adaptive query, or by one of the baselines: mean, max, class token.
+    """A transformer whose tokens are pooled by an adaptive query, or by a baseline: mean, max, first token, class token.
 
     `y = W_out pool(Transformer(W_in x + e))`, where `e` tells the first token from the others, if `query_embedding`.
     The weights are those of the pooling, on the encoded tokens; of `"cls"` what the learned token takes from each token in the
@@ -28,7 +29,8 @@ class Attenuator(PaddedPool):
         dim: width of a token.
         out_dim: width of the output; default `hidden`. Without it nothing is projected after pooling.
         hidden: width inside; default `dim`. Where it differs, or with `project_in`, the tokens are projected first.
-        pooling: `"adaptive"`, `"mean"`, `"max"`, or `"cls"`: the output of a learned token that stands before the others.
+        pooling: `"adaptive"`, `"mean"`, `"max"`, `"token"`: the first token as encoded, or `"cls"`: the output of a
+            learned token that stands before the others.
         query: of the adaptive pool, see `AdaptiveNoisePool`; 0 in the author's configurations.
         layers: number of transformer layers.
         heads: divides `hidden`. Default 8, or the largest divisor below it.
@@ -107,6 +109,8 @@ class Attenuator(PaddedPool):
             self.head = MeanPool(hidden)
         elif pooling == "max":
             self.head = MaxPool(hidden)
+        elif pooling == "token":
+            self.head = ClsPool(hidden)
         elif pooling == "cls":
             if not 0 <= cls_index < cls_tokens:
                 raise InputError(
@@ -114,7 +118,7 @@ class Attenuator(PaddedPool):
                 )
             self.cls_token = nn.Parameter(torch.rand(1, cls_tokens, hidden))
         else:
-            raise InputError(f"pooling: expected 'adaptive', 'mean', 'max' or 'cls', got {pooling!r}")
+            raise InputError(f"pooling: expected 'adaptive', 'mean', 'max', 'token' or 'cls', got {pooling!r}")
         self.proj_out = None if out_dim is None else nn.Linear(hidden, out_dim, bias_ff)
         self.apply(_small_normal)
 

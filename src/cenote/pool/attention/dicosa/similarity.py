@@ -41,6 +41,8 @@ class DiCoSA(nn.Module):
         alpha, beta: weights of the decoupling loss.
         normaliser: `n`; default: the width of a block, so that `C` holds correlations.
         texts_at_once: texts that are compared in one piece, which bounds memory.
+        renormalise: whether the weights of the real frames sum to 1. False, as the authors: padded frames are read and take
+            their share, which is then blanked.
 
     Raises:
         InputError: where the blocks do not divide the width or a number makes no sense.
@@ -56,8 +58,8 @@ class DiCoSA(nn.Module):
     Note:
         Their code takes for `n` the number of word slots, 32, where blocks have 64 coordinates, so that the diagonal's
         target of 1 is a correlation near 0.5; `normaliser=32` does the same. It lets padded frames take a share of the
-        weights, which shortens the vectors of short videos; here the weights of the real frames sum to 1. Norms and
-        standard deviations have an epsilon of 1e-8.
+        weights, which shortens the vectors of short videos; `renormalise=False` does so too. Norms and standard deviations
+        have an epsilon of 1e-8.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class DiCoSA(nn.Module):
         beta: float = 0.005,
         normaliser: int | None = None,
         texts_at_once: int = 128,
+        renormalise: bool = True,
     ) -> None:
         super().__init__()
         self.blocks = largest_divisor(dim, 8) if blocks is None else blocks
@@ -82,6 +85,7 @@ class DiCoSA(nn.Module):
         self.alpha = alpha
         self.beta = beta
         self.texts_at_once = texts_at_once
+        self.renormalise = renormalise
         width = dim // self.blocks
         self.normaliser = width if normaliser is None else normaliser
         self.weight_fc = nn.Sequential(nn.Linear(2 * width, 4 * width), nn.ReLU(), nn.Linear(4 * width, 1))
@@ -173,6 +177,8 @@ class DiCoSA(nn.Module):
     def _normalised(self, scores: Tensor, mask: Bool[Tensor, "videos frames"] | None) -> Tensor:
         if mask is None:
             return scores.softmax(-1)
+        if not self.renormalise:
+            return scores.softmax(-1).masked_fill(~mask, 0)
         return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~mask, 0)
 
     def _similarity(
@@ -204,6 +210,8 @@ class DiCoSA(nn.Module):
             raise InputError(f"frames: expected [videos, frames, {self.dim}], got shape {tuple(frames.shape)}")
         tokens = as_tokens(frames, mask, self.dim)
         assert isinstance(tokens, PaddedTokens)
+        if not self.renormalise:
+            tokens.values = frames  # padded frames with what stands in them
         return tokens
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cenote.core.errors import InputError
+from cenote.core.sets import PaddedTokens
 
 
 class GaussianMixtures(NamedTuple):
@@ -63,6 +64,12 @@ class GaussianMixtures(NamedTuple):
             return per_point.mean()
         return per_point.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
+    def log_likelihoods(
+        self, x: Float[Tensor, "batch points dim"], mask: Bool[Tensor, "batch points"] | None = None
+    ) -> Float[Tensor, "batch"]:
+        """Mean log-likelihood of a real point of each set; 0 for a set without points."""
+        return PaddedTokens(self.joint(_cleaned(x, mask)).logsumexp(-1, keepdim=True), mask).mean().squeeze(1)
+
     def labels(self, x: Float[Tensor, "batch points dim"]) -> Int[Tensor, "batch points"]:
         """The component that most likely made each point."""
         return self.joint(x).argmax(-1)
@@ -89,6 +96,76 @@ class GaussianMixtures(NamedTuple):
             torch.where(alive, mu, self.mu),
             torch.where(alive, sigma, self.sigma),
         )
+
+
+class ClusteringScores(NamedTuple):
+    """How well mixtures explain sets of points, one number for each set.
+
+    Attributes:
+        direct, after_em: mean log-likelihood of a point as the network says, and after one step of expectation maximisation.
+        oracle: under the true parameters.
+        rand: adjusted Rand index of the hard assignment after that step, 1 where it is the true one.
+    """
+
+    direct: Float[Tensor, "batch"]
+    after_em: Float[Tensor, "batch"]
+    oracle: Float[Tensor, "batch"]
+    rand: Float[Tensor, "batch"]
+
+
+@torch.no_grad()
+def clustering_scores(
+    mixtures: GaussianMixtures,
+    x: Float[Tensor, "batch points dim"],
+    labels: Int[Tensor, "batch points"],
+    truth: GaussianMixtures,
+    mask: Bool[Tensor, "batch points"] | None = None,
+) -> ClusteringScores:
+    """Score a network's mixtures against the true ones, set by set.
+
+    Args:
+        mixtures: as the network says.
+        x, labels, truth: as `sample_mixtures` gives them.
+        mask: True on real points.
+
+    Example:
+        >>> x, labels, truth = sample_mixtures(3, 200, generator=torch.Generator().manual_seed(0))
+        >>> scores = clustering_scores(truth, x, labels, truth)
+        >>> torch.equal(scores.direct, scores.oracle), bool((scores.after_em > scores.direct).all())
+        (True, True)
+
+    Source: the measures of Lee et al., ICML 2019.
+    """
+    better = mixtures.em_step(x, mask)
+    real = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
+    found = better.labels(_cleaned(x, mask))
+    rand = [adjusted_rand_index(a[m], b[m]) for a, b, m in zip(found, labels, real, strict=True)]
+    return ClusteringScores(
+        mixtures.log_likelihoods(x, mask),
+        better.log_likelihoods(x, mask),
+        truth.log_likelihoods(x, mask),
+        x.new_tensor(rand),
+    )
+
+
+def adjusted_rand_index(first: Int[Tensor, "points"], second: Int[Tensor, "points"]) -> float:
+    """Share of the pairs of points on which two clusterings agree, less what chance gives: 1 where they are the same.
+
+    >>> adjusted_rand_index(torch.tensor([0, 0, 1, 1]), torch.tensor([1, 1, 0, 2]))
+    0.5714285714285714
+    """
+    _, a = first.unique(return_inverse=True)
+    _, b = second.unique(return_inverse=True)
+    columns = int(b.max()) + 1 if len(b) else 1
+    table = torch.bincount(a * columns + b, minlength=columns).double()
+    together, of_a, of_b = (_pairs(n) for n in (table, a.bincount().double(), b.bincount().double()))
+    chance = of_a * of_b / max(_pairs(torch.tensor([float(len(a))])), 1.0)
+    most = (of_a + of_b) / 2
+    return 1.0 if most == chance else (together - chance) / (most - chance)
+
+
+def _pairs(counts: Float[Tensor, "groups"]) -> float:
+    return float((counts * (counts - 1) / 2).sum())
 
 
 def sample_mixtures(

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from cenote.core import files
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_rate
 from cenote.pool.sequence.attentive_mimicking.letter_ngrams import LetterNgrams
-from cenote.pool.sequence.attentive_mimicking.model import AttentiveMimicking, Combinator
+from cenote.pool.sequence.attentive_mimicking.model import AttentiveMimicking, Combinator, Mimicked
 from cenote.pool.sequence.attentive_mimicking.word_contexts import AROUND, Context, contexts_of, count_words
 from cenote.pool.sequence.attentive_mimicking.word_vectors import WordVectors
 
@@ -47,6 +48,18 @@ class Batch(NamedTuple):
     words: Int[Tensor, "batch contexts words"]
     word_mask: Bool[Tensor, "batch contexts words"]
     distances: Int[Tensor, "batch contexts words"]
+
+
+class Shown(NamedTuple):
+    """What the vector of a word was made of.
+
+    Attributes:
+        gate: share of the letters; the rest is that of the contexts.
+        weights: of the contexts, in their order; `None` where the model weighs all of their words alike, or reads none.
+    """
+
+    gate: float
+    weights: tuple[float, ...] | None
 
 
 class Mimic:
@@ -78,6 +91,19 @@ class Mimic:
         ]
         return WordVectors(words, torch.cat(parts) if parts else torch.zeros(0, self.model.dim))
 
+    @torch.no_grad()
+    def show(self, contexts: Mapping[str, Sequence[Context]], batch_size: int = 64) -> dict[str, Shown]:
+        """Of words and their contexts, as `infer` takes them, how much the letters and each context count."""
+        self.model.eval()
+        words, shown = list(contexts), {}
+        for start in range(0, len(words), batch_size):
+            part = words[start : start + batch_size]
+            found = self._attend(self.batch([(w, contexts[w]) for w in part]))
+            for i, word in enumerate(part):
+                weights = None if found.weights is None else tuple(found.weights[i, : len(contexts[word])].tolist())
+                shown[word] = Shown(float(found.gate[i]), weights)
+        return shown
+
     def infer_from_text(
         self, words: Sequence[str], text: str | Path | Iterable[str], contexts: int = 100, seed: int = 0
     ) -> WordVectors:
@@ -92,9 +118,21 @@ class Mimic:
         wanted = list(dict.fromkeys(w.lower() for w in words))
         return self.infer(contexts_of(wanted, text, self.known.number, contexts, seed=seed))
 
-    def batch(self, items: Sequence[tuple[str, Sequence[Context]]]) -> Batch:
-        """Words with their contexts as padded numbers."""
+    def batch(
+        self,
+        items: Sequence[tuple[str, Sequence[Context]]],
+        ngram_dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Batch:
+        """Words with their contexts as padded numbers; each n-gram is left out with the probability `ngram_dropout`."""
         numbers = [self.ngrams.numbers(word) for word, _ in items]
+        if ngram_dropout > 0:
+            drawn = [torch.rand(len(n), generator=generator).tolist() for n in numbers]
+            left = [
+                [i for i, p in zip(n, d, strict=True) if p >= ngram_dropout]
+                for n, d in zip(numbers, drawn, strict=True)
+            ]
+            numbers = [n or [0] for n in left]
         width = max(len(n) for n in numbers)
         ngrams = torch.tensor([n + [0] * (width - len(n)) for n in numbers])
         ngram_mask = torch.arange(width) < torch.tensor([len(n) for n in numbers]).unsqueeze(1)
@@ -158,8 +196,11 @@ class Mimic:
         return mimic
 
     def _run(self, batch: Batch) -> Tensor:
+        return self._attend(batch).embedding
+
+    def _attend(self, batch: Batch) -> Mimicked:
         around = self.known.vectors[batch.words]
-        return self.model(batch.ngrams, around, batch.ngram_mask, batch.word_mask, batch.distances)
+        return self.model.attend(batch.ngrams, around, batch.ngram_mask, batch.word_mask, batch.distances)
 
 
 def train_mimic(
@@ -175,6 +216,7 @@ def train_mimic(
     kept_contexts: int = 100,
     around: int = AROUND,
     least_ngram: int = 4,
+    ngram_dropout: float = 0.0,
     epochs: int = 10,
     batch_size: int = 64,
     learning_rate: float = 0.01,
@@ -195,12 +237,13 @@ def train_mimic(
         kept_contexts: kept per word, from which those are drawn.
         around: words on each side that make a context.
         least_ngram: how often an n-gram must stand in the words of `known` to get a vector of its own.
+        ngram_dropout: probability with which an n-gram of a word is left out of a step; a word without any left is unknown.
         epochs, batch_size, learning_rate: of Adam.
         seed: of initialisation and order.
         on_progress: called with the share of the training that is done.
 
     Raises:
-        InputError: where no word with a vector is frequent enough.
+        InputError: where no word with a vector is frequent enough, or `ngram_dropout` is no share below 1.
 
     Example:
         >>> text = ["red apple pie", "sweet apple pie", "red berry pie", "sweet berry pie"] * 5
@@ -209,6 +252,7 @@ def train_mimic(
         >>> mimic.infer_from_text(["cherry"], ["sweet cherry pie"]).vectors.shape
         torch.Size([1, 5])
     """
+    require_rate(ngram_dropout=ngram_dropout)
     counts = count_words(text)
     left_out = set(leave_out)
     targets = [w for w in known.words if counts[w] >= least_count and w not in left_out]
@@ -232,7 +276,8 @@ def train_mimic(
         order = torch.randperm(len(visits), generator=generator).tolist()
         for start in range(0, len(order), batch_size):
             words = [visits[i] for i in order[start : start + batch_size]]
-            batch = mimic.batch([(w, _drawn(found[w], contexts, generator)) for w in words])
+            items = [(w, _drawn(found[w], contexts, generator)) for w in words]
+            batch = mimic.batch(items, ngram_dropout, generator)
             target = known.vectors[[known.number[w] for w in words]]
             loss = torch.nn.functional.mse_loss(mimic._run(batch), target)
             optimiser.zero_grad(set_to_none=True)

@@ -44,6 +44,7 @@ class AttentiveTemporalPool(Pool):
         weighted: whether frames are weighted; without, every real frame weighs one.
         hidden: width of the hidden layer (ReLU) of `f`; `None`: one linear map.
         eps: least weight of a frame, and added to the variance.
+        forget: what is left of each sum when the next real frame comes, above 0 and up to 1; 1 forgets nothing.
 
     Example:
         >>> pool = AttentiveTemporalPool(8)
@@ -59,7 +60,8 @@ class AttentiveTemporalPool(Pool):
 
     Note:
         In the authors' code a padded frame still counts with the weight `eps`; here it counts for nothing, and the
-        statistics stay those of the frame before (zeros, where there was none).
+        statistics stay those of the frame before (zeros, where there was none). `count_padding` of `step` and `running` does
+        as they do. Forgetting is ours.
         The sums are kept in float64 where the device has it, because `q / c - mean^2` cancels in float32; the whole-set
         form takes the variance around the mean instead.
     """
@@ -71,12 +73,17 @@ class AttentiveTemporalPool(Pool):
         weighted: bool = True,
         hidden: int | None = None,
         eps: float = 1e-4,
+        forget: float = 1.0,
     ) -> None:
         require_one_of(("mean", "mean_std"), statistics=statistics)
         require_positive(eps=eps)
+        if not 0 < forget <= 1:
+            raise InputError(f"forget: expected a share above 0 and up to 1, which forgets nothing, got {forget}")
         super().__init__(dim, dim if statistics == "mean" else 2 * dim)
         self.statistics = statistics
         self.eps = eps
+        self.forget = forget
+        self.permutation_invariant = forget == 1
         self.scorer: nn.Module | None = None
         if weighted:
             inner = [] if hidden is None else [nn.Linear(dim, hidden), nn.ReLU()]
@@ -86,6 +93,9 @@ class AttentiveTemporalPool(Pool):
         dtype = tokens.values.dtype
         wide = accumulation_dtype(dtype)
         weights = self.frame_weights(tokens).to(wide)
+        if self.forget < 1:
+            later = tokens.spread(tokens.lengths()) - 1 - tokens.positions()
+            weights = weights * self.forget ** later.to(wide).unsqueeze(-1)
         # an empty set has no weight at all
         weights = weights / tokens.spread(tokens.sum(weights).clamp(min=torch.finfo(wide).tiny))
         x = tokens.values.to(wide)
@@ -96,16 +106,20 @@ class AttentiveTemporalPool(Pool):
         return Pooled(output.to(dtype), weights.to(dtype))
 
     def running(
-        self, x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+        count_padding: bool = False,
     ) -> Float[Tensor, "batch tokens out_dim"]:
-        """The statistics after every frame of a whole batch."""
-        return self.step(x, None, mask)[0]
+        """The statistics after every frame of a whole batch; see `step`."""
+        return self.step(x, None, mask, count_padding)[0]
 
     def step(
         self,
         x: Float[Tensor, "batch tokens dim"],
         state: TemporalState | None = None,
         mask: Bool[Tensor, "batch tokens"] | None = None,
+        count_padding: bool = False,
     ) -> tuple[Float[Tensor, "batch tokens out_dim"], TemporalState]:
         """Take the next frames of each stream.
 
@@ -116,6 +130,7 @@ class AttentiveTemporalPool(Pool):
             x: the frames, any number of them, none included.
             state: what the last call returned; `None` at the start of the streams.
             mask: True on real frames.
+            count_padding: whether a padded frame is read, and weighs `eps` where frames are weighted, as in the authors' code.
 
         Returns:
             The statistics after each of these frames, and the state to go on with.
@@ -135,15 +150,23 @@ class AttentiveTemporalPool(Pool):
         if (start.sum_xx is not None) != (self.statistics == "mean_std"):
             raise InputError(f"state: comes from a pool with other statistics than {self.statistics!r}")
         wide = start.sum_x.dtype
-        weights, values = self.frame_weights(tokens).to(wide), tokens.values.to(wide)
-        count = _running_sum(start.sum_w, weights)
-        sum_x = _running_sum(start.sum_x, weights * values)
+        weights = self.frame_weights(tokens).to(wide)
+        if count_padding and mask is not None and self.scorer is not None:
+            tokens = PaddedTokens(x)
+            weights = weights.masked_fill(~mask.unsqueeze(-1), self.eps)
+        values = tokens.values.to(wide)
+        keep = None
+        if self.forget < 1:
+            keep = torch.full_like(weights, self.forget)
+            keep = keep if tokens.mask is None else keep.masked_fill(~tokens.mask.unsqueeze(-1), 1)
+        count = _running_sum(start.sum_w, weights, keep)
+        sum_x = _running_sum(start.sum_x, weights * values, keep)
         # a stream without any real frame so far has neither weight nor sums
         divisor = count.clamp(min=torch.finfo(wide).tiny)
         mean = sum_x / divisor
         if start.sum_xx is None:
             return mean[:, 1:].to(x.dtype), TemporalState(_last(count), _last(sum_x), None)
-        sum_xx = _running_sum(start.sum_xx, weights * values.square())
+        sum_xx = _running_sum(start.sum_xx, weights * values.square(), keep)
         std = ((sum_xx / divisor - mean.square()).clamp(min=0) + self.eps).sqrt().masked_fill(count == 0, 0)
         output = torch.cat([mean, std], -1)[:, 1:].to(x.dtype)
         return output, TemporalState(_last(count), _last(sum_x), _last(sum_xx))
@@ -165,10 +188,22 @@ class AttentiveTemporalPool(Pool):
 
 
 def _running_sum(
-    start: Float[Tensor, "batch channels"], v: Float[Tensor, "batch tokens channels"]
+    start: Float[Tensor, "batch channels"],
+    v: Float[Tensor, "batch tokens channels"],
+    keep: Float[Tensor, "batch tokens 1"] | None = None,
 ) -> Float[Tensor, "batch tokens_plus_1 channels"]:
-    """`start`, then `start` plus each sum of the first rows of `v`."""
-    return torch.cat([start.unsqueeze(1), v], 1).cumsum(1)
+    """`start`, then `s_t = keep_t s_{t-1} + v_t` row by row; without `keep` nothing is forgotten."""
+    sums = torch.cat([start.unsqueeze(1), v], 1)
+    if keep is None:
+        return sums.cumsum(1)
+    kept = torch.cat([keep.new_ones(len(keep), 1, 1), keep], 1)
+    reach = 1
+    # stretches of doubling length: dividing a plain sum by powers of `keep` would overflow
+    while reach < sums.shape[1]:
+        sums = torch.cat([sums[:, :reach], sums[:, reach:] + kept[:, reach:] * sums[:, :-reach]], 1)
+        kept = torch.cat([kept[:, :reach], kept[:, reach:] * kept[:, :-reach]], 1)
+        reach *= 2
+    return sums
 
 
 def _last(v: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch channels"]:

@@ -34,6 +34,7 @@ class EDSCWPool(LeanWindowPool):
     Source: Stergiou, Poppe, "AdaPool: Exponential Adaptive Pooling for Information-Retaining Downsampling", 2021.
 
     Note:
+        The similarity is one of magnitudes: `-a_i` is as similar to the mean as `a_i`.
         The paper speaks of vectors, the authors' code treats each channel alone; the code is the default here. Where
         `a_i = m = 0`, `DSC_i = 1`, the limit along `a_i = m`; the authors' code gives NaN there.
     """

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
-from cenote.core.requirements import require_all_positive, require_at_least
+from cenote.core.requirements import require_all_positive, require_at_least, require_one_of
 from cenote.pool.spatial.attentive_feature_aggregation.fusion import (
     AFASpatialAttention,
     BinaryAFA,
     MultiAFA,
     Rendered,
     conv_norm_relu,
+    hierarchical_fusion,
     scale_space_rendering,
 )
 
@@ -174,6 +175,8 @@ class AFASegmenter(nn.Module):
         classes: number of classes.
         scales: of the image in training, (0.5, 1); in evaluation the paper takes (0.5, 1, 1.5, 1.75, 2).
         levels: as `scales` of `AFADLAUp`.
+        fusion: of the scales: `"rendering"`, see `scale_space_rendering`, or its rival `"hierarchical"`, see
+            `hierarchical_fusion`. Their average and maximum are those of `by_scale` of `at_scales`.
 
     Example:
         >>> class Backbone(torch.nn.Module):
@@ -194,11 +197,14 @@ class AFASegmenter(nn.Module):
         classes: int,
         scales: Sequence[float] = (0.5, 1.0),
         levels: Sequence[int] | None = None,
+        fusion: Literal["rendering", "hierarchical"] = "rendering",
     ) -> None:
         super().__init__()
+        require_one_of(("rendering", "hierarchical"), fusion=fusion)
+        self.fusion = fusion
         self.backbone = backbone
         self.neck = AFADLAUp(channels, levels)
-        self.density = AFASpatialAttention(channels[0], activation="abs")
+        self.density = AFASpatialAttention(channels[0], activation="abs" if fusion == "rendering" else "sigmoid")
         self.classifier = nn.Conv2d(channels[0], classes, 1)
         self.auxiliary = nn.ModuleList(nn.Conv2d(c, classes, 1) for c in self.neck.out_channels)
         self.scales = tuple(sorted(scales))
@@ -255,9 +261,11 @@ class AFASegmenter(nn.Module):
 
     def _rendered(self, found: list[_Scale], size: Sequence[int]) -> tuple[Rendered, list[Tensor]]:
         """The scales fused, and the probabilities of each."""
+        own = [_resized(self.classifier(scale.features), size).softmax(1) for scale in found]
+        if self.fusion == "hierarchical":
+            return hierarchical_fusion(own, [_resized(self.density(scale.features), size) for scale in found]), own
         grid = min(found, key=lambda scale: abs(scale.factor - 1)).features.shape[2:]
         densities = [self.density(_resized(scale.features, grid)) for scale in found]
-        own = [_resized(self.classifier(scale.features), size).softmax(1) for scale in found]
         return scale_space_rendering(own, densities), own
 
 

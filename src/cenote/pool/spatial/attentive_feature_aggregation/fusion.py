@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -50,7 +51,7 @@ class Rendered(NamedTuple):
 
     Attributes:
         output: `[batch, classes, height, width]`.
-        weights: `[batch, scales, height, width]`; they sum to `1 - exp(-sum_s y_s) < 1`.
+        weights: `[batch, scales, height, width]`; on the grid of the densities they sum to `1 - exp(-sum_s y_s) < 1`.
     """
 
     output: Float[Tensor, "batch classes height width"]
@@ -243,9 +244,7 @@ class MultiAFA(nn.Module):
         size = levels[-1].shape[2:]
         if self.projections is not None:
             levels = [*(project(x) for project, x in zip(self.projections, levels[:-1], strict=True)), levels[-1]]
-        maps = [
-            x if x.shape[2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False) for x in levels
-        ]
+        maps = [_enlarged(x, size) for x in levels]
         spatial = in_front([self.spatial(x) for x in maps])
         channel = in_front([self.channel(x, mask) for x in maps])
         parts = [s * c * x for s, c, x in zip(spatial, channel, maps, strict=True)]
@@ -279,7 +278,8 @@ def scale_space_rendering(
 
     Args:
         predictions: probabilities, scales ascending.
-        densities: `y_s >= 0` of each; resized bilinearly to the predictions where they are smaller.
+        densities: `y_s >= 0` of each, on a grid that may be smaller than the predictions: they are rendered there, and the
+            weights enlarged bilinearly. Where they differ in size, the largest is the grid.
         normalise: whether the weights are divided by their sum, which is below 1 (the largest class stays the same).
 
     Raises:
@@ -297,16 +297,49 @@ def scale_space_rendering(
         raise InputError(
             f"densities: expected one for each of at least one prediction, got {len(densities)} for {len(predictions)}"
         )
-    size = predictions[0].shape[2:]
-    passed = torch.zeros_like(predictions[0][:, :1])
+    grid = max((y.shape[2:] for y in densities), key=math.prod)
+    passed = torch.zeros_like(_enlarged(densities[0], grid))
     weights = []
-    for y in densities:
-        y = y if y.shape[2:] == size else F.interpolate(y, size, mode="bilinear", align_corners=False)
-        weights.append(-torch.expm1(-y) * torch.exp(-passed))
+    for y in (_enlarged(y, grid) for y in densities):
+        weights.append(_enlarged(-torch.expm1(-y) * torch.exp(-passed), predictions[0].shape[2:]))
         passed = passed + y
     if normalise:
         total = torch.stack(weights).sum(0).clamp(min=torch.finfo(passed.dtype).tiny)
         weights = [w / total for w in weights]
+    fused = torch.stack([w * p for w, p in zip(weights, predictions, strict=True)]).sum(0)
+    return Rendered(fused, torch.cat(weights, 1))
+
+
+def hierarchical_fusion(
+    predictions: Sequence[Float[Tensor, "batch classes height width"]],
+    attentions: Sequence[Float[Tensor, "batch 1 height width"]],
+) -> Rendered:
+    """Fuse predictions of several image scales pair by pair, from the largest image down: the rival of rendering.
+
+    `q = p_S` of the largest scale, then `q <- a_s p_s + (1 - a_s) q` for each smaller one. The weights sum to 1.
+
+    Args:
+        predictions: probabilities, scales ascending.
+        attentions: `a_s` from 0 to 1 of each, as `AFASpatialAttention` gives them; that of the largest scale is not read.
+
+    Raises:
+        InputError: where there are not as many attentions as predictions.
+
+    Example:
+        >>> p = [torch.full((1, 2, 1, 1), v) for v in (0.2, 0.6)]
+        >>> fused = hierarchical_fusion(p, [torch.full((1, 1, 1, 1), 0.25)] * 2)
+        >>> round(fused.output[0, 0].item(), 3), fused.weights.flatten().tolist()
+        (0.5, [0.25, 0.75])
+
+    Source: Tao, Sapra, Catanzaro, "Hierarchical Multi-Scale Attention for Semantic Segmentation", 2020; as a rival: Yang et
+        al., WACV 2023.
+    """
+    if not predictions or len(predictions) != len(attentions):
+        raise InputError(
+            f"attentions: expected one for each of at least one prediction, got {len(attentions)} for {len(predictions)}"
+        )
+    # the smallest scale is fused last and so stands in front; behind all stands the largest
+    weights = in_front([torch.ones_like(attentions[-1]), *reversed(attentions[:-1])])[::-1]
     fused = torch.stack([w * p for w, p in zip(weights, predictions, strict=True)]).sum(0)
     return Rendered(fused, torch.cat(weights, 1))
 
@@ -326,3 +359,7 @@ def conv_norm_relu(in_channels: int, out_channels: int, kernel_size: int) -> nn.
 def _kaiming(conv: nn.Conv2d) -> nn.Conv2d:
     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     return conv
+
+
+def _enlarged(x: Float[Tensor, "batch channels _height _width"], size: Sequence[int]) -> Tensor:
+    return x if x.shape[2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
