@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 
 from cenote.core import InputError
 from cenote.models.live import (
+    AblatedHeads,
     AddedStates,
     AttentionCall,
     AttentionEdit,
@@ -474,3 +477,135 @@ def test_weights_are_the_softmax_of_the_scores() -> None:
     hidden = torch.tensor([[False, False, False], [True, False, True], [True, True, True]])[None, None]
     for seen in (call, call.replace(allowed=dense(hidden)), call.replace(sinks=torch.randn(2))):
         assert torch.equal(seen.weights(), seen.softmax(seen.scores()))
+
+
+@pytest.mark.parametrize(
+    ("method", "gives", "says"),
+    [
+        ("queries", lambda _, call: call.last().long(), r"queries gave torch.int64 \(2, 9\), expected a bool tensor"),
+        ("queries", lambda _, call: call.last()[0], r"queries gave torch.bool \(9,\)"),
+        ("rows", lambda *_: None, r"rows gave NoneType, expected a tensor \(2, 4, 1, 9\)"),
+        ("rows", lambda _, __, weights: weights[:, :1], r"rows gave torch.float32 \(2, 1, 1, 9\)"),
+        ("rows", lambda _, __, weights: weights.zero_(), "rows changed the weights in place"),
+        ("inputs", lambda *_: None, "inputs gave NoneType, expected an AttentionCall"),
+        ("scores", lambda *_: None, "scores gave NoneType"),
+        ("context", lambda _, __, y: y[..., :1], r"context gave torch.float32 \(2, 4, 9, 1\)"),
+    ],
+)
+def test_what_an_edit_gives_is_checked(method: str, gives: Callable[..., Any], says: str) -> None:
+    model, words = llama()
+    own = {"queries": lambda _, call: call.last(), method: gives} if method in ("queries", "rows") else {method: gives}
+    edit = type("Mine", (RowEdit if "queries" in own else AttentionEdit,), own)()
+    with pytest.raises(InputError, match=f"edits: Mine.{says}"), edited(model, edit):
+        logits(model, words)
+
+
+def test_what_an_edit_of_blocks_gives_is_checked() -> None:
+    model, words = llama()
+    edit = type("Mine", (BlockEdit,), {"leaves": lambda *_: None})()
+    with pytest.raises(InputError, match=r"Mine.leaves gave NoneType, expected a tensor"), edited(model, edit):
+        logits(model, words)
+
+
+def test_blocks_that_are_named_must_be_there() -> None:
+    model, words = llama()
+    for edit in (
+        RowRecorder(at=Where(blocks=[0, 9])),
+        AblatedHeads([(0, 1), (9, 0)]),
+        AddedStates({0: torch.ones(32), 9: torch.ones(32)}),
+    ):
+        with pytest.raises(InputError, match=r"names blocks \[9\].*reaches \[0\]"), edited(model, edit):
+            pytest.fail("entered")
+    with recorded(model, "rows", at=Where(blocks=range(1, 9))) as found:
+        logits(model, words)
+    assert {place.block for place in found["rows"]} == set(range(1, len(model.model.layers)))
+    with pytest.raises(InputError, match=r"blocks: expected numbers.* got 1"):
+        Where(blocks=1)  # type: ignore[arg-type]
+
+
+def test_vectors_fit_the_states() -> None:
+    model, words = llama()
+    for wrong in (torch.ones(31), torch.ones(5, 9, 32)):
+        with pytest.raises(InputError, match="vectors:"), edited(model, AddedStates({0: wrong})):
+            logits(model, words)
+
+
+def test_a_part_that_is_compiled_is_an_error_at_entry() -> None:
+    model = nn.Sequential(zoo.OwnBlock(8, 2), zoo.OwnBlock(8, 2)).eval()
+    model[1] = torch.compile(model[1], backend="eager")  # type: ignore[assignment]
+    with pytest.raises(InputError, match="1: is compiled"), edited(model, RowRecorder()):
+        pytest.fail("entered")
+
+
+def test_a_copy_made_meanwhile_is_a_model_of_its_own() -> None:
+    model, words = llama()
+    own, x = nn.Sequential(zoo.OwnBlock(8, 2), zoo.OwnBlock(8, 2)).eval(), torch.randn(1, 5, 8)
+    plain, plainly = logits(model, words), own(x)
+    with edited(model, AddedStates({0: torch.ones(32)})) as run, edited(own, Scaled(0.0)):
+        edits_of_one = logits(model, words)
+        before = dict(run.effect)
+        twins = copy.deepcopy(model), copy.deepcopy(own)
+        assert torch.equal(logits(twins[0], words), plain)
+        assert torch.equal(twins[1](x), plainly)
+        assert run.effect == before
+        own(x)
+    assert not torch.equal(edits_of_one, plain)
+    assert torch.equal(logits(twins[0], words), plain)
+    for p in twins[1].parameters():
+        nn.init.zeros_(p)
+    assert torch.equal(twins[1](x), x)
+
+
+def test_recorded_tensors_that_do_not_stack() -> None:
+    model, words = llama()
+    with recorded(model, "rows") as found:
+        logits(model, words)
+    with pytest.raises(InputError, match="step: 1, and 1 were recorded"):
+        found["rows"].stack(1)
+    found["rows"][next(iter(found["rows"]))] = [torch.zeros(1)]
+    with pytest.raises(InputError, match="is of shapes"):
+        found["rows"].stack()
+
+
+class Starts(AttentionEdit):
+    at = Where(blocks=[0])
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, int, int, int]] = []
+
+    def inputs(self, call: AttentionCall) -> AttentionCall:
+        self.found.append((call.queries, call.keys, call.query_start, call.key_start))
+        return call
+
+
+def test_a_second_prompt_begins_anew_in_a_cache_with_room() -> None:
+    model, words = llama()
+    seen = Starts()
+    options = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    with edited(model, seen):
+        for _ in range(2):
+            model.generate(words, attention_mask=torch.ones_like(words), **options)
+    assert seen.found == [(9, 11, 0, 0), (1, 11, 9, 0), (1, 11, 10, 0)] * 2
+
+
+def test_drafts_that_are_refused_are_not_counted() -> None:
+    model, _ = llama()
+    words, seen = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]]), Starts()
+    options = {"max_new_tokens": 20, "do_sample": False, "prompt_lookup_num_tokens": 3}
+    with edited(model, seen):
+        model.generate(words, attention_mask=torch.ones_like(words), **options)
+    starts = [start for _, _, start, _ in seen.found]
+    # some were refused: a call begins before the end of the last one
+    assert any(before[2] + before[0] > after[2] for before, after in itertools.pairwise(seen.found))
+    assert starts == [keys - queries for queries, keys, _, _ in seen.found]
+    assert {start for *_, start in seen.found} == {0}
+
+
+def test_a_cache_that_was_filled_before_is_counted() -> None:
+    model, words = llama()
+    with torch.no_grad():
+        cache = model(words[:, :6], use_cache=True).past_key_values
+        seen = Starts()
+        with edited(model, seen):
+            model(words[:, 6:], past_key_values=cache)
+    assert seen.found == [(3, 9, 6, 0)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -191,6 +191,18 @@ class AttentionCall:
                 f"places that read these tokens (at=Where(stack=...))"
             )
         return where.repeat_interleave(self.batch // where.shape[0], 0)
+
+
+def cached(given: Iterable[object]) -> int | None:
+    """How many tokens the cache among a module's arguments holds; None where there is none, or it doesn't tell."""
+    cache = next((value for value in given if hasattr(value, "get_seq_length")), None)
+    if cache is None:
+        return None
+    try:
+        return int(cache.get_seq_length())
+    except (ValueError, IndexError, TypeError):
+        # of layers without attention
+        return None
 
 
 def picked(

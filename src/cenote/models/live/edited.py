@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cenote.core import InputError
+from cenote.core.interrupts import uninterrupted
 from cenote.models.live import left, places, sdpa, seats, transformers
-from cenote.models.live.calls import AttentionCall, Place
+from cenote.models.live.calls import AttentionCall, Place, cached
 from cenote.models.live.edits import (
     AttentionEdit,
     BlockEdit,
@@ -28,6 +29,7 @@ from cenote.models.live.edits import (
     Where,
     name_of,
     overrides,
+    whole,
 )
 from cenote.models.live.reachable import why_not
 
@@ -59,6 +61,9 @@ class Run:
         self._forwards = 0
         self._acted: set[int] = set()
         self._so_far: dict[Place, int] = {}
+        # tokens in the cache before this forward, where there is one that tells, and behind the last
+        self._before: int | None = None
+        self._behind = 0
 
     @property
     def step(self) -> int:
@@ -75,8 +80,10 @@ class Run:
             return {"spans": spans, "step": self.step, "query_start": so_far - queries, "key_start": 0}
         if queries == keys:
             so_far = keys
+        elif before is None and self._before is not None:
+            so_far = self._before + queries
         elif before is None:
-            # a cache that was filled before, or one with room for more
+            # a cache that was filled before, or one with room for more, that does not tell
             so_far = keys if any(span.shape[1] == keys for span in spans.values()) else queries
         else:
             so_far = before + queries
@@ -91,10 +98,24 @@ class Run:
             self.effect[place, self.step] += number
             self._acted.add(id(edit))
 
-    def begins_forward(self) -> None:
-        """The whole model is called once more."""
+    def begins_forward(self, given: Iterable[object]) -> None:
+        """The whole model is called once more, with these arguments."""
+        if threading.get_ident() != self.thread:
+            return
+        self._forwards += 1
+        self._before = cached(given)
+        if self._before == 0:
+            # another prompt
+            self._so_far.clear()
+        elif self._before is not None and self._before < self._behind:
+            # decoding with drafts takes back those that were refused
+            taken_back = self._behind - self._before
+            self._so_far = {place: so_far - taken_back for place, so_far in self._so_far.items()}
+
+    def ends_forward(self, given: Iterable[object]) -> None:
+        """It was called with these arguments."""
         if threading.get_ident() == self.thread:
-            self._forwards += 1
+            self._behind = cached(given) or 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -148,9 +169,8 @@ def edited(
         2
         >>> _ = torch.backends.mha.set_fastpath_enabled(True)
     """
-    spans = dict(spans or {})
-    where = placed(model, edits, spans)
-    with entered(Run(model, where.parts, spans), where) as run:
+    where = placed(model, edits, {} if spans is None else spans)
+    with entered(Run(model, where.parts, dict(spans or {})), where) as run:
         yield run
         run.require_effect()
 
@@ -158,33 +178,47 @@ def edited(
 @contextmanager
 def entered(run: Entered, where: Placed) -> Iterator[Entered]:
     """Let a run's edits act where they were found to reach."""
-    parts, acting, hooked, ways = where
     handles: list[RemovableHandle] = []
     try:
-        for edit in parts:
-            edit.begins()
-            edit.joins(run)
-        handles.append(run.model.register_forward_pre_hook(lambda *_: run.begins_forward()))
-        for place, of_block in hooked.items():
-            handles += _hooks(run, place, of_block)
-        by_registry = [place.module for place in acting if ways[place] == "registry"]
-        if by_registry:
-            transformers.enter(run, by_registry)
-        for place, of_place in acting.items():
-            seats.sit(place.module, seats.Seated(run, place, of_place))
-            if place.module not in by_registry:
-                sdpa.enter(place.module)
+        with uninterrupted():
+            _enter(run, where, handles)
         yield run
     finally:
-        with seats.LOCK:
-            for handle in handles:
-                handle.remove()
-            for place in acting:
-                if seats.rise(place.module, run):
-                    sdpa.leave(place.module)
-            transformers.leave(run)
-        for edit in parts:
-            edit.ends()
+        try:
+            _leave(run, where, handles)
+        except BaseException:
+            # interrupted: what was left already is left once more
+            _leave(run, where, handles)
+            raise
+
+
+def _enter(run: Run, where: Placed, handles: list[RemovableHandle]) -> None:
+    parts, acting, hooked, ways = where
+    for edit in parts:
+        edit.begins()
+        edit.joins(run)
+    handles += _of_forward(run)
+    for place, of_block in hooked.items():
+        handles += _hooks(run, place, of_block)
+    by_registry = [place.module for place in acting if ways[place] == "registry"]
+    if by_registry:
+        transformers.enter(run, by_registry)
+    for place, of_place in acting.items():
+        seats.sit(place.module, seats.Seated(run, place, of_place))
+        if place.module not in by_registry:
+            sdpa.enter(place.module)
+
+
+def _leave(run: Run, where: Placed, handles: Sequence[RemovableHandle]) -> None:
+    with seats.LOCK:
+        for handle in handles:
+            handle.remove()
+        for place in where.acting:
+            if seats.rise(place.module, run):
+                sdpa.leave(place.module)
+        transformers.leave(run)
+    for edit in where.parts:
+        edit.ends()
 
 
 @contextmanager
@@ -244,10 +278,12 @@ def require_module(model: object) -> None:
     """Raise where it's no module, or one that is compiled, itself or in parts."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if hasattr(model, "_orig_mod"):
-        raise InputError(
-            "model: is compiled, and what runs inside cannot be reached; give the module that you compiled"
-        )
+    for path, module in model.named_modules():
+        if hasattr(module, "_orig_mod"):
+            what = path or "model"
+            raise InputError(
+                f"{what}: is compiled, and what runs inside cannot be reached; use the module that you compiled"
+            )
     # of module.compile(), which compiles in place
     if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
         raise InputError(
@@ -288,8 +324,21 @@ def placed(model: nn.Module, edits: Sequence[Edit], spans: Mapping[str, Tensor])
                 acting.setdefault(place, []).append(edit)
             elif isinstance(edit, BlockEdit):
                 hooked.setdefault(place, []).append(edit)
+        _check_blocks(edit, chosen)
     _check_reach(acting, ways)
     return Placed(parts, acting, hooked, ways)
+
+
+def _check_blocks(edit: Edit, chosen: Sequence[Place]) -> None:
+    """A range takes those that there are; of numbers given one by one, all must be there."""
+    if edit.at.blocks is None or isinstance(edit.at.blocks, range):
+        return
+    there = {place.block for place in chosen}
+    missing = sorted(set(edit.at.blocks) - there)
+    if missing:
+        raise InputError(
+            f"edits: {name_of(edit)} names blocks {missing}, which are not there; it reaches {sorted(there)}, counted from 0"
+        )
 
 
 def _check_reach(acting: Mapping[Place, object], ways: Mapping[Place, str]) -> None:
@@ -300,6 +349,8 @@ def _check_reach(acting: Mapping[Place, object], ways: Mapping[Place, str]) -> N
 
 
 def check_spans(spans: Mapping[str, Tensor]) -> None:
+    if not isinstance(spans, Mapping):
+        raise InputError(f"spans: expected a mapping of names to bool tensors, got {type(spans).__name__}")
     for name, span in spans.items():
         if not isinstance(span, Tensor) or span.dtype != torch.bool or span.dim() != 2:
             got = f"{span.dtype} of shape {tuple(span.shape)}" if isinstance(span, Tensor) else type(span).__name__
@@ -315,12 +366,28 @@ def check_spans(spans: Mapping[str, Tensor]) -> None:
         raise InputError(f"spans: are of one batch, and have: {sizes} items")
 
 
+def _of_forward(run: Run) -> list[RemovableHandle]:
+    # a copy of the model, made meanwhile, has these hooks too, and is another model
+    def begins(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is run.model:
+            run.begins_forward((*args, *kwargs.values()))
+
+    def ends(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        if module is run.model:
+            run.ends_forward((*args, *kwargs.values()))
+
+    return [
+        run.model.register_forward_pre_hook(begins, with_kwargs=True),
+        run.model.register_forward_hook(ends, with_kwargs=True),
+    ]
+
+
 def _hooks(run: Run, place: Place, edits: Sequence[BlockEdit]) -> list[RemovableHandle]:
     names = list(inspect.signature(place.module.forward).parameters)
     rewriting = any(overrides(edit, "given") for edit in edits)
 
-    def enters(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        if threading.get_ident() != run.thread:
+    def enters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if threading.get_ident() != run.thread or module is not place.module:
             return None
         name = next((name for name in ("hidden_states", *names[:1]) if isinstance(kwargs.get(name), Tensor)), None)
         if name is None and (not args or not isinstance(args[0], Tensor)):
@@ -332,7 +399,7 @@ def _hooks(run: Run, place: Place, edits: Sequence[BlockEdit]) -> list[Removable
         beside.pop(name or next(iter(beside), ""), None)
         given: Mapping[str, Any] = beside
         for edit in edits:
-            h = edit.enters(place, h)
+            h = whole(edit, "enters", edit.enters(place, h))
             if rewriting:
                 given = edit.given(place, h, given)
             if not edit.counts_itself:
@@ -343,12 +410,12 @@ def _hooks(run: Run, place: Place, edits: Sequence[BlockEdit]) -> list[Removable
             return None
         return ((h, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: h})
 
-    def leaves(_: nn.Module, __: Any, output: Any) -> Any:
-        if threading.get_ident() != run.thread:
+    def leaves(module: nn.Module, _: Any, output: Any) -> Any:
+        if threading.get_ident() != run.thread or module is not place.module:
             return None
         before = h = output if isinstance(output, Tensor) else output[0]
         for edit in edits:
-            h = edit.leaves(place, h)
+            h = whole(edit, "leaves", edit.leaves(place, h))
         if h is before:
             return None
         return h if isinstance(output, Tensor) else (h, *output[1:])

@@ -13,12 +13,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cenote.core import InputError
 from cenote.models.live.calls import AttentionCall, Kind, Place
 
 
 @dataclass(frozen=True)
 class Where:
     """Which places: all, or those in blocks of these numbers, of these kinds, in the stack of this path.
+
+    Of a range those are taken that there are; numbers given one by one must all be there.
 
     Example:
         >>> place = Place(3, "self", "encoder.layers", "encoder.layers.3.attention", torch.nn.Identity())
@@ -29,6 +32,10 @@ class Where:
     blocks: Collection[int] | None = None
     kinds: Collection[Kind] | None = None
     stack: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.blocks is not None and not isinstance(self.blocks, Collection):
+            raise InputError(f"blocks: expected numbers, such as [1] or range(4, 8), got {self.blocks!r}")
 
     def __contains__(self, place: Place) -> bool:
         return (
@@ -106,7 +113,7 @@ class RowEdit(AttentionEdit, ABC):
     def rows(
         self, call: AttentionCall, weights: Float[Tensor, "batch heads rows keys"]
     ) -> Float[Tensor, "batch heads rows keys"]:
-        """Other weights; `call` is of the chosen queries alone. A new tensor: changing this one in place is not seen."""
+        """Other weights; `call` is of the chosen queries alone. A new tensor: changing this one in place is an error."""
         return weights
 
 
@@ -159,7 +166,12 @@ def apply(
     """The computation with these edits, in their order; `fused` gives what the user's function makes, `[batch, heads, ...]`."""
     for act in acts:
         if overrides(act.edit, "inputs"):
-            call = act.edit.inputs(act.seen(call))
+            new = act.edit.inputs(act.seen(call))
+            if not isinstance(new, AttentionCall):
+                raise InputError(
+                    f"edits: {name_of(act.edit)}.inputs gave {type(new).__name__}, expected an AttentionCall"
+                )
+            call = new
         if not isinstance(act.edit, RowEdit):
             act.done(1)
     weights = None
@@ -170,7 +182,7 @@ def apply(
         y, weights = _with_rows(call, acts, fused)
     for act in acts:
         if overrides(act.edit, "context"):
-            y = act.edit.context(act.seen(call), y)
+            y = whole(act.edit, "context", act.edit.context(act.seen(call), y), y)
     return Attended(y, weights)
 
 
@@ -178,20 +190,20 @@ def _written_out(call: AttentionCall, acts: Sequence[Act]) -> Float[Tensor, "bat
     scores = call.scores()
     for act in acts:
         if overrides(act.edit, "scores"):
-            scores = act.edit.scores(act.seen(call), scores)
+            scores = whole(act.edit, "scores", act.edit.scores(act.seen(call), scores), scores)
     weights = call.softmax(scores)
     for act in acts:
         if isinstance(act.edit, RowEdit):
-            chosen = act.edit.queries(act.seen(call))
+            chosen = _chosen(act.edit, act.seen(call))
             weights = _rows_edited(call, act, chosen, weights)
         if overrides(act.edit, "weights"):
-            weights = act.edit.weights(act.seen(call), weights)
+            weights = whole(act.edit, "weights", act.edit.weights(act.seen(call), weights), weights)
     return weights
 
 
 def _with_rows(call: AttentionCall, acts: Sequence[Act], fused: Callable[[AttentionCall], Tensor]) -> Attended:
     """What the user's function gives, with edited rows in it; it need not run where these are all rows of all heads."""
-    chosen = [(act, act.edit.queries(act.seen(call))) for act in acts if isinstance(act.edit, RowEdit)]
+    chosen = [(act, _chosen(act.edit, act.seen(call))) for act in acts if isinstance(act.edit, RowEdit)]
     if not chosen:
         return Attended(fused(call), None)
     rows = call.only(functools.reduce(torch.logical_or, [queries for _, queries in chosen]))
@@ -246,18 +258,49 @@ def _rows_edited(
     if not number:
         return weights
     if number == queries.numel() or (call.real is not None and torch.equal(queries, call.real)):
-        return act.edit.rows(act.seen(call), weights)  # type: ignore[attr-defined]
+        return _rows_of(act.edit, act.seen(call), weights)  # type: ignore[arg-type]
     # numbers inside of this call, which may itself be of some rows
     inside = call.replace(rows=None, real=None).only(queries)
     assert inside.rows is not None
     assert inside.real is not None
     picked = weights.gather(2, _wide(inside.rows, weights))
-    edited = act.edit.rows(act.seen(call.only(queries)), picked)  # type: ignore[attr-defined]
+    edited = _rows_of(act.edit, act.seen(call.only(queries)), picked)  # type: ignore[arg-type]
     if edited is picked and not act.edit.forced:  # type: ignore[attr-defined]
         return weights
     item, slot = inside.real.nonzero(as_tuple=True)
     values = edited[item, :, slot]
     return weights.transpose(1, 2).index_put((item, inside.rows[item, slot]), values).transpose(1, 2)
+
+
+def _chosen(edit: RowEdit, call: AttentionCall) -> Bool[Tensor, "batch queries"]:
+    queries = edit.queries(call)
+    if not isinstance(queries, Tensor) or queries.dtype != torch.bool or queries.shape != (call.batch, call.queries):
+        raise InputError(
+            f"edits: {name_of(edit)}.queries gave {_described(queries)}, expected a bool tensor [batch, queries] "
+            f"{(call.batch, call.queries)}"
+        )
+    return queries
+
+
+def _rows_of(edit: RowEdit, call: AttentionCall, weights: Tensor) -> Float[Tensor, "batch heads queries keys"]:
+    # torch counts no changes in inference mode
+    version = None if weights.is_inference() else weights._version
+    new = whole(edit, "rows", edit.rows(call, weights), weights)
+    if version is not None and weights._version != version:
+        raise InputError(f"edits: {name_of(edit)}.rows changed the weights in place; return a new tensor")
+    return new
+
+
+def whole(edit: Edit, method: str, new: Tensor, like: Tensor | None = None) -> Tensor:
+    """What an edit's method gave; raise where it is no tensor, or of another shape."""
+    if not isinstance(new, Tensor) or (like is not None and new.shape != like.shape):
+        expected = "a tensor" if like is None else f"a tensor {tuple(like.shape)}"
+        raise InputError(f"edits: {name_of(edit)}.{method} gave {_described(new)}, expected {expected}")
+    return new
+
+
+def _described(x: object) -> str:
+    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def _wide(rows: Tensor, weights: Tensor) -> Tensor:
@@ -272,7 +315,20 @@ class Trace(dict[Place, list[Any]]):
         self.setdefault(place, []).append(x.detach().clone() if detach else x)
 
     def stack(self, step: int = 0) -> Tensor:
-        """`[places, ...]` of one step, in the order of the model."""
+        """`[places, ...]` of one step, in the order of the model.
+
+        Raises:
+            InputError: where nothing was recorded, not so many steps, or tensors of several shapes.
+        """
+        fewest = min(map(len, self.values()), default=0)
+        if not -fewest <= step < fewest:
+            raise InputError(f"step: {step}, and {fewest} were recorded at {len(self)} places")
+        shapes = {tuple(found[step].shape) for found in self.values()}
+        if len(shapes) > 1:
+            raise InputError(
+                f"places: what was recorded is of shapes {', '.join(map(str, sorted(shapes)))}; record those of one stack "
+                f"(at=Where(stack=...)), or read them one by one"
+            )
         return torch.stack([found[step] for found in self.values()])
 
 

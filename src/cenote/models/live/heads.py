@@ -73,7 +73,13 @@ class AddedStates(BlockEdit):
         self.at = _in_blocks(at, self.vectors)
 
     def leaves(self, place: Place, h: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-        return h + self.vectors[place.block].to(h)
+        vector = self.vectors[place.block]
+        missing = h.dim() - vector.dim()
+        if missing < 0 or any(own not in (1, of) for own, of in zip(vector.shape, h.shape[missing:], strict=True)):
+            raise InputError(
+                f"vectors: {tuple(vector.shape)} for block {place.block}, and the states of {place.path} are {tuple(h.shape)}"
+            )
+        return h + vector.to(h)
 
 
 def _in_blocks(at: Where | None, blocks: Iterable[int]) -> Where:

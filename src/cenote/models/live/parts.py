@@ -78,7 +78,7 @@ class _Part(Edit):
     ) -> None:
         self.inner, self.number, self.count, self.spans = edit, number, parts, spans
         self.stands_for = edit
-        self.at = edit.at if stacks is None else _InStacks(within=edit.at, stacks=stacks)
+        self.at = edit.at if stacks is None else _InStacks(edit.at.blocks, within=edit.at, stacks=stacks)
         self.asks = edit.asks if spans is None else ()
 
     def begins(self) -> None:

@@ -9,6 +9,7 @@ Does not know: compiled modules, nested tensors.
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from collections.abc import Callable
@@ -44,17 +45,7 @@ def enter(module: nn.Module) -> None:
         if module in _before:
             return
         _before[module] = module.__dict__.get("forward")
-        forward = module.forward
-
-        @functools.wraps(forward)
-        def seen(*args: Any, **kwargs: Any) -> Any:
-            seated = seats.at(module)
-            if not seated:
-                return forward(*args, **kwargs)
-            with _Mode(seated):
-                return forward(*args, **kwargs)
-
-        module.__dict__["forward"] = seen
+        module.__dict__["forward"] = _Seen(module)
 
 
 def leave(module: nn.Module) -> None:
@@ -62,11 +53,32 @@ def leave(module: nn.Module) -> None:
     with seats.LOCK:
         if module not in _before:
             return
-        before = _before.pop(module)
+        before = _before[module]
         if before is None:
             module.__dict__.pop("forward", None)
         else:
             module.__dict__["forward"] = before
+        # last: if this is interrupted, it can be done again
+        del _before[module]
+
+
+class _Seen:
+    """A module's forward, under the mode where somebody of this thread sits there."""
+
+    def __init__(self, module: nn.Module) -> None:
+        functools.update_wrapper(self, module.forward)
+        self.module, self.forward = module, module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        seated = seats.at(self.module)
+        if not seated:
+            return self.forward(*args, **kwargs)
+        with _Mode(seated):
+            return self.forward(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        """Of a copy that is made meanwhile, which is another model: what a copy of the module's own forward is."""
+        return copy.deepcopy(self.forward, memo)
 
 
 class _Mode(TorchFunctionMode):

@@ -147,8 +147,8 @@ class Shorten(BlockEdit):
                 _RUNNING.pop(key, None)
                 left.go(found)
                 found.lets_go()
-        self._run = self._read = None
         self._takes.clear()
+        self._run = self._read = None
         del self._model_stack, self._blocks, self._attention, self._crossed
 
     def given(self, place: Place, h: Tensor, given: Mapping[str, Any]) -> Mapping[str, Any]:

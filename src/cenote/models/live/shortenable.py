@@ -85,6 +85,8 @@ def _why_not(model: nn.Module, cut: Cut, blocks: Sequence[Place], here: Sequence
     if cut.restore is None and "output_shape" in above.co_varnames:
         return "what comes out of it is given the shape of what went in; put tokens back (restore=-1)"
     for place in blocks[cut.block + 1 : until]:
+        if not any(other.block == place.block for other in here):
+            return f"{place.path} has no attention, and nobody knows what it makes of fewer tokens; cut behind it"
         own = own_positions(place.module)
         if own:
             return (

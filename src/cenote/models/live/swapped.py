@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cenote.core import InputError
 from cenote.models.live.calls import Place, may_read, real_tokens
+from cenote.models.live.edited import require_module
 
 _LOCK = threading.RLock()
 _STANDING: dict[tuple[nn.Module, str], list[tuple[object, nn.Module]]] = {}
@@ -67,8 +68,7 @@ def swapped(
     Raises:
         InputError: for a place that is not in the model, or what is no module.
     """
-    if hasattr(model, "_orig_mod"):
-        raise InputError("model: is compiled, and cannot be changed inside; give the module that you compiled")
+    require_module(model)
     if not modules:
         raise InputError("modules: give at least one")
     new: dict[tuple[nn.Module, str], nn.Module] = {}
@@ -91,16 +91,25 @@ def swapped(
                 parent._modules[name] = module
         yield
     finally:
-        with _LOCK:
-            for seat in new:
-                parent, name = seat
-                left = [(who, module) for who, module in _STANDING.get(seat, []) if who is not run]
-                if not left:
-                    continue
-                parent._modules[name] = left[-1][1]
-                _STANDING[seat] = left
-                if len(left) == 1:
-                    del _STANDING[seat]
+        try:
+            _leave(run, new)
+        except BaseException:
+            # interrupted: what was left already is left once more
+            _leave(run, new)
+            raise
+
+
+def _leave(run: object, seats: Iterable[tuple[nn.Module, str]]) -> None:
+    with _LOCK:
+        for seat in seats:
+            parent, name = seat
+            left = [(who, module) for who, module in _STANDING.get(seat, []) if who is not run]
+            if not left:
+                continue
+            parent._modules[name] = left[-1][1]
+            _STANDING[seat] = left
+            if len(left) == 1:
+                del _STANDING[seat]
 
 
 def _seat(model: nn.Module, place: Place | str) -> tuple[nn.Module, str]:

@@ -64,12 +64,14 @@ def leave(key: object) -> None:
         _entered.discard(key)
         if _entered:
             return
-        for (owner, name), before in _taken.items():
-            if before is None:
-                delattr(owner, name)
-            else:
+        while _taken:
+            (owner, name), before = next(reversed(_taken.items()))
+            if before is not None:
                 setattr(owner, name, before)
-        _taken.clear()
+            elif name in vars(owner):
+                delattr(owner, name)
+            # last: if this is interrupted, it can be done again
+            del _taken[owner, name]
 
 
 def _handing_out(ask: Callable[..., Any]) -> Callable[..., Any]:

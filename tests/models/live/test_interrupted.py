@@ -1,0 +1,119 @@
+"""Ctrl-C at any moment of entering and leaving."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from tests.models.live import zoo
+
+from cenote.core.interrupts import uninterrupted
+from cenote.models.live import AddedStates, RowRecorder, Shorten, edited, left, seats, shorten, swapped, transformers
+from cenote.models.live.sdpa import _before as forwards
+from cenote.testing.live import _fingerprint
+
+
+def test_an_interrupt_waits() -> None:
+    done: list[str] = []
+
+    def work() -> None:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            done.append("to the end")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["to the end"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_error_inside_comes_out() -> None:
+    with pytest.raises(ZeroDivisionError), uninterrupted():
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_other_threads_are_let_through() -> None:
+    ran: list[bool] = []
+
+    def work() -> None:
+        with uninterrupted():
+            ran.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert ran == [True]
+
+
+def every_other(x: Any, sizes: Any, mask: Any) -> Any:
+    from cenote.core.reduced import Reduced
+
+    to = torch.arange(x.shape[1]).expand(len(x), -1) // 2
+    return Reduced(x[:, ::2], torch.full_like(sizes[:, ::2], 2.0), to)
+
+
+def calls_of(files: tuple[str, ...], act: Callable[[], object], stop_at: int | None) -> int:
+    """How many calls in these files it makes; at one of them there comes a Ctrl-C."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal count
+        # not in expressions: where these are dropped, Python lets no Ctrl-C out
+        if event == "call" and frame.f_code.co_filename.endswith(files) and not frame.f_code.co_name.startswith("<"):
+            count += 1
+            if count == stop_at:
+                signal.raise_signal(signal.SIGINT)
+
+    sys.setprofile(trace)
+    try:
+        act()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("kind", ["registry", "fused", "shortened", "swapped"])
+def test_a_model_is_as_it_was(kind: str) -> None:
+    case = zoo.MODELS["llama"]("sdpa") if kind != "fused" else zoo.MODELS["own"]("sdpa")
+    model = case.model
+    contexts = {
+        "registry": lambda: edited(model, RowRecorder(), AddedStates({0: torch.ones(32)})),
+        "fused": lambda: edited(model, RowRecorder()),
+        "shortened": lambda: edited(model, Shorten(every_other, 0)),
+        "swapped": lambda: swapped(model, {"model.layers.0.mlp": lambda old: old}),
+    }
+    files = tuple(
+        f"live/{name}.py" for name in ("edited", "transformers", "sdpa", "seats", "left", "shorten", "swapped")
+    )
+
+    def enter_and_leave() -> None:
+        with contexts[kind]():
+            model(**case.inputs)
+
+    with torch.no_grad():
+        enter_and_leave()
+        before = _fingerprint(model)
+        interrupted = 0
+        for i in range(1, calls_of(files, enter_and_leave, None) + 1):
+            try:
+                calls_of(files, enter_and_leave, i)
+            except KeyboardInterrupt:
+                interrupted += 1
+            left_over = (
+                seats.SEATED,
+                transformers._entered,
+                transformers._taken,
+                forwards,
+                left._STANDING,
+                shorten._RUNNING,
+            )
+            assert not any(left_over), f"call {i}"
+            assert _fingerprint(model) == before, f"call {i}"
+        assert interrupted > 2
