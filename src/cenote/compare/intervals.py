@@ -18,6 +18,12 @@ LEVEL = 0.95
 UNKNOWN = (math.nan, math.nan)
 
 
+def of_draws(values: Float[ndarray, "draws"]) -> tuple[float, float]:
+    """The central 95 % of a number over draws of what it was measured on; draws without it are left out."""
+    low, high = np.nanpercentile(values, [50 - 50 * LEVEL, 50 + 50 * LEVEL])
+    return float(low), float(high)
+
+
 def left_out(metric: Metric, scores: ndarray, truth: object, groups: Int[ndarray, "units"]) -> Float[ndarray, "groups"]:
     """The metric without each group."""
     count = int(groups.max()) + 1

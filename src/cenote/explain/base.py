@@ -61,7 +61,7 @@ class Attribution:
         """
         if k < 1:
             raise InputError(f"k: expected at least 1, got {k}")
-        order = self.scores.masked_fill(~self.mask, -torch.inf).sort(1, descending=True, stable=True).indices
+        order = self.scores.masked_fill(~self.mask, -torch.inf).sort(dim=1, descending=True, stable=True).indices
         real = self.mask.gather(1, order)
         found = order.masked_fill(~real, -1)[:, :k]
         return nn.functional.pad(found, (0, k - found.shape[1]), value=-1)

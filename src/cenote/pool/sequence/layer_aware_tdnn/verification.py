@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cenote.compare.statistics import interval
+from cenote.compare.intervals import of_draws
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_at_least
 
@@ -89,7 +89,7 @@ def equal_errors(scores: Float[Tensor, "trials"], same: Bool[Tensor, "trials"], 
     rate, threshold = _equal(own, other)
     rng = np.random.default_rng(seed)
     drawn = [_equal(rng.choice(own, len(own)), rng.choice(other, len(other)))[0] for _ in range(RESAMPLES)]
-    return EqualErrors(rate, threshold, *interval(np.asarray(drawn)))
+    return EqualErrors(rate, threshold, *of_draws(np.asarray(drawn)))
 
 
 def min_detection_cost(
