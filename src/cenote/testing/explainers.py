@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ REDRAWS = 3
 UNLIKELY_SEED = 739_204_117
 
 
+@runtime_checkable
 class Explaining(Protocol):
     """What is checked: an explainer, of `cenote.explain` or your own."""
 
