@@ -19,8 +19,8 @@ def guided_filter(
     """Maps of scores, smoothed where the image is flat and kept sharp at its edges.
 
     In each window of `(2 radius + 1)^2` pixels, with `I` the mean of the colours: `a = cov(I, p) / (var(I) + eps)`,
-    `b = mean(p) - a mean(I)`; `q = mean(a) I + mean(b)`, the means over all windows that a pixel lies in. Windows are cut at the
-    border of the image.
+    `b = mean(p) - a mean(I)`; `q = mean(a) I + mean(b)`, the means over all windows that a pixel lies in. Windows are cut at
+    the border of the image.
 
     Args:
         maps: `p`, probabilities or a heat map.
