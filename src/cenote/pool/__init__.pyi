@@ -203,6 +203,7 @@ from cenote.pool.spatial.deeplab.dense_crf import DenseCRF as DenseCRF
 from cenote.pool.spatial.deeplab.dense_crf import search_crf as search_crf
 from cenote.pool.spatial.deeplab.dense_crf import unary_from_labels as unary_from_labels
 from cenote.pool.spatial.deeplab.dense_crf import unary_from_probabilities as unary_from_probabilities
+from cenote.pool.spatial.deeplab.guided_filter import guided_filter as guided_filter
 from cenote.pool.spatial.deeplab.model import DeepLab as DeepLab
 from cenote.pool.spatial.deeplab.model import DeepLabASPP as DeepLabASPP
 from cenote.pool.spatial.deeplab.model import MultiScale as MultiScale

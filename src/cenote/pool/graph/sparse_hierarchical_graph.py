@@ -158,6 +158,7 @@ class SparseHierarchicalPool(GraphPool):
     """
 
     discrete = True
+    weighted: bool = False
 
     def __init__(
         self,

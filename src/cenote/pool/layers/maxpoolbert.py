@@ -173,6 +173,8 @@ class MaxPoolBERT(CLSAttention):
         asks here.
     """
 
+    over: Literal["max", "mean"] = "max"
+
     def __init__(
         self,
         dim: int,

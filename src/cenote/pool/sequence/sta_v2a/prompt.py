@@ -55,6 +55,8 @@ class FactorGraphAttention(Pool):
         The bias `b_w` drops out of the softmax; it is kept so that published weights load.
     """
 
+    potentials: tuple[Potential, ...] = POTENTIALS
+
     def __init__(
         self,
         dim: int,
