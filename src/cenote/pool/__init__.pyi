@@ -101,10 +101,13 @@ from cenote.pool.layers.maxpoolbert import MaxPoolBERT as MaxPoolBERT
 from cenote.pool.layers.multi_layer_trainable import LastLayerTrainable as LastLayerTrainable
 from cenote.pool.layers.multi_layer_trainable import MultiLayerTrainable as MultiLayerTrainable
 from cenote.pool.layers.weighted_sum import WeightedLayerSum as WeightedLayerSum
+from cenote.pool.region import object_scores as object_scores
+from cenote.pool.region import region as region
 from cenote.pool.sequence.aam_softmax import AamSoftmax as AamSoftmax
 from cenote.pool.sequence.attention_conditioning import AttentionalAffine as AttentionalAffine
 from cenote.pool.sequence.attention_conditioning import AttentionalConcat as AttentionalConcat
 from cenote.pool.sequence.attention_conditioning import AttentionalGate as AttentionalGate
+from cenote.pool.sequence.attention_conditioning import BaselineAttention as BaselineAttention
 from cenote.pool.sequence.attention_conditioning import ConditionedAttention as ConditionedAttention
 from cenote.pool.sequence.attention_conditioning import Lexicon as Lexicon
 from cenote.pool.sequence.attentive_mimicking.mimic import Mimic as Mimic
