@@ -1,5 +1,7 @@
 # written by scripts/build_stubs.py from the catalog; do not edit
 
+from cenote.pool.attended_region import object_scores as object_scores
+from cenote.pool.attended_region import region as region
 from cenote.pool.attention.abmil import ABMIL as ABMIL
 from cenote.pool.attention.abmilp import ABMILP as ABMILP
 from cenote.pool.attention.abmilp import ABMILPPositions as ABMILPPositions
@@ -101,8 +103,6 @@ from cenote.pool.layers.maxpoolbert import MaxPoolBERT as MaxPoolBERT
 from cenote.pool.layers.multi_layer_trainable import LastLayerTrainable as LastLayerTrainable
 from cenote.pool.layers.multi_layer_trainable import MultiLayerTrainable as MultiLayerTrainable
 from cenote.pool.layers.weighted_sum import WeightedLayerSum as WeightedLayerSum
-from cenote.pool.region import object_scores as object_scores
-from cenote.pool.region import region as region
 from cenote.pool.sequence.aam_softmax import AamSoftmax as AamSoftmax
 from cenote.pool.sequence.attention_conditioning import AttentionalAffine as AttentionalAffine
 from cenote.pool.sequence.attention_conditioning import AttentionalConcat as AttentionalConcat

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cenote.core.errors import InputError
-from cenote.pool.region import mask_iou
+from cenote.pool.attended_region import mask_iou
 
 THRESHOLDS = tuple(n / 20 for n in range(1, 20))
 

@@ -4,7 +4,7 @@ from tests.pools import features, shaken
 
 from cenote.core import InputError
 from cenote.pool import CaiTPool, SimPool
-from cenote.pool.region import box_around, box_iou, mask_iou, object_scores, region
+from cenote.pool.attended_region import box_around, box_iou, mask_iou, object_scores, region
 
 
 def test_a_region_holds_its_share_with_as_few_places_as_will_do() -> None:
