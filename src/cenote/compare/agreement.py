@@ -40,8 +40,7 @@ def agreement(guess: Float[ndarray, "items"], truth: Float[ndarray, "items"]) ->
     error = float(np.square(guess - truth).mean())
     if np.ptp(guess) == 0 or np.ptp(truth) == 0:
         return Agreement(np.nan, np.nan, np.nan, error)
-    of_both = (stats.spearmanr, stats.pearsonr, stats.kendalltau)
-    rank, linear, kendall = (float(correlation(guess, truth)[0]) for correlation in of_both)
+    rank, linear, kendall = (float(f(guess, truth)[0]) for f in (stats.spearmanr, stats.pearsonr, stats.kendalltau))
     return Agreement(rank, linear, kendall, error)
 
 

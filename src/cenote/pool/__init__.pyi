@@ -1,5 +1,7 @@
 # written by scripts/build_stubs.py from the catalog; do not edit
 
+from cenote.pool.attended_region import object_scores as object_scores
+from cenote.pool.attended_region import region as region
 from cenote.pool.attention.abmil import ABMIL as ABMIL
 from cenote.pool.attention.abmilp import ABMILP as ABMILP
 from cenote.pool.attention.abmilp import ABMILPPositions as ABMILPPositions
@@ -106,6 +108,7 @@ from cenote.pool.sequence.aam_softmax import AamSoftmax as AamSoftmax
 from cenote.pool.sequence.attention_conditioning import AttentionalAffine as AttentionalAffine
 from cenote.pool.sequence.attention_conditioning import AttentionalConcat as AttentionalConcat
 from cenote.pool.sequence.attention_conditioning import AttentionalGate as AttentionalGate
+from cenote.pool.sequence.attention_conditioning import BaselineAttention as BaselineAttention
 from cenote.pool.sequence.attention_conditioning import ConditionedAttention as ConditionedAttention
 from cenote.pool.sequence.attention_conditioning import Lexicon as Lexicon
 from cenote.pool.sequence.attentive_mimicking.mimic import Mimic as Mimic

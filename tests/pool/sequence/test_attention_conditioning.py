@@ -9,7 +9,15 @@ from torch import Tensor
 from cenote import Bags
 from cenote.core import InputError
 from cenote.core.sets import Tokens
-from cenote.pool import AttentionalAffine, AttentionalConcat, AttentionalGate, Lexicon, Pool, Pooled
+from cenote.pool import (
+    AttentionalAffine,
+    AttentionalConcat,
+    AttentionalGate,
+    BaselineAttention,
+    Lexicon,
+    Pool,
+    Pooled,
+)
 from cenote.testing import check_pool
 
 DIM, F_ = 6, 3
@@ -60,6 +68,25 @@ def test_equations() -> None:
         output, weights = pool.attend(h, c)
         torch.testing.assert_close(output, (a.unsqueeze(-1) * h).sum(1))
         torch.testing.assert_close(weights, a.unsqueeze(1))
+
+
+def test_the_baseline_scores_with_one_layer_or_two() -> None:
+    h, _ = inputs()
+    one, two = shaken(BaselineAttention(DIM)), shaken(BaselineAttention(DIM, layers=2, dropout=0.5))
+    torch.testing.assert_close(one(h), plain(h, one.score.weight[0]))
+    hidden = torch.tanh(h @ two.hidden[0].weight.T + two.hidden[0].bias)
+    a = (hidden @ two.score.weight[0]).softmax(-1)
+    torch.testing.assert_close(two(h), (a.unsqueeze(-1) * h).sum(1))
+    two.train()
+    assert not torch.equal(two(h), two(h))
+    concat = shaken(AttentionalConcat(DIM, F_))
+    with torch.no_grad():
+        one.score.weight.copy_(concat.score.weight[:, :DIM])
+    torch.testing.assert_close(concat(h, torch.zeros(2, 9, F_)), one(h))
+    check_pool(BaselineAttention(DIM, layers=2))
+    for settings, named in (({"layers": 3}, "layers"), ({"dropout": 1.5}, "dropout")):
+        with pytest.raises(InputError, match=named):
+            BaselineAttention(DIM, **settings)
 
 
 def test_concat_without_knowledge_is_plain_attention() -> None:

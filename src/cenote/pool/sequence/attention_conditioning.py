@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
-from cenote.core.requirements import require_at_least
+from cenote.core.requirements import require_at_least, require_one_of, require_rate
 from cenote.core.sets import Tokens, as_tokens
-from cenote.pool.base import Pooled
+from cenote.pool.base import Pool, Pooled
 
 
 class ConditionedAttention(nn.Module, ABC):
@@ -179,6 +179,39 @@ class AttentionalAffine(ConditionedAttention):
     ) -> Float[Tensor, "*rows scored"]:
         conditioned = self.scale(c) * h + self.shift(c)
         return torch.tanh(conditioned) if self.tanh else conditioned
+
+
+class BaselineAttention(Pool):
+    """Attention pooling without a lexicon, whose scores come from one linear layer or from two.
+
+    `s_n = v . h_n + b`, or `s_n = v . dropout(tanh(W h_n + c)) + b`; `a = softmax_n(s)`, `y = sum_n a_n h_n`.
+
+    Args:
+        dim: width of a token.
+        layers: 1 or 2, with the authors' code an option of this baseline alone.
+        dropout: between the two layers.
+
+    Example:
+        >>> BaselineAttention(8, layers=2, dropout=0.3)(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 8])
+
+    Source: Margatina, Baziotis, Potamianos, "Attention-based Conditioning Methods for External Knowledge Integration",
+    ACL 2019.
+    """
+
+    inert_parameters = ("score.bias",)
+
+    def __init__(self, dim: int, layers: int = 1, dropout: float = 0.0) -> None:
+        super().__init__(dim)
+        require_one_of((1, 2), layers=layers)
+        require_rate(dropout=dropout)
+        self.hidden = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Dropout(dropout)) if layers == 2 else None
+        self.score = nn.Linear(dim, 1)
+
+    def pool(self, tokens: Tokens) -> Pooled:
+        h = tokens.values if self.hidden is None else self.hidden(tokens.values)
+        weights = tokens.softmax(self.score(h))
+        return Pooled(tokens.weighted_sum(weights).squeeze(1), weights)
 
 
 class Lexicon:

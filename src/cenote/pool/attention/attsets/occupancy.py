@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cenote.core.errors import InputError
+from cenote.pool.attended_region import mask_iou
 
 THRESHOLDS = tuple(n / 20 for n in range(1, 20))
 
@@ -30,9 +31,7 @@ def iou(
     >>> iou(torch.tensor([[0.9, 0.8, 0.1]]), torch.tensor([[True, False, False]])).tolist()
     [0.5]
     """
-    taken = p.flatten(1) > threshold
-    both, either = (taken & truth.flatten(1)).sum(1), (taken | truth.flatten(1)).sum(1)
-    return torch.where(either > 0, both / either.clamp(min=1), 1.0)
+    return mask_iou(p > threshold, truth)
 
 
 def best_threshold(
