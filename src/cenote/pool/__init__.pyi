@@ -8,6 +8,9 @@ from cenote.pool.attention.abmilp import ABMILPPositions as ABMILPPositions
 from cenote.pool.attention.adaptive_noise_pooling.attenuator import Attenuator as Attenuator
 from cenote.pool.attention.adaptive_noise_pooling.knn_centroid import knn_centroid_targets as knn_centroid_targets
 from cenote.pool.attention.adaptive_noise_pooling.knn_centroid import knn_centroid_vectors as knn_centroid_vectors
+from cenote.pool.attention.adaptive_noise_pooling.measures import attenuation as attenuation
+from cenote.pool.attention.adaptive_noise_pooling.measures import noise_mass as noise_mass
+from cenote.pool.attention.adaptive_noise_pooling.measures import signal_loss as signal_loss
 from cenote.pool.attention.adaptive_noise_pooling.pool import AdaptiveNoisePool as AdaptiveNoisePool
 from cenote.pool.attention.aim import AimPool as AimPool
 from cenote.pool.attention.attsets.faset import FASet as FASet
@@ -44,6 +47,7 @@ from cenote.pool.attention.set_attention import ISAB as ISAB
 from cenote.pool.attention.set_attention import MAB as MAB
 from cenote.pool.attention.set_attention import SAB as SAB
 from cenote.pool.attention.set_transformer.clustering import GaussianMixtures as GaussianMixtures
+from cenote.pool.attention.set_transformer.clustering import clustering_scores as clustering_scores
 from cenote.pool.attention.set_transformer.clustering import sample_mixtures as sample_mixtures
 from cenote.pool.attention.set_transformer.model import SetTransformer as SetTransformer
 from cenote.pool.attention.siglip import SigLipPool as SigLipPool
@@ -188,9 +192,12 @@ from cenote.pool.spatial.adapool.pool import AdaPool3d as AdaPool3d
 from cenote.pool.spatial.adapool.pool import AdaUnpool1d as AdaUnpool1d
 from cenote.pool.spatial.adapool.pool import AdaUnpool2d as AdaUnpool2d
 from cenote.pool.spatial.adapool.pool import AdaUnpool3d as AdaUnpool3d
+from cenote.pool.spatial.atrous_rates import best_with_ties as best_with_ties
 from cenote.pool.spatial.atrous_rates import effective_receptive_field as effective_receptive_field
 from cenote.pool.spatial.atrous_rates import receptive_extent as receptive_extent
+from cenote.pool.spatial.atrous_rates import receptive_peaks as receptive_peaks
 from cenote.pool.spatial.atrous_rates import recommend_rates as recommend_rates
+from cenote.pool.spatial.atrous_rates import star_share as star_share
 from cenote.pool.spatial.atrous_rates import sweep_rates as sweep_rates
 from cenote.pool.spatial.atrous_rates import valid_taps as valid_taps
 from cenote.pool.spatial.attentive_feature_aggregation.dla import AFADLAUp as AFADLAUp
@@ -200,6 +207,7 @@ from cenote.pool.spatial.attentive_feature_aggregation.fusion import AFAChannelA
 from cenote.pool.spatial.attentive_feature_aggregation.fusion import AFASpatialAttention as AFASpatialAttention
 from cenote.pool.spatial.attentive_feature_aggregation.fusion import BinaryAFA as BinaryAFA
 from cenote.pool.spatial.attentive_feature_aggregation.fusion import MultiAFA as MultiAFA
+from cenote.pool.spatial.attentive_feature_aggregation.fusion import hierarchical_fusion as hierarchical_fusion
 from cenote.pool.spatial.attentive_feature_aggregation.fusion import scale_space_rendering as scale_space_rendering
 from cenote.pool.spatial.base import WindowPool as WindowPool
 from cenote.pool.spatial.deeplab.dense_crf import DenseCRF as DenseCRF
@@ -242,6 +250,7 @@ from cenote.pool.spatial.mixed_gated_tree import TreePool3d as TreePool3d
 from cenote.pool.spatial.network_in_network import GlobalAveragePool as GlobalAveragePool
 from cenote.pool.spatial.network_in_network import MLPConv as MLPConv
 from cenote.pool.spatial.network_in_network import NetworkInNetwork as NetworkInNetwork
+from cenote.pool.spatial.network_in_network import Whitening as Whitening
 from cenote.pool.spatial.network_in_network import class_maps as class_maps
 from cenote.pool.spatial.output_stride import to_output_stride as to_output_stride
 from cenote.pool.spatial.segmentation import border_accuracy as border_accuracy

@@ -118,11 +118,38 @@ def test_a_copy_of_every_token_changes_nothing(pool: nn.Module) -> None:
         SetTransformer(8, seeds=2, hidden=8, inducing=None, variant="paper", ln=True),
         DeepSet(6, out_dim=5, seeds=3, hidden=8, reduce="max"),
         DeepSet(6, hidden=8, reduce="sum"),
+        DeepSet(6, hidden=8, reduce="attention"),
+        DeepSet(6, out_dim=5, seeds=2, hidden=8, reduce="pma"),
+        SetTransformer(6, out_dim=5, seeds=3, hidden=8, inducing=4, pooling="mean"),
     ],
-    ids=["pma", "full", "one output", "paper, SAB", "deep-sets max", "deep-sets sum"],
+    ids=[
+        "pma",
+        "full",
+        "one output",
+        "paper, SAB",
+        "deep-sets max",
+        "deep-sets sum",
+        "deep-sets attention",
+        "deep-sets pma",
+        "ISAB, mean",
+    ],
 )
 def test_further_settings_keep_the_contract(pool: nn.Module) -> None:
     check_pool(pool)
+
+
+def test_poolings_behind_and_before_other_parts() -> None:
+    x = randn(2, 5, 8)
+    deep = spread_out(DeepSet(8, hidden=16, reduce="attention"))
+    f = deep.enc(x)
+    a = (f @ deep.inside.cls_token[0, 0] / 4).softmax(1)
+    torch.testing.assert_close(deep(x), deep.dec(deep.inside.v((a.unsqueeze(-1) * f).sum(1))))
+    deep = spread_out(DeepSet(8, hidden=16, reduce="pma"))
+    torch.testing.assert_close(deep(x), deep.dec(deep.inside(deep.enc(x))))
+    for inducing in (None, 3):
+        net = spread_out(SetTransformer(8, out_dim=3, seeds=2, hidden=16, inducing=inducing, pooling="mean"))
+        encoded = net.enc[1](net.enc[0](x))
+        torch.testing.assert_close(net(x), net.out(encoded.mean(1)).view(2, 2, 3))
 
 
 def products(block: nn.Module, tokens: int) -> int:
@@ -268,6 +295,10 @@ def test_wrong_arguments_are_named() -> None:
         PMA(8, seeds=0)
     with pytest.raises(InputError, match="inducing"):
         ISAB(8, 8, inducing=0)
+    with pytest.raises(InputError, match="pooling"):
+        SetTransformer(6, pooling="max")
+    with pytest.raises(InputError, match="decoder_blocks"):
+        SetTransformer(6, pooling="mean", decoder_blocks=2)
     with pytest.raises(InputError, match="reduce"):
         DeepSet(8, reduce="median")
     with pytest.raises(InputError, match="1 \\+ 2"):

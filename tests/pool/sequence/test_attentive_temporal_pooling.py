@@ -172,6 +172,17 @@ def test_padded_frames_can_weigh_eps_as_with_the_authors() -> None:
     torch.testing.assert_close(even.running(x, mask, count_padding=True), even.running(x, mask))
 
 
+def test_frames_can_pass_as_they_are() -> None:
+    pool, x = AttentiveTemporalPool(16, statistics="pass_through"), features(2, 6)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 4:] = False
+    assert not list(pool.parameters())
+    assert torch.equal(pool.running(x), x)
+    assert torch.equal(streamed(pool, x, mask, [2, 5])[0], x.masked_fill(~mask.unsqueeze(-1), 0))
+    assert torch.equal(pool.running(x, mask, count_padding=True), x)
+    assert torch.equal(pool(x, mask), torch.stack([x[0, 5], x[1, 3]]))
+
+
 def test_what_is_forgotten() -> None:
     pool, x = shaken(AttentiveTemporalPool(16, forget=0.7)), features(2, 11)
     mask = torch.rand(2, 11, generator=torch.Generator().manual_seed(0)) > 0.3
@@ -218,7 +229,10 @@ def test_weights_are_shares_of_the_last_statistics() -> None:
     torch.testing.assert_close((weights @ x).squeeze(1), output)
 
 
-@pytest.mark.parametrize("settings", [{"statistics": "mean"}, {"weighted": False}, {"hidden": 8}, {"forget": 0.9}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"statistics": "mean"}, {"weighted": False}, {"hidden": 8}, {"forget": 0.9}, {"statistics": "pass_through"}],
+)
 def test_contract_of_variants(settings: dict) -> None:
     check_pool(AttentiveTemporalPool(16, **settings))
 

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from jaxtyping import Float
@@ -6,6 +8,8 @@ from torch import Tensor, nn
 from cenote.core.requirements import require_one_of
 from cenote.core.sets import Tokens
 from cenote.core.tokenwise import tokenwise
+from cenote.pool.attention.efficient_probing import EfficientProbing
+from cenote.pool.attention.pma import PMA
 from cenote.pool.base import Pool, Pooled
 from cenote.pool.basic.max import MaxPool
 from cenote.pool.basic.mean import MeanPool
@@ -22,7 +26,8 @@ class DeepSet(Pool):
         out_dim: width of an output vector; default `dim`.
         seeds: number of output vectors.
         hidden: width inside.
-        reduce: `"mean"`, `"sum"` or `"max"` over the tokens. The weights that `attend` shows are those of this pooling inside.
+        reduce: `"mean"`, `"sum"` or `"max"` over the tokens; or, between the two networks, attention: `"attention"` from one
+            learned query, `"pma"` from one seed. The weights that `attend` shows are those of this pooling inside.
 
     Example:
         >>> DeepSet(2, out_dim=5, seeds=4)(torch.randn(3, 50, 2)).shape
@@ -37,13 +42,20 @@ class DeepSet(Pool):
         out_dim: int | None = None,
         seeds: int = 1,
         hidden: int = 128,
-        reduce: Literal["mean", "sum", "max"] = "mean",
+        reduce: Literal["mean", "sum", "max", "attention", "pma"] = "mean",
     ) -> None:
         super().__init__(dim, out_dim)
-        require_one_of(("mean", "sum", "max"), reduce=reduce)
+        kinds: dict[str, Callable[[int], Pool]] = {
+            "mean": MeanPool,
+            "sum": SumPool,
+            "max": MaxPool,
+            "attention": partial(EfficientProbing, queries=1),
+            "pma": PMA,
+        }
+        require_one_of(kinds, reduce=reduce)
         self.vectors = seeds
-        kinds: dict[str, type[MeanPool | SumPool | MaxPool]] = {"mean": MeanPool, "sum": SumPool, "max": MaxPool}
         self.inside = kinds[reduce](hidden)
+        self.inert_parameters = tuple(f"inside.{name}" for name in self.inside.inert_parameters)
         self.enc = _four_layers(dim, hidden, hidden)
         self.dec = _four_layers(hidden, hidden, seeds * self.out_dim)
 

@@ -1,4 +1,7 @@
-"""How well a pool keeps the signal of a set and leaves out its noise."""
+"""How well a pool keeps the signal of a set and leaves out its noise.
+
+Source: Brothers, "Robust Noise Attenuation via Adaptive Pooling of Transformer Outputs", ICML 2025.
+"""
 
 from __future__ import annotations
 
@@ -52,10 +55,15 @@ def attenuation(scores: Float[Tensor, "tokens"], signal: Bool[Tensor, "tokens"])
 def noise_mass(
     weights: Float[Tensor, "batch heads tokens"], signal: Bool[Tensor, "batch tokens"]
 ) -> Float[Tensor, "batch heads"]:
-    """The weight that each head gives to what is not signal, from a pool's `attend`; padded tokens weigh nothing.
+    """The weight that each head gives to what is not signal.
 
-    >>> noise_mass(torch.tensor([[[0.5, 0.25, 0.25]]]), torch.tensor([[True, False, False]])).tolist()
-    [[0.5]]
+    Args:
+        weights: from a pool's `attend`; padded tokens weigh nothing.
+        signal: True on the tokens that matter, of which every set has at least one.
+
+    Example:
+        >>> noise_mass(torch.tensor([[[0.5, 0.25, 0.25]]]), torch.tensor([[True, False, False]])).tolist()
+        [[0.5]]
     """
     _check(signal, (weights.shape[0], weights.shape[2]))
     return weights.masked_fill(signal.unsqueeze(1), 0).sum(-1)
@@ -66,8 +74,14 @@ def signal_loss(
 ) -> Float[Tensor, "batch"]:
     """`(1/k) sum_{signal} |x_n - y|^2` of each set: least where `y` is the mean of its `k` signal tokens.
 
-    >>> signal_loss(torch.tensor([[1.0]]), torch.tensor([[[0.0], [2.0], [9.0]]]), torch.tensor([[True, True, False]]))
-    tensor([1.])
+    Args:
+        output: `y`, what a pool made of each set.
+        x: the tokens.
+        signal: as in `noise_mass`.
+
+    Example:
+        >>> signal_loss(torch.tensor([[1.0]]), torch.tensor([[[0.0], [2.0], [9.0]]]), torch.tensor([[True, True, False]]))
+        tensor([1.])
     """
     _check(signal, x.shape[:2])
     distance = (x - output.unsqueeze(1)).square().sum(-1).masked_fill(~signal, 0)

@@ -12,6 +12,7 @@ from cenote.core.segments import accumulation_dtype
 from cenote.core.sets import PaddedTokens, Tokens, as_tokens
 from cenote.core.tokenwise import tokenwise
 from cenote.pool.base import Pool, Pooled
+from cenote.pool.basic.positions import all_of
 
 
 class TemporalState(NamedTuple):
@@ -40,7 +41,8 @@ class AttentiveTemporalPool(Pool):
 
     Args:
         dim: width of a frame.
-        statistics: `"mean_std"`: mean and standard deviation side by side; `"mean"`: the mean alone.
+        statistics: `"mean_std"`: mean and standard deviation side by side; `"mean"`: the mean alone; `"pass_through"`: every
+            frame passes as it is, and the last one stands for the set.
         weighted: whether frames are weighted; without, every real frame weighs one.
         hidden: width of the hidden layer (ReLU) of `f`; `None`: one linear map.
         eps: least weight of a frame, and added to the variance.
@@ -69,27 +71,29 @@ class AttentiveTemporalPool(Pool):
     def __init__(
         self,
         dim: int,
-        statistics: Literal["mean", "mean_std"] = "mean_std",
+        statistics: Literal["mean", "mean_std", "pass_through"] = "mean_std",
         weighted: bool = True,
         hidden: int | None = None,
         eps: float = 1e-4,
         forget: float = 1.0,
     ) -> None:
-        require_one_of(("mean", "mean_std"), statistics=statistics)
+        require_one_of(("mean", "mean_std", "pass_through"), statistics=statistics)
         require_positive(eps=eps)
         if not 0 < forget <= 1:
             raise InputError(f"forget: expected a share above 0 and up to 1, which forgets nothing, got {forget}")
-        super().__init__(dim, dim if statistics == "mean" else 2 * dim)
+        super().__init__(dim, 2 * dim if statistics == "mean_std" else dim)
         self.statistics = statistics
         self.eps = eps
         self.forget = forget
-        self.permutation_invariant = forget == 1
+        self.permutation_invariant = forget == 1 and statistics != "pass_through"
         self.scorer: nn.Module | None = None
-        if weighted:
+        if weighted and statistics != "pass_through":
             inner = [] if hidden is None else [nn.Linear(dim, hidden), nn.ReLU()]
             self.scorer = nn.Sequential(*inner, nn.Linear(dim if hidden is None else hidden, 1))
 
     def pool(self, tokens: Tokens) -> Pooled:
+        if self.statistics == "pass_through":
+            return Pooled(tokens.token(-1), all_of(tokens, tokens.lengths() - 1))
         dtype = tokens.values.dtype
         wide = accumulation_dtype(dtype)
         weights = self.frame_weights(tokens).to(wide)
@@ -149,6 +153,8 @@ class AttentiveTemporalPool(Pool):
             )
         if (start.sum_xx is not None) != (self.statistics == "mean_std"):
             raise InputError(f"state: comes from a pool with other statistics than {self.statistics!r}")
+        if self.statistics == "pass_through":
+            return x if count_padding else tokens.values, start
         wide = start.sum_x.dtype
         weights = self.frame_weights(tokens).to(wide)
         if count_padding and mask is not None and self.scorer is not None:
