@@ -26,7 +26,6 @@ NOT_YET = [
     "deeplab",
     "deeplabv3",
     "dicosa",
-    "drasp",
     "efficient-probing",
     "ggem",
     "gramian-heads",
