@@ -35,7 +35,6 @@ NOT_YET = [
     "set-transformer",
     "slotcon",
     "sparse-hierarchical-graph",
-    "sta-v2a",
     "tokenflex",
     "tree-cross-attention",
 ]
