@@ -27,7 +27,6 @@ NOT_YET = [
     "deeplabv3",
     "dicosa",
     "efficient-probing",
-    "ggem",
     "gramian-heads",
     "graph-parsing-networks",
     "joint-attention",
