@@ -30,7 +30,6 @@ NOT_YET = [
     "gramian-heads",
     "graph-parsing-networks",
     "joint-attention",
-    "network-in-network",
     "set-transformer",
     "slotcon",
     "sparse-hierarchical-graph",
