@@ -25,7 +25,6 @@ NOT_YET = [
     "attentive-feature-aggregation",
     "deeplab",
     "deeplabv3",
-    "dicosa",
     "efficient-probing",
     "gramian-heads",
     "graph-parsing-networks",
