@@ -91,7 +91,7 @@ def quality(
     test = damaged([r for r in own if r.testing], mel, seeds, drasp.TEST[size], 1000)
     train, test = (scaled(clips, train.x) for clips in (train, test))
     found = drasp.findings(seeds, train, test, drasp.EPOCHS[size])
-    return list(found.checks), found.table
+    return [*(c for part in found.parts for c in part.checks(part.method)), *found.checks], found.table
 
 
 def spoken_digits(

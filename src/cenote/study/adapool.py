@@ -7,6 +7,9 @@ repeating averages.
 
 Also measured, not part of the rule: how far the mixture's weights move from where they start, eDSCW against the mean on
 photographs enlarged bilinearly, and accuracy against the mean and the maximum.
+
+Knocked out: that the mixture is learned (one half everywhere, frozen), and what the weights hold (unpooled by those of another
+crop, and by the right ones dealt out anew within each window).
 """
 
 from __future__ import annotations
@@ -21,19 +24,30 @@ from torch import Tensor, nn
 
 from cenote.pool import AdaPool2d, AdaUnpool2d, EDSCWPool2d, SoftPool2d
 from cenote.pool.spatial.unit import in_unit_interval
-from cenote.study.harness import Arms, Findings, Size, above, between, draw_arms, seeds_of, study
+from cenote.study.harness import Arms, Check, Findings, Part, Size, above, between, draw_arms, gate, seeds_of, study
 from cenote.study.harness.photographs import CROPS, crops_of, psnr, ssim
 from cenote.study.harness.training import accuracy
 from cenote.study.harness.window_cnn import Build, images, over_seeds, trained_cnn
 
-ADA, ROBUST, PEAK = "AdaPool", "eDSCW", "eM (SoftPool)"
+CHANCE = 0.11
+
+ADA, ROBUST, PEAK, FROZEN = "AdaPool", "eDSCW", "eM (SoftPool)", "AdaPool, mixture frozen"
+BACK, REPEATED = "unpooled by the weights", "averages repeated"
+FOREIGN, SHUFFLED = "unpooled by weights of another crop", "unpooled by shuffled weights"
+
+
+def _halves(side: int, learnable: bool = True) -> AdaPool2d:
+    return AdaPool2d(2, beta=torch.full((side, side), 0.5), learnable=learnable)
+
+
 # the maps after the two poolings of the net are 4 x 4 and 2 x 2
 POOLS: dict[str, tuple[Build, Build]] = {
     "mean": (partial(nn.AvgPool2d, 2), partial(nn.AvgPool2d, 2)),
     "max": (partial(nn.MaxPool2d, 2), partial(nn.MaxPool2d, 2)),
     ROBUST: (partial(EDSCWPool2d, 2), partial(EDSCWPool2d, 2)),
     PEAK: (partial(SoftPool2d, 2), partial(SoftPool2d, 2)),
-    ADA: (partial(AdaPool2d, 2, beta=torch.full((4, 4), 0.5)), partial(AdaPool2d, 2, beta=torch.full((2, 2), 0.5))),
+    ADA: (partial(_halves, 4), partial(_halves, 2)),
+    FROZEN: (partial(_halves, 4, learnable=False), partial(_halves, 2, learnable=False)),
 }
 
 
@@ -42,10 +56,10 @@ def run(seed: int, size: Size) -> Findings:
     """Compare the mixture with its parts in a small net; pool photographs and bring them back."""
     seeds = seeds_of(seed, size)
     test = over_seeds(images()[1], seeds)
-    arms, moved = Arms(), Arms()
+    arms, moved, losses = Arms(), Arms(), {}
     for name, (first, second) in POOLS.items():
         model = trained_cnn(first, second, seeds, size)
-        arms[name] = accuracy(model, test.x, test.y)
+        arms[name], losses[name] = accuracy(model, test.x, test.y), model.losses
         if name == ADA:
             for layer in ("pool1", "pool2"):
                 beta = in_unit_interval(model.parameters[f"{layer}.beta"].detach(), "clamp")
@@ -53,16 +67,34 @@ def run(seed: int, size: Size) -> Findings:
                 moved[f"{layer}, mean"] = tuple(beta.flatten(1).mean(1).tolist())
     better = tuple(max(a, b) for a, b in zip(arms[ROBUST], arms[PEAK], strict=True))
     noise, similarity = _photographs(seeds, size)
-    back, repeated = "unpooled by the weights", "averages repeated"
+
+    def rule(arm: str) -> tuple[Check, ...]:
+        lead = tuple(a - b for a, b in zip(arms[arm], better, strict=True))
+        return (above(f"digits: accuracy, {arm} minus the better of its parts", lead, expected=-0.01),)
+
+    def rule_of_unpooling(arm: str) -> tuple[Check, ...]:
+        return (
+            above(f"photographs: decibels, {arm} minus averages repeated", noise.minus(arm, REPEATED), expected=0.0),
+        )
+
     return Findings(
         seeds=seeds,
-        checks=(
-            above(
-                "digits: accuracy, AdaPool minus the better of its parts",
-                tuple(a - b for a, b in zip(arms[ADA], better, strict=True)),
-                expected=-0.01,
+        parts=(
+            Part(rule, ADA, knocked_out=(FROZEN,), against=(ROBUST, PEAK)),
+            Part(rule_of_unpooling, BACK, knocked_out=(FOREIGN, SHUFFLED), against=(REPEATED,)),
+        ),
+        gates=(
+            *(gate(arm, above("accuracy", arms[arm], CHANCE), losses[arm]) for arm in (ADA, ROBUST, PEAK, FROZEN)),
+            *(
+                gate(
+                    arm, above("decibels, minus the mean of the crop", noise.minus(arm, "mean of the crop"), 0.0), None
+                )
+                for arm in (BACK, REPEATED)
             ),
-            above("photographs: decibels, unpooled minus averages repeated", noise.minus(back, repeated), expected=0.0),
+            gate(FOREIGN, None, None),
+            gate(SHUFFLED, None, None),
+        ),
+        checks=(
             above(
                 "digits: largest change of a weight of the mixture in the first layer",
                 moved["pool1, largest change"],
@@ -99,13 +131,20 @@ def _photographs(seeds: tuple[int, ...], size: Size) -> tuple[Arms, Arms]:
     crops = torch.stack([crops_of(s, CROPS[size]) for s in seeds])
     flat = crops.flatten(0, 1)
     pool, unpool = AdaPool2d(2), AdaUnpool2d(2, preserve="mean")
+    pooled, weights = pool.attend(flat)
+    assert weights is not None
+    places = torch.rand(weights.flatten(-2).shape, generator=torch.Generator().manual_seed(seeds[0])).argsort(-1)
+    shuffled = weights.flatten(-2).gather(-1, places).view_as(weights)
 
     def enlarged(y: Tensor, mode: str) -> Tensor:
         return F.interpolate(y, scale_factor=2, mode=mode)
 
     ways: dict[str, Callable[[], Tensor]] = {
-        "unpooled by the weights": lambda: unpool(*pool.attend(flat)),
-        "averages repeated": lambda: enlarged(F.avg_pool2d(flat, 2), "nearest"),
+        BACK: lambda: unpool(pooled, weights),
+        FOREIGN: lambda: unpool(pooled, weights.roll(1, 0)),
+        SHUFFLED: lambda: unpool(pooled, shuffled),
+        "mean of the crop": lambda: flat.mean((2, 3), keepdim=True).expand_as(flat),
+        REPEATED: lambda: enlarged(F.avg_pool2d(flat, 2), "nearest"),
         "AdaPool repeated": lambda: enlarged(pool(flat), "nearest"),
         "mean, enlarged": lambda: enlarged(F.avg_pool2d(flat, 2), "bilinear"),
         "eDSCW, enlarged": lambda: enlarged(EDSCWPool2d(2)(flat), "bilinear"),

@@ -7,6 +7,10 @@ lexicon.
 A vocabulary has 400 words with feeling, whose sign shows weakly in 16 fixed channels, and 800 without. A sentence has 12 words
 without and one or two with; the task is their sign. An LSTM of 16 channels reads it, attention pools its states; 400 sentences
 train, 400 test.
+
+Knocked out: whose entries they are (every word has the entry of another word, drawn once per seed, with the map and with
+joined embeddings), and the attention (all words weigh the same, and what is pooled are the states as the map conditions them:
+the lexicon as a feature, with the same parameters).
 """
 
 from __future__ import annotations
@@ -15,11 +19,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from cenote.pool import AttentionalAffine, AttentionalConcat, AttentionalGate
-from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
+from cenote.core import Tokens
+from cenote.pool import AttentionalAffine, AttentionalConcat, AttentionalGate, Pooled
+from cenote.study.harness import Arms, Check, Findings, Part, Size, above, draw_arms, gate, seeds_of, study
 from cenote.study.harness.batches import split_at, stacked, unstacked
 from cenote.study.harness.training import Together, accuracy, constant, cross_entropy, epochs, fit
 
@@ -27,16 +32,46 @@ EMBEDDED, WIDTH, LENGTH = 16, 16, 14
 WITH, WITHOUT = 400, 800
 TRAIN, TEST = 400, 400
 SIGN = 0.6
-STEPS: dict[Size, int] = {"smoke": 2, "small": 600, "full": 1500}
-LAYERS = {"concat": AttentionalConcat, "gate": AttentionalGate, "affine": AttentionalAffine}
-ARMS = ("no lexicon", "joined to the embeddings", *LAYERS)
+STEPS: dict[Size, int] = {"smoke": 2, "small": 1200, "full": 2400}
+SEEDS = {"small": 5, "full": 10}
+CHANCE = 0.5
+
+
+class Conditioned(AttentionalAffine):
+    """The affine map without attention: the states that it conditions are pooled, all with the same weight."""
+
+    def _attended(
+        self,
+        x: Float[Tensor, "batch tokens dim"] | Tokens,
+        features: Float[Tensor, "*rows features"],
+        mask: Bool[Tensor, "batch tokens"] | None,
+    ) -> tuple[Tokens, Pooled]:
+        tokens, _ = super()._attended(x, features, mask)
+        return tokens, Pooled(tokens.mean(self.condition(tokens.values, features)), tokens.uniform())
+
+
+NONE, JOINED, AFFINE = "no lexicon", "joined to the embeddings", "affine"
+ASTRAY, JOINED_ASTRAY, EVEN = (
+    "affine, entries of other words",
+    "joined, entries of other words",
+    "affine, uniform weights",
+)
+LAYERS = {
+    "concat": AttentionalConcat,
+    "gate": AttentionalGate,
+    AFFINE: AttentionalAffine,
+    ASTRAY: AttentionalAffine,
+    EVEN: Conditioned,
+}
+ARMS = (NONE, JOINED, *LAYERS, JOINED_ASTRAY)
 
 
 class Sentences(NamedTuple):
-    """Vectors of the words, and of each word 1 where the lexicon says that it carries feeling."""
+    """Vectors of the words, of each word 1 where the lexicon says that it carries feeling, and what it says of another word."""
 
     words: Float[Tensor, "*items words channels"]
     lexicon: Float[Tensor, "*items words 1"]
+    astray: Float[Tensor, "*items words 1"]
 
 
 class Reader(nn.Module):
@@ -44,7 +79,8 @@ class Reader(nn.Module):
 
     def __init__(self, arm: str) -> None:
         super().__init__()
-        self.joined = arm == "joined to the embeddings"
+        self.joined = arm in (JOINED, JOINED_ASTRAY)
+        self.astray = arm in (ASTRAY, JOINED_ASTRAY)
         self.lstm = nn.LSTM(EMBEDDED + self.joined, WIDTH, batch_first=True)
         self.conditioned = arm in LAYERS
         self.attention = LAYERS.get(arm, AttentionalConcat)(WIDTH, 1)
@@ -55,30 +91,48 @@ class Reader(nn.Module):
 
     def read(self, x: Sentences) -> tuple[Tensor, Tensor]:
         """States and what the attention is told of each word."""
-        states, _ = self.lstm(torch.cat(x, -1) if self.joined else x.words)
-        return states, x.lexicon if self.conditioned else torch.zeros_like(x.lexicon)
+        entries = x.astray if self.astray else x.lexicon
+        states, _ = self.lstm(torch.cat([x.words, entries], -1) if self.joined else x.words)
+        return states, entries if self.conditioned else torch.zeros_like(entries)
 
 
 @study
 def run(seed: int, size: Size) -> Findings:
     """Name the sign of sentences with each way to use the lexicon; look where the attention lies."""
-    seeds = seeds_of(seed, size, small=3, full=5)
+    seeds = seeds_of(seed, size, **SEEDS)
     train, (x, y) = split_at(stacked(map(_sentences, seeds)), TRAIN)
-    right, mass = Arms(), Arms()
+    right, mass, losses = Arms(), Arms(), {}
     for arm in ARMS:
         model = Together(partial(Reader, arm), seeds, in_turn=True)
         batches = epochs(*train, 64, seeds)
-        fit(model, batches, cross_entropy, STEPS[size], lr=5e-3, optimiser=torch.optim.Adam, decay=constant)
+        losses[arm] = fit(
+            model, batches, cross_entropy, STEPS[size], lr=5e-3, optimiser=torch.optim.Adam, decay=constant
+        )
         right[arm] = accuracy(model, x, y)
         mass[arm] = tuple(map(_mass, model.modules(), unstacked(x, len(seeds))))
+
+    def rule(arm: str) -> tuple[Check, ...]:
+        return (
+            above(f"accuracy, {arm} minus no lexicon", right.minus(arm, NONE), 0.05),
+            above(f"accuracy, {arm} minus joined", right.minus(arm, JOINED), 0.0),
+        )
+
+    def rule_of_joined(arm: str) -> tuple[Check, ...]:
+        return (above(f"accuracy, {arm} minus no lexicon", right.minus(arm, NONE), 0.0),)
+
     return Findings(
         seeds=seeds,
+        parts=(
+            Part(rule, AFFINE, knocked_out=(ASTRAY, EVEN), against=(NONE, JOINED)),
+            Part(rule_of_joined, JOINED, knocked_out=(JOINED_ASTRAY,), against=(NONE,)),
+        ),
+        gates=(
+            *(gate(arm, above("accuracy", right[arm], CHANCE), losses[arm]) for arm in (NONE, JOINED, AFFINE, EVEN)),
+            *(gate(arm, None, losses[arm]) for arm in (ASTRAY, JOINED_ASTRAY)),
+        ),
         checks=(
-            above("accuracy, affine minus no lexicon", right.minus("affine", "no lexicon"), 0.05),
-            above("accuracy, affine minus joined", right.minus("affine", "joined to the embeddings"), 0.0),
-            above("accuracy, joined minus no lexicon", right.minus("joined to the embeddings", "no lexicon"), 0.0),
-            above("accuracy, concat minus no lexicon", right.minus("concat", "no lexicon"), 0.0, in_rule=False),
-            above("accuracy, gate minus no lexicon", right.minus("gate", "no lexicon"), 0.0, in_rule=False),
+            above("accuracy, concat minus no lexicon", right.minus("concat", NONE), 0.0, in_rule=False),
+            above("accuracy, gate minus no lexicon", right.minus("gate", NONE), 0.0, in_rule=False),
         ),
         table=right.table("accuracy") + mass.table("attention on words with feeling"),
         figure=partial(_draw, arms=right),
@@ -112,7 +166,8 @@ def _sentences(seed: int) -> tuple[Sentences, Int[Tensor, "items"]]:
     second = torch.where(both, felt[:, 1:], words.gather(1, places[:, 1:]))
     words = words.scatter(1, places, torch.cat([felt[:, :1], second], 1))
     lexicon = (words < WITH).float().unsqueeze(-1)
-    return Sentences(vectors[words], lexicon), y
+    other = torch.randperm(WITH + WITHOUT, generator=g)
+    return Sentences(vectors[words], lexicon, (other[words] < WITH).float().unsqueeze(-1)), y
 
 
 def _draw(figure: Any, arms: Arms) -> None:

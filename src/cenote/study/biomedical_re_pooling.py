@@ -7,6 +7,9 @@ mention in the text instead, ENT-DYM should win; it is reported only.
 Sentences are 14 random words under a random tree, with two one-word mentions, one trigger word of three classes in the place
 that counts and two triggers of other classes elsewhere. A bidirectional LSTM with embeddings of the distance to both mentions
 reads them; only the pooling differs.
+
+Knocked out: whose tree it is (each sentence has that of another sentence, in training and test), and the way (as many random
+words of the sentence stand in for it; the mentions as before).
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from torch import Tensor, nn
 
 from cenote.pool import DependencyPool, DynamicPool, EntityPool, IndexSetPool, RelationSentences
 from cenote.pool.sequence.biomedical_re_pooling import IndexSets
-from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
+from cenote.study.harness import Arms, Check, Findings, Part, Size, above, draw_arms, gate, seeds_of, study
 from cenote.study.harness.batches import split_at, stacked
 from cenote.study.harness.training import Together, accuracy, cross_entropy, epochs, fit
 
@@ -31,6 +34,8 @@ CLASSES, OF_CLASS, NEUTRAL = 3, 3, 60
 MENTIONS = CLASSES * OF_CLASS + NEUTRAL
 ITEMS: dict[Size, tuple[int, int]] = {"smoke": (64, 64), "small": (800, 400), "full": (2000, 1000)}
 STEPS: dict[Size, int] = {"smoke": 2, "small": 300, "full": 1500}
+SEEDS = {"small": 3, "full": 10}
+CHANCE = 1 / CLASSES
 
 
 class WholeSentence(IndexSetPool):
@@ -43,12 +48,32 @@ class WholeSentence(IndexSetPool):
         return [sentences.real], torch.zeros_like(sentences.real[:, 0])
 
 
+class AnotherTree(DependencyPool):
+    """ENT-DEP0 in the tree of another sentence of the batch."""
+
+    def index_sets(self, sentences: RelationSentences) -> IndexSets:
+        assert sentences.heads is not None
+        return super().index_sets(sentences._replace(heads=sentences.heads.roll(1, 0)))
+
+
+class RandomWords(DependencyPool):
+    """ENT-DEP0 with as many words as the way has, drawn from the sentence."""
+
+    def index_sets(self, sentences: RelationSentences) -> IndexSets:
+        (subject, object_, way), fallback = super().index_sets(sentences)
+        rank = torch.rand(way.shape).argsort(1).argsort(1)
+        return [subject, object_, rank < way.sum(1, keepdim=True)], fallback
+
+
+ANOTHER, RANDOM = "ENT-DEP0, tree of another sentence", "ENT-DEP0, random words"
 POOLS: dict[str, Callable[[], IndexSetPool]] = {
     "SENT-MAX": partial(WholeSentence, 2 * HIDDEN),
     "ENT-SENT": partial(EntityPool, 2 * HIDDEN),
     "ENT-DYM": partial(DynamicPool, 2 * HIDDEN),
     "ENT-DEP0": partial(DependencyPool, 2 * HIDDEN, 0),
     "ENT-DEP1": partial(DependencyPool, 2 * HIDDEN, 1),
+    ANOTHER: partial(AnotherTree, 2 * HIDDEN, 0),
+    RANDOM: partial(RandomWords, 2 * HIDDEN, 0),
 }
 
 
@@ -82,15 +107,16 @@ class Reader(nn.Module):
 @study
 def run(seed: int, size: Size) -> Findings:
     """Classify relations whose word stands on the tree's path, and relations whose word stands beside a mention."""
-    seeds = seeds_of(seed, size, small=3)
+    seeds = seeds_of(seed, size, **SEEDS)
     count = ITEMS[size]
     arms: dict[str, Arms] = {}
+    losses: dict[str, dict[str, list[float]]] = {"tree": {}, "text": {}}
     for task in ("tree", "text"):
         train, test = split_at(stacked(_sentences(s, task, sum(count)) for s in seeds), count[0])
         arms[task] = Arms()
         for name, pool in POOLS.items():
             model = Together(lambda pool=pool: Reader(pool()), seeds, in_turn=True)  # type: ignore[misc]
-            fit(model, epochs(*train, 64, seeds), cross_entropy, STEPS[size], lr=1e-2)
+            losses[task][name] = fit(model, epochs(*train, 64, seeds), cross_entropy, STEPS[size], lr=1e-2)
             arms[task][name] = accuracy(model, *test)
     tree, text = arms["tree"], arms["text"]
     reported = (
@@ -98,12 +124,22 @@ def run(seed: int, size: Size) -> Findings:
         ("word on the path: accuracy, ENT-SENT minus SENT-MAX", tree.minus("ENT-SENT", "SENT-MAX")),
         ("word beside a mention: accuracy, ENT-DYM minus ENT-DEP0", text.minus("ENT-DYM", "ENT-DEP0")),
     )
+
+    def rule(arm: str) -> tuple[Check, ...]:
+        return (above(f"word on the path: accuracy, {arm} minus ENT-DYM", tree.minus(arm, "ENT-DYM"), 0.0),)
+
     return Findings(
         seeds=seeds,
-        checks=(
-            above("word on the path: accuracy, ENT-DEP0 minus ENT-DYM", tree.minus("ENT-DEP0", "ENT-DYM"), 0.0),
-            *(above(what, values, 0.0, in_rule=False) for what, values in reported),
+        parts=(Part(rule, "ENT-DEP0", knocked_out=(ANOTHER, RANDOM), against=("ENT-DYM",)),),
+        gates=(
+            gate("ENT-DEP0", above("word on the path: accuracy", tree["ENT-DEP0"], CHANCE), losses["tree"]["ENT-DEP0"]),
+            # nothing that it reads tells where the path is, so it is asked for what stands in the text
+            gate(
+                "ENT-DYM", above("word beside a mention: accuracy", text["ENT-DYM"], CHANCE), losses["text"]["ENT-DYM"]
+            ),
+            *(gate(arm, None, losses["tree"][arm]) for arm in (ANOTHER, RANDOM)),
         ),
+        checks=tuple(above(what, values, 0.0, in_rule=False) for what, values in reported),
         table=tree.table("accuracy, word on the path of the tree") + text.table("accuracy, word beside a mention"),
         figure=partial(_draw, arms=arms),
         notes=("The trees are random and exact: what errors of a parser cost is not seen here.",),

@@ -8,6 +8,8 @@ frames pooled as the text asks, and uniform blocks.
 
 A video has 8 independent concepts, each one of 20 words of a vocabulary of its own, and a third of its frames shows them; the
 others are noise. A caption names 2 to 5 of the concepts; the rest of its vector is noise.
+
+Knocked out: whose the weights are (those of each pair are computed from the caption of another, in training and test).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cenote.pool import DiCoSA
-from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
+from cenote.study.harness import Arms, Check, Findings, Part, Size, above, draw_arms, gate, seeds_of, study
 from cenote.study.harness.training import descend, shuffled
 
 CONCEPTS, WORDS, WIDTH = 8, 20, 8
@@ -29,12 +31,23 @@ FRAMES, SHOWN = 12, 4
 NAMED = (2, 5)
 NOISE = 0.3
 TRAIN, TEST = 2000, 500
+CHANCE = 1 / TEST
 BATCH = 100
 LEARNING_RATE = 1e-3
 EPOCHS: dict[Size, int] = {"smoke": 1, "small": 20, "full": 100}
 
 MEAN, POOLED, UNIFORM, ADAPTIVE = "mean frame", "text-conditioned frames", "uniform blocks", "DiCoSA"
-ORDER = (MEAN, POOLED, UNIFORM, ADAPTIVE)
+ASTRAY = "DiCoSA, weights of other captions"
+ORDER = (MEAN, POOLED, UNIFORM, ADAPTIVE, ASTRAY)
+
+
+class OfOthers(DiCoSA):
+    """DiCoSA that weighs the concepts of each pair as the caption before it would have them."""
+
+    def _factors(
+        self, text: Float[Tensor, "texts dim"], video: Float[Tensor, "texts videos dim"]
+    ) -> Float[Tensor, "texts videos blocks"]:
+        return super()._factors(text.roll(1, 0), video)
 
 
 @study
@@ -43,6 +56,7 @@ def run(seed: int, size: Size) -> Findings:
     seeds = seeds_of(seed, size)
     train, test = (TRAIN, TEST) if size != "smoke" else (200, 100)
     recall: dict[str, list[float]] = {name: [] for name in ORDER}
+    losses: dict[str, list[list[float]]] = {name: [] for name in ORDER}
     for s in seeds:
         generator = torch.Generator().manual_seed(s)
         words = nn.functional.normalize(torch.randn(CONCEPTS, WORDS, WIDTH, generator=generator), dim=-1) * WIDTH**0.5
@@ -50,13 +64,21 @@ def run(seed: int, size: Size) -> Findings:
         for name, of_seeds in recall.items():
             torch.manual_seed(s)
             towers = Towers(name)
-            _fit(towers, shown, EPOCHS[size], s)
+            losses[name].append(_fit(towers, shown, EPOCHS[size], s))
             of_seeds.append(_recall(towers, asked))
     arms = Arms({name: tuple(of_seeds) for name, of_seeds in recall.items()})
+
+    def rule(arm: str) -> tuple[Check, ...]:
+        return (above(f"R@1, {arm} minus uniform blocks", arms.minus(arm, UNIFORM), 0.0),)
+
     return Findings(
         seeds=seeds,
+        parts=(Part(rule, ADAPTIVE, knocked_out=(ASTRAY,), against=(UNIFORM,)),),
+        gates=(
+            *(gate(arm, above("R@1", arms[arm], CHANCE), losses[arm]) for arm in (ADAPTIVE, UNIFORM)),
+            gate(ASTRAY, None, losses[ASTRAY]),
+        ),
         checks=(
-            above("R@1, DiCoSA minus uniform blocks", arms.minus(ADAPTIVE, UNIFORM), 0.0),
             above("R@1, uniform blocks minus text-conditioned frames", arms.minus(UNIFORM, POOLED), 0.0, in_rule=False),
             above("R@1, text-conditioned frames minus mean frame", arms.minus(POOLED, MEAN), 0.0, in_rule=False),
         ),
@@ -89,14 +111,14 @@ class Towers(nn.Module):
             nn.init.eye_(side.weight)
             nn.init.zeros_(side.bias)
         whole = name in (MEAN, POOLED)
-        self.head = DiCoSA(
+        self.head = (OfOthers if name == ASTRAY else DiCoSA)(
             DIM,
             blocks=1 if whole else CONCEPTS,
             temp=1e9 if name == MEAN else 3.0,
             alpha=0.0 if whole else 0.01,
             beta=0.0 if whole else 0.005,
         )
-        if name != ADAPTIVE:
+        if name not in (ADAPTIVE, ASTRAY):
             self.head.weight_fc.requires_grad_(False)
             last = self.head.weight_fc[2]
             assert isinstance(last, nn.Linear)
@@ -129,11 +151,11 @@ def pairs(words: Float[Tensor, "concepts words width"], count: int, generator: t
     return Pairs(text.flatten(1), torch.where(shows, concepts.flatten(1).unsqueeze(1) + NOISE * noise, noise))
 
 
-def _fit(towers: Towers, data: Pairs, epochs: int, seed: int) -> None:
+def _fit(towers: Towers, data: Pairs, epochs: int, seed: int) -> list[float]:
     batches = shuffled(len(data.text), BATCH, epochs, torch.Generator().manual_seed(seed))
     losses = (towers.loss(Pairs(data.text[chosen], data.frames[chosen])) for chosen in batches)
     trained = [p for p in towers.parameters() if p.requires_grad]
-    descend(trained, losses, epochs * (len(data.text) // BATCH), LEARNING_RATE)
+    return descend(trained, losses, epochs * (len(data.text) // BATCH), LEARNING_RATE)
 
 
 @torch.no_grad()

@@ -9,6 +9,9 @@ or if gated or tree pooling is more than a point below mixed.
 The best mixture is not trained: its blend is the closed form optimum on the very windows that it is judged on. Also measured,
 not part of the rule: "tree, then gated" (the authors' best net), every learned pooling against the maximum, and accuracy on
 test digits that are shifted by a pixel or rotated by up to 20 degrees.
+
+Knocked out: what the gate reads (each window is given the gate of a random window of the same map, in training and test), that
+the mixture is learned (one half, frozen), and that the leaves of the tree differ (both are one filter).
 """
 
 from __future__ import annotations
@@ -24,14 +27,42 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cenote.pool import GatedPool2d, MixedPool2d, TreePool2d
-from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
+from cenote.study.harness import Arms, Check, Findings, Part, Size, above, draw_arms, gate, seeds_of, study
 from cenote.study.harness.training import Together, accuracy, constant, fit
 from cenote.study.harness.window_cnn import Build, images, over_seeds, trained_cnn
 
 MAPS, MAP_SIDE = 64, 8
 STEPS: dict[Size, int] = {"smoke": 20, "small": 400, "full": 400}
 ANGLES = (0, 10, 20)
+SEEDS = {"small": 10, "full": 20}
+CHANCE = 0.11
 
+
+class Astray(GatedPool2d):
+    """A gate that opens for other windows than it reads."""
+
+    def _gates(self, x: Float[Tensor, "batch channels *map"]) -> Float[Tensor, "batch channels *windows"]:
+        gates = super()._gates(x)
+        flat = gates.flatten(2)
+        return flat.gather(2, torch.rand_like(flat).argsort(2)).view_as(gates)
+
+
+class OneLeaf(TreePool2d):
+    """A tree whose leaves are all the first one: a convolution over each window."""
+
+    def pool(self, x: Float[Tensor, "batch channels *map"]) -> Float[Tensor, "batch channels *windows"]:
+        return self.windows.filtered(x, self.leaves[:1].to(x.dtype))[0]
+
+
+class Half(MixedPool2d):
+    """A mixture of halves that is not learned."""
+
+    def __init__(self, kernel_size: int) -> None:
+        super().__init__(kernel_size)
+        self.a.requires_grad_(False)
+
+
+ASTRAY, ONE_LEAF, HALF, BEST = "gated, by other windows", "tree, one leaf", "mixed, halves frozen", "best mixture"
 POOLS: dict[str, tuple[Build, Build]] = {
     "mean": (partial(nn.AvgPool2d, 2), partial(nn.AvgPool2d, 2)),
     "max": (partial(nn.MaxPool2d, 2), partial(nn.MaxPool2d, 2)),
@@ -39,6 +70,9 @@ POOLS: dict[str, tuple[Build, Build]] = {
     "gated": (partial(GatedPool2d, 2), partial(GatedPool2d, 2)),
     "tree": (partial(TreePool2d, 2), partial(TreePool2d, 2)),
     "tree, then gated": (partial(TreePool2d, 2), partial(GatedPool2d, 2)),
+    ASTRAY: (partial(Astray, 2), partial(Astray, 2)),
+    ONE_LEAF: (partial(OneLeaf, 2), partial(OneLeaf, 2)),
+    HALF: (partial(Half, 2), partial(Half, 2)),
 }
 LEARNED = ("mixed", "gated", "tree", "tree, then gated")
 
@@ -46,28 +80,52 @@ LEARNED = ("mixed", "gated", "tree", "tree, then gated")
 @study
 def run(seed: int, size: Size) -> Findings:
     """Fit a gate to a target that only a gate can follow; compare poolings in a small net."""
-    seeds = seeds_of(seed, size, small=10, full=20)
-    errors = _errors(seeds, size)
+    seeds = seeds_of(seed, size, **SEEDS)
+    errors, fitted = _errors(seeds, size)
     test = over_seeds(images()[1], seeds)
-    arms, moved = Arms(), {}
+    arms, moved, losses = Arms(), {}, {}
     for name, (first, second) in POOLS.items():
         model = trained_cnn(first, second, seeds, size)
-        arms[name] = accuracy(model, test.x, test.y)
-        moved[name] = _on_moved(model, seeds)
-    ratio = tuple(m / g for m, g in zip(errors["best mixture"], errors["gated"], strict=True))
+        arms[name], losses[name] = accuracy(model, test.x, test.y), model.losses
+        if name not in (ASTRAY, ONE_LEAF, HALF):
+            moved[name] = _on_moved(model, seeds)
+
+    def rule_of_the_gate(arm: str) -> tuple[Check, ...]:
+        ratio = tuple(m / g for m, g in zip(errors[BEST], errors[arm], strict=True))
+        return (above(f"error of the best mixture over that of {arm}", ratio, expected=5.0),)
+
+    def rule_of_the_mixture(arm: str) -> tuple[Check, ...]:
+        return (above(f"digits: accuracy, {arm} minus mean", arms.minus(arm, "mean"), expected=0.0),)
+
+    def rule_of_the_others(arm: str) -> tuple[Check, ...]:
+        return (above(f"digits: accuracy, {arm} minus mixed", arms.minus(arm, "mixed"), expected=-0.01),)
+
+    def nearer(arm: str) -> Check:
+        return above("squared error of the mean minus its own", errors.minus("mean", arm), expected=0.0)
+
     return Findings(
         seeds=seeds,
-        checks=(
-            above("error of the best mixture over the gate's", ratio, expected=5.0),
-            above("digits: accuracy, mixed minus mean", arms.minus("mixed", "mean"), expected=0.0),
+        parts=(
+            Part(rule_of_the_gate, "gated", knocked_out=(ASTRAY,), against=(BEST,)),
+            Part(rule_of_the_mixture, "mixed", knocked_out=(HALF,), against=("mean",)),
+            Part(rule_of_the_others, "gated", knocked_out=(ASTRAY,), against=("mixed",)),
+            Part(rule_of_the_others, "tree", knocked_out=(ONE_LEAF,), against=("mixed",)),
+        ),
+        gates=(
+            gate("gated", nearer("gated"), fitted["gated"]),
+            gate(ASTRAY, nearer(ASTRAY), fitted[ASTRAY]),
+            gate(BEST, nearer(BEST), None),
             *(
-                above(
-                    f"digits: accuracy, {name} minus mixed",
-                    arms.minus(name, "mixed"),
-                    expected=-0.01,
-                    in_rule=name != "tree, then gated",
-                )
-                for name in LEARNED[1:]
+                gate(arm, above("digits: accuracy", arms[arm], CHANCE), losses[arm])
+                for arm in ("mean", "mixed", "gated", "tree", ASTRAY, ONE_LEAF, HALF)
+            ),
+        ),
+        checks=(
+            above(
+                "digits: accuracy, tree, then gated minus mixed",
+                arms.minus("tree, then gated", "mixed"),
+                expected=-0.01,
+                in_rule=False,
             ),
             *(
                 above(f"digits: accuracy, {name} minus max", arms.minus(name, "max"), expected=0.0, in_rule=False)
@@ -101,26 +159,30 @@ def run(seed: int, size: Size) -> Findings:
     )
 
 
-def _errors(seeds: tuple[int, ...], size: Size) -> Arms:
-    """Mean squared errors on maps that were not trained on."""
+def _errors(seeds: tuple[int, ...], size: Size) -> tuple[Arms, dict[str, list[float]]]:
+    """Mean squared errors on maps that were not trained on, and the losses in training."""
     x, y = _teacher(seeds)
     fresh_x, fresh_y = _teacher(tuple(s + 1000 for s in seeds))
     pools: dict[str, Build] = {
         "gated": partial(GatedPool2d, 2),
         "tree": partial(TreePool2d, 2),
         "mixed": partial(MixedPool2d, 2),
+        ASTRAY: partial(Astray, 2),
     }
-    errors = Arms()
+    errors, losses = Arms(), {}
     for name, pool in pools.items():
         model = Together(pool, seeds)
-        fit(model, itertools.repeat((x, y)), F.mse_loss, STEPS[size], 0.1, optimiser=torch.optim.Adam, decay=constant)
+        losses[name] = fit(
+            model, itertools.repeat((x, y)), F.mse_loss, STEPS[size], 0.1, optimiser=torch.optim.Adam, decay=constant
+        )
         with torch.no_grad():
             errors[name] = _per_seed(model(fresh_x) - fresh_y)
     largest, mean = _both(fresh_x)
     gap = largest - mean
     share = (gap * (fresh_y - mean)).sum((1, 2, 3, 4), keepdim=True) / gap.square().sum((1, 2, 3, 4), keepdim=True)
-    errors["best mixture"] = _per_seed(mean + share * gap - fresh_y)
-    return errors
+    errors[BEST] = _per_seed(mean + share * gap - fresh_y)
+    errors["mean"] = _per_seed(mean - fresh_y)
+    return errors, losses
 
 
 def _per_seed(difference: Tensor) -> tuple[float, ...]:
@@ -169,7 +231,7 @@ def _draw(figure: Any, errors: Arms, arms: Arms, moved: dict[str, dict[str, tupl
     first, second, third = figure.subplots(1, 3)
     draw_arms(first, errors, "squared error, target of a gate")
     draw_arms(second, arms, "accuracy on digits")
-    for name in arms:
+    for name in moved:
         rotated = [sum(moved[name][f"rotated by {a} degrees"]) / len(arms[name]) for a in ANGLES[1:]]
         third.plot(ANGLES, [sum(arms[name]) / len(arms[name]), *rotated], marker="o", markersize=3, label=name)
     third.set_xlabel("rotation, degrees")

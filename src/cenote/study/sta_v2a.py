@@ -7,6 +7,9 @@ no better than the best constant guess.
 Global: 40 frame vectors, 5 of them a class vector with little noise, 35 of them strong noise; four classes. Local: 40 frames
 of noise in which events begin at random times and last for several frames; the onset features name the frame in which an event
 begins (F1 over frames, the threshold chosen on training clips).
+
+Knocked out: the attention (both potentials count nothing, frozen, so that all frames weigh the same; and each frame is given
+the weight of a random frame of its clip), and the windows (each of them is the frame itself, as many and as wide).
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cenote.pool import FactorGraphAttention, MeanPool, Pool, StaV2aOnsets
-from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
+from cenote.core import PaddedTokens, Tokens
+from cenote.pool import FactorGraphAttention, MeanPool, Pool, Pooled, StaV2aOnsets
+from cenote.study.harness import Arms, Check, Findings, Part, Size, above, draw_arms, gate, seeds_of, study
 from cenote.study.harness.training import Together, accuracy, cross_entropy, epochs, fit, outputs, steps_of
 
 FRAMES, DIM = 40, 32
@@ -38,18 +42,83 @@ WINDOWS = (1, 2, 4, 8)
 ONSET_EPOCHS: dict[Size, int] = {"smoke": 1, "small": 60, "full": 120}
 
 
+CHANCE = 1 / CLASSES
+
+
+class Even(FactorGraphAttention):
+    """Factor-graph attention without its potentials: every frame weighs the same."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        nn.init.zeros_(self.reduce).requires_grad_(False)
+
+
+class Astray(FactorGraphAttention):
+    """Factor-graph attention whose weights are dealt out anew among the frames of each clip."""
+
+    def pool(self, tokens: Tokens) -> Pooled:
+        weights = super().pool(tokens).weights
+        assert weights is not None
+        weights = weights.gather(-2, torch.rand_like(weights).argsort(-2))
+        return Pooled(tokens.weighted_sum(weights).squeeze(1), weights)
+
+
+class OfOneFrame(StaV2aOnsets):
+    """Onset features whose windows all hold the frame itself alone."""
+
+    def scales(self, tokens: PaddedTokens) -> Float[Tensor, "batch frames scales"]:
+        z = self.mlp(tokens.values)
+        return torch.cat([z] * (1 + len(self.windows)), -1)
+
+
+MEAN, ATTENTION, UNARY = "mean", "attention", "attention, unary potential alone"
+EVEN, ASTRAY = "attention, uniform weights", "attention, weights moved"
+POOLS: dict[str, Callable[[], Pool]] = {
+    MEAN: partial(MeanPool, DIM),
+    ATTENTION: partial(FactorGraphAttention, DIM),
+    UNARY: partial(FactorGraphAttention, DIM),
+    EVEN: partial(Even, DIM),
+    ASTRAY: partial(Astray, DIM),
+}
+FRAME, WINDOWED, ONE_FRAME, GUESS = "frames alone", "windows", "windows of one frame", "constant guess"
+ONSETS: dict[str, tuple[type[StaV2aOnsets], tuple[int, ...]]] = {
+    FRAME: (StaV2aOnsets, ()),
+    WINDOWED: (StaV2aOnsets, WINDOWS),
+    ONE_FRAME: (OfOneFrame, WINDOWS),
+}
+
+
 @study
 def run(seed: int, size: Size) -> Findings:
     """Train a linear classifier behind each pooling, and onset features with and without windows, once per seed."""
     seeds = seeds_of(seed, size)
-    accuracies, found = _global(seeds, size)
-    f1 = _local(seeds, size)
+    accuracies, found, losses = _global(seeds, size)
+    f1, onset_losses = _local(seeds, size)
+
+    def rule(arm: str) -> tuple[Check, ...]:
+        return (above(f"accuracy, {arm} minus mean", accuracies.minus(arm, MEAN), expected=0.10),)
+
+    def rule_of_windows(arm: str) -> tuple[Check, ...]:
+        return (above(f"onset F1, {arm} minus frames alone", f1.minus(arm, FRAME), expected=0.0),)
+
     return Findings(
         seeds=seeds,
+        parts=(
+            Part(rule, ATTENTION, knocked_out=(EVEN, ASTRAY), against=(MEAN,)),
+            Part(rule_of_windows, WINDOWED, knocked_out=(ONE_FRAME,), against=(FRAME,)),
+        ),
+        gates=(
+            *(gate(arm, above("accuracy", accuracies[arm], CHANCE), losses[arm]) for arm in (ATTENTION, MEAN, EVEN)),
+            gate(ASTRAY, None, losses[ASTRAY]),
+            *(
+                gate(
+                    arm, above("onset F1 minus that of a constant guess", f1.minus(arm, GUESS), 0.0), onset_losses[arm]
+                )
+                for arm in ONSETS
+            ),
+        ),
         checks=(
-            above("accuracy, attention minus mean", accuracies.minus("attention", "mean"), expected=0.10),
-            above("onset F1, windows minus frames alone", f1.minus("windows", "frames alone"), expected=0.0),
-            above("onset F1, frames alone minus constant guess", f1.minus("frames alone", "constant guess"), 0.0),
+            above("onset F1, frames alone minus constant guess", f1.minus(FRAME, GUESS), 0.0),
             above(
                 f"attention on the {INFORMATIVE} informative frames, minus their share",
                 tuple(v - INFORMATIVE / FRAMES for v in found),
@@ -58,7 +127,7 @@ def run(seed: int, size: Size) -> Findings:
             ),
             above(
                 "accuracy, attention minus attention without agreement",
-                accuracies.minus("attention", "attention, unary potential alone"),
+                accuracies.minus(ATTENTION, UNARY),
                 expected=0.0,
                 in_rule=False,
             ),
@@ -101,29 +170,25 @@ class Probe(nn.Module):
         return self.classifier(self.norm(self.pool(x)))
 
 
-def _global(seeds: tuple[int, ...], size: Size) -> tuple[Arms, tuple[float, ...]]:
+def _global(seeds: tuple[int, ...], size: Size) -> tuple[Arms, tuple[float, ...], dict[str, list[float]]]:
+    """Accuracies, the attention on informative frames, and losses."""
     train, _ = _informative(seeds, TRAIN[size], 0)
     test, informative = _informative(seeds, TEST, 1000)
-    pools: dict[str, Callable[[], Pool]] = {
-        "mean": partial(MeanPool, DIM),
-        "attention": partial(FactorGraphAttention, DIM),
-        "attention, unary potential alone": partial(FactorGraphAttention, DIM),
-    }
-    arms = Arms()
+    arms, losses = Arms(), {}
     shares: tuple[float, ...] = ()
-    for name, pool in pools.items():
+    for name, pool in POOLS.items():
         model = Together(partial(Probe, pool), seeds)
-        if name == "attention, unary potential alone":
+        if name == UNARY:
             # nothing of the second potential is heard or learned
             keep = torch.tensor([1.0, 0.0])
             model.parameters["pool.reduce"].data.mul_(keep)
             model.parameters["pool.reduce"].register_hook(lambda g, keep=keep: g * keep)
         steps = steps_of(TRAIN[size], BATCH, EPOCHS[size])
-        fit(model, epochs(train.x, train.y, BATCH, seeds), cross_entropy, steps, LEARNING_RATE)
+        losses[name] = fit(model, epochs(train.x, train.y, BATCH, seeds), cross_entropy, steps, LEARNING_RATE)
         arms[name] = accuracy(model, test.x, test.y, batch=100)
-        if name == "attention":
+        if name == ATTENTION:
             shares = tuple(map(_attended, model.modules(), test.x, informative))
-    return arms, shares
+    return arms, shares, losses
 
 
 @torch.no_grad()
@@ -150,28 +215,29 @@ def _informative(seeds: tuple[int, ...], clips: int, offset: int) -> tuple[Clips
 class OnsetLogits(nn.Module):
     """The logits of the onset features."""
 
-    def __init__(self, windows: tuple[int, ...]) -> None:
+    def __init__(self, features: type[StaV2aOnsets], windows: tuple[int, ...]) -> None:
         super().__init__()
-        self.onsets = StaV2aOnsets(DIM, 32, 16, windows, condition=32, latent_frames=LATENT)
+        self.onsets = features(DIM, 32, 16, windows, condition=32, latent_frames=LATENT)
 
     def forward(self, x: Float[Tensor, "clips frames dim"]) -> Float[Tensor, "clips latent 2"]:
         return self.onsets(x).logits
 
 
-def _local(seeds: tuple[int, ...], size: Size) -> Arms:
+def _local(seeds: tuple[int, ...], size: Size) -> tuple[Arms, dict[str, list[float]]]:
+    """F1 of the onsets, and losses."""
     train, train_frames = _events(seeds, TRAIN[size], 0)
     test, test_frames = _events(seeds, TEST, 1000)
-    arms = Arms()
-    for name, windows in (("frames alone", ()), ("windows", WINDOWS)):
-        model = Together(partial(OnsetLogits, windows), seeds)
+    arms, losses = Arms(), {}
+    for name, settings in ONSETS.items():
+        model = Together(partial(OnsetLogits, *settings), seeds)
         steps = steps_of(TRAIN[size], BATCH, ONSET_EPOCHS[size])
-        fit(model, epochs(train.x, train.y, BATCH, seeds), _latent_loss, steps, LEARNING_RATE)
+        losses[name] = fit(model, epochs(train.x, train.y, BATCH, seeds), _latent_loss, steps, LEARNING_RATE)
         scores, known = _of_frames(model, test.x), _of_frames(model, train.x)
         arms[name] = tuple(
             _f1(scores[s] >= _threshold(known[s], train_frames[s]), test_frames[s]) for s in range(len(seeds))
         )
-    arms["constant guess"] = tuple(_f1(np.ones_like(y, dtype=bool), y) for y in test_frames)
-    return arms
+    arms[GUESS] = tuple(_f1(np.ones_like(y, dtype=bool), y) for y in test_frames)
+    return arms, losses
 
 
 def _latent_loss(
