@@ -35,7 +35,6 @@ NOT_YET = [
     "graph-parsing-networks",
     "mixed-gated-tree",
     "network-in-network",
-    "slotcon",
     "sta-v2a",
     "tokenflex",
     "tree-cross-attention",
