@@ -22,7 +22,6 @@ from cenote.study.harness.verdict import seeds_by_size
 NOT_YET = [
     "adapool",
     "adaptive-noise-pooling",
-    "atrous-rates",
     "attention-conditioning",
     "attentive-feature-aggregation",
     "attentive-mimicking",
