@@ -35,7 +35,6 @@ NOT_YET = [
     "mixed-gated-tree",
     "network-in-network",
     "sta-v2a",
-    "tokenflex",
     "tree-cross-attention",
 ]
 
