@@ -23,7 +23,6 @@ NOT_YET = [
     "adapool",
     "adaptive-noise-pooling",
     "attention-conditioning",
-    "attentive-feature-aggregation",
     "attentive-mimicking",
     "biomedical-re-pooling",
     "cuni-multimodal",
