@@ -124,7 +124,13 @@ def run(seed: int, size: Size) -> Findings:
 
 def _clustering(seeds: tuple[int, ...], steps: int) -> tuple[Arms, dict[str, int], dict[str, list[float]]]:
     """Log-likelihood per point, sizes of the networks, and losses."""
-    settings = {"out_dim": 5, "seeds": COMPONENTS, "hidden": HIDDEN, "heads": HEADS, "inducing": INDUCING}
+    settings: dict[str, Any] = {
+        "out_dim": 5,
+        "seeds": COMPONENTS,
+        "hidden": HIDDEN,
+        "heads": HEADS,
+        "inducing": INDUCING,
+    }
     transformer = partial(SetTransformer, 2, **settings)
     deep = partial(DeepSet, 2, out_dim=5, seeds=COMPONENTS)
     builds: dict[str, Callable[[], nn.Module]] = {

@@ -56,7 +56,8 @@ class Canvases(NamedTuple):
 def run(seed: int, size: Size) -> Findings:
     """Train a flexible model and one per number of tokens; ask each with every number."""
     seeds = seeds_of(seed, size, **SEEDS)
-    arms, losses = Arms(), {}
+    arms = Arms()
+    losses: dict[str, list[list[float]]] = {}
     commonest: tuple[float, ...] = ()
     models = {FLEX: COUNTS, CELLS: COUNTS, **{fixed(n): (n,) for n in COUNTS}}
     for s in seeds:
