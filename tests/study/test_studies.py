@@ -29,7 +29,6 @@ NOT_YET = [
     "dicosa",
     "drasp",
     "ggem",
-    "gramian-heads",
     "graph-parsing-networks",
     "mixed-gated-tree",
     "network-in-network",
