@@ -6,6 +6,9 @@ Refuted if the same multiplier is best at both sizes, or if the rule's rates are
 
 Every pixel has to answer the colour of one patch, a quarter as wide as the image. Also shown, not part of the rule: the
 effective receptive field of a trained net.
+
+Knocked out: the reach (rates of the side of the map, at which all taps but the middle one of each filter see padding alone, so
+that the multiplier makes no difference).
 """
 
 from __future__ import annotations
@@ -18,9 +21,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cenote.pool import DeepLabV3Head, effective_receptive_field, recommend_rates
-from cenote.study.harness import Arms, Findings, Size, above, below, draw_arms, draw_picture, seeds_of, study
+from cenote.study.harness import (
+    Arms,
+    Check,
+    Findings,
+    Part,
+    Size,
+    above,
+    below,
+    draw_arms,
+    draw_picture,
+    gate,
+    seeds_of,
+    study,
+)
 from cenote.study.harness.global_cue import COLOURS, WIDTH, one_patch, trained
 
+SEEDS = {"small": 4, "full": 10}
 SIDES = (12, 24)
 MULTIPLIERS: dict[Size, tuple[int, ...]] = {
     "smoke": (2, 4),
@@ -30,43 +47,65 @@ MULTIPLIERS: dict[Size, tuple[int, ...]] = {
 STEPS: dict[Size, int] = {"smoke": 2, "small": 150, "full": 260}
 TESTS: dict[Size, int] = {"smoke": 10, "small": 200, "full": 200}
 RULE = "the rule"
+REACHING, CENTRE = "atrous filters", "middle taps alone"
 
 
 @study
 def run(seed: int, size: Size) -> Findings:
     """Train a pyramid at each multiplier and at the rule's rates, on two sizes of image."""
-    seeds = seeds_of(seed, size, small=4)
+    seeds = seeds_of(seed, size, **SEEDS)
     arms = {side: Arms() for side in SIDES}
+    losses: dict[str, list[list[float]]] = {REACHING: [], CENTRE: []}
+    names = [f"g = {g}" for g in MULTIPLIERS[size]]
     field = None
     for side, of_side in arms.items():
-        for g in MULTIPLIERS[size]:
-            of_side[f"g = {g}"] = _trained((g, 2 * g, 3 * g), side, seeds, size)[1]
-        model, of_side[RULE] = _trained(recommend_rates(side, 1), side, seeds, size)
-        if side == SIDES[-1]:
-            images = one_patch(32 if size != "smoke" else 2, side, torch.Generator().manual_seed(seed)).x
-            field = effective_receptive_field(model.module(0), images)
+        nets = {f"g = {g}": (g, 2 * g, 3 * g) for g in MULTIPLIERS[size]}
+        for name, rates in {**nets, RULE: recommend_rates(side, 1), CENTRE: (side,) * 3}.items():
+            model, of_side[name] = _trained(rates, side, seeds, size)
+            losses[CENTRE if name == CENTRE else REACHING].append(model.losses)
+            if name == RULE and side == SIDES[-1]:
+                images = one_patch(32 if size != "smoke" else 2, side, torch.Generator().manual_seed(seed)).x
+                field = effective_receptive_field(model.module(0), images)
     assert field is not None
+    # without reach all multipliers give one and the same net
+    by_arm = {
+        REACHING: arms,
+        CENTRE: {side: Arms(dict.fromkeys([*names, RULE], of_side[CENTRE])) for side, of_side in arms.items()},
+    }
     best = {
-        side: tuple(_best(of_side, i, MULTIPLIERS[size]) for i in range(len(seeds))) for side, of_side in arms.items()
+        arm: {side: tuple(_best(a, i, MULTIPLIERS[size]) for i in range(len(seeds))) for side, a in by_side.items()}
+        for arm, by_side in by_arm.items()
     }
     small, large = SIDES
-    growth = tuple(b / a for a, b in zip(best[small], best[large], strict=True))
-    return Findings(
-        seeds=seeds,
-        checks=(
-            above("best multiplier at twice the side over the best at one", growth, expected=1.5, refuted=1.0),
+
+    def rule(arm: str) -> tuple[Check, ...]:
+        growth = [b / a for a, b in zip(best[arm][small], best[arm][large], strict=True)]
+        return (
+            above(f"best multiplier at twice the side over the best at one, {arm}", growth, expected=1.5, refuted=1.0),
             *(
                 below(
-                    f"{side} x {side}: accuracy, best of the multipliers minus the rule",
+                    f"{side} x {side}: accuracy, best of the multipliers minus the rule, {arm}",
                     _lost(of_side, MULTIPLIERS[size]),
                     expected=0.05,
                 )
-                for side, of_side in arms.items()
+                for side, of_side in by_arm[arm].items()
             ),
+        )
+
+    worst = [min(a[name][i] for a in arms.values() for name in (*names, RULE)) for i in range(len(seeds))]
+    return Findings(
+        seeds=seeds,
+        parts=(Part(rule, REACHING, knocked_out=(CENTRE,)),),
+        gates=(
+            gate(REACHING, above("smallest accuracy of all its nets", worst, 1 / COLOURS), losses[REACHING]),
+            gate(CENTRE, None, losses[CENTRE]),
         ),
+        checks=(),
         table=[
             *(row for side, of_side in arms.items() for row in of_side.table(f"pixel accuracy, {side} x {side}")),
-            *Arms({f"{side} x {side}": tuple(map(float, b)) for side, b in best.items()}).table("best multiplier"),
+            *Arms({f"{side} x {side}": tuple(map(float, b)) for side, b in best[REACHING].items()}).table(
+                "best multiplier"
+            ),
         ],
         figure=partial(_draw, arms=arms, multipliers=MULTIPLIERS[size], field=field),
         notes=(

@@ -7,10 +7,15 @@ Refuted if the CRF gains nothing, if the dense net differs, or if several rates 
 
 Also measured, not part of the rule: the CRF on a lattice against the exact one, and on photographs, where noisy labels of flat
 regions have no truth but borders that should lie on the edges of the image.
+
+Knocked out: the guide (the CRF, searched and tested, sees the colours of another image); the holes (the strides are taken out
+and the filters left as they are); and the reach of the rates (as many and different ones, all beyond the side of the map, so
+that only the middles of the filters see anything).
 """
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,10 +25,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cenote.pool import DeepLabASPP, DenseCRF, search_crf, to_output_stride, unary_from_labels, unary_from_probabilities
-from cenote.study.harness import Arms, Findings, Size, above, below, draw_arms, draw_picture, seeds_of, study
+from cenote.study.harness import (
+    Arms,
+    Check,
+    Findings,
+    Part,
+    Size,
+    above,
+    below,
+    draw_arms,
+    draw_picture,
+    gate,
+    seeds_of,
+    study,
+)
 from cenote.study.harness.global_cue import COLOURS, WIDTH, one_patch, trained
 from cenote.study.harness.photographs import crop, photographs
-from cenote.study.harness.training import Together, cross_entropy, epochs, fit
+from cenote.study.harness.training import Together, accuracy, cross_entropy, epochs, fit
 from cenote.study.harness.window_cnn import images as digit_images
 from cenote.study.harness.window_cnn import over_seeds
 
@@ -37,8 +55,15 @@ SETTINGS: dict[Size, dict[str, Any]] = {
 STEPS: dict[Size, int] = {"smoke": 2, "small": 150, "full": 260}
 TESTS: dict[Size, int] = {"smoke": 10, "small": 200, "full": 200}
 CROP: dict[Size, int] = {"smoke": 32, "small": 160, "full": 320}
-MAP_SIDE, RATES = 16, (2, 4, 6, 8)
+MAP_SIDE, RATES, BEYOND = 16, (2, 4, 6, 8), (16, 17, 18, 19)
 REGION = 8
+CHANCE = 0.11
+BACKGROUND = "background everywhere"
+
+SEARCHED_CRF, NO_CRF, MISLED = "searched CRF", "without CRF", "searched CRF, guided by another image"
+DENSE, NO_HOLES = "dense net", "dense net without holes"
+SEVERAL, ONE = f"rates {', '.join(map(str, RATES))}", "rate 1, as many parameters"
+FAR = f"rates {', '.join(map(str, BEYOND))}"
 
 
 class Discs(NamedTuple):
@@ -58,31 +83,53 @@ def run(seed: int, size: Size) -> Findings:
     for s in seeds:
         before, after = _on_photographs(s, CROP[size])
         edges["before"], edges["after"] = (*edges["before"], before), (*edges["after"], after)
-    several, one = f"rates {', '.join(map(str, RATES))}", "rate 1, as many parameters"
-    pyramids = Arms(
-        {
-            several: _pyramid(RATES, seeds, size),
-            one: _pyramid((1,) * len(RATES), seeds, size),
-        }
-    )
-    found, rival = "searched CRF", "without CRF"
+    off, right, dense_losses = _dense(seeds, size)
+    pyramids, losses = Arms(), {}
+    for name, rates in {SEVERAL: RATES, ONE: (1,) * len(RATES), FAR: BEYOND}.items():
+        pyramids[name], losses[name] = _pyramid(rates, seeds, size)
+
+    def corrects(arm: str) -> tuple[Check, ...]:
+        return (above(f"discs: pixel accuracy, {arm} minus none", scores.minus(arm, NO_CRF), 0.03, refuted=0.0),)
+
+    def agrees(arm: str) -> tuple[Check, ...]:
+        return (below(f"largest difference at the old positions, {arm}", off[arm], expected=1e-5),)
+
+    def reaches(arm: str) -> tuple[Check, ...]:
+        return (above(f"whole image: pixel accuracy, {arm} minus rate 1", pyramids.minus(arm, ONE), expected=0.0),)
+
     return Findings(
         seeds=seeds,
-        checks=(
-            above("discs: pixel accuracy, searched CRF minus none", scores.minus(found, rival), 0.03, refuted=0.0),
-            below("largest difference of a dense net at its old positions", _dense(seeds, size), expected=1e-5),
-            above(
-                "whole image: pixel accuracy, several rates minus rate 1", pyramids.minus(several, one), expected=0.0
+        parts=(
+            Part(corrects, SEARCHED_CRF, knocked_out=(MISLED,), against=(NO_CRF,)),
+            Part(agrees, DENSE, knocked_out=(NO_HOLES,)),
+            Part(reaches, SEVERAL, knocked_out=(FAR,), against=(ONE,)),
+        ),
+        gates=(
+            *(
+                gate(
+                    name, above("accuracy minus the share of the background", scores.minus(name, BACKGROUND), 0.0), None
+                )
+                for name in (SEARCHED_CRF, NO_CRF)
             ),
+            gate(MISLED, None, None),
+            gate(DENSE, above("accuracy on digits with strides", right, CHANCE), dense_losses),
+            gate(NO_HOLES, None, None),
+            *(
+                gate(name, above("pixel accuracy", pyramids[name], 1 / COLOURS), losses[name])
+                for name in (SEVERAL, ONE)
+            ),
+            gate(FAR, None, losses[FAR]),
+        ),
+        checks=(
             above(
                 "discs: pixel accuracy, searched CRF minus smoothness alone",
-                scores.minus(found, "smoothness alone"),
+                scores.minus(SEARCHED_CRF, "smoothness alone"),
                 expected=0.0,
                 in_rule=False,
             ),
             above(
                 "discs: pixel accuracy, on a lattice minus exact",
-                scores.minus("searched CRF, lattice", found),
+                scores.minus("searched CRF, lattice", SEARCHED_CRF),
                 expected=-0.01,
                 in_rule=False,
             ),
@@ -111,7 +158,7 @@ def run(seed: int, size: Size) -> Findings:
 
 
 def _crf(seeds: tuple[int, ...], size: Size) -> tuple[Arms, list[tuple[float, float, float]]]:
-    names = ("without CRF", "smoothness alone", "searched CRF", "searched CRF, lattice")
+    names = (BACKGROUND, NO_CRF, "smoothness alone", SEARCHED_CRF, "searched CRF, lattice", MISLED)
     scores: dict[str, tuple[float, ...]] = dict.fromkeys(names, ())
     chosen = []
     for seed in seeds:
@@ -121,11 +168,15 @@ def _crf(seeds: tuple[int, ...], size: Size) -> tuple[Arms, list[tuple[float, fl
         triple = (crf.appearance_weight, crf.position_sigma[0], crf.colour_sigma)
         chosen.append(triple)
         unary = unary_from_probabilities(others.probabilities)
+        strange = few.image.roll(1, 0), others.image.roll(1, 0)
+        misled = search_crf(unary_from_probabilities(few.probabilities), strange[0], few.truth, **SETTINGS[size]).crf
         results = (
+            F.one_hot(torch.zeros_like(others.truth), CLASSES).movedim(-1, 1),
             others.probabilities,
             DenseCRF(0.0)(unary, others.image),
             crf(unary, others.image),
             DenseCRF(*triple, method="lattice")(unary, others.image),
+            misled(unary, strange[1]),
         )
         for name, q in zip(names, results, strict=True):
             scores[name] = (*scores[name], float((q.argmax(1) == others.truth).double().mean()))
@@ -155,8 +206,8 @@ def discs(items: int, generator: torch.Generator) -> Discs:
     return Discs(image, noisy.softmax(1), truth)
 
 
-def _dense(seeds: tuple[int, ...], size: Size) -> tuple[float, ...]:
-    """Train strided nets on digits, make them dense, compare at the old positions."""
+def _dense(seeds: tuple[int, ...], size: Size) -> tuple[Arms, tuple[float, ...], list[float]]:
+    """Train strided nets on digits, make them dense, compare at the old positions; also their accuracy and losses."""
     train, test = digit_images()
     x, y = over_seeds(train, seeds)
 
@@ -167,19 +218,32 @@ def _dense(seeds: tuple[int, ...], size: Size) -> tuple[float, ...]:
 
     model = Together(build, seeds)
     fit(model, epochs(x, y, 64, seeds), cross_entropy, STEPS[size], 3e-3)
-    off = []
+    off: dict[str, list[float]] = {DENSE: [], NO_HOLES: []}
     canvas = F.pad(test.x[:50], (5, 6, 6, 5))
     for net in model.modules():
         trunk = net[0]
         with torch.no_grad():
-            dense, strided = to_output_stride(trunk, 1, canvas)(canvas), trunk(canvas)
-        off.append(float((dense[..., ::4, ::4] - strided).abs().max()))
-    return tuple(off)
+            strided = trunk(canvas)
+            for name, dense in ((DENSE, to_output_stride(trunk, 1, canvas)), (NO_HOLES, _without_holes(trunk))):
+                off[name].append(float((dense(canvas)[..., ::4, ::4] - strided).abs().max()))
+    right = accuracy(model, *over_seeds(test, seeds))
+    return Arms({name: tuple(values) for name, values in off.items()}), right, model.losses
 
 
-def _pyramid(rates: tuple[int, ...], seeds: tuple[int, ...], size: Size) -> tuple[float, ...]:
+def _without_holes(trunk: nn.Module) -> nn.Module:
+    trunk = copy.deepcopy(trunk)
+    for layer in trunk.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.stride = (1, 1)
+        elif isinstance(layer, nn.MaxPool2d):
+            layer.stride = 1
+    return trunk
+
+
+def _pyramid(rates: tuple[int, ...], seeds: tuple[int, ...], size: Size) -> tuple[tuple[float, ...], list[float]]:
     head = partial(DeepLabASPP, WIDTH, COLOURS, rates, WIDTH, 0.0)
-    return trained(head, one_patch, MAP_SIDE, seeds, STEPS[size], TESTS[size])[1]
+    model, shares = trained(head, one_patch, MAP_SIDE, seeds, STEPS[size], TESTS[size])
+    return shares, model.losses
 
 
 def _on_photographs(seed: int, side: int) -> tuple[float, float]:

@@ -6,6 +6,8 @@ Refuted if the image-level branch does not lift the accuracy of rates (1, 2, 3) 
 Also measured, not part of the rule: large rates without the branch, a head of 1 x 1 convolutions alone, and a second task in
 which every pixel has to answer the colour of the patch in its own band of rows, which the mean of the image cannot tell: there
 the branch should not help (by less than 5 points), and larger rates should.
+
+Knocked out: what the branch sees (it is given the mean of another image of the batch, in training and test).
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from cenote.pool import DeepLabV3Head
-from cenote.study.harness import Arms, Findings, Size, above, below, draw_arms, seeds_of, study
+from cenote.pool.spatial.deeplabv3 import DeepLabV3ASPP
+from cenote.study.harness import Arms, Check, Findings, Part, Size, above, below, draw_arms, gate, seeds_of, study
 from cenote.study.harness.global_cue import COLOURS, WIDTH, one_patch, patch_per_band, trained
 
+SEEDS = {"small": 4, "full": 10}
 SIDE = 24
 STEPS: dict[Size, int] = {"smoke": 2, "small": 150, "full": 260}
 TESTS: dict[Size, int] = {"smoke": 10, "small": 200, "full": 200}
@@ -30,42 +34,60 @@ HEADS: dict[str, dict[str, Any]] = {
     "rates 1, 2, 3, image": {"rates": SMALL, "image_pool": True},
     "rates 4, 8, 12, image": {"rates": LARGE, "image_pool": True},
 }
-BANDS = ("rates 1, 2, 3", "rates 1, 2, 3, image", "rates 4, 8, 12")
+NEAR, WITH_IMAGE, STRANGER = "rates 1, 2, 3", "rates 1, 2, 3, image", "rates 1, 2, 3, another image"
+BANDS = (NEAR, WITH_IMAGE, "rates 4, 8, 12")
+
+
+class StrangersASPP(DeepLabV3ASPP):
+    """The pyramid whose image branch sees another image of the batch."""
+
+    def _ranges(self, x: Tensor, mask: Tensor | None) -> list[Tensor]:
+        *parts, image = super()._ranges(x, mask)
+        return [*parts, image.roll(1, 0)]
 
 
 @study
 def run(seed: int, size: Size) -> Findings:
     """Train heads with and without the image-level branch on a task that it solves and on one that it cannot."""
-    seeds = seeds_of(seed, size, small=4)
-    whole = Arms({name: _accuracy(name, one_patch, seeds, size) for name in HEADS})
-    bands = Arms({name: _accuracy(name, patch_per_band, seeds, size) for name in BANDS})
-    small, with_image = "rates 1, 2, 3", "rates 1, 2, 3, image"
+    seeds = seeds_of(seed, size, **SEEDS)
+    whole, losses = Arms(), {}
+    for name in (*HEADS, STRANGER):
+        whole[name], losses[name] = _accuracy(name, one_patch, seeds, size)
+    bands = Arms({name: _accuracy(name, patch_per_band, seeds, size)[0] for name in BANDS})
+
+    def rule(arm: str) -> tuple[Check, ...]:
+        return (above(f"one patch: accuracy, {arm}, minus {NEAR}", whole.minus(arm, NEAR), 0.2),)
+
     return Findings(
         seeds=seeds,
+        parts=(Part(rule, WITH_IMAGE, knocked_out=(STRANGER,), against=(NEAR,)),),
+        gates=(
+            *(gate(name, above("accuracy", whole[name], 1 / COLOURS), losses[name]) for name in (WITH_IMAGE, NEAR)),
+            gate(STRANGER, None, losses[STRANGER]),
+        ),
         checks=(
-            above("one patch: accuracy, rates 1, 2, 3 with image minus without", whole.minus(with_image, small), 0.2),
             above(
                 "one patch: accuracy, rates 1, 2, 3 with image",
-                whole[with_image],
+                whole[WITH_IMAGE],
                 expected=0.95,
                 in_rule=False,
             ),
             above(
                 "one patch: accuracy, rates 4, 8, 12 minus 1, 2, 3",
-                whole.minus("rates 4, 8, 12", small),
+                whole.minus("rates 4, 8, 12", NEAR),
                 expected=0.2,
                 refuted=0.0,
                 in_rule=False,
             ),
             below(
                 "bands: accuracy, rates 1, 2, 3 with image minus without",
-                bands.minus(with_image, small),
+                bands.minus(WITH_IMAGE, NEAR),
                 expected=0.05,
                 in_rule=False,
             ),
             above(
                 "bands: accuracy, rates 4, 8, 12 minus 1, 2, 3",
-                bands.minus("rates 4, 8, 12", small),
+                bands.minus("rates 4, 8, 12", NEAR),
                 expected=0.0,
                 in_rule=False,
             ),
@@ -80,11 +102,18 @@ def run(seed: int, size: Size) -> Findings:
     )
 
 
-def _accuracy(name: str, scene: Any, seeds: tuple[int, ...], size: Size) -> tuple[float, ...]:
-    def head() -> nn.Module:
-        return DeepLabV3Head(WIDTH, COLOURS, WIDTH, **HEADS[name])
+def _accuracy(name: str, scene: Any, seeds: tuple[int, ...], size: Size) -> tuple[tuple[float, ...], list[float]]:
+    """Over the seeds, and the losses."""
 
-    return trained(head, scene, SIDE, seeds, STEPS[size], TESTS[size])[1]
+    def head() -> nn.Module:
+        if name != STRANGER:
+            return DeepLabV3Head(WIDTH, COLOURS, WIDTH, **HEADS[name])
+        strangers = DeepLabV3Head(WIDTH, COLOURS, WIDTH, **HEADS[WITH_IMAGE])
+        strangers.aspp = StrangersASPP(WIDTH, WIDTH, **HEADS[WITH_IMAGE])
+        return strangers
+
+    model, shares = trained(head, scene, SIDE, seeds, STEPS[size], TESTS[size])
+    return shares, model.losses
 
 
 def _draw(figure: Any, whole: Arms, bands: Arms) -> None:

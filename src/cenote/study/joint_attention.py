@@ -6,6 +6,9 @@ Refuted if predicting the whole map is as close or closer.
 Scenes have 6 to 12 people at random places and a hidden ball; some look at it, with angular noise, the others, told apart by
 their action, look elsewhere. Also measured: the mean of the people's own maps, the field without actions, and how much the
 joint token attends to those who do not look at the ball.
+
+Knocked out: the meeting of the gazes (they are permuted among the people of each scene, in training and test), and the
+smoothness of the field (it reads the coordinates of the pixels in one random order, the same throughout).
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ from torch import Tensor, nn
 
 from cenote.pool import JointAttention, JointAttentionPool, best_point, gaussian_target
 from cenote.pool.attention.joint_attention.field import coordinates
-from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
+from cenote.study.harness import Arms, Check, Findings, Part, Size, above, draw_arms, gate, seeds_of, study
 from cenote.study.harness.training import descend, shuffled
 
+SEEDS = {"small": 3, "full": 5}
 MAP = (32, 64)
 EXTENT = (2.0, 1.0)
 PIXELS = 192
@@ -37,9 +41,13 @@ CONE = 0.5
 BATCH = 16
 LEARNING_RATE = 3e-3
 SCENES: dict[Size, tuple[int, int]] = {"smoke": (64, 32), "small": (2000, 500), "full": (20_000, 500)}
-EPOCHS: dict[Size, int] = {"smoke": 1, "small": 10, "full": 40}
+EPOCHS: dict[Size, int] = {"smoke": 1, "small": 60, "full": 60}
+
+# share of the distance of a trivial guess that an arm that was trained may be at most
+LEARNED = 0.75
 
 CONES, EACH, WHOLE, FIELD, BLIND = "mean gaze cone", "mean of own maps", "whole map", "field", "field without actions"
+PERMUTED, SCRAMBLED = "field, gazes permuted", "field, pixels scrambled"
 
 
 class Scenes(NamedTuple):
@@ -60,9 +68,9 @@ class Scenes(NamedTuple):
 @study
 def run(seed: int, size: Size) -> Findings:
     """Train each arm once per seed on the same scenes; measure the distance of the best pixel from the ball."""
-    seeds = seeds_of(seed, size, small=3, full=5)
+    seeds = seeds_of(seed, size, **SEEDS)
     trained_on, tested_on = SCENES[size]
-    distance, hit = Arms(), Arms()
+    distance, hit, losses = Arms(), Arms(), {}
     shares = []
     everywhere = torch.arange(MAP[0] * MAP[1])
     builds: dict[str, Callable[[], nn.Module]] = {
@@ -70,6 +78,8 @@ def run(seed: int, size: Size) -> Findings:
         FIELD: Field,
         EACH: partial(Field, aggregation="ind_only"),
         BLIND: partial(Field, blind=True),
+        PERMUTED: Field,
+        SCRAMBLED: partial(Field, scrambled=True),
     }
     drawn = [
         (
@@ -79,28 +89,46 @@ def run(seed: int, size: Size) -> Findings:
         for s in seeds
     ]
     for name in (CONES, *builds):
-        runs = []
+        runs, curves = [], []
         for s, (train, test) in zip(seeds, drawn, strict=True):
+            if name == PERMUTED:
+                train, test = (permuted(part, torch.Generator().manual_seed(s)) for part in (train, test))
             if name == CONES:
                 runs.append(_distances(gaze_cones(test), test))
                 continue
             torch.manual_seed(s)
             model = builds[name]()
-            _fit(model, train, EPOCHS[size], s)
+            curves.append(_fit(model, train, EPOCHS[size], s))
             with torch.no_grad():
                 runs.append(_distances(model(test, everywhere).unflatten(1, MAP), test))
             if name == FIELD:
                 shares.append(_attention(model, test))
+        losses[name] = curves
         distance[name] = tuple(float(d.mean()) for d in runs)
         # a tenth of the image's width, which is 2 heights
         hit[name] = tuple(float((d < 0.2).double().mean()) for d in runs)
+    trivial = [LEARNED * min(_trivial(test)) for _, test in drawn]
+
+    def rule(arm: str) -> tuple[Check, ...]:
+        cones = distance.minus(CONES, arm)
+        return (
+            above(f"distance to the ball, whole map minus {arm}", distance.minus(WHOLE, arm), 0.0),
+            above(f"distance to the ball, mean gaze cone minus {arm}", cones, 0.0, refuted=-math.inf),
+        )
+
+    def beats(arm: str) -> Check:
+        closer = [t - d for t, d in zip(trivial, distance[arm], strict=True)]
+        return above(f"distance to the ball, {LEARNED:g} of the best trivial guess minus {arm}", closer, 0.0)
+
     return Findings(
         seeds=seeds,
+        parts=(Part(rule, FIELD, knocked_out=(PERMUTED, SCRAMBLED), against=(WHOLE, CONES)),),
+        gates=(
+            *(gate(name, beats(name), losses[name]) for name in (FIELD, WHOLE)),
+            gate(CONES, beats(CONES), None),
+            *(gate(name, None, losses[name]) for name in (PERMUTED, SCRAMBLED)),
+        ),
         checks=(
-            above("distance to the ball, whole map minus field", distance.minus(WHOLE, FIELD), 0.0),
-            above(
-                "distance to the ball, mean gaze cone minus field", distance.minus(CONES, FIELD), 0.0, refuted=-math.inf
-            ),
             above(
                 "distance to the ball, field without actions minus field",
                 distance.minus(BLIND, FIELD),
@@ -127,6 +155,7 @@ def run(seed: int, size: Size) -> Findings:
             f"noise of {ANGLE:g} radians.",
             "The whole map is predicted by a linear layer from the joint token to a map of a quarter of the height and width, "
             "enlarged bilinearly.",
+            "Trivial guesses: the middle of the image, and the mean of the people's places.",
             f"A gaze cone is exp(-angle^2 / {CONE:g}); its arm is not trained and does not read the actions.",
         ),
         tried=(
@@ -139,13 +168,17 @@ def run(seed: int, size: Size) -> Findings:
 class Field(nn.Module):
     """The published head."""
 
-    def __init__(self, aggregation: Any = "token_only", blind: bool = False) -> None:
+    def __init__(self, aggregation: Any = "token_only", blind: bool = False, scrambled: bool = False) -> None:
         super().__init__()
+        pixels = MAP[0] * MAP[1]
+        self.order = (
+            torch.randperm(pixels, generator=torch.Generator().manual_seed(0)) if scrambled else torch.arange(pixels)
+        )
         use: Any = ("position", "gaze") if blind else ("position", "gaze", "action")
         self.model = JointAttention(2, WIDTH, LAYERS, HEADS, aggregation=aggregation, use=use)
 
     def forward(self, data: Scenes, pixels: Int[Tensor, "pixels"]) -> Float[Tensor, "scenes pixels"]:
-        model, points = self.model, coordinates(MAP)[pixels]
+        model, points = self.model, coordinates(MAP)[self.order[pixels]]
         encoded = model.group.encode(people(data, model.use == ("position", "gaze")), data.mask)
         if model.aggregation == "token_only":
             return model.field.at(encoded.joint.unsqueeze(1), points).squeeze(1)
@@ -197,6 +230,19 @@ def scenes(count: int, generator: torch.Generator) -> Scenes:
     return Scenes(position * shown, gaze * shown, action * shown, mask, attentive & mask, ball)
 
 
+def permuted(data: Scenes, generator: torch.Generator) -> Scenes:
+    """The same scenes, in which each looks whither another one of them does.
+
+    >>> drawn = scenes(5, torch.Generator().manual_seed(0))
+    >>> other = permuted(drawn, torch.Generator().manual_seed(0))
+    >>> torch.equal(other.gaze, drawn.gaze), torch.allclose(other.gaze.sum(1), drawn.gaze.sum(1), atol=1e-5)
+    (False, True)
+    """
+    # padding stays behind the people
+    order = (torch.rand(data.mask.shape, generator=generator) + 2 * ~data.mask).argsort(1)
+    return data._replace(gaze=data.gaze.gather(1, order.unsqueeze(-1).expand_as(data.gaze)))
+
+
 def gaze_cones(data: Scenes) -> Float[Tensor, "scenes height width"]:
     """The mean over the people of `exp(-angle^2 / c)` between a person's gaze and the way to each pixel."""
     pixels = coordinates(MAP) * torch.tensor(EXTENT)
@@ -206,7 +252,7 @@ def gaze_cones(data: Scenes) -> Float[Tensor, "scenes height width"]:
     return (cones.sum(1) / data.mask.sum(1, keepdim=True)).unflatten(1, MAP)
 
 
-def _fit(model: nn.Module, data: Scenes, epochs: int, seed: int) -> None:
+def _fit(model: nn.Module, data: Scenes, epochs: int, seed: int) -> list[float]:
     generator = torch.Generator().manual_seed(seed)
     target = gaussian_target((data.ball / torch.tensor(EXTENT)).unsqueeze(1), MAP, sigma=SIGMA).flatten(1)
 
@@ -215,7 +261,14 @@ def _fit(model: nn.Module, data: Scenes, epochs: int, seed: int) -> None:
             pixels = torch.randperm(MAP[0] * MAP[1], generator=generator)[:PIXELS]
             yield F.mse_loss(model(data.select(chosen), pixels), target[chosen][:, pixels])
 
-    descend(model.parameters(), losses(), epochs * -(-len(target) // BATCH), LEARNING_RATE)
+    return descend(model.parameters(), losses(), epochs * -(-len(target) // BATCH), LEARNING_RATE)
+
+
+def _trivial(data: Scenes) -> tuple[float, float]:
+    """Distance from the ball of the middle of the image, and of the mean of the people's places."""
+    middle = torch.tensor(EXTENT) / 2
+    places = data.position.sum(1) / data.mask.sum(1, keepdim=True)
+    return float((middle - data.ball).norm(dim=-1).mean()), float((places - data.ball).norm(dim=-1).mean())
 
 
 def _distances(maps: Float[Tensor, "scenes height width"], data: Scenes) -> Float[Tensor, "scenes"]:

@@ -7,6 +7,8 @@ their mean assignment is below 1 nat.
 Images are 24 x 24: two or three digits of different classes on a textured background. The regions are the background and each
 digit. Also measured: an image-level contrastive training of the same encoder, SlotCon without centering, prototypes found by
 k-means, and what nearest neighbours tell about a digit's class from its slot or from the mean of the image.
+
+Knocked out: that both views show one image (the second is of another one, with boxes and losses as before), and the training.
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from cenote.pool import SemanticGrouping, SlotCon, SlotConTrainer, TwoCrops
-from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
+from cenote.pool.attention.slotcon.views import View
+from cenote.study.harness import Arms, Check, Findings, Part, Size, above, draw_arms, gate, seeds_of, study
 from cenote.study.harness.data import Digits, digits
 from cenote.study.harness.training import descend
 
+SEEDS = {"small": 3, "full": 5}
 CANVAS, CROP = 24, 16
 DIM, HIDDEN, SLOTS = 32, 64, 16
 CHANNELS: dict[Size, int] = {"smoke": 16, "small": 32, "full": 64}
@@ -38,7 +42,18 @@ STEPS: dict[Size, int] = {"smoke": 3, "small": 600, "full": 2400}
 SLOTCON, UNCENTERED = "SlotCon", "SlotCon without centering"
 UNTRAINED, IMAGE_LEVEL = "untrained", "image-level contrast, k-means"
 UNTRAINED_KMEANS = "untrained, k-means"
-ARMS = (SLOTCON, UNTRAINED, UNTRAINED_KMEANS, IMAGE_LEVEL, UNCENTERED)
+STRANGERS = "SlotCon, views of two images"
+ARMS = (SLOTCON, UNTRAINED, UNTRAINED_KMEANS, IMAGE_LEVEL, UNCENTERED, STRANGERS)
+
+
+class StrangeCrops(TwoCrops):
+    """The second crop shows another image of the batch."""
+
+    def __call__(
+        self, images: Float[Tensor, "batch channels height width"], generator: torch.Generator | None = None
+    ) -> tuple[View, View]:
+        first, second = super().__call__(images, generator)
+        return first, second._replace(x=second.x.roll(1, 0))
 
 
 class Canvases(NamedTuple):
@@ -63,27 +78,41 @@ class Measured(NamedTuple):
 @study
 def run(seed: int, size: Size) -> Findings:
     """Train each arm once per seed on the same canvases; compare groups with regions on fresh ones."""
-    seeds = seeds_of(seed, size, small=3, full=5)
+    seeds = seeds_of(seed, size, **SEEDS)
     found: dict[str, list[Measured]] = {name: [] for name in ARMS}
+    losses: dict[str, list[list[float]]] = {name: [] for name in ARMS}
     trained_on, tested_on = IMAGES[size]
     for s in seeds:
         train = canvases(digits("train"), trained_on, torch.Generator().manual_seed(s))
         test = canvases(digits("test"), tested_on, torch.Generator().manual_seed(s + 1000))
         for name, runs in found.items():
             torch.manual_seed(s)
-            runs.append(measure(_trained(name, train.x, size, s), test))
+            model, curve = _trained(name, train.x, size, s)
+            runs.append(measure(model, test))
+            losses[name].append(curve)
     arms = {
         field: Arms({name: tuple(getattr(m, field) for m in runs) for name, runs in found.items()})
         for field in Measured._fields
     }
+
+    def rule(arm: str) -> tuple[Check, ...]:
+        gain = arms["ari"].minus(arm, UNTRAINED)
+        return (
+            above(f"ARI with the true regions, {arm} minus untrained", gain, 0.1, 0.0),
+            above(f"prototypes in use, {arm}", arms["active"][arm], 3.5),
+            above(f"entropy of the mean assignment, nats, {arm}", arms["entropy"][arm], 1.0),
+        )
+
     return Findings(
         seeds=seeds,
+        parts=(Part(rule, SLOTCON, knocked_out=(STRANGERS, UNTRAINED)),),
+        gates=(
+            # groups that have nothing to do with the regions have an index of 0
+            gate(SLOTCON, above("ARI with the true regions", arms["ari"][SLOTCON], 0.0), losses[SLOTCON]),
+            gate(STRANGERS, None, losses[STRANGERS]),
+            gate(UNTRAINED, None, None),
+        ),
         checks=(
-            above(
-                "ARI with the true regions, SlotCon minus untrained", arms["ari"].minus(SLOTCON, UNTRAINED), 0.1, 0.0
-            ),
-            above("prototypes in use", arms["active"][SLOTCON], 3.5),
-            above("entropy of the mean assignment, nats", arms["entropy"][SLOTCON], 1.0),
             above(
                 "prototypes in use, SlotCon minus without centering",
                 arms["active"].minus(SLOTCON, UNCENTERED),
@@ -121,7 +150,7 @@ def run(seed: int, size: Size) -> Findings:
             "The image-level arm trains encoder and projector by contrast of the mean features of two crops (InfoNCE at 0.2). "
             "It has no prototypes: they are found by k-means among its normalised features of the training images, and so "
             "are those of the second untrained arm; the first has the random ones it starts from.",
-            "The nearest-neighbour numbers are leave-one-out over the test images; the slot is that whose prototype is the "
+            "Nearest neighbours are digits of other test images; the slot is that whose prototype is the "
             "best of most of a digit's pixels. An image shows two or three digits, so that its mean cannot say which is meant.",
         ),
     )
@@ -171,7 +200,7 @@ def measure(model: SlotCon, data: Canvases) -> Measured:
     foreground = [adjusted_rand_score(region > 0, group) for region, group in pairs]
     share = torch.bincount(dots.argmax(1).flatten(), minlength=SLOTS) / dots[:, 0].numel()
     mean = (dots / model.teacher_temp).softmax(1).mean((0, 2, 3))
-    from_slot, from_mean, labels = [], [], []
+    from_slot, from_mean, labels, owners = [], [], [], []
     features = model.teacher[1](model.teacher[0](data.x)).mean((2, 3))
     for i in range(len(data.x)):
         for j in range(3):
@@ -181,36 +210,50 @@ def measure(model: SlotCon, data: Canvases) -> Measured:
             from_slot.append(slots[i, best])
             from_mean.append(features[i])
             labels.append(int(data.classes[i, j]))
-    y = torch.tensor(labels)
+            owners.append(i)
+    y, owner = torch.tensor(labels), torch.tensor(owners)
     return Measured(
         float(sum(ari) / len(ari)),
         float(sum(foreground) / len(foreground)),
         float((share >= 0.01).sum()),
         float(-(mean * mean.clamp(min=1e-12).log()).sum()),
-        neighbours_right(torch.stack(from_slot), y),
-        neighbours_right(torch.stack(from_mean), y),
+        neighbours_right(torch.stack(from_slot), y, owner),
+        neighbours_right(torch.stack(from_mean), y, owner),
     )
 
 
-def neighbours_right(x: Float[Tensor, "items dim"], y: Int[Tensor, "items"], k: int = 3) -> float:
-    """Share of items whose class most of their `k` nearest other items share, by cosine.
+def neighbours_right(
+    x: Float[Tensor, "items dim"], y: Int[Tensor, "items"], image: Int[Tensor, "items"], k: int = 3
+) -> float:
+    """Share of items whose class most of their `k` nearest items of other images share, by cosine.
 
-    >>> neighbours_right(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]]), torch.tensor([0, 0, 1, 1]), k=1)
+    Digits of one image have its mean in common and differ in class: as neighbours they would count against the mean.
+
+    >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+    >>> neighbours_right(x, torch.tensor([0, 0, 1, 1]), torch.arange(4), k=1)
     1.0
+    >>> neighbours_right(x, torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1]), k=1)
+    0.0
     """
     alike = F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).T
-    nearest = alike.fill_diagonal_(-2).topk(k).indices
+    nearest = alike.masked_fill(image.unsqueeze(1) == image, -2).topk(k).indices
     return float((y[nearest].mode(1).values == y).double().mean())
 
 
-def _trained(name: str, images: Float[Tensor, "images 1 height width"], size: Size, seed: int) -> SlotCon:
+def _trained(
+    name: str, images: Float[Tensor, "images 1 height width"], size: Size, seed: int
+) -> tuple[SlotCon, list[float]]:
+    """A model, and its losses step by step."""
     center_momentum = 1.0 if name == UNCENTERED else 0.9
     channels = CHANNELS[size]
     model = SlotCon(_encoder(channels), channels, SLOTS, DIM, HIDDEN, center_momentum=center_momentum)
-    views = TwoCrops(CROP, scale=((CROP / CANVAS) ** 2,) * 2, ratio=(1.0, 1.0), least_overlap=0.2, augment=_brightness)
+    crops = StrangeCrops if name == STRANGERS else TwoCrops
+    views = crops(CROP, scale=((CROP / CANVAS) ** 2,) * 2, ratio=(1.0, 1.0), least_overlap=0.2, augment=_brightness)
     batches = _Batches(images, BATCH[size], seed)
-    if name in (SLOTCON, UNCENTERED):
-        SlotConTrainer(model, views, STEPS[size], optimizer=partial(Adam, lr=LEARNING_RATE)).fit(batches)
+    losses: list[float] = []
+    if name in (SLOTCON, UNCENTERED, STRANGERS):
+        trainer = SlotConTrainer(model, views, STEPS[size], optimizer=partial(Adam, lr=LEARNING_RATE))
+        losses = trainer.fit(batches)
     elif name == IMAGE_LEVEL:
         _contrast_images(model, views, batches, STEPS[size])
     else:
@@ -221,7 +264,7 @@ def _trained(name: str, images: Float[Tensor, "images 1 height width"], size: Si
                 model(*views(part))
     if name in (IMAGE_LEVEL, UNTRAINED_KMEANS):
         _find_prototypes(model, images, seed)
-    return model
+    return model, losses
 
 
 @torch.no_grad()

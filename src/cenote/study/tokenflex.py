@@ -7,6 +7,9 @@ tokens loses nothing at the fewest.
 
 Canvases of 64 x 64 pixels hold one to four handwritten digits in their quadrants. A small language model reads the visual
 tokens and five questions: which digit stands in each quadrant, and how many there are. Every model has as many steps.
+
+Knocked out: the draw of the number (a model trained for the middle one alone serves all), and the pooling (as many cells of the
+grid, drawn at random in every pass, stand for the means).
 """
 
 from __future__ import annotations
@@ -21,10 +24,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cenote.pool import TokenCountSampler, TokenFlex, check_placeholders
-from cenote.study.harness import Arms, Findings, Size, above, draw_arms, seeds_of, study
+from cenote.study.harness import Arms, Check, Findings, Part, Size, above, draw_arms, gate, seeds_of, study
 from cenote.study.harness.data import Digits, digits
 from cenote.study.harness.training import descend
 
+SEEDS = {"small": 4, "full": 10}
 COUNTS = (16, 36, 64)
 FEWEST, MOST = COUNTS[0], COUNTS[-1]
 CANVAS, DIGIT, PATCH, FIELD = 64, 16, 4, 12
@@ -38,7 +42,7 @@ PLACEHOLDER = QUESTIONS
 BATCH, LEARNING_RATE = 32, 2e-3
 STEPS: dict[Size, int] = {"smoke": 3, "small": 800, "full": 3000}
 TEST: dict[Size, int] = {"smoke": 32, "small": 500, "full": 1000}
-FLEX = "flexible"
+FLEX, CELLS = "flexible", "flexible, cells at random"
 
 
 class Canvases(NamedTuple):
@@ -51,22 +55,47 @@ class Canvases(NamedTuple):
 @study
 def run(seed: int, size: Size) -> Findings:
     """Train a flexible model and one per number of tokens; ask each with every number."""
-    seeds = seeds_of(seed, size, small=4)
+    seeds = seeds_of(seed, size, **SEEDS)
     arms = Arms()
+    losses: dict[str, list[list[float]]] = {}
+    commonest: tuple[float, ...] = ()
+    models = {FLEX: COUNTS, CELLS: COUNTS, **{fixed(n): (n,) for n in COUNTS}}
     for s in seeds:
         test = canvases(digits("test"), TEST[size], torch.Generator().manual_seed(s + 1000))
-        for name, counts in {FLEX: COUNTS, **{fixed(n): (n,) for n in COUNTS}}.items():
-            model = _trained(counts, STEPS[size], s)
+        commonest = (*commonest, float((test.y == test.y.mode(0).values).double().mean()))
+        for name, counts in models.items():
+            model, curve = _trained(counts, STEPS[size], s, Cells if name == CELLS else TokenFlex)
+            losses[name] = [*losses.get(name, []), curve]
             for n in COUNTS:
                 arms[_at(name, n)] = (*arms.get(_at(name, n), ()), _accuracy(model, test, n))
-    checks = [
-        above(f"{n} tokens: accuracy, flexible minus fixed", arms.minus(_at(FLEX, n), _at(fixed(n), n)), *bounds)
-        for n, bounds in zip(COUNTS, ((-0.03, -0.05), (-0.05, -0.05), (-0.02, -0.05)), strict=True)
-    ]
     lost = arms.minus(_at(fixed(MOST), MOST), _at(fixed(MOST), FEWEST))
+
+    def rule(arm: str) -> tuple[Check, ...]:
+        return (
+            *(
+                above(
+                    f"{n} tokens: accuracy, {arm} minus fixed at {n}",
+                    arms.minus(_at(arm, n), _at(fixed(n), n)),
+                    *bounds,
+                )
+                for n, bounds in zip(COUNTS, ((-0.03, -0.05), (-0.05, -0.05), (-0.02, -0.05)), strict=True)
+            ),
+            above(f"lost by the model fixed at {MOST} when given {FEWEST}", lost, 0.15, 0.0),
+        )
+
+    def beats(arm: str, count: int) -> Check:
+        lead = [a - c for a, c in zip(arms[_at(arm, count)], commonest, strict=True)]
+        return above(f"accuracy at {count} tokens minus that of the commonest answers", lead, 0.0)
+
     return Findings(
         seeds=seeds,
-        checks=(*checks, above(f"lost by the model fixed at {MOST} when given {FEWEST}", lost, 0.15, 0.0)),
+        parts=(Part(rule, FLEX, knocked_out=(fixed(COUNTS[1]), CELLS), against=(fixed(FEWEST), fixed(MOST))),),
+        gates=(
+            gate(FLEX, beats(FLEX, FEWEST), losses[FLEX]),
+            *(gate(fixed(n), beats(fixed(n), n), losses[fixed(n)]) for n in COUNTS),
+            gate(CELLS, None, losses[CELLS]),
+        ),
+        checks=(),
         table=arms.table("accuracy over five questions"),
         figure=partial(_draw, arms=arms),
         notes=(
@@ -147,12 +176,21 @@ def _turned(x: Float[Tensor, "batch heads length width"]) -> Float[Tensor, "batc
     return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], 3)
 
 
+class Cells(TokenFlex):
+    """Projects cells that are drawn at random instead of means."""
+
+    def forward(self, x: Tensor, num_tokens: int | tuple[int, int] | None = None) -> Float[Tensor, "batch tokens dim"]:
+        assert isinstance(num_tokens, int)
+        chosen = torch.randperm(x.shape[1])[:num_tokens].sort().values
+        return super().forward(x[:, chosen], num_tokens)
+
+
 class _Reader(nn.Module):
     """Visual tokens in the places of the text's placeholders, then the questions; answers where the questions stand."""
 
-    def __init__(self) -> None:
+    def __init__(self, projector: type[TokenFlex]) -> None:
         super().__init__()
-        self.projector = TokenFlex(DIM, DIM, MOST, norm=True)
+        self.projector = projector(DIM, DIM, MOST, norm=True)
         self.words = nn.Embedding(QUESTIONS + 1, DIM)
         self.blocks = nn.Sequential(*(_Block() for _ in range(LAYERS)))
         self.answer = nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, ANSWERS))
@@ -164,9 +202,10 @@ class _Reader(nn.Module):
         return self.answer(self.blocks(torch.cat([self.projector(x, count), text], 1))[:, count:])
 
 
-def _trained(counts: tuple[int, ...], steps: int, seed: int) -> _Reader:
+def _trained(counts: tuple[int, ...], steps: int, seed: int, projector: type[TokenFlex]) -> tuple[_Reader, list[float]]:
+    """A model, and its losses step by step."""
     torch.manual_seed(seed)
-    model = _Reader()
+    model = _Reader(projector)
     generator = torch.Generator().manual_seed(seed)
     sampler = TokenCountSampler(counts, seed=seed)
 
@@ -175,8 +214,7 @@ def _trained(counts: tuple[int, ...], steps: int, seed: int) -> _Reader:
             x, y = canvases(digits("train"), BATCH, generator)
             yield F.cross_entropy(model(x, sampler.at(step)).flatten(0, 1), y.flatten())
 
-    descend(model.parameters(), losses(), steps, LEARNING_RATE, clip=1.0)
-    return model
+    return model, descend(model.parameters(), losses(), steps, LEARNING_RATE, clip=1.0)
 
 
 @torch.no_grad()

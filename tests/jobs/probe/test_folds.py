@@ -31,8 +31,11 @@ def stamps(out: Path) -> dict[str, int]:
 
 def test_folds_end_in_the_same_table_page_and_folder(made: TokenDataset, tmp_path: Path) -> None:
     c = compare(made, ["mean", "max"], seeds=2, recipe=QUICK, folds=3, repeats=2, out=tmp_path)
-    assert {r.method for r in c.results} == {"mean", "max"}
+    assert {r.method for r in c.results} == {"mean", "max", *c.references}
+    assert len(c.references) == 2
     for r in c.results:
+        if r.reference:
+            continue
         assert len(r.metric_per_fold) == 6
         assert r.metric == pytest.approx(np.mean(r.metric_per_fold))
         assert r.metric == pytest.approx(np.mean(r.metric_per_seed))
