@@ -18,9 +18,9 @@ of other items as well: what is covered is the mean metric of such a method, ove
 Bounds: alarms at most 0.07 at level 0.05; coverage 0.93 or more, wider intervals are named; power not below the bootstrap's
 where that holds its level, within two standard errors of the simulation.
 
-An exact test at level 0.05 raises more than 0.07 alarms in 3 of 100 cases of 400 runs, by luck of the draw. So a case that misses
-a bound is drawn again, five times as often from another seed, and that decides; the row keeps what the first draw gave. This
-rule was added after a first look, at which R2 in 30 unequal groups gave 0.075 and AUROC of 2 methods 0.072.
+An exact test at level 0.05 raises more than 0.07 alarms in 3 of 100 cases of 400 runs, by luck of the draw. So a case that
+misses a bound is drawn again, five times as often from another seed, and that decides; the row keeps what the first draw
+gave. This rule was added after a first look, at which R2 in 30 unequal groups gave 0.075 and AUROC of 2 methods 0.072.
 """
 
 from __future__ import annotations

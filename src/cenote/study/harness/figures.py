@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,10 @@ from torch import Tensor
 from cenote.study.harness.checks import Arms, t_interval
 
 
+LABEL = 34
+"""Letters in a line of an arm's name, so that the picture keeps its place."""
+
+
 def draw_arms(axes: Any, arms: Arms, xlabel: str) -> None:
     """One line per arm: a dot per seed, and the mean with its 95 % interval."""
     for y, (_, values) in enumerate(arms.items()):
@@ -19,7 +24,7 @@ def draw_arms(axes: Any, arms: Arms, xlabel: str) -> None:
         mean = float(np.mean(values))
         axes.plot(values, [y] * len(values), "o", color="#9aa0a6", markersize=4, zorder=1)
         axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="D", color="#0b57d0", markersize=5, capsize=3)
-    axes.set_yticks(range(len(arms)), list(arms))
+    axes.set_yticks(range(len(arms)), [textwrap.fill(name, LABEL) for name in arms])
     axes.invert_yaxis()
     axes.set_xlabel(xlabel)
     axes.spines[["top", "right"]].set_visible(False)
