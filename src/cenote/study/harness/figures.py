@@ -13,18 +13,14 @@ from torch import Tensor
 from cenote.study.harness.checks import Arms, t_interval
 
 
-LABEL = 34
-"""Letters in a line of an arm's name, so that the picture keeps its place."""
-
-
-def draw_arms(axes: Any, arms: Arms, xlabel: str) -> None:
-    """One line per arm: a dot per seed, and the mean with its 95 % interval."""
+def draw_arms(axes: Any, arms: Arms, xlabel: str, letters: int = 34) -> None:
+    """One line per arm: a dot per seed, and the mean with its 95 % interval; names wrapped after so many letters."""
     for y, (_, values) in enumerate(arms.items()):
         low, high = t_interval(values)
         mean = float(np.mean(values))
         axes.plot(values, [y] * len(values), "o", color="#9aa0a6", markersize=4, zorder=1)
         axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="D", color="#0b57d0", markersize=5, capsize=3)
-    axes.set_yticks(range(len(arms)), [textwrap.fill(name, LABEL) for name in arms])
+    axes.set_yticks(range(len(arms)), [textwrap.fill(name, letters) for name in arms])
     axes.invert_yaxis()
     axes.set_xlabel(xlabel)
     axes.spines[["top", "right"]].set_visible(False)
