@@ -138,7 +138,7 @@ def test_small_data_are_folded_and_that_is_said(cenote: Run, bags: Path, tmp_pat
     assert "p of the corrected resampled t test, adjusted by Holm's method" in text
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["provenance"]["folds_because"] == told
     assert told in (tmp_path / "out" / "report.html").read_text()
-    assert len(list((tmp_path / "out" / "cells").iterdir())) == 10
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 20
     # the same folder serves one split as well
     code, text, _ = cenote(*command, "--folds", "1", "--out", tmp_path / "out")
     assert "AUROC on 12 test items" in text

@@ -24,6 +24,8 @@ from cenote.core.moved import CONTENTS, MODULES, NAMES
 HERE = Path(__file__).parent
 OLD = tomllib.loads((HERE / "old_names.toml").read_text("utf-8"))
 GONE = {
+    "cenote.probe.saved": "save_best: save_probe, which takes the method's name",
+    "cenote.probe.statistics": "the bootstrap: Inference exchanges arms in whole groups, and has intervals by the jackknife",
     "cenote.features.graph_view": "a data set is asked for its edges: TokenDataset.with_edges",
     "cenote.features.layered": "a data set is asked for its layers: at_layer, layers_of, with_layers",
     "cenote.features.splits": "parts of Labelling",

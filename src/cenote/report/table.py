@@ -21,7 +21,7 @@ def render_table(comparison: Comparison[Any], title: str) -> str:
 
     Example:
         >>> from cenote.features import digits
-        >>> comparison = cenote.jobs.probe.compare(digits(), ["mean", "max"], seeds=1)
+        >>> comparison = cenote.jobs.probe.compare(digits(), ["mean", "max"], seeds=1, references=False)
         >>> render_table(comparison, "digits").count("<tr>")
         3
     """

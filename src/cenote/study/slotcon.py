@@ -233,7 +233,7 @@ def neighbours_right(
     >>> neighbours_right(x, torch.tensor([0, 0, 1, 1]), torch.arange(4), k=1)
     1.0
     >>> neighbours_right(x, torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1]), k=1)
-    0.0
+    0.5
     """
     alike = F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).T
     nearest = alike.masked_fill(image.unsqueeze(1) == image, -2).topk(k).indices

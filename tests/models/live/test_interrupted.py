@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -17,6 +17,14 @@ from cenote.core.interrupts import uninterrupted
 from cenote.models.live import AddedStates, RowRecorder, Shorten, edited, left, seats, shorten, swapped, transformers
 from cenote.models.live.sdpa import _before as forwards
 from cenote.testing.live import _fingerprint
+
+
+@pytest.fixture(autouse=True)
+def _pythons_own_handler() -> Iterator[None]:
+    """A command that ran before in this process has set its own."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_waits() -> None:

@@ -94,7 +94,16 @@ class AttentionRollout(Explainer):
 class AttentionFlow(AttentionRollout):
     """The largest flow from one token of the top layer to each input token, see `max_flow`; for short inputs.
 
-    Arguments as of `AttentionRollout`.
+    Args:
+        query, residual, stack, block: as of `AttentionRollout`.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+        >>> model = BertModel(BertConfig(vocab_size=20, **sizes)).eval()
+        >>> found = AttentionFlow().explain(model, {"input_ids": torch.tensor([[5, 6, 7, 8]])})
+        >>> round(float(found.scores.sum()), 4)
+        1.0
 
     Source: Abnar and Zuidema (2020), arXiv 2005.00928.
     """

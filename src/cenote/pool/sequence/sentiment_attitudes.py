@@ -106,6 +106,9 @@ class LinAttention(Pool):
         Of the layer behind the rows only the width is known to us; the ReLU is ours.
     """
 
+    # of earlier pickles
+    joined: nn.Linear | None = None
+
     def __init__(self, dim: int, rows: int = 30, hidden: int = 350, joined: int | None = None) -> None:
         super().__init__(dim, joined)
         require_at_least(1, rows=rows, hidden=hidden)

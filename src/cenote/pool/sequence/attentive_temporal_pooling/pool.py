@@ -68,6 +68,9 @@ class AttentiveTemporalPool(Pool):
         form takes the variance around the mean instead.
     """
 
+    # of earlier pickles
+    forget: float = 1.0
+
     def __init__(
         self,
         dim: int,
