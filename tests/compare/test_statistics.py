@@ -7,7 +7,7 @@ import scipy.stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from cenote.compare import statistics
+from cenote.compare import metrics, statistics
 from cenote.compare.inference import Inference, Measure
 from cenote.compare.intervals import Spread, interval
 from cenote.compare.metrics import SHARES, auroc, auroc_pair_shares, ranked
@@ -177,3 +177,18 @@ def test_signed_ranks_raise_false_alarms_as_rarely_as_promised(metric: str) -> N
 
 def test_pareto_keeps_ties_in_neither_way_worse() -> None:
     assert pareto([0.9, 0.9, 0.8], [1.0, 2.0, 0.5]) == [0, 2]
+
+
+@pytest.mark.parametrize("name", ["accuracy", "AUROC", "R2"])
+def test_weights_that_are_too_many_are_made_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=(60, 1)) if name == "R2" else (rng.random(60) < 0.5).astype(int)
+    scores = [(y.reshape(60, 1) + rng.normal(size=(60, 1)))[None] for _ in range(2)]
+    units = Units([str(i) for i in range(60)], [str(i % 13) for i in range(60)])
+    slow = dataclasses.replace(Measure.known(name, y), shares=None, pair_shares=None)
+    whole = Inference(slow, scores, units)
+    expected = whole.interval(0), whole.differences([(0, 1)])
+    monkeypatch.setattr(metrics, "WEIGHTS_AT_ONCE", 150)
+    parts = Inference(slow, scores, units)
+    assert parts.interval(0) == pytest.approx(expected[0], rel=1e-12)
+    assert parts.differences([(0, 1)])[0][2] == pytest.approx(expected[1][0][2], rel=1e-12)

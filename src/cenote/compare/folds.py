@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 
 from cenote.compare.inference import Measure, SeedEffects, require_seeds
-from cenote.compare.intervals import Spread, interval, over_seeds
+from cenote.compare.intervals import Spread, interval, with_seeds
 from cenote.compare.units import Units
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_one_of
@@ -139,8 +139,7 @@ class Resampled:
         variance = float(np.var(per_fold)) * (most + 1) / most
         spread = Spread(self.correction * variance, float(most))
         if self.seed_effects == "random":
-            for arm in arms:
-                spread = spread.plus(over_seeds(np.asarray(self.per_seed[arm])))
+            spread = with_seeds(spread, *(self.per_seed[arm] for arm in arms))
         # seeds are no folds: with them an interval never gets narrower
         return Spread(spread.variance, min(spread.freedom, most))
 

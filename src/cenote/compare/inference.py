@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 
 from cenote.compare import metrics, statistics
-from cenote.compare.intervals import Limits, Spread, interval, left_out, over_seeds
+from cenote.compare.intervals import Limits, Spread, interval, left_out, with_seeds
 from cenote.compare.metrics import Carriers, Metric, PairShares, Shares, mean, mean_shares
 from cenote.compare.statistics import Significance
 from cenote.compare.units import Units
@@ -143,7 +143,7 @@ class Inference:
             )
         require_seeds(seed_effects, scores)
         self.measure, self.significance, self.seed_effects = measure, significance, seed_effects
-        self.units, groups = len(units), units.group_numbers()
+        groups = units.group_numbers()
         self.groups = int(groups.max()) + 1
         self._blocks = statistics.merged(groups, BLOCKS)
         self._count = int(self._blocks.max()) + 1
@@ -161,7 +161,7 @@ class Inference:
         """Of an arm's metric, 95 %; NaN where it cannot be known."""
         spread = Spread.of(self._without(arm), self._carriers)
         if self.seed_effects == "random":
-            spread = spread.plus(over_seeds(np.asarray(self.per_seed[arm])))
+            spread = with_seeds(spread, self.per_seed[arm])
         return interval(self.means[arm], spread, self.measure.limits, self._carriers)
 
     def differences(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[float, tuple[float, float], float]]:
@@ -171,8 +171,7 @@ class Inference:
             d = self.means[a] - self.means[b]
             spread = Spread.of(self._without(a) - self._without(b), self._carriers)
             if self.seed_effects == "random":
-                seeds = [over_seeds(np.asarray(self.per_seed[arm])) for arm in (a, b)]
-                spread = spread.plus(seeds[0].plus(seeds[1]))
+                spread = with_seeds(spread, self.per_seed[a], self.per_seed[b])
                 p = max(p, spread.p_value(d))
             found.append((d, interval(d, spread), p))
         return found
@@ -238,6 +237,9 @@ class Inference:
         truth = None if measure.truth is None else np.concatenate([measure.truth, measure.truth])
 
         def difference(kept: Float[ndarray, "exchanges groups"]) -> Float[ndarray, "exchanges"]:
+            return np.concatenate([of_some(part) for part in metrics.pieces(kept, 4 * len(self._blocks))])
+
+        def of_some(kept: Float[ndarray, "exchanges groups"]) -> Float[ndarray, "exchanges"]:
             own = kept[:, self._blocks]
             there, back = np.concatenate([own, 1 - own], 1), np.concatenate([1 - own, own], 1)
             with np.errstate(invalid="ignore", divide="ignore"):

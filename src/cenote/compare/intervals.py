@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from cenote.compare.metrics import Metric
+from cenote.compare.metrics import Metric, pieces
 
 Limits = tuple[float | None, float | None]
 """The least and the largest value that a metric can have; `None`: there is none."""
@@ -26,11 +27,14 @@ def of_draws(values: Float[ndarray, "draws"]) -> tuple[float, float]:
 
 def left_out(metric: Metric, scores: ndarray, truth: object, groups: Int[ndarray, "units"]) -> Float[ndarray, "groups"]:
     """The metric without each group."""
-    count = int(groups.max()) + 1
-    weights = np.ones((count, len(groups)))
-    weights[groups, np.arange(len(groups))] = 0.0
+    numbers = np.arange(int(groups.max()) + 1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return metric(scores, truth, weights)
+        return np.concatenate(
+            [
+                metric(scores, truth, (groups != part[:, None]).astype(np.float64))
+                for part in pieces(numbers, len(groups))
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -91,9 +95,11 @@ class Spread:
         return float(scipy.stats.t.ppf(0.5 + LEVEL / 2, self.freedom))
 
 
-def over_seeds(per_seed: Float[ndarray, "seeds"]) -> Spread:
-    """Of a mean over seeds."""
-    return Spread(float(np.var(per_seed, ddof=1)) / len(per_seed), len(per_seed) - 1.0)
+def with_seeds(spread: Spread, *per_seed: Sequence[float]) -> Spread:
+    """The same with the variance of arms' means over their seeds."""
+    for values in per_seed:
+        spread = spread.plus(Spread(float(np.var(values, ddof=1)) / len(values), len(values) - 1.0))
+    return spread
 
 
 def interval(value: float, spread: Spread, limits: Limits = (None, None), carriers: float = 1.0) -> tuple[float, float]:

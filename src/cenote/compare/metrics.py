@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from numpy import ndarray
 
 from cenote.core.requirements import require_one_of
@@ -29,6 +29,9 @@ changes sign."""
 
 Carriers = Callable[[Any, Any], int]
 """`(y, group of each item) -> int`: how many groups a metric stands on."""
+
+WEIGHTS_AT_ONCE = 4_000_000
+"""Of all units under several weightings, so that memory does not grow with their product."""
 
 RESAMPLES_AT_ONCE = 128
 """Whose weights of a thousand items stay in the cache."""
@@ -156,11 +159,15 @@ def auroc_pair_shares(first: ndarray, second: ndarray, y: ndarray) -> ndarray:
 
     AUROC is a mean over pairs of a positive and a negative item. Exchange two arms in some items and in the rest: in the
     difference of the two AUROCs all terms cancel but those that are linear in the signs of the exchanges. So the exchange is
-    one of signs, of each item's rank in the first arm less its rank in the second, both among the items of the other class
-    in both arms together.
+    one of signs, of each item's place in the first arm less its place in the second, both among the items of the other
+    class in both arms together.
+
+    Args:
+        first, second: of one scale, such as ranks.
+        y: 1 of positive items.
     """
     positive = y == 1
-    first, second = ranked(first[:, :1])[:, 0], ranked(second[:, :1])[:, 0]
+    first, second = first[:, 0], second[:, 0]
     shares = np.empty(len(y))
     for own, sign in ((positive, 0.5), (~positive, -0.5)):
         others = np.sort(np.concatenate([first[~own], second[~own]]))
@@ -215,6 +222,16 @@ METRICS: dict[str, Metric] = {
     "mean average precision": mean_average_precision,
     "R2": r2,
 }
+
+
+def pieces(rows: Shaped[ndarray, "rows *rest"], units: int) -> list[Shaped[ndarray, "_rows *rest"]]:
+    """Rows in parts that so many weights each do not make too large.
+
+    >>> [len(part) for part in pieces(np.arange(9), 1_000_000)]
+    [4, 4, 1]
+    """
+    step = max(1, WEIGHTS_AT_ONCE // units)
+    return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 
 def ranked(scores: Float[ndarray, "items outputs"]) -> Float[ndarray, "items outputs"]:
