@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cenote.compare.intervals import of_draws
 from cenote.compare.statistics import holm, signed_rank_p
 from cenote.pool.sequence.attentive_mimicking.mimic import Mimic, train_mimic
 from cenote.pool.sequence.attentive_mimicking.word_contexts import contexts_of, count_words
@@ -109,7 +110,7 @@ def gain(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
     per_seed = d.reshape(SEEDS, -1).mean(1).tolist()
     return {
         "gain": float(d.mean()),
-        "interval": [float(v) for v in np.percentile(d[draws].mean(1), [2.5, 97.5])],
+        "interval": list(of_draws(d[draws].mean(1))),
         "per seed": per_seed,
         "p": signed_rank_p(d),
     }

@@ -7,12 +7,6 @@ from jaxtyping import Float
 from numpy import ndarray
 
 
-def interval(values: Float[ndarray, "resamples"]) -> tuple[float, float]:
-    """The central 95 %; draws without a defined value are left out."""
-    low, high = np.nanpercentile(values, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def two_sided_p(differences: Float[ndarray, "resamples"]) -> float:
     """How often a difference falls on the other side of zero, doubled; never below `2 / (resamples + 1)`.
 

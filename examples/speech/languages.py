@@ -24,11 +24,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from examples.speech.bootstrap import interval, two_sided_p
+from examples.speech.bootstrap import two_sided_p
 from examples.speech.front import LogMel, StreamingTdnn, read_wav
 from scipy.signal import resample_poly
 from torch import Tensor, nn
 
+from cenote.compare.intervals import of_draws
 from cenote.compare.statistics import holm
 from cenote.pool import AttentiveTemporalPool
 
@@ -269,7 +270,7 @@ def summary(size: str, seeds: int, kept: Path) -> dict[str, Any]:
                 "pooling": pool,
                 "accuracy": 100 * float(right[:, :, -1].mean()),
                 "per seed": [100 * float(v) for v in right[:, :, -1].mean(1)],
-                "interval": [100 * v for v in interval(ends[pool])],
+                "interval": [100 * v for v in of_draws(ends[pool])],
                 "after 3 s": 100 * float(right[:, :, round(3 / SECONDS_PER_ROW)].mean()),
                 "after 6 s": 100 * float(right[:, :, round(6 / SECONDS_PER_ROW)].mean()),
                 "weight on speech and noise": on,

@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from examples.speech.bootstrap import interval, two_sided_p
+from examples.speech.bootstrap import two_sided_p
 from examples.speech.front import Conformer, LogMel, Padded, Tdnn, padded, read_wav
 from examples.speech.verification import equal_error_rate, trials
 from scipy.signal import resample_poly
 from torch import Tensor, nn
 
 import cenote
+from cenote.compare.intervals import of_draws
 from cenote.compare.statistics import holm
 from cenote.pool import AamSoftmax
 
@@ -269,7 +270,7 @@ def summary(tasks: list[str], front: str, size: str, seeds: int, data: Path, kep
                     "task": task,
                     "pooling": pool,
                     "error": float(np.mean(by_seed)),
-                    "interval": interval(draws),
+                    "interval": of_draws(draws),
                     "per seed": [float(e) for e in by_seed],
                     "minus mean": float(np.mean(by_seed) - np.mean(found[BASE][0])),
                     "p": adjusted.get(pool),

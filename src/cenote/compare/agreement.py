@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from numpy import ndarray
 
+from cenote.compare.intervals import of_draws
 from cenote.core.errors import InputError
 
 
@@ -74,8 +75,7 @@ def system_interval(
     found = np.array([agreement(*(m[chosen] for m in means)).rank for chosen in drawn])
     if np.isnan(found).all():
         raise InputError(f"system: {len(means[0])} systems have no rank correlation; give two at least that differ")
-    low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return of_draws(found, level)
 
 
 def _means(values: Float[ndarray, "items"], system: Shaped[ndarray, "items"]) -> Float[ndarray, "systems"]:

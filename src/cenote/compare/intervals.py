@@ -19,9 +19,9 @@ LEVEL = 0.95
 UNKNOWN = (math.nan, math.nan)
 
 
-def of_draws(values: Float[ndarray, "draws"]) -> tuple[float, float]:
-    """The central 95 % of a number over draws of what it was measured on; draws without it are left out."""
-    low, high = np.nanpercentile(values, [50 - 50 * LEVEL, 50 + 50 * LEVEL])
+def of_draws(values: Float[ndarray, "draws"], level: float = LEVEL) -> tuple[float, float]:
+    """The central share of a number over draws of what it was measured on; draws without it are left out."""
+    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
