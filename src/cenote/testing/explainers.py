@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.testing.as_found import AsFound
 from cenote.testing.contract import difference, run_rules
 
 CLOSE = 1e-5
@@ -34,7 +35,6 @@ class _Trial:
         self.explainer, self.model, self.inputs = explainer, model, dict(inputs)
         self.mask: Tensor = self.inputs["attention_mask"]
         self.lengths = self.mask.sum(1).tolist()
-        self.weights = {name: value.clone() for name, value in model.state_dict().items()}
 
     def explained(self, **changes: Any) -> Any:
         return self.explainer.explain(self.model, {**self.inputs, **changes})
@@ -163,14 +163,18 @@ def _rule_reacts_to_the_model(trial: _Trial) -> str | None:
 
 
 def _rule_model_as_found(trial: _Trial) -> str | None:
-    before = _state(trial.model)
+    found = AsFound(trial.model, lambda: trial.model(**trial.inputs))
+    gradients = _gradients(trial.model)
     trial.explained()
-    after = _state(trial.model)
-    changed = [name for name in before if before[name] != after[name]]
-    if not changed:
-        unequal = [n for n, v in trial.model.state_dict().items() if not torch.equal(v, trial.weights[n])]
-        changed = [f"parameters ({unequal[0]})"] if unequal else []
-    return f"model as found: it was left with other {', '.join(changed)}" if changed else None
+    if changed := found.changed():
+        return f"model as found: {changed}"
+    if more := sorted(_gradients(trial.model) - gradients):
+        return f"model as found: {more[0]} has a gradient; take torch.autograd.grad of what is asked"
+    return None
+
+
+def _gradients(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.grad is not None}
 
 
 @torch.no_grad()
@@ -179,19 +183,6 @@ def _output(model: nn.Module, inputs: Mapping[str, Any], length: int) -> Tensor:
     found = model(**inputs)
     first = found if isinstance(found, Tensor) else found[0]
     return first[:, -length:] if first.dim() > 2 else first
-
-
-def _state(model: nn.Module) -> dict[str, Any]:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    config = getattr(model, "config", None)
-    return {
-        "hooks": [len(getattr(m, name)) for m in model.modules() for name in hooks],
-        "training": [m.training for m in model.modules()],
-        "requires_grad": [p.requires_grad for p in model.parameters()],
-        "gradients": [p.grad is None for p in model.parameters()],
-        "forward": [vars(m).get("forward") for m in model.modules()],
-        "attention implementation": getattr(config, "_attn_implementation", None),
-    }
 
 
 def _spearman(a: Tensor, b: Tensor) -> float:

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import functools
 import gc
-import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from cenote.models.live import (
     attentions,
     edited,
 )
+from cenote.testing.as_found import AsFound
 from cenote.testing.contract import Rule, run_rules, title
 
 Entering = Callable[..., AbstractContextManager[Any]]
@@ -140,25 +140,18 @@ class _Trial:
         self.reachable = attentions(model)
         self.unknown: list[str] = []
         with torch.no_grad():
-            self.run()
-            first = _fingerprint(model)
-            self.plain = self.run()
-            second = _fingerprint(model)
-        # what the model's own forward changes is its own affair
-        self.before = {what: value for what, value in first.items() if second.get(what) == value}
-        self.known = first.keys() | second.keys()
+            self.found = AsFound(model, self.run_plainly)
+
+    def run_plainly(self) -> None:
+        self.plain = self.run()
 
     def run(self, model: nn.Module | None = None) -> list[Tensor]:
         return _tensors((self.model if model is None else model)(**self.inputs))
 
     def left(self, how: str) -> str | None:
         """What is not as it was."""
-        after = _fingerprint(self.model)
-        for what, value in self.before.items():
-            if after.get(what) != value:
-                return f"{how}, {what} is {str(after.get(what))[:100]}, expected {str(value)[:100]} as before"
-        if more := sorted(after.keys() - self.known):
-            return f"{how}, {more[0]} is new"
+        if changed := self.found.changed():
+            return f"{how}, {changed}"
         return self.differs(how)
 
     def differs(self, how: str) -> str | None:
@@ -491,56 +484,6 @@ def _rule_memory_is_given_back(t: _Trial) -> str | None:
 
 def _of_blocks(t: _Trial) -> list[Edit]:
     return [BlockEdit()] if any(place.stack for place in t.reachable) else []
-
-
-class _Same:
-    """An object that equals itself alone; held, so that no other takes its place in memory."""
-
-    def __init__(self, of: Any) -> None:
-        self.of = of
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.of is other.of
-
-    def __hash__(self) -> int:
-        return id(self.of)
-
-    def __repr__(self) -> str:
-        return repr(self.of)
-
-
-def _fingerprint(model: nn.Module) -> dict[str, Any]:
-    """All that an edit could leave behind, by name."""
-    found: dict[str, Any] = {"the function mode stack": torch._C._len_torch_function_stack()}
-    for name in vars(nn.modules.module):
-        if name.startswith("_global_") and "hook" in name:
-            found[name] = list(getattr(nn.modules.module, name) or ())
-    configs: dict[int, Any] = {}
-    for path, module in model.named_modules():
-        own, where = vars(module), path or "the model"
-        for name, value in own.items():
-            if not (isinstance(value, dict) and name.startswith("_")):
-                plain = isinstance(value, bool | int | float | str)
-                found[f"{name} of {where}"] = value if plain else _Same(value)
-        found[f"hooks of {where}"] = {k: list(v) for k, v in own.items() if "hook" in k and isinstance(v, dict)}
-        found[f"modules of {where}"] = {k: _Same(v) for k, v in module._modules.items()}
-        config = own.get("config")
-        if config is not None and id(config) not in configs:
-            configs[id(config)] = config
-            found[f"config of {where}"] = str(vars(config)), getattr(config, "_attn_implementation", None)
-    for name, x in [*model.named_parameters(), *model.named_buffers()]:
-        found[name] = _Same(x), x._version, x.requires_grad
-    for file, name in (
-        ("modeling_utils", "ALL_ATTENTION_FUNCTIONS"),
-        ("masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"),
-    ):
-        registry = getattr(sys.modules.get(f"transformers.{file}"), name, None)
-        if registry is not None:
-            kind = type(registry)
-            found[f"what {name} holds"] = {key: _Same(registry[key]) for key in registry}
-            found[f"the way of {name}"] = _Same(kind.__getitem__), _Same(getattr(kind, "get_interface", None))
-            found[f"attributes of {name}"] = {k: _Same(v) for k, v in vars(registry).items()}
-    return found
 
 
 def _bytes_of_tensors() -> int:

@@ -16,7 +16,7 @@ from tests.models.live import zoo
 from cenote.core.interrupts import uninterrupted
 from cenote.models.live import AddedStates, RowRecorder, Shorten, edited, left, seats, shorten, swapped, transformers
 from cenote.models.live.sdpa import _before as forwards
-from cenote.testing.live import _fingerprint
+from cenote.testing.as_found import fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,7 @@ def test_a_model_is_as_it_was(kind: str) -> None:
 
     with torch.no_grad():
         enter_and_leave()
-        before = _fingerprint(model)
+        before = fingerprint(model)
         interrupted = 0
         for i in range(1, calls_of(files, enter_and_leave, None) + 1):
             try:
@@ -123,5 +123,5 @@ def test_a_model_is_as_it_was(kind: str) -> None:
                 shorten._RUNNING,
             )
             assert not any(left_over), f"call {i}"
-            assert _fingerprint(model) == before, f"call {i}"
+            assert fingerprint(model) == before, f"call {i}"
         assert interrupted > 2

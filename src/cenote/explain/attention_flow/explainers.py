@@ -65,18 +65,16 @@ class AttentionRollout(Explainer):
         target: Int[Tensor, "batch"] | None = None,  # noqa: ARG002
     ) -> Attribution:
         """Explain; it speaks of no target, see `Explainer.explain`."""
-        calls, mask = self._seen(model, inputs)
-        row = _one_hot(mask, self.query).to(torch.promote_types(calls[0].q.dtype, torch.float32))
-        return Attribution(chained(row, [self._rows_of(call) for call in calls], self.block) * mask, mask)
-
-    def _seen(
-        self, model: nn.Module, inputs: Mapping[str, Any]
-    ) -> tuple[list[AttentionCall], Bool[Tensor, "batch tokens"]]:
-        """The attention of every block, and which tokens are real."""
         with recorded(model, "inputs", at=_places(model, self.stack)) as found:
             model(**inputs)
         calls = [steps[0] for steps in found["inputs"].values()]
-        return calls, _real(inputs, calls[0])
+        mask = _real(inputs, calls[0])
+        return Attribution(self._scores(calls, mask), mask)
+
+    def _scores(self, calls: list[AttentionCall], mask: Bool[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:
+        """From the attention of every block, and which tokens are real."""
+        row = _one_hot(mask, self.query).to(torch.promote_types(calls[0].q.dtype, torch.float32))
+        return chained(row, [self._rows_of(call) for call in calls], self.block) * mask
 
     def _rows_of(self, call: AttentionCall) -> Rows:
         def rows(start: int, stop: int) -> Float[Tensor, "batch rows tokens"]:
@@ -108,15 +106,7 @@ class AttentionFlow(AttentionRollout):
     Source: Abnar and Zuidema (2020), arXiv 2005.00928.
     """
 
-    @torch.no_grad()
-    def explain(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        target: Int[Tensor, "batch"] | None = None,  # noqa: ARG002
-    ) -> Attribution:
-        """Explain; it speaks of no target, see `Explainer.explain`."""
-        calls, mask = self._seen(model, inputs)
+    def _scores(self, calls: list[AttentionCall], mask: Bool[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:
         stack = torch.stack([call.weights().mean(1) for call in calls], 1)
         scores = torch.zeros(mask.shape, dtype=stack.dtype, device=stack.device)
         for item, real in enumerate(mask):
@@ -124,7 +114,7 @@ class AttentionFlow(AttentionRollout):
             own = augmented(stack[item][:, at][:, :, at], self.residual)
             query = 0 if self.query == "first" else len(at) - 1
             scores[item, at] = max_flow(own, 0.0, queries=[query], layers=[len(own) - 1])[0, 0]
-        return Attribution(scores, mask)
+        return scores
 
 
 def _places(model: nn.Module, stack: str | None) -> Where:
