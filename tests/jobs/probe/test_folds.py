@@ -12,6 +12,7 @@ from cenote.core import InputError
 from cenote.features.dataset import TokenDataset
 from cenote.features.splits import folds
 from cenote.jobs.probe import Comparison, Recipe, compare, load
+from cenote.jobs.probe.arms import columns_of, remembered
 from cenote.jobs.probe.folds import FEW, planned
 from cenote.jobs.probe.training import predict
 from cenote.report import write
@@ -168,3 +169,17 @@ def test_groups_stay_whole_in_ragged_data() -> None:
     assert c.metric_name == "AUROC"
     assert c.provenance["groups"] == 15
     assert len(c["max"].metric_per_fold) == 3
+
+
+def test_features_are_read_once_for_the_keys_of_all_folds(made: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    whole = TokenDataset.fingerprint
+    monkeypatch.setattr(TokenDataset, "fingerprint", lambda data: (read.append(id(data)), whole(data))[1])
+    plan, fingerprint = planned(made, 3), remembered()
+    (column,), _, _ = columns_of(made, ["mean"])
+    keys = {plan.fingerprinted(fingerprint, column, fold)(plan.seen(column, fold).data) for fold in range(3)}
+    assert len(keys) == 3
+    assert len(read) == 1
+    # the split alone decides, whoever asks
+    again = planned(made, 3)
+    assert {again.fingerprinted(fingerprint, column, fold)(made) for fold in range(3)} == keys

@@ -32,6 +32,7 @@ LARGEST_COPY = 2**31
 """Bytes of features that are written to a temporary file for other processes."""
 
 Layers = str | int | Sequence[int] | None
+Fingerprint = Callable[[TokenDataset], str]
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Trial(Arm):
     metric: str
     seeds: tuple[int, ...]
     recipe: Recipe
-    fingerprint: Callable[[TokenDataset], str] = TokenDataset.fingerprint
+    fingerprint: Fingerprint = TokenDataset.fingerprint
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -181,7 +182,7 @@ class Trial(Arm):
         return probe.eval()
 
 
-def remembered() -> Callable[[TokenDataset], str]:
+def remembered() -> Fingerprint:
     """Fingerprints; each view of the data is read once."""
     known: dict[int, tuple[TokenDataset, str]] = {}
 

@@ -25,7 +25,8 @@ from cenote.core import InputError
 from cenote.core.requirements import require_at_least
 from cenote.features import splits
 from cenote.features.dataset import SPLITS, TokenDataset
-from cenote.jobs.probe.arms import Column
+from cenote.features.tokens.source import sha256_of
+from cenote.jobs.probe.arms import Column, Fingerprint
 from cenote.jobs.probe.measure import measured_by
 
 FOLDS = 5
@@ -60,6 +61,12 @@ class Plan:
         if not self.splits:
             return data
         return self._views.setdefault((id(data), fold), (data, data.with_split(self.splits[fold])))[1]
+
+    def fingerprinted(self, fingerprint: Fingerprint, column: Column, fold: int) -> Fingerprint:
+        """Of what a method reads in a fold: the features are those of the data, which are read once for all folds."""
+        if not self.splits:
+            return fingerprint
+        return lambda _: sha256_of((self.splits[fold],), (fingerprint(column.data),))
 
     def seen(self, column: Column, fold: int) -> Column:
         """A method, as it reads the data in a fold."""

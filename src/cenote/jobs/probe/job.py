@@ -113,7 +113,12 @@ def compare(
         return_freed_blocks()
     fingerprint = remembered()
     of_folds = [
-        {c.name: Trial(plan.seen(c, fold), name_of_metric, seed_numbers, recipe, fingerprint) for c in columns}
+        {
+            c.name: Trial(
+                plan.seen(c, fold), name_of_metric, seed_numbers, recipe, plan.fingerprinted(fingerprint, c, fold)
+            )
+            for c in columns
+        }
         for fold in range(len(plan))
     ]
     trials, cells_folder = of_folds[0], None if folder is None else folder / "cells"
