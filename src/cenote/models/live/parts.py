@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -93,6 +93,12 @@ class _Part(Edit):
         size = batch // self.count
         return slice(self.number * size, (self.number + 1) * size)
 
+    def changed(self, x: Tensor, place: Place, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """x, of all items, with what a change makes of these."""
+        items = self.items(len(x), place)
+        before = x[items]
+        return _put(x, items, before, change(before), place)
+
     def seen(self, call: AttentionCall) -> AttentionCall:
         """The call of these items."""
         items = self.items(call.batch, call.place)
@@ -144,19 +150,13 @@ class _AttentionOfPart(_Part, AttentionEdit):
         return changed
 
     def scores(self, call: AttentionCall, scores: Tensor) -> Tensor:
-        items = self.items(call.batch, call.place)
-        before = scores[items]
-        return _put(scores, items, before, self.inner.scores(self.seen(call), before), call.place)
+        return self.changed(scores, call.place, lambda part: self.inner.scores(self.seen(call), part))
 
     def weights(self, call: AttentionCall, weights: Tensor) -> Tensor:
-        items = self.items(call.batch, call.place)
-        before = weights[items]
-        return _put(weights, items, before, self.inner.weights(self.seen(call), before), call.place)
+        return self.changed(weights, call.place, lambda part: self.inner.weights(self.seen(call), part))
 
     def context(self, call: AttentionCall, y: Tensor) -> Tensor:
-        items = self.items(call.batch, call.place)
-        before = y[items]
-        return _put(y, items, before, self.inner.context(self.seen(call), before), call.place)
+        return self.changed(y, call.place, lambda part: self.inner.context(self.seen(call), part))
 
 
 class _RowsOfPart(_AttentionOfPart, RowEdit):
@@ -173,23 +173,17 @@ class _RowsOfPart(_AttentionOfPart, RowEdit):
         return chosen
 
     def rows(self, call: AttentionCall, weights: Tensor) -> Tensor:
-        items = self.items(call.batch, call.place)
-        before = weights[items]
-        return _put(weights, items, before, self.inner.rows(self.seen(call), before), call.place)
+        return self.changed(weights, call.place, lambda part: self.inner.rows(self.seen(call), part))
 
 
 class _BlockOfPart(_Part, BlockEdit):
     inner: BlockEdit
 
     def enters(self, place: Place, h: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-        items = self.items(len(h), place)
-        before = h[items]
-        return _put(h, items, before, self.inner.enters(place, before), place)
+        return self.changed(h, place, lambda part: self.inner.enters(place, part))
 
     def leaves(self, place: Place, h: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-        items = self.items(len(h), place)
-        before = h[items]
-        return _put(h, items, before, self.inner.leaves(place, before), place)
+        return self.changed(h, place, lambda part: self.inner.leaves(place, part))
 
 
 def _put(x: Tensor, items: slice, before: Tensor, after: Tensor, place: Place) -> Tensor:
