@@ -202,7 +202,7 @@ def index() -> str:
 
 def row(s: System) -> tuple[str, ...]:
     link = f"[{s.slug}]({s.slug}.md)" if has_page(s) else s.slug
-    done = f", {sum(p.state != 'missing' for p in s.parts)} of {len(s.parts)}" if s.parts else ""
+    done = f", {s.settled} of {len(s.parts)}" if s.parts else ""
     return str(s.row), link, str(s.year), s.title, f"{s.status}{done}"
 
 

@@ -66,6 +66,11 @@ class System:
         return tuple(p.name for p in self.parts if p.state == "missing")
 
     @property
+    def settled(self) -> int:
+        """How many parts are met or answered."""
+        return len(self.parts) - len(self.missing)
+
+    @property
     def standing(self) -> str:
         """The status in words, with what is missing.
 

@@ -117,7 +117,7 @@ def _told(s: System) -> dict[str, Any]:
 
 def _counted(s: System) -> str:
     """Parts that are met or answered, of all."""
-    return f"{sum(p.state != 'missing' for p in s.parts)}/{len(s.parts)}" if s.parts else "-"
+    return f"{s.settled}/{len(s.parts)}" if s.parts else "-"
 
 
 def _of_no_system(name: str) -> list[tuple[str, str]]:

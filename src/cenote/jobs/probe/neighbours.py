@@ -17,7 +17,8 @@ from cenote.core.requirements import require_all_positive, require_at_least, req
 from cenote.features.dataset import TokenDataset
 from cenote.jobs.probe.measure import metric_name
 from cenote.jobs.probe.module import build_probe
-from cenote.jobs.probe.training import pieces
+from cenote.jobs.probe.recipe import Recipe
+from cenote.jobs.probe.training import vectors
 
 NEIGHBOURS = (5, 10, 20, 50, 100, 200)
 TEMPERATURES = (0.07, 0.1, 0.2)
@@ -137,13 +138,7 @@ def _logits(shares: Float[Tensor, "items classes"]) -> Float[Tensor, "items outp
     return logits[:, 1:] - logits[:, :1] if shares.shape[1] == 2 else logits
 
 
-@torch.no_grad()
 def _unit_features(
-    data: TokenDataset, items: Int[Tensor, "chosen"], read: str, tokens_at_once: int = 32768
+    data: TokenDataset, items: Int[Tensor, "chosen"], read: str, tokens_at_once: int = Recipe.tokens_at_once
 ) -> Float[Tensor, "chosen dim"]:
-    probe = build_probe(read, data)
-    out = torch.empty(len(items), data.dim)
-    for where, part in pieces(data, items, tokens_at_once):
-        x, mask = data.batch(part)
-        out[where] = probe.pooled(x.to(torch.get_default_dtype()), mask)
-    return F.normalize(out, dim=1)
+    return F.normalize(vectors(build_probe(read, data), data, items, tokens_at_once)[items], dim=1)

@@ -31,7 +31,22 @@ class _Group:
         self.steps = [torch.zeros(()) for _ in self.parameters]
 
 
-class CosineAdamW:
+class _Cosine:
+    """What a learning rate along a half cosine needs to know."""
+
+    def __init__(self, weight_decay: float, steps: int, warmup: int) -> None:
+        self._weight_decay = weight_decay
+        self._steps = steps
+        self._warmup = warmup
+        self._done = 0
+
+    def _next_share(self) -> float:
+        """The learning rate of this step, as a share of its largest."""
+        self._done += 1
+        return share_of_rate(self._done - 1, self._steps, self._warmup)
+
+
+class CosineAdamW(_Cosine):
     """As `torch.optim.AdamW` and `CosineAnnealingLR`, one group of parameters for each learning rate.
 
     Args:
@@ -50,17 +65,13 @@ class CosineAdamW:
         steps: int,
         warmup: int = 0,
     ) -> None:
+        super().__init__(weight_decay, steps, warmup)
         self._groups = [_Group(list(group), rate) for group, rate in zip(groups, rates, strict=True)]
-        self._weight_decay = weight_decay
-        self._steps = steps
-        self._warmup = warmup
-        self._done = 0
 
     @torch.no_grad()
     def step(self) -> None:
         """Move every parameter that has a gradient, and take the gradients away."""
-        share = share_of_rate(self._done, self._steps, self._warmup)
-        self._done += 1
+        share = self._next_share()
         for group in self._groups:
             moved = [i for i, p in enumerate(group.parameters) if p.grad is not None]
             parameters = [group.parameters[i] for i in moved]
@@ -84,7 +95,7 @@ class CosineAdamW:
                 p.grad = None
 
 
-class CosineLARS:
+class CosineLARS(_Cosine):
     """Gradient descent with momentum in which every weight of every member moves by a like share of its own length.
 
     `g <- g + decay w`, `r = 0.001 |w| / |g|` (1 where either length is 0), `v <- 0.9 v + r g`, `w <- w - lr v`. Vectors and
@@ -105,18 +116,14 @@ class CosineLARS:
         steps: int,
         warmup: int = 0,
     ) -> None:
+        super().__init__(weight_decay, steps, warmup)
         self._groups = [(list(group), rate) for group, rate in zip(groups, rates, strict=True)]
         self._velocities = [[torch.zeros_like(p) for p in group] for group, _ in self._groups]
-        self._weight_decay = weight_decay
-        self._steps = steps
-        self._warmup = warmup
-        self._done = 0
 
     @torch.no_grad()
     def step(self) -> None:
         """Move every parameter that has a gradient, and take the gradients away."""
-        share = share_of_rate(self._done, self._steps, self._warmup)
-        self._done += 1
+        share = self._next_share()
         for (group, rate), velocities in zip(self._groups, self._velocities, strict=True):
             for p, v in zip(group, velocities, strict=True):
                 if p.grad is None:
