@@ -8,7 +8,7 @@ Note:
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -106,9 +106,6 @@ class LinAttention(Pool):
         Of the layer behind the rows only the width is known to us; the ReLU is ours.
     """
 
-    # of earlier pickles
-    joined: nn.Linear | None = None
-
     def __init__(self, dim: int, rows: int = 30, hidden: int = 350, joined: int | None = None) -> None:
         super().__init__(dim, joined)
         require_at_least(1, rows=rows, hidden=hidden)
@@ -116,6 +113,12 @@ class LinAttention(Pool):
         self.map = nn.Linear(dim, hidden, bias=False)
         self.score = nn.Linear(hidden, rows, bias=False)
         self.joined = None if joined is None else nn.Linear(rows * dim, joined)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # pickled by a version without the layer; a default of the class would hide the layer where there is one
+        if "joined" not in state["_modules"]:
+            state.setdefault("joined", None)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def pool(self, tokens: Tokens) -> Pooled:
         weights = tokens.softmax(tokenwise(self.scores, tokens.values))
