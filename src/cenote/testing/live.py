@@ -396,7 +396,8 @@ def _rule_a_cache_changes_nothing(t: _Trial) -> str | None:
         raise _NotApplicableError("the plain model's cache changes its outputs")
     with t.entering(t.model, _Towards(2), spans=span):
         by_step = cached()
-    with t.entering(t.model, _Towards(2), spans=span):
+    whole = {"named": torch.nn.functional.pad(span["named"], (0, tokens - cut))}
+    with t.entering(t.model, _Towards(2), spans=whole):
         once = model(input_ids=words, use_cache=False).logits
     apart = _apart(by_step, once)
     return f"decoding with a cache differs from without by {apart:.3g}, expected at most 2e-5" if apart > 2e-5 else None
