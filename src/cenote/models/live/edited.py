@@ -329,8 +329,13 @@ def placed(model: nn.Module, edits: Sequence[Edit], spans: Mapping[str, Tensor])
         require_spans(edit, spans)
         everywhere = attention if isinstance(edit, AttentionEdit) else blocks
         chosen = [place for place in everywhere if place in edit.at]
+        if not everywhere:
+            raise InputError(
+                f"edits: {name_of(edit)} acts in attention or in a list of blocks that hold some, and {type(model).__name__} "
+                f"has none"
+            )
         if not chosen:
-            there = sorted({f"{kind} in {stack!r}" for _, kind, stack, *_ in everywhere}) or ["none"]
+            there = sorted({f"{kind} in {stack!r}" for _, kind, stack, *_ in everywhere})
             raise InputError(
                 f"edits: {name_of(edit)} has no place {edit.at} in {type(model).__name__}; there are: {', '.join(there)}"
             )
