@@ -6,11 +6,13 @@ import errno
 import os
 import re
 import sys
+from typing import Annotated
 
 import typer
 
 from cenote.cli import catalog, extract, interrupts, mimic, models, predict, probe, report, study
 from cenote.core.errors import InputError
+from cenote.core.version import __version__
 
 app = typer.Typer(
     name="cenote",
@@ -18,6 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("probe")(probe.probe)
 app.command("extract")(extract.extract)
@@ -28,6 +31,22 @@ app.command("study")(study.study)
 app.command("list")(catalog.list_methods)
 app.command("show")(catalog.show)
 app.add_typer(models.app, name="models")
+
+
+def _tell_version(asked: bool) -> bool:
+    if asked:
+        typer.echo(f"cenote {__version__}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def cenote(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_tell_version)
+    ] = False,
+) -> None:
+    """Pool, reduce, mix, explain, steer and select a model's tokens."""
 
 
 REMEDIES = {

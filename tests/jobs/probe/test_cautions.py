@@ -11,7 +11,7 @@ from tests.jobs.probe.conftest import make_dataset, make_ragged
 from cenote.core.graphs import Graphs
 from cenote.features.dataset import TokenDataset
 from cenote.jobs.probe import Comparison, MethodResult, Recipe, compare
-from cenote.jobs.probe.cautions import at_the_edge, odd_features, small_test, still_improving
+from cenote.jobs.probe.cautions import Seen, at_the_edge, odd_features, small_test, still_improving
 
 RECIPE = Recipe(learning_rates=(1e-3, 1e-2, 1e-1), epochs=10)
 
@@ -162,3 +162,23 @@ def test_the_comparison_tells_them(tmp_path: Path) -> None:
     assert len(c["mean"].validation_by_rate) == 2
     assert max(c["mean"].validation_by_rate) == pytest.approx(np.mean(c["mean"].validation_per_seed))
     assert Comparison.load(tmp_path).cautions == c.cautions
+
+
+def test_the_same_data_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, looked = make_dataset(dim=10), []
+    x = data.x.clone()
+    x[:, :, 4] = 7.0
+    x[int(data.indices("test")[0])] = x[int(data.indices("train")[0])]
+    data = dataclasses.replace(data, x=x)
+    own = Seen.of.__func__  # type: ignore[attr-defined]
+    monkeypatch.setattr(Seen, "of", classmethod(lambda cls, d: looked.append(d) or own(cls, d)))
+    recipe = Recipe(learning_rates=(1e-2,), epochs=1)
+    first, again = (compare(data, ["mean", "max"], seeds=1, recipe=recipe, out=tmp_path) for _ in range(2))
+    assert len(looked) == 1
+    assert first.cautions == again.cautions
+    assert any("1 of 30 test items" in text for text in first.cautions)
+    assert any("1 of 10 features never change" in text for text in first.cautions)
+    (tmp_path / "seen.safetensors").write_bytes(b"cut")
+    assert compare(data, ["mean", "max"], seeds=1, recipe=recipe, out=tmp_path).cautions == first.cautions
+    compare(data.with_split(data.split.flip(0)), ["mean", "max"], seeds=1, recipe=recipe, out=tmp_path)
+    assert len(looked) == 3

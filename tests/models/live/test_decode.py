@@ -802,7 +802,9 @@ def test_what_cannot_be_edited_is_refused() -> None:
         (lambda: Branch(ragged, edits=Towards()), "edits: expected a list of them, got Towards"),  # type: ignore[arg-type]
         (lambda: Branches([Branch({"input_ids": torch.ones(1, 3)})]).generate(model, **GREEDY), "are torch.float32"),
         (
-            lambda: Branches([Branch({"input_ids": words(1, 2, 1), "attention_mask": [[1, 1]]})]).generate(model, **GREEDY),
+            lambda: Branches([Branch({"input_ids": words(1, 2, 1), "attention_mask": [[1, 1]]})]).generate(
+                model, **GREEDY
+            ),
             "attention_mask of branch 0 is list",
         ),
     ]

@@ -33,7 +33,6 @@ from cenote.models.live.edited import _REMEMBERING as remembering
 from cenote.models.live.sdpa import _before as forwards
 from cenote.testing.as_found import fingerprint
 
-
 FILES = tuple(
     f"live/{name}.py" for name in ("denoise", "edited", "transformers", "sdpa", "seats", "left", "shorten", "swapped")
 )
@@ -173,6 +172,7 @@ def test_a_model_is_as_it_was(kind: str) -> None:
         "shortened": lambda: edited(model, Shorten(every_other, 0)),
         "swapped": lambda: swapped(model, {"model.layers.0.mlp": lambda old: old}),
     }
+
     def enter_and_leave() -> None:
         with contexts[kind]():
             model(**case.inputs)

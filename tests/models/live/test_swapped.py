@@ -69,7 +69,7 @@ def test_what_cannot_be_is_said() -> None:
     with pytest.raises(InputError, match="expected a module for each place or path, got list"), swapped(model, wrong):
         pass
     wrong = {0: nn.ReLU()}
-    with pytest.raises(InputError, match="expected places or paths as keys.* got 0"), swapped(model, wrong):
+    with pytest.raises(InputError, match=r"expected places or paths as keys.* got 0"), swapped(model, wrong):
         pass
 
 

@@ -26,7 +26,11 @@ REACHED = {
 }
 REFUSED = {
     "cait_xxs24_224": (PATCHES, "blocks.0.attn cannot be reached: TalkingHeadAttn writes it out", 4),
-    "xcit_nano_12_p16_224": ({**PATCHES, "patch_size": 16}, "blocks.0.attn cannot be reached: its attention is written", 4),
+    "xcit_nano_12_p16_224": (
+        {**PATCHES, "patch_size": 16},
+        "blocks.0.attn cannot be reached: its attention is written",
+        4,
+    ),
     "swin_tiny_patch4_window7_224": (WINDOWS, "blocks.0.attn cannot be reached: its attention is written out", 4),
     "swinv2_tiny_window8_256": (WINDOWS, "blocks.0.attn cannot be reached: WindowAttention writes it out", 4),
 }
@@ -73,7 +77,10 @@ def test_attention_that_is_written_out_is_refused_and_states_are_there(name: str
 
 
 def test_attention_of_the_class_token_is_reached_beside_what_is_not() -> None:
-    for name, stack, keys in (("cait_xxs24_224", "blocks_token_only", 17), ("xcit_nano_12_p16_224", "cls_attn_blocks", 5)):
+    for name, stack, keys in (
+        ("cait_xxs24_224", "blocks_token_only", 17),
+        ("xcit_nano_12_p16_224", "cls_attn_blocks", 5),
+    ):
         model = built(name, **REFUSED[name][0])
         plain = run(model)
         with recorded(model, "rows", at=Where(stack=stack), rows="all") as found:
@@ -86,7 +93,7 @@ def test_attention_among_channels_is_no_attention_among_tokens() -> None:
     for block in model.blocks:
         block.attn.fused_attn = True
     with (
-        pytest.raises(InputError, match="blocks.0.attn attends among its 32 channels, not among tokens"),
+        pytest.raises(InputError, match=r"blocks.0.attn attends among its 32 channels, not among tokens"),
         recorded(model, "rows", at=Where(stack="blocks")),
     ):
         run(model)
@@ -95,5 +102,8 @@ def test_attention_among_channels_is_no_attention_among_tokens() -> None:
 def test_a_model_without_attention_says_so() -> None:
     model = built("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
     for wanted, recorder in (("rows", "RowRecorder"), ("states", "StateRecorder")):
-        with pytest.raises(InputError, match=f"{recorder} acts in attention.*ConvNeXt has none"), recorded(model, wanted):
+        with (
+            pytest.raises(InputError, match=f"{recorder} acts in attention.*ConvNeXt has none"),
+            recorded(model, wanted),
+        ):
             pytest.fail("entered")

@@ -166,7 +166,9 @@ def own(_: str) -> Case:
 
 def timm(_: str) -> Case:
     torch.manual_seed(0)
-    model = tiny.timm_models().create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, pretrained=False)
+    model = tiny.timm_models().create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, pretrained=False
+    )
     return Case(model.eval(), {"x": pixels()})
 
 

@@ -6,12 +6,15 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from cenote.compare.cells import Cell, cell_key, load_cell, save_cell
+from cenote.compare.sources import source_digest
 from cenote.features.dataset import TokenDataset
 from cenote.jobs.probe.recipe import Recipe
 from cenote.jobs.probe.result import Comparison, MethodResult
@@ -41,15 +44,20 @@ LATE = 0.8
 
 
 def cautions(
-    data: TokenDataset, comparison: Comparison, recipe: Recipe, tested: Int[Tensor, "tested"] | None = None
+    data: TokenDataset,
+    comparison: Comparison,
+    recipe: Recipe,
+    tested: Int[Tensor, "tested"] | None = None,
+    seen: Seen | None = None,
 ) -> tuple[str, ...]:
-    """All that apply, those of the data first; of `tested` items, by default those of the test split."""
+    """All that apply, those of the data first; of `tested` items, by default those of the test split. What was `seen` in all
+    tokens is looked for where it is not given."""
     looked_at = {comparison.winner, comparison.baseline}
     results = [r for r in comparison.results if r.method in looked_at]
     return (
         *data.cautions,
         *small_test(data, comparison.metric_name, tested),
-        *odd_features(data),
+        *odd_features(data, seen),
         *(text for r in results for text in (*at_the_edge(r, recipe), *still_improving(r, recipe))),
     )
 
@@ -80,9 +88,9 @@ def small_test(data: TokenDataset, metric: str, tested: Int[Tensor, "tested"] | 
     return tuple(found)
 
 
-def odd_features(data: TokenDataset) -> tuple[str, ...]:
+def odd_features(data: TokenDataset, seen: Seen | None = None) -> tuple[str, ...]:
     """Items that stand on both sides of the split, constant features, and features beyond float16's range."""
-    seen = Seen.of(data)
+    seen = seen or Seen.of(data)
     found = []
     if seen.copies:
         test, other = seen.copies[0]
@@ -119,6 +127,19 @@ class Seen:
     copies: tuple[tuple[str, str], ...]
     constant: Bool[Tensor, "dim"]
     largest: float
+
+    @classmethod
+    def kept(cls, data: TokenDataset, fingerprint: str, file: Path) -> Seen:
+        """That of these data, kept in a file; found there again where data and code are the same."""
+        key = cell_key({"data": fingerprint, "source": source_digest(cls)})
+        cell = load_cell(file, key)
+        if cell is not None:
+            copies = tuple((test, other) for test, other in cell.record["copies"])
+            return cls(copies, cell.tensors["constant"], cell.record["largest"])
+        seen = cls.of(data)
+        record = {"copies": seen.copies, "largest": seen.largest}
+        save_cell(file, key, Cell(file.stem, record, {"constant": seen.constant}))
+        return seen
 
     @classmethod
     def of(cls, data: TokenDataset) -> Seen:

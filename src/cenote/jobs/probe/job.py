@@ -23,7 +23,7 @@ from cenote.core.requirements import require_one_of
 from cenote.features import facts
 from cenote.features.dataset import SPLITS, TokenDataset
 from cenote.jobs.probe.arms import Layers, Trial, columns_of, remembered
-from cenote.jobs.probe.cautions import cautions
+from cenote.jobs.probe.cautions import Seen, cautions
 from cenote.jobs.probe.folds import planned
 from cenote.jobs.probe.looks import save_looks
 from cenote.jobs.probe.measure import judged_by
@@ -144,7 +144,9 @@ def compare(
         ),
         dataset={**facts(plan.view(data, 0)), "classes": list(data.classes)},
     )
-    comparison = dataclasses.replace(comparison, cautions=cautions(data, comparison, recipe, plan.tested()))
+    seen = None if folder is None else Seen.kept(data, fingerprint(data), folder / "seen.safetensors")
+    told = cautions(data, comparison, recipe, plan.tested(), seen)
+    comparison = dataclasses.replace(comparison, cautions=told)
     if folder is not None:
         judged = {r.method for r in comparison.results}
         done = {name: trial for name, trial in trials.items() if name in judged}

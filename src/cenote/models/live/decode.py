@@ -166,9 +166,7 @@ class Branches:
             raise InputError("branches: give a list of at least one")
         for number, branch in enumerate(branches):
             if not isinstance(branch, Branch):
-                raise InputError(
-                    f"branches: expected Branch(inputs), got {type(branch).__name__} as branch {number}"
-                )
+                raise InputError(f"branches: expected Branch(inputs), got {type(branch).__name__} as branch {number}")
         if not callable(combine) and combine not in ("sum", "mixture", "lowest"):
             raise InputError(f"combine: {combine!r}; there are 'sum', 'mixture', 'lowest', or give a function")
         if of not in ("logits", "log-probabilities"):

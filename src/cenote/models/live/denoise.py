@@ -420,7 +420,7 @@ class Denoising(Run):
     def step(self) -> int:
         return max(0, self._index)
 
-    def arrives(self, place: Place, call: AttentionCall) -> Mapping[str, object]:
+    def arrives(self, place: Place, call: AttentionCall) -> Mapping[str, object]:  # noqa: ARG002
         conditional = None
         if call.batch % len(self._conditional) == 0:
             each = call.batch // len(self._conditional)
