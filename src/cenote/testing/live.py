@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_several
 from cenote.models.live import (
     AttentionCall,
     AttentionEdit,
@@ -86,6 +87,7 @@ def check_live(
         ContractError: with one line per broken rule.
         InputError: where `leave_out` names a rule that there is not.
     """
+    require_several(implementations=implementations)
     names = list(implementations) if not isinstance(model, nn.Module) else ["as given"]
     if not names or rounds < 1:
         raise InputError(f"implementations, rounds: expected at least one of each, got {names} and {rounds}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from cenote.core import InputError
-from cenote.core.requirements import require_one_of
+from cenote.core.requirements import require_one_of, require_several
 from cenote.features import arrow
 from cenote.features.raw.files import SUFFIXES, files_below, kinds_of_files, media_files, open_media
 from cenote.features.raw.items import Kind, RawItems
@@ -47,6 +47,8 @@ def open_raw(
         raise InputError(f"data: there is no file or folder {where}")
     if kind is not None:
         require_one_of(get_args(Kind), kind=kind)
+    if names is not None:
+        require_several(names=names)
     if limit is not None and limit < 1:
         raise InputError(f"limit: expected at least 1 item, got {limit}")
     csv = None if labels is None else Path(labels)

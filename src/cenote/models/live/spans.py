@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from cenote.core import InputError
+from cenote.core.requirements import require_several
 
 Range = tuple[int, int]
 
@@ -71,6 +72,7 @@ def of_texts(
         raise InputError(
             f"tokenizer: {type(tokenizer).__name__} gives no offsets of characters; load it with use_fast=True"
         )
+    require_several(texts=texts, **parts)
     ranges: dict[str, list[list[Range]]] = {}
     for name, found in parts.items():
         if len(found) != len(texts):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cenote.core import files
 from cenote.core.errors import InputError
-from cenote.core.requirements import require_rate
+from cenote.core.requirements import require_rate, require_several
 from cenote.pool.sequence.attentive_mimicking.letter_ngrams import LetterNgrams
 from cenote.pool.sequence.attentive_mimicking.model import AttentiveMimicking, Combinator, Mimicked
 from cenote.pool.sequence.attentive_mimicking.word_contexts import AROUND, Context, contexts_of, count_words
@@ -115,6 +115,7 @@ class Mimic:
             contexts: read at most so many of each word.
             seed: of the sample where a word has more.
         """
+        require_several(words=words)
         wanted = list(dict.fromkeys(w.lower() for w in words))
         return self.infer(contexts_of(wanted, text, self.known.number, contexts, seed=seed))
 
@@ -254,7 +255,8 @@ def train_mimic(
     """
     require_rate(ngram_dropout=ngram_dropout)
     counts = count_words(text)
-    left_out = set(leave_out)
+    left_out = leave_out if isinstance(leave_out, str) else set(leave_out)
+    require_several(leave_out=left_out)
     targets = [w for w in known.words if counts[w] >= least_count and w not in left_out]
     if not targets:
         raise InputError(
