@@ -77,8 +77,10 @@ $(PACKAGE): pyproject.toml
 	@$(PIP) --editable .
 	@touch $@
 
+# timm asks for torchvision, which its models do not need
 $(TEST): $(PACKAGE)
 	@$(PIP) --editable '.[test]'
+	@$(PIP) --no-deps 'timm>=1.0'
 	@touch $@
 
 $(REAL): $(TEST)
