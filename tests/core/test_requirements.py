@@ -76,7 +76,7 @@ KNOWN = WordVectors(["red", "pie"], torch.eye(2))
         (lambda: check_live(torch.nn.Linear(2, 2), {}, implementations="sdpa"), "implementations"),
         (lambda: open_raw(Path(__file__).parent, names="text,label"), "names"),
         (lambda: of_texts(types.SimpleNamespace(is_fast=True), "a text", {}), "texts"),
-        (lambda: of_texts(types.SimpleNamespace(is_fast=True), ["a text"], {"question": "a"}), "question"),
+        (lambda: of_texts(types.SimpleNamespace(is_fast=True), ["a text"], {"question": "a"}), "parts"),
     ],
 )
 def test_one_text_is_no_list_of_names(call: Callable[[], object], named: str) -> None:
