@@ -26,7 +26,11 @@ from cenote.jobs.probe.arms import Trial
 from cenote.jobs.probe.references import reference_names
 from cenote.scale import RayEngine, RaySweep
 
-pytestmark = pytest.mark.slow("starts clusters of Ray")
+pytestmark = [
+    pytest.mark.slow("starts clusters of Ray"),
+    # where it copies its options it sets those too that it has given up
+    pytest.mark.filterwarnings(r"ignore:::ray\.data\.context"),
+]
 REFERENCES = reference_names("multiclass")
 OPTIONS = Options(items_per_shard=2, batch=2)
 
