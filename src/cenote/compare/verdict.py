@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, TypeVar
 
-from cenote.compare.result import Comparison
+from cenote.compare.result import Comparison, PairTest
 from cenote.compare.statistics import SIGNIFICANT
 
 C = TypeVar("C", bound="Comparison[Any]")
@@ -64,7 +64,7 @@ def sentence(c: Comparison[Any]) -> str:
     test = next(t for t in c.against_baseline if t.first == c.winner)
     lead = words.difference(test.difference, test.interval)
     if test.p_adjusted <= SIGNIFICANT and test.difference > 0:
-        text = f"{c.winner} beats {c.baseline} by {lead}"
+        text = f"{c.winner} beats {c.baseline} by {lead}{_at_odds(test)}"
         first, second = c[c.winner].cost, c[c.baseline].cost
         if first is not None and second is not None:
             text += f" and costs {first / max(second, 1e-9):.1f} times the {words.cost}"
@@ -79,6 +79,14 @@ def sentence(c: Comparison[Any]) -> str:
         verb = "is" if len(close) == 1 else "are"
         text += f"; {_listed(close)} {verb} not distinguishable from it"
     return f"{text}{_controls(c)}{_ahead(c)}.{_advice(c)}"
+
+
+def _at_odds(test: PairTest) -> str:
+    """What to make of a difference that the test sees and the interval does not."""
+    low, high = test.interval
+    if not low <= 0 <= high:
+        return ""
+    return f" by its test alone (p = {test.p_adjusted:.2g}), while the interval holds 0: take it for a hint"
 
 
 def _inseparable(c: Comparison[Any]) -> list[str]:
