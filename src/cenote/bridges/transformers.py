@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from cenote.catalog import method
@@ -150,8 +148,7 @@ class PooledModel(nn.Module):
         folder = Path(folder)
         backbone: Any = self.backbone
         backbone.save_pretrained(folder / BACKBONE)
-        state = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("backbone.")}
-        files.write_whole(folder / STATE, save(state))
+        state = {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.")}
         card = {
             "format": FORMAT,
             "method": self.method,
@@ -159,7 +156,7 @@ class PooledModel(nn.Module):
             "prefix_tokens": self.prefix_tokens,
             "outputs": None if self.head is None else self.head.out_features,
         }
-        files.write_whole(folder / CARD, json.dumps(card, indent=1))
+        files.write_saved(folder / CARD, folder / STATE, card, state)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **of_backbone: Any) -> PooledModel:
@@ -177,11 +174,8 @@ class PooledModel(nn.Module):
         """
         folder = Path(folder)
         try:
-            card = files.read_card(folder / CARD, "save the model again", **FIELDS)
-            state = load_file(folder / STATE)
-        except InputError:
-            raise
-        except (OSError, ValueError, SafetensorError) as error:
+            card, state = files.read_saved(folder / CARD, folder / STATE, "save the model again", **FIELDS)
+        except OSError as error:
             raise InputError(f"{folder}: holds no model of PooledModel.save_pretrained ({error})") from error
         files.require_format(folder, card, 1, FORMAT)
         if card["format"] == 1:

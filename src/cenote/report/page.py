@@ -47,12 +47,14 @@ def write(out: Path) -> Path:
         raise InputError(f"out: no comparison.json in {out}; name the folder that `cenote probe --out` wrote")
     try:
         comparison = Comparison.load(out)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise _damaged(found, error) from error
     attention = Attention.load(out)
     try:
         page = render(comparison, attention, out)
-    except (UndefinedError, KeyError) as error:
+    except InputError:
+        raise
+    except (UndefinedError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise _damaged(found, error) from error
     path = out / "report.html"
     files.write_whole(path, page)

@@ -100,8 +100,8 @@ def write_times(store: Path, computed: int, seconds: float) -> None:
     """Add what this call took to what others took."""
     path = store / TIMES
     try:
-        runs = json.loads(path.read_text("utf-8"))["runs"]
-    except (OSError, ValueError, KeyError, TypeError):
+        runs = list(files.opened(files.read_json(path), path)["runs"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         runs = []
     runs.append({"finished": time.time(), "items": computed, "seconds": seconds})
-    files.write_whole(path, json.dumps({"runs": runs}, indent=1) + "\n")
+    files.write_whole(path, json.dumps(files.sealed({"runs": runs}), indent=1) + "\n")
