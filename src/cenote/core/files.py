@@ -45,7 +45,8 @@ class Stored(NamedTuple):
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file so that no reader, and no crash, ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    # names of files may hold bytes that are no text
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -57,6 +58,15 @@ def write_whole(path: Path, content: bytes | str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def require_place(path: Path, argument: str) -> None:
+    """Raise `InputError` where a file cannot be written to a place, as far as can be told without writing it."""
+    if path.is_dir():
+        raise InputError(f"{argument}: {path} is a folder; name a file")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise InputError(f"{argument}: cannot make {path}: {above} is a file; name another place")
 
 
 def inside(folder: Path, name: object) -> Path:

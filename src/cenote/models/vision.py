@@ -32,6 +32,8 @@ class VisionBackbone(HuggingFaceBackbone):
         self, model: nn.Module, folder: Path, identity: Identity, notes: Sequence[str], trust_remote_code: bool
     ) -> None:
         self.processor = processor("AutoImageProcessor", folder, trust_remote_code, "images")
+        if getattr(self.processor, "backend", None) == "torchvision" or type(self.processor).__name__.endswith("Fast"):
+            self.libraries = ("torchvision",)
         config: Any = model.config
         if getattr(config, "mask_ratio", 0):
             # a masked autoencoder hides most of its input also when it only encodes; here it sees everything

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,7 +73,7 @@ class Attention:
             labelled = raw.get("token_labels") or [None] * len(raw["items"])
             items = tuple(_item(r, marks) for r, marks in zip(raw["items"], labelled, strict=True))
             grid = None if raw["grid"] is None else (int(raw["grid"][0]), int(raw["grid"][1]))
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, binascii.Error, OSError) as error:
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, OSError) as error:
             raise InputError(f"out: {words} cannot be read ({_said(error)}); {_REMEDY}") from error
         try:
             weights = {

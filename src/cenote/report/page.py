@@ -84,7 +84,7 @@ def render(comparison: Comparison, attention: Attention | None = None, out: Path
     """
     count = 0 if attention is None else len(attention.items)
     page = _page(comparison, attention, count, out)
-    while len(page.encode("utf-8")) > MOST_BYTES and count:
+    while len(page.encode("utf-8", "backslashreplace")) > MOST_BYTES and count:
         count //= 2
         page = _page(comparison, attention, count, out)
     return page

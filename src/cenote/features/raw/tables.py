@@ -310,7 +310,7 @@ def _json_lines(file: Path) -> dict[str, Column]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{file}, line {number}: is not JSON ({error}); expected an object on each line: correct it or take it out"
             ) from error

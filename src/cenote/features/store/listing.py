@@ -94,7 +94,7 @@ def read_listing(store: Path) -> Listing:
             json.loads(about["cenote.class_names"]),
             frozenset(json.loads(about["cenote.used"])).intersection(columns),
         )
-    except (pa.ArrowException, OSError, KeyError, ValueError, OverflowError, TypeError, MemoryError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError, OverflowError, TypeError, RecursionError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         why = "is lost" if isinstance(error, FileNotFoundError) else f"is damaged ({said})"
         raise InputError(f"{path}: {why}; run the same cenote extract again: finished shards are kept") from error

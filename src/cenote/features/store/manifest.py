@@ -36,7 +36,8 @@ class Manifest:
 
     Attributes:
         kind: image, audio or text.
-        model: `name` (for people), `revision`, `library`, `model_class`, `weights_sha256`, `config_sha256`.
+        model: `name` (for people), `revision`, `library`, `model_class`, `weights_sha256`, `config_sha256`, and
+            `code_sha256` where code of its own was run.
         preprocessing: the settings of the preprocessing as the model's own files give them.
         layers: which hidden states: 0 = the embeddings, then one per block; the last one is the model's output.
         dim: width of a token.
@@ -135,7 +136,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"finished shards are kept"
         ) from error
         _check(found, key)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, OSError) as error:
         if isinstance(error, InputError):
             raise
         raise DamagedManifest(
@@ -186,6 +187,7 @@ def _worded(name: str) -> str:
     return {
         "model.weights_sha256": "the model's weights",
         "model.config_sha256": "the model's configuration",
+        "model.code_sha256": "the model's own code",
         "model.revision": "the model's revision",
         "items": "number of items",
         "items_sha256": "the items",

@@ -174,6 +174,9 @@ def load(folder: str | Path) -> SavedProbe:
         raise InputError(f"{folder}: the saved probe cannot be read ({error}); {AGAIN}") from None
     files.require_format(folder, card, FORMAT)
     require_one_of(get_args(Task), task=card["task"])
+    layers = card.get("layers", [])
+    if not all(type(n) is int for n in layers) or not all(isinstance(name, str) for name in card["classes"]):
+        raise InputError(f"{folder}: probe.json: expected classes as texts and layers as numbers; {AGAIN}")
     named = 2 if card["task"] == "binary" else card["outputs"]
     if len(card["classes"]) != named:
         raise InputError(f"{folder}: probe.json names {len(card['classes'])} classes, expected {named}; {AGAIN}")
@@ -181,7 +184,7 @@ def load(folder: str | Path) -> SavedProbe:
         pool = create(card["method"], **{**card["arguments"], "dim": card["dim"]})
         probe = Probe(pool, card["outputs"], card["prefix_tokens"])
         probe.load_state_dict(state)
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{folder}: probe.safetensors does not fit probe.json ({_line(error)}); {AGAIN}") from None
     return SavedProbe(
         probe.eval(),
@@ -190,7 +193,7 @@ def load(folder: str | Path) -> SavedProbe:
         tuple(card["classes"]),
         card["dim"],
         card["prefix_tokens"],
-        tuple(card.get("layers", ())),
+        tuple(layers),
     )
 
 
