@@ -67,6 +67,14 @@ def store(folder: Path) -> Any:
     return stored.manifest, stored.ids, stored.inputs, layers
 
 
+def comparison(folder: Path) -> Comparison:
+    """As the report does, which tells what it says it raises in a line."""
+    try:
+        return Comparison.load(folder)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(" ".join(str(error).split())) from error
+
+
 def times(folder: Path) -> Any:
     write_times(folder, 0, 0.0)
     return [run["items"] for run in json.loads((folder / "times.json").read_text())["runs"][:-1]]
@@ -86,7 +94,7 @@ KEPT = [
     Kept("run/cells/mean.safetensors", lambda out: load_cell(out / "run/cells/mean.safetensors", "key")),
     Kept("run/best/probe.json", lambda out: cenote.load(out / "run/best")),
     Kept("run/best/probe.safetensors", lambda out: cenote.load(out / "run/best")),
-    Kept("run/comparison.json", lambda out: Comparison.load(out / "run")),
+    Kept("run/comparison.json", lambda out: comparison(out / "run")),
     Kept("run/attention.json", lambda out: Attention.load(out / "run")),
     Kept("run/attention.safetensors", lambda out: Attention.load(out / "run")),
     Kept("store/manifest.json", lambda out: store(out / "store")),

@@ -394,7 +394,13 @@ def test_wrong_saved_probes_are_named(tmp_path: Path, toy: TokenDataset) -> None
         with pytest.raises(InputError, match=told) as caught:
             cenote.load(best)
         assert "\n" not in str(caught.value)
-    for text in ("", "[]", "null", json.dumps(sealed({})), json.dumps(sealed({k: v for k, v in card.items() if k != "task"}))):
+    for text in (
+        "",
+        "[]",
+        "null",
+        json.dumps(sealed({})),
+        json.dumps(sealed({k: v for k, v in card.items() if k != "task"})),
+    ):
         (best / "probe.json").write_text(text, "utf-8")
         with pytest.raises(InputError, match=r"probe\.json: is damaged .*; run cenote probe again"):
             cenote.load(best)

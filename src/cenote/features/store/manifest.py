@@ -130,12 +130,12 @@ def read_manifest(folder: Path) -> Manifest:
         fields["layers"] = tuple(fields["layers"])
         fields["grid"] = None if fields["grid"] is None else tuple(fields["grid"])
         found = Manifest(**fields, shards=None if shards is None else tuple(ShardEntry(**s) for s in shards))
+        _check(found, key)
     except FileNotFoundError as error:
         raise InputError(
             f"{folder}: is no feature store, for it has no {MANIFEST}; run cenote extract, again if it was one: "
             f"finished shards are kept"
         ) from error
-        _check(found, key)
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, OSError) as error:
         if isinstance(error, InputError):
             raise

@@ -145,7 +145,8 @@ def _same_as(folder: Path) -> str | None:
         card = files.read_json(folder / "probe.json")
     except (OSError, ValueError):
         return None
-    return card.get("same_as") if isinstance(card, dict) else None
+    same = card.get("same_as") if isinstance(card, dict) else None
+    return same if isinstance(same, str) else None
 
 
 def load(folder: str | Path) -> SavedProbe:
