@@ -149,7 +149,7 @@ class CenotePooling(nn.Module):
         """
         try:
             found = [_file(model_name_or_path, subfolder, name, hub) for name in (CONFIG, WEIGHTS)]
-            card, state = files.read_saved(*found, "save it again", **FIELDS)
+            card, state = files.read_saved(found[0], found[1], "save it again", **FIELDS)
             if "prefix_tokens" not in card:
                 warn_of_slots(card["method"], model_name_or_path)
             # cards of before the argument hold it, if at all, among the settings of the pool

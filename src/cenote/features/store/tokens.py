@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -142,7 +143,7 @@ class _Shard:
             raise InputError(f"{self.path}: {damaged(f'it holds {len(batch)} of {self._entry.rows} items')}")
         return batch
 
-    def _cells(self, name: str) -> list[object]:
+    def _cells(self, name: str) -> list[Any]:
         import pyarrow as pa
 
         try:

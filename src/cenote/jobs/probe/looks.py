@@ -135,10 +135,11 @@ def _picture(data: TokenDataset, item: int) -> dict[str, Any]:
     """The picture that the tokens came from, or why it is not shown."""
     try:
         # of a feature store, the file of an item may be gone, or be another one now
-        stored = isinstance(data.images, StoredPictures)
-        image = data.images.shown(item) if stored else None if data.images is None else data.images[item]
+        if isinstance(data.images, StoredPictures):
+            return {"image": _png(data.images.shown(item))}
     except UnreadableError as error:
         return {"image": None, "unpictured": str(error)}
+    image = None if data.images is None else data.images[item]
     return {"image": None if image is None else _png(image)}
 
 
