@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cenote.catalog import method
 from cenote.core import InputError, files
+from cenote.models.sources import require_own_files
 from cenote.pool.fitting import FittedPool, Known, form_of, named_pool, warn_of_slots, width
 from cenote.pool.layers.base import stack_layers
 
@@ -164,7 +165,7 @@ class PooledModel(nn.Module):
 
         Args:
             folder: with the three parts.
-            of_backbone: arguments of `AutoModel.from_pretrained`.
+            of_backbone: arguments of `AutoModel.from_pretrained`; weights come from safetensors unless they say otherwise.
 
         What was saved in format 1 gives what it gave, with one exception, of which a warning tells: pools that cut a sequence
         into segments counted masked slots then.
@@ -182,6 +183,8 @@ class PooledModel(nn.Module):
             card = _as_in_format_1(folder, card)
         transformers = _transformers()
         try:
+            require_own_files(folder / BACKBONE, pickles=of_backbone.get("use_safetensors") is False)
+            of_backbone = {"use_safetensors": True, **of_backbone}
             backbone = transformers.AutoModel.from_pretrained(folder / BACKBONE, **of_backbone)
             model = cls(backbone, card["method"], card["prefix_tokens"], card["outputs"], **card["settings"])
             missing, unexpected = model.load_state_dict(state, strict=False)

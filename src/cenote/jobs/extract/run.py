@@ -16,10 +16,10 @@ from cenote.features.store.shards import open_shard
 from cenote.features.validate import Problems
 from cenote.jobs.extract.engine import Engine
 from cenote.jobs.extract.result import OnProgress, Progress
-from cenote.jobs.extract.resume import TIMES
+from cenote.jobs.extract.resume import READERS, TIMES
 from cenote.jobs.extract.spec import Job, shards
 
-READERS, READ_AT_ONCE = 4, 256
+READ_AT_ONCE = 256
 
 
 def require_readable(items: RawItems, manifest: Manifest, kept: set[int], old_bad: list[tuple[str, str]]) -> None:
