@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import sys
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
 
@@ -79,8 +81,29 @@ def _at_home(argument: str) -> str:
     return f"{option}{equals}{os.path.expanduser(value)}"
 
 
+def _take_any_text(stream: object) -> None:
+    """A terminal of few letters, and names of files that are no text, are no reason to fail: letters are escaped there."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def _showing(before: Any) -> Any:
+    """How warnings are shown: those of cenote that speak to people as one line."""
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if category.__name__ == "UncheckedWarning":
+            sys.stderr.write(f"note: {message}\n")
+        else:
+            before(message, category, *rest, **more)
+
+    return show
+
+
 def main() -> None:
     """Entry point: exit code 2 and one message for wrong input, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        _take_any_text(stream)
+    warnings.showwarning = _showing(warnings.showwarning)
     try:
         app(args=[_at_home(argument) for argument in sys.argv[1:]])
     except InputError as error:

@@ -28,6 +28,7 @@ def predict(
     from cenote.core import InputError
     from cenote.jobs.probe import load
 
+    files.require_place(out, "out")
     saved = load(best)
     items = features.read(
         data,

@@ -10,7 +10,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Generic, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import cenote.core.files as files
 from cenote.compare.words import Words
+
+FILE = "comparison.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +160,10 @@ class Comparison(Generic[R]):
         Raises:
             KeyError, TypeError, ValueError: where the text is something else.
         """
-        raw = json.loads(text)
+        return cls._from(json.loads(text))
+
+    @classmethod
+    def _from(cls, raw: Any) -> Self:
         if not isinstance(raw, dict):
             raise TypeError(f"expected an object, got {type(raw).__name__}")
         raw["results"] = tuple(_rebuild(cls.result_type, r) for r in raw["results"])
@@ -168,8 +174,19 @@ class Comparison(Generic[R]):
 
     @classmethod
     def load(cls, out: Path) -> Self:
-        """Read `comparison.json` of an output folder."""
-        return cls.from_json((Path(out) / "comparison.json").read_text("utf-8"))
+        """Read `comparison.json` of an output folder.
+
+        Raises:
+            KeyError, TypeError, ValueError: where the file is something else, or was changed.
+        """
+        path = Path(out) / FILE
+        raw = files.read_json(path)
+        return cls._from(files.opened(raw, path) if isinstance(raw, dict) else raw)
+
+    def save(self, out: Path) -> None:
+        """Write `comparison.json` of an output folder; `load` reads it back."""
+        content = files.sealed(_null_for_nan(dataclasses.asdict(self)))
+        files.write_whole(Path(out) / FILE, json.dumps(content, indent=1, allow_nan=False))
 
 
 def as_tuple(value: Any) -> Any:

@@ -11,8 +11,6 @@ from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from cenote.core import InputError, files
@@ -68,10 +66,10 @@ class Attribution:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
-        tensors = {"scores": self.scores.contiguous(), "mask": self.mask.contiguous()}
+        tensors = {"scores": self.scores, "mask": self.mask}
         tensors |= {n: t for n in ("target", "completeness_error") if (t := getattr(self, n)) is not None}
         card = {"format": FORMAT, "units": self.units, "signed": self.signed}
-        files.write_whole(Path(path), save(tensors, metadata={"attribution": json.dumps(card)}))
+        files.write_tensors(Path(path), tensors, {"attribution": json.dumps(card)})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -81,10 +79,9 @@ class Attribution:
             InputError: naming the file, where it is none of these.
         """
         try:
-            with safe_open(str(path), "pt") as file:
-                card = json.loads((file.metadata() or {})["attribution"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            found = cls(**tensors, units=card["units"], signed=card["signed"])
+            stored = files.read_tensors(Path(path))
+            card = json.loads(stored.metadata["attribution"])
+            found = cls(**stored.tensors, units=card["units"], signed=card["signed"])
         except FileNotFoundError:
             raise InputError(f"{path}: is not there") from None
         except Exception as error:

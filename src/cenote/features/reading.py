@@ -272,7 +272,9 @@ def _from_store(
         files = None if listing.files is None else [listing.files[row] for row in rows]
         words = StoredWords(manifest, files, [listing.stamps[row] for row in rows], stored.lengths.tolist())
     if manifest.kind == "image" and listing.files is not None:
-        pictures = StoredPictures([listing.files[row] for row in rows], manifest.preprocessing)
+        stamps = [listing.stamps[row] for row in rows]
+        sizes = [int(stamp) if stamp.isdecimal() else None for stamp in stamps]
+        pictures = StoredPictures([listing.files[row] for row in rows], stored.inputs, sizes, manifest.preprocessing)
     return TokenDataset(
         name=path.stem,
         x=StoredLayers(stored, layer_numbers(layers, manifest.layers)),

@@ -47,12 +47,14 @@ def write(out: Path) -> Path:
         raise InputError(f"out: no comparison.json in {out}; name the folder that `cenote probe --out` wrote")
     try:
         comparison = Comparison.load(out)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise _damaged(found, error) from error
     attention = Attention.load(out)
     try:
         page = render(comparison, attention, out)
-    except (UndefinedError, KeyError) as error:
+    except InputError:
+        raise
+    except (UndefinedError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise _damaged(found, error) from error
     path = out / "report.html"
     files.write_whole(path, page)
@@ -82,7 +84,7 @@ def render(comparison: Comparison, attention: Attention | None = None, out: Path
     """
     count = 0 if attention is None else len(attention.items)
     page = _page(comparison, attention, count, out)
-    while len(page.encode("utf-8")) > MOST_BYTES and count:
+    while len(page.encode("utf-8", "backslashreplace")) > MOST_BYTES and count:
         count //= 2
         page = _page(comparison, attention, count, out)
     return page

@@ -22,6 +22,7 @@ from cenote.compare import processes, verdict
 from cenote.compare.cells import load_cell
 from cenote.compare.statistics import holm
 from cenote.core import InputError
+from cenote.core.files import sealed
 from cenote.features.dataset import TokenDataset
 from cenote.jobs.probe import Comparison, Recipe, compare
 from cenote.jobs.probe.arms import chosen_methods
@@ -389,18 +390,24 @@ def test_wrong_saved_probes_are_named(tmp_path: Path, toy: TokenDataset) -> None
         ({"layers": None}, "layers: expected list, got None"),
     ]
     for change, told in changes:
-        (best / "probe.json").write_text(json.dumps({**card, **change}), "utf-8")
+        (best / "probe.json").write_text(json.dumps(sealed({**card, **change})), "utf-8")
         with pytest.raises(InputError, match=told) as caught:
             cenote.load(best)
         assert "\n" not in str(caught.value)
-    for text in ("", "[]", "null", "{}", json.dumps({k: v for k, v in card.items() if k != "task"})):
+    for text in (
+        "",
+        "[]",
+        "null",
+        json.dumps(sealed({})),
+        json.dumps(sealed({k: v for k, v in card.items() if k != "task"})),
+    ):
         (best / "probe.json").write_text(text, "utf-8")
         with pytest.raises(InputError, match=r"probe\.json: is damaged .*; run cenote probe again"):
             cenote.load(best)
-    (best / "probe.json").write_text(json.dumps({k: v for k, v in card.items() if k != "layers"}), "utf-8")
+    (best / "probe.json").write_text(json.dumps(sealed({k: v for k, v in card.items() if k != "layers"})), "utf-8")
     assert cenote.load(best).layers == ()
     (best / "probe.safetensors").write_bytes(b"broken")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"probe\.safetensors: is damaged .*; run cenote probe again"):
         cenote.load(best)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cenote.core import InputError
+from cenote.core.files import read_regular
 from cenote.features.folder import matched
 from cenote.features.raw.decode import check_image, decode_audio, decode_image
 from cenote.features.raw.items import Item, Kind, RawItems, Read, UnreadableError, digest_of
@@ -44,7 +45,7 @@ class FileItem(Item):
 
     def _bytes(self) -> bytes:
         try:
-            return self.path.read_bytes()
+            return read_regular(self.path)
         except OSError as error:
             raise UnreadableError(f"cannot be read: {error.strerror or error}") from error
 
@@ -57,12 +58,10 @@ class FileItem(Item):
     def location(self) -> str:
         return str(self.path.absolute())
 
-    def changed_since(self, time: float, digest: bytes) -> bool:
+    def changed(self, digest: bytes) -> bool:
         try:
-            if self.path.stat().st_mtime <= time:
-                return False
-            return digest_of(self.path.read_bytes()) != digest
-        except OSError:
+            return digest_of(self._bytes()) != digest
+        except UnreadableError:
             return True
 
 

@@ -63,9 +63,9 @@ class Item(ABC):
         """Where its bytes lie, for those who want to show it (see `bytes_at`, `text_at`): a file, or `table#column/row`."""
         return None
 
-    def changed_since(self, time: float, digest: bytes) -> bool:
-        """Whether its content is no longer what had this digest; a file that was not written since `time` is not read."""
-        del time, digest  # a text is its own content: the stamp has told
+    def changed(self, digest: bytes) -> bool:
+        """Whether its content is no longer what had this digest. It is read: neither size nor time tells a content."""
+        del digest  # a text is its own content: the stamp has told
         return False
 
 

@@ -72,7 +72,7 @@ def extract(
     on_model(backbone.layout)
     for note in backbone.layout.notes:
         on_message(f"{backbone.identity.name}: {note}")
-    before = begun(store)
+    before = begun(store, on_message)
     options = continued(options, before)
     manifest = planned(items, backbone, options)
     with writing(store):

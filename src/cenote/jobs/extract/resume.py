@@ -7,19 +7,21 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from cenote.core import InputError
-from cenote.features.raw import RawItems
+from cenote.features.raw import Item, RawItems
 from cenote.features.store import Manifest, ShardFile, changes, finished_shards, is_store, read_listing, read_manifest
-from cenote.features.store.manifest import MANIFEST
+from cenote.features.store.manifest import MANIFEST, DamagedManifest
 from cenote.features.store.shards import open_shard
 from cenote.features.validate import Problems
 from cenote.jobs.extract.plan import Options
 
 LOCK, TIMES = ".lock", "times.json"
+READERS = 4
 
 
 def require_usable(store: Path) -> None:
@@ -44,9 +46,13 @@ def _foreign(store: Path) -> bool:
     return any(path.name not in own and not path.name.startswith(".") for path in store.iterdir())
 
 
-def begun(store: Path) -> Manifest | None:
-    """The manifest of an earlier call."""
-    return read_manifest(store) if (store / MANIFEST).exists() else None
+def begun(store: Path, on_message: Callable[[str], None] = lambda _: None) -> Manifest | None:
+    """The manifest of an earlier call; `None` where there is none, or it is damaged: it is written again."""
+    try:
+        return read_manifest(store) if (store / MANIFEST).exists() else None
+    except DamagedManifest:
+        on_message(f"{MANIFEST} is damaged: written again")
+        return None
 
 
 def continued(options: Options, before: Manifest | None) -> Options:
@@ -100,21 +106,28 @@ def whole_shards(
 
 
 def require_unchanged(items: RawItems, manifest: Manifest, kept: dict[int, ShardFile]) -> None:
-    """No file of a finished shard was written to since, unless its bytes are still the same."""
+    """The bytes of every item of a finished shard are still those that it was made from."""
     problems = Problems("data")
     size = manifest.items_per_shard
-    for number, shard in kept.items():
-        batch, _ = open_shard(shard.path)
-        made = shard.path.stat().st_mtime
-        digests = dict(zip(batch.column("id").to_pylist(), batch.column("input").to_pylist(), strict=True))
-        for item in items.items[number * size : (number + 1) * size]:
-            if item.id in digests and item.changed_since(made, digests[item.id]):
-                problems.add(
-                    "changed",
-                    f"item {item.id!r} has changed since it was extracted; name another folder, or delete "
-                    f"{shard.path.name} to extract its {size} items again",
-                )
+    with ThreadPoolExecutor(READERS) as readers:
+        # a text lies in memory: asking other threads would take longer than to look
+        ask = map if items.kind == "text" else readers.map
+        for number, shard in kept.items():
+            batch, _ = open_shard(shard.path)
+            digests = dict(zip(batch.column("id").to_pylist(), batch.column("input").to_pylist(), strict=True))
+            made = [item for item in items.items[number * size : (number + 1) * size] if item.id in digests]
+            for item, changed in zip(made, ask(_changed, made, [digests[item.id] for item in made]), strict=True):
+                if changed:
+                    problems.add(
+                        "changed",
+                        f"item {item.id!r} has changed since it was extracted; name another folder, or delete "
+                        f"{shard.path.name} to extract its {size} items again",
+                    )
     problems.raise_any()
+
+
+def _changed(item: Item, digest: bytes) -> bool:
+    return item.changed(digest)
 
 
 def left_out(shard: ShardFile) -> list[tuple[str, str]]:

@@ -10,7 +10,6 @@ from typing import get_args
 
 import numpy as np
 
-import cenote.core.files as files
 from cenote.compare.arms import OnShare, unheard
 from cenote.compare.engine import Engine, prepared
 from cenote.compare.inference import SeedEffects
@@ -159,5 +158,5 @@ def compare(
                 continue
             best_seed = int(np.argmax(comparison[name].validation_per_seed))
             save_probe(folder / place, comparison, done[name].column, done[name].probe(measured.cells[name], best_seed))
-        files.write_whole(folder / "comparison.json", comparison.to_json())
+        comparison.save(folder)
     return comparison

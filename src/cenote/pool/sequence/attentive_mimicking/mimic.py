@@ -5,7 +5,6 @@ Source: Schick, Schütze, "Attentive Mimicking: Better Word Embeddings by Attend
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Int
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cenote.core import files
@@ -164,9 +162,9 @@ class Mimic:
             "words": self.known.words,
             "losses": list(self.losses),
         }
-        state = {f"model.{k}": v.contiguous() for k, v in self.model.state_dict().items()}
-        files.write_whole(folder / "mimic.safetensors", save({**state, "vectors": self.known.vectors.contiguous()}))
-        files.write_whole(folder / "mimic.json", json.dumps(card))
+        state = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors = {**state, "vectors": self.known.vectors}
+        files.write_saved(folder / "mimic.json", folder / "mimic.safetensors", card, tensors)
 
     @classmethod
     def load(cls, folder: str | Path) -> Mimic:
@@ -177,8 +175,9 @@ class Mimic:
         """
         folder = Path(folder)
         try:
-            card = files.read_card(folder / "mimic.json", "train it again", **FIELDS)
-            state = load_file(folder / "mimic.safetensors")
+            card, state = files.read_saved(
+                folder / "mimic.json", folder / "mimic.safetensors", "train it again", **FIELDS
+            )
             files.require_format(folder, card, FORMAT)
             known = WordVectors(card["words"], state.pop("vectors"))
             ngrams = LetterNgrams(card["ngrams"], card["shortest"], card["longest"])
