@@ -3,10 +3,12 @@
 import ast
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +16,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from cenote.compare import Arm, ArmResult, Cell, Comparison, Measure, OnShare, Units, Words, engine, judge, measure
+from cenote.compare import (
+    Arm, ArmResult, Cell, Comparison, Measure, OnShare, Units, Words, engine, judge, measure, processes,
+)  # fmt: skip
 from cenote.compare.arms import unheard
 from cenote.compare.cells import Cells, load_cell, save_cell
 from cenote.compare.engine import Measured
@@ -293,6 +297,56 @@ def test_a_comparison_that_is_none_is_not_read(change: dict[str, Any], told: str
 def test_processes_give_the_same() -> None:
     alone, together = table(workers=1), table(workers=2)
     assert [r.metric_per_seed for r in alone.results] == [r.metric_per_seed for r in together.results]
+
+
+class Waits(Guess):
+    """An arm that says half, and goes on when that has been heard."""
+
+    def run(self, on_share: OnShare = unheard) -> Cell:
+        on_share(self.name, 0.5)
+        heard, deadline = Path(os.environ["HEARD"]), time.monotonic() + 60
+        while not heard.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return super().run(unheard)
+
+
+def test_processes_tell_how_far_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "LOOK_SECONDS", 0.01)
+    monkeypatch.setenv("HEARD", str(tmp_path / "heard"))
+    told: dict[str, list[float]] = {}
+
+    def on_share(name: str, share: float) -> None:
+        told.setdefault(name, []).append(share)
+        if name == "b" and share == 0.5:
+            (tmp_path / "heard").touch()
+
+    measure([Guess("mean", 0.5), Waits("a", 0.5), Waits("b", 0.6)], "mean", workers=2, on_share=on_share)
+    assert told == {"mean": [0.5, 1.0], "a": [0.5, 1.0], "b": [0.5, 1.0]}
+
+
+@pytest.mark.parametrize(("seconds", "asked"), [(0.9, []), (1.1, [2])])
+def test_processes_are_started_where_there_is_enough_to_do(
+    seconds: float, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gains(Guess):
+        def run(self, on_share: OnShare = unheard) -> Cell:
+            return super().run(on_share).with_record(seconds=seconds)
+
+        def gains_by_processes(self) -> bool:
+            return True
+
+    started: list[int] = []
+
+    def run_in_processes(arms: Sequence[Arm], workers: int, on_share: OnShare) -> Iterator[tuple[Arm, Cell]]:
+        started.append(workers)
+        return processes.run_in_turn(arms, on_share)
+
+    monkeypatch.setattr(engine, "run_in_processes", run_in_processes)
+    monkeypatch.setattr(engine, "processors", lambda: 4)
+    arms = [Gains(name, 0.5) for name in ("mean", "a", "b")]
+    assert measure(arms, "mean").complete
+    # two others that take as long as the baseline did, against two seconds
+    assert started == asked
 
 
 SCRIPT = """

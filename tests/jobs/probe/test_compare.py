@@ -132,7 +132,7 @@ def test_a_killed_run_leaves_only_whole_cells(tmp_path: Path) -> None:
         [sys.executable, "-c", KILLED, str(tmp_path)], cwd=root, env={**os.environ, "PYTHONPATH": path}
     )
     cells = tmp_path / "cells"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not list(cells.glob("*.safetensors")) and time.monotonic() < deadline and run.poll() is None:
         time.sleep(0.01)
     run.send_signal(signal.SIGKILL)
@@ -159,21 +159,6 @@ def test_processes_give_the_same(tmp_path: Path) -> None:
         assert r.reference or other.latency_ms > 0
     again = compare(data, METHODS, seeds=2, recipe=QUICK, workers=2, out=tmp_path)
     assert again.results == together.results
-
-
-def test_processes_tell_how_far_they_are(toy: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "LOOK_SECONDS", 0.01)
-    told: dict[str, list[float]] = {}
-    recipe = Recipe(learning_rates=(1e-2,), epochs=50, patience=50)
-    compare(
-        toy, METHODS, seeds=1, recipe=recipe, workers=2, on_method=lambda name, share: told.setdefault(name, []).append(share)
-    )  # fmt: skip
-    assert set(told) == ROWS
-    for shares in told.values():
-        assert shares == sorted(shares)
-        assert shares.count(1.0) == 1
-    # the baseline is trained here; of the two that are not, each takes longer than a look
-    assert len(told["simpool"]) > 1
 
 
 def test_ctrl_c_in_processes_keeps_what_is_done(toy: TokenDataset, tmp_path: Path) -> None:
@@ -408,7 +393,10 @@ def test_the_sentence_says_who_wins_and_by_how_much(toy: TokenDataset) -> None:
     c = compare(toy, METHODS, seeds=1, recipe=QUICK)
     won = dataclasses.replace(
         c,
+        # what a clock said decides what to use
+        results=tuple(dataclasses.replace(r, latency_ms=0.5 if r.method == "mean" else 1.0) for r in c.results),
         winner="max",
+        recommended="max",
         metric_name="accuracy",
         against_baseline=tuple(
             dataclasses.replace(t, difference=0.061, interval=(0.042, 0.08), p_adjusted=0.001)
@@ -417,8 +405,11 @@ def test_the_sentence_says_who_wins_and_by_how_much(toy: TokenDataset) -> None:
         against_winner=(dataclasses.replace(c.pairs[0], first="simpool", second="max", p_adjusted=0.6),),
     )
     text = verdict.sentence(won)
-    assert text.startswith("max beats mean by 6.1 points (4.2 to 8.0) and costs ")
-    assert text.endswith("times the time; simpool is not distinguishable from it.")
+    assert text == (
+        "max beats mean by 6.1 points (4.2 to 8.0) and costs 2.0 times the time; simpool is not distinguishable from it."
+    )
+    advised = verdict.sentence(dataclasses.replace(won, recommended="mean"))
+    assert advised == f"{text} Use mean: it cannot be told from max, and takes 0.5 times the time."
     unsure = dataclasses.replace(
         won, against_baseline=tuple(dataclasses.replace(t, p_adjusted=0.3) for t in won.against_baseline)
     )
