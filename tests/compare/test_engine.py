@@ -17,8 +17,19 @@ import pytest
 import torch
 
 from cenote.compare import (
-    Arm, ArmResult, Cell, Comparison, Measure, OnShare, Units, Words, engine, judge, measure, processes,
-)  # fmt: skip
+    Arm,
+    ArmResult,
+    Cell,
+    Comparison,
+    Measure,
+    OnShare,
+    Units,
+    Words,
+    engine,
+    judge,
+    measure,
+    processes,
+)
 from cenote.compare.arms import unheard
 from cenote.compare.cells import Cells, load_cell, save_cell
 from cenote.compare.engine import Measured
