@@ -1,22 +1,30 @@
-"""Files that are either whole or not there, and folders of what was saved."""
+"""Files that are either whole or not there, folders that one process writes to, and folders of what was saved."""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from cenote.core.errors import InputError
+
+LOCK = ".lock"
+UNFINISHED = ".unfinished"
+"""At the end of what is being written beside a file, to take its place."""
+TEMPORARY = "cenote-"
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file so that no reader, and no crash, ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode("utf-8") if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -27,6 +35,84 @@ def write_whole(path: Path, content: bytes | str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a killed process left half written in a folder; only for the one who is `alone` there."""
+    for file in folder.glob(f".*{UNFINISHED}"):
+        file.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path, doing: str) -> Iterator[None]:
+    """Nobody else, in this process or another, does the same in a folder; the lock goes with the process, however that ends.
+
+    Args:
+        folder: that is there.
+        doing: what is done there, for those who come second.
+
+    Raises:
+        InputError: where somebody does, with the process.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    # some releases of filelock empty the file before they find out that it is taken
+    owner = _owner(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"out: another {doing} is writing to {folder} ({owner}); wait for it, stop it, or name another folder"
+        ) from None
+    try:
+        # for people; where the system lets nobody write to a file that is locked, they are told less
+        with suppress(OSError):
+            (folder / LOCK).write_text(f"process {os.getpid()} on {platform.node()}")
+        yield
+    finally:
+        lock.release()
+
+
+def _owner(lock: Path) -> str:
+    try:
+        return lock.read_text("utf-8", "replace")[:200].strip() or "unknown process"
+    except OSError:
+        return "unknown process"
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder for as long as this lasts; those that killed processes left are removed first.
+
+    Raises:
+        OSError: where there is no room for it.
+    """
+    from filelock import FileLock
+
+    _remove_orphans(Path(tempfile.gettempdir()))
+    folder = Path(tempfile.mkdtemp(prefix=TEMPORARY))
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_orphans(place: Path) -> None:
+    """Delete the temporary folders whose owners hold their locks no longer."""
+    from filelock import FileLock, Timeout
+
+    for folder in place.glob(f"{TEMPORARY}*"):
+        try:
+            # a folder without a lock is another's, or being made
+            mine = folder.lstat().st_uid == getattr(os, "getuid", int)()
+            if not mine or folder.is_symlink() or (folder / LOCK).is_symlink() or not (folder / LOCK).is_file():
+                continue
+            with FileLock(folder / LOCK, timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
+        except (Timeout, OSError):
+            continue
 
 
 def read_card(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,34 @@ def test_ctrl_c_in_processes_keeps_what_is_done(toy: TokenDataset, tmp_path: Pat
     assert not c.complete
     assert {r.method for r in c.results} == set(finished)
     assert compare(toy, METHODS, seeds=1, recipe=QUICK, out=tmp_path).complete
+
+
+def test_threads_of_one_process_give_the_same_and_leave_the_generator_as_it_was() -> None:
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+
+    def run(_: int) -> list[tuple[float, ...]]:
+        return [r.metric_per_seed for r in compare(make_dataset(), ["max", "simpool"], seeds=1, recipe=QUICK).results]
+
+    alone = run(0)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, range(2))) == [alone, alone]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+
+
+def test_a_saved_probe_leaves_the_generator_as_it_was(toy: TokenDataset, tmp_path: Path) -> None:
+    compare(toy, ["simpool"], seeds=1, recipe=QUICK, out=tmp_path)
+    before = torch.get_rng_state()
+    cenote.load(tmp_path / "best")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_two_do_not_write_to_one_folder(toy: TokenDataset, tmp_path: Path) -> None:
+    def second(name: str, share: float) -> None:
+        with pytest.raises(InputError, match="out: another comparison is writing to"):
+            compare(toy, ["mean"], seeds=1, recipe=QUICK, out=tmp_path)
+
+    compare(toy, ["mean"], seeds=1, recipe=QUICK, out=tmp_path, on_method=second)
 
 
 def test_what_a_dead_process_left_is_trained_here(toy: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:

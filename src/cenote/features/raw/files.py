@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cenote.core import InputError
-from cenote.features.folder import matched
+from cenote.features.folder import is_output, matched
 from cenote.features.raw.decode import check_image, decode_audio, decode_image
 from cenote.features.raw.items import Item, Kind, RawItems, Read, UnreadableError, digest_of
 from cenote.features.splits import WORDS
@@ -67,7 +67,7 @@ class FileItem(Item):
 
 
 def files_below(folder: Path) -> list[Path]:
-    """The files in a folder and its subfolders, hidden ones left out, in the order of their names.
+    """The files in a folder and its subfolders, hidden ones and outputs left out, in the order of their names.
 
     Links to folders are followed, but for those that lead back to a folder that they lie in.
 
@@ -91,7 +91,8 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
     for entry in found:
         mode = _mode(entry)
         if mode == stat.S_IFDIR:
-            yield from _walk(Path(entry.path), (*above, real))
+            if not is_output(Path(entry.path)):
+                yield from _walk(Path(entry.path), (*above, real))
         # a link that leads nowhere is an item that cannot be read, and told as such
         elif mode in (stat.S_IFREG, None):
             yield Path(entry.path)

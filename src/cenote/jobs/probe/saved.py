@@ -17,6 +17,7 @@ import cenote.core.files as files
 from cenote.catalog import create
 from cenote.core import Bags, InputError
 from cenote.core.requirements import require_one_of
+from cenote.core.seeded import seeded
 from cenote.features.dataset import Task, TokenDataset
 from cenote.jobs.probe.arms import Column
 from cenote.jobs.probe.module import Probe, sized_arguments
@@ -182,8 +183,9 @@ def load(folder: str | Path) -> SavedProbe:
     if len(card["classes"]) != named:
         raise InputError(f"{folder}: probe.json names {len(card['classes'])} classes, expected {named}; {AGAIN}")
     try:
-        pool = create(card["method"], **{**card["arguments"], "dim": card["dim"]})
-        probe = Probe(pool, card["outputs"], card["prefix_tokens"])
+        with seeded(0):
+            pool = create(card["method"], **{**card["arguments"], "dim": card["dim"]})
+            probe = Probe(pool, card["outputs"], card["prefix_tokens"])
         probe.load_state_dict(state)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{folder}: probe.safetensors does not fit probe.json ({_line(error)}); {AGAIN}") from None
