@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -441,3 +442,45 @@ def test_a_job_has_its_own_words_and_fields() -> None:
     assert c["better"].tokens == 7
     assert c.sentence.endswith("and costs 1.0 times the tokens.")
     assert Mine.from_json(c.to_json()) == c
+
+
+@pytest.mark.parametrize("how", ["plain", "behind torch's own"])
+def test_without_room_for_the_data_arms_are_measured_in_turn(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if how == "plain":
+            raise error
+        try:
+            raise error
+        except OSError:
+            # as torch does where it closes the file
+            raise RuntimeError("unexpected pos 576 vs 534")  # noqa: B904
+
+    monkeypatch.setattr(torch, "save", full)
+    told = r"measuring one at a time: there is no room for the data or for processes \(No space left on device\)"
+    with pytest.warns(UserWarning, match=told):
+        assert table(workers=2).complete
+
+
+def test_without_a_temporary_folder_arms_are_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    with pytest.warns(UserWarning, match="No usable temporary directory found"):
+        assert table(workers=2).complete
+
+
+def test_a_process_follows_the_first_one_and_takes_the_data_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    parents = iter([7, 7, 1])
+    monkeypatch.setattr(processes, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(os, "_exit", ended.append)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "arms.pt").touch()
+    processes._follow(7, tmp_path / "data")
+    assert ended == [1]
+    assert list(tmp_path.iterdir()) == []

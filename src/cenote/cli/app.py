@@ -47,7 +47,7 @@ def _with_flags(message: str) -> str:
     >>> _with_flags("id_column: no column is called 'file'; name one with id_column")
     "--id: no column is called 'file'; name one with --id"
     """
-    return re.sub(r"\b(label|id|group|split)_column\b", r"--\1", message)
+    return re.sub(r"\b(label|id|group|split)_column\b", r"--\1", message).replace("max_item_size", "--max-item-size")
 
 
 def _at_home(argument: str) -> str:

@@ -81,6 +81,7 @@ def probe(
     limit: options.Limit = None,
     dtype: options.Dtype = "float16",
     batch: options.Batch = 32,
+    max_item_size: options.MaxItemSize = options.DEFAULT_SIZE,
     skip_bad: options.SkipBad = False,
     device: options.Device = "cpu",
     precision: options.Precision = "float32",
@@ -119,6 +120,7 @@ def probe(
                 grid=options.parsed_grid(grid),
                 seed=split_seed,
                 layers=None if layers is None else "all",
+                max_item_size=options.parsed_size(max_item_size),
             )
     else:
         from cenote.jobs.extract import ModelSpec, Options
@@ -126,7 +128,8 @@ def probe(
 
         _require_raw(data, {"grid": grid, "prefix-tokens": prefix_tokens or None, "vectors": vectors})
         raw = listed(
-            data, console, kind=kind, labels=labels, column=column, names=names, id_column=id_column, limit=limit
+            data, console, kind=kind, labels=labels, column=column, names=names, id_column=id_column, limit=limit,
+            max_item_size=max_item_size,
         )  # fmt: skip
         with extracting(console, len(raw), out / FEATURES) as on_progress:
             items = tokens_of_raw(

@@ -1,5 +1,4 @@
 import dataclasses
-import errno
 import json
 import os
 import signal
@@ -148,6 +147,39 @@ def test_a_killed_run_leaves_only_whole_cells(tmp_path: Path) -> None:
     assert {name: (cells / name).stat().st_mtime_ns for name in done} == done
 
 
+@pytest.mark.slow("50 probes with workers are killed")
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+def test_probes_that_are_killed_leave_nothing_behind(tmp_path: Path) -> None:
+    program, room = Path(__file__).with_name("killed.py"), tmp_path / "room"
+    room.mkdir()
+    kills = 50
+    done = subprocess.run(
+        [sys.executable, program, tmp_path / "killed", str(kills), "0"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(room)},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == kills
+    assert {f["signal"] for f in found} == {"SIGKILL", "SIGTERM"}
+    assert any(0 < f["cells"] < len(ROWS) for f in found)
+    assert [f["living"] for f in found if f["living"]] == []
+    # a folder that was there before any worker was is removed at the next start
+    assert all(f["left"] == [] or f["signal"] == "SIGKILL" for f in found)
+    assert list(room.iterdir()) == []
+    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    one, other = Comparison.load(killed), Comparison.load(undisturbed)
+    timed: dict[str, Any] = {"latency_ms": None, "seconds": 0.0}
+    assert {r.method: dataclasses.replace(r, **timed) for r in one.results} == {
+        r.method: dataclasses.replace(r, **timed) for r in other.results
+    }
+    assert one.pairs == other.pairs
+    names = [sorted(str(f.relative_to(folder)) for f in folder.rglob("*")) for folder in (killed, undisturbed)]
+    assert names[0] == names[1]
+
+
 def test_processes_give_the_same(tmp_path: Path) -> None:
     data = make_ragged()
     alone = compare(data, METHODS, seeds=2, recipe=QUICK, workers=1)
@@ -207,16 +239,6 @@ def test_two_do_not_write_to_one_folder(toy: TokenDataset, tmp_path: Path) -> No
 def test_what_a_dead_process_left_is_trained_here(toy: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "_run", lambda _number: os._exit(1))
     with pytest.warns(UserWarning, match="a process died"):
-        c = compare(toy, METHODS, seeds=1, recipe=QUICK, workers=2)
-    assert {r.method for r in c.results} == ROWS
-
-
-def test_without_room_for_the_data_methods_train_in_turn(toy: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.warns(UserWarning, match="No space left"):
         c = compare(toy, METHODS, seeds=1, recipe=QUICK, workers=2)
     assert {r.method for r in c.results} == ROWS
 
