@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -86,6 +87,32 @@ def test_an_arm_whose_scores_are_not_finite_is_left_out_and_named(level: float) 
     assert "broken" not in {r.method for r in c.results}
     with pytest.raises(InputError, match="mean: gives NaN or infinity"):
         table([Guess("mean", level), *ARMS[1:]])
+
+
+def test_an_arm_whose_metric_is_no_number_is_left_out_and_named() -> None:
+    def undefined(scores: Any, _truth: Any, weights: Any) -> Any:
+        return np.where(scores.mean() > limit, np.nan, weights @ scores / weights.sum(1))
+
+    limit, measured = 0.8, measure(ARMS, "mean")
+    c = judge(Comparison, measured, UNITS, Measure("odd", undefined), baseline="mean")
+    assert c.skipped == {"better": "its odd is no number"}
+    assert [r.method for r in c.results] == ["mean", "worse", "random"]
+    limit = 0.4
+    with pytest.raises(
+        InputError, match="odd: is no number for mean, with which the others are compared; do the 60 units"
+    ):
+        judge(Comparison, measured, UNITS, Measure("odd", undefined), baseline="mean")
+
+
+def test_numbers_that_are_none_come_back_from_a_cell_whose_text_any_reader_takes(tmp_path: Path) -> None:
+    record = {"loss": [[0.5, float("nan")], (float("-inf"),)], "told": "nan", "seconds": 1.0}
+    save_cell(tmp_path / "a.safetensors", "key", Cell("a", record, {"scores": torch.zeros(1, 2)}))
+    raw = (tmp_path / "a.safetensors").read_bytes()
+    assert b"NaN" not in raw
+    assert b"Infinity" not in raw
+    found = load_cell(tmp_path / "a.safetensors", "key")
+    assert found is not None
+    assert str(found.record) == str({"loss": [[0.5, float("nan")], [float("-inf")]], "told": "nan", "seconds": 1.0})
 
 
 def test_signed_ranks_need_what_each_unit_adds() -> None:

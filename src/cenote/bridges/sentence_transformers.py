@@ -11,7 +11,6 @@ model = SentenceTransformer(modules=[Transformer("sentence-transformers/all-Mini
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
@@ -142,7 +141,7 @@ class CenotePooling(nn.Module):
         }
         state = {k: v.contiguous() for k, v in pool.state_dict().items()}
         files.write_whole(Path(output_path) / WEIGHTS, save(state))
-        files.write_whole(Path(output_path) / CONFIG, json.dumps(card, indent=2))
+        files.write_whole(Path(output_path) / CONFIG, files.json_text(card, indent=2))
 
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", **hub: Any) -> CenotePooling:

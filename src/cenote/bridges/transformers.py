@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -159,7 +158,7 @@ class PooledModel(nn.Module):
             "prefix_tokens": self.prefix_tokens,
             "outputs": None if self.head is None else self.head.out_features,
         }
-        files.write_whole(folder / CARD, json.dumps(card, indent=1))
+        files.write_whole(folder / CARD, files.json_text(card, indent=1))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **of_backbone: Any) -> PooledModel:

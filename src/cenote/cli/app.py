@@ -10,6 +10,7 @@ import sys
 import typer
 
 from cenote.cli import catalog, extract, interrupts, mimic, models, predict, probe, report, study
+from cenote.cli.console import plain
 from cenote.core.errors import InputError
 
 app = typer.Typer(
@@ -65,13 +66,13 @@ def main() -> None:
     try:
         app(args=[_at_home(argument) for argument in sys.argv[1:]])
     except InputError as error:
-        sys.stderr.write(f"error: {_with_flags(str(error))}\n")
+        sys.stderr.write(f"error: {plain(_with_flags(str(error)))}\n")
         sys.exit(2)
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
         where = "the output" if error.filename is None else error.filename
-        sys.stderr.write(f"error: {where}: {error.strerror}; {REMEDIES[error.errno]}\n")
+        sys.stderr.write(f"error: {plain(str(where))}: {error.strerror}; {REMEDIES[error.errno]}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         interrupts.tell()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 import cenote.core.files as files
+
+FLOAT = "float"
+"""The one field of what stands in a record for a number that JSON has no word for."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def save_cell(path: Path, key: str, cell: Cell) -> None:
     """Write a cell in one step."""
     # a slice of a large tensor would otherwise bring all of it, or be refused
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in cell.tensors.items()}
-    record = json.dumps(cell.record)
+    record = json.dumps(_spelled(cell.record), allow_nan=False)
     metadata = {"key": key, "name": cell.name, "record": record, "digest": _digest(cell.name, record, tensors)}
     files.write_whole(path, save(tensors, metadata=metadata))
 
@@ -100,10 +104,28 @@ def load_cell(path: Path, key: str) -> Cell | None:
         name, record = metadata["name"], metadata["record"]
         if metadata["digest"] != _digest(name, record, tensors):
             return None
-        found = json.loads(record)
+        found = json.loads(record, object_hook=_read)
         return Cell(name, found, tensors) if isinstance(found, dict) else None
     except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
         return None
+
+
+def _spelled(value: Any) -> Any:
+    """JSON has no word for what is not known or infinite, and a cell must come back as it was."""
+    if isinstance(value, Mapping):
+        return {k: _spelled(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spelled(v) for v in value]
+    return {FLOAT: str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read(found: dict[str, Any]) -> Any:
+    """Inverse of `_spelled`, of one object.
+
+    >>> _read(_spelled(float("-inf")))
+    -inf
+    """
+    return float(found[FLOAT]) if found.keys() == {FLOAT} else found
 
 
 def _digest(name: str, record: str, tensors: dict[str, Tensor]) -> str:

@@ -71,7 +71,7 @@ class Attribution:
         tensors = {"scores": self.scores.contiguous(), "mask": self.mask.contiguous()}
         tensors |= {n: t for n in ("target", "completeness_error") if (t := getattr(self, n)) is not None}
         card = {"format": FORMAT, "units": self.units, "signed": self.signed}
-        files.write_whole(Path(path), save(tensors, metadata={"attribution": json.dumps(card)}))
+        files.write_whole(Path(path), save(tensors, metadata={"attribution": files.json_text(card)}))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

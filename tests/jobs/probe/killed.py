@@ -24,7 +24,7 @@ from tests.jobs.probe.conftest import make_dataset  # noqa: E402
 from cenote.cli import interrupts  # noqa: E402
 from cenote.jobs.probe import Comparison, Recipe, compare  # noqa: E402
 
-METHODS = ["mean", "max", "gem", "simpool", "abmil", "ep"]
+METHODS = ["mean", "max", "gem", "simpool", "abmil", "cait"]
 RECIPE = Recipe(learning_rates=(1e-2,), epochs=100, patience=100)
 PATIENCE = 60.0
 
@@ -63,7 +63,8 @@ def main(out: Path, kills: int, seed: int) -> None:
     folder = tempfile.gettempdir()
     rng = random.Random(seed)
     start = time.perf_counter()
-    os.waitpid(child(out.with_name("undisturbed")), 0)
+    if os.waitpid(child(out.with_name("undisturbed")), 0)[1]:
+        raise SystemExit("a run that nobody disturbed failed")
     longest = 1.1 * (time.perf_counter() - start)
     found = []
     while len(found) < kills:

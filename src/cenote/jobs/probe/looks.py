@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def save_looks(
         "token_labels": None if data.token_labels is None else [data.labels_of(i).tolist() for i in items],
     }
     files.write_whole(folder / "attention.safetensors", save(tensors))
-    files.write_whole(folder / "attention.json", json.dumps(card))
+    files.write_whole(folder / "attention.json", files.json_text(card))
     if data.token_labels is None:
         return comparison
     return dataclasses.replace(comparison, localisation=localisation(data, probes, views))

@@ -133,14 +133,14 @@ def save_probe(folder: Path, comparison: Comparison, column: Column, probe: Prob
         "pool": type(pool).__name__,
     }
     state = {k: v.contiguous() for k, v in probe.state_dict().items()}
-    files.write_whole(folder / "probe.safetensors", save(state, metadata={"card": json.dumps(card)}))
-    files.write_whole(folder / "probe.json", json.dumps(card, indent=1))
+    files.write_whole(folder / "probe.safetensors", save(state, metadata={"card": files.json_text(card)}))
+    files.write_whole(folder / "probe.json", files.json_text(card, indent=1))
 
 
 def save_same(folder: Path, other: str) -> None:
     """Write that the probe of a folder is the one of another folder beside it, where `load` finds it."""
     (folder / "probe.safetensors").unlink(missing_ok=True)
-    files.write_whole(folder / "probe.json", json.dumps({"format": FORMAT, "same_as": other}, indent=1))
+    files.write_whole(folder / "probe.json", files.json_text({"format": FORMAT, "same_as": other}, indent=1))
 
 
 def _same_as(folder: Path) -> str | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -149,7 +150,8 @@ def _train(
             total += loss.detach() * len(items)
         losses.append((total / (passes * len(train_items))).tolist())
         logits = ensemble.predict(data, val_items, recipe)
-        now = [float(metric(s, y_val, ones)[0]) for s in logits.numpy()]
+        # of logits that are no numbers a metric may be anything
+        now = [float(metric(s, y_val, ones)[0]) if np.isfinite(s).all() else -math.inf for s in logits.numpy()]
         curves.append(now)
         # of epochs that are equally good, the one whose scores can be believed most: a ranking may be right long before
         now_loss = _losses(logits, y[val_items], data.task).tolist()

@@ -5,7 +5,6 @@ Source: Schick, Schütze, "Attentive Mimicking: Better Word Embeddings by Attend
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -166,7 +165,7 @@ class Mimic:
         }
         state = {f"model.{k}": v.contiguous() for k, v in self.model.state_dict().items()}
         files.write_whole(folder / "mimic.safetensors", save({**state, "vectors": self.known.vectors.contiguous()}))
-        files.write_whole(folder / "mimic.json", json.dumps(card))
+        files.write_whole(folder / "mimic.json", files.json_text(card))
 
     @classmethod
     def load(cls, folder: str | Path) -> Mimic:
