@@ -148,7 +148,7 @@ def test_a_killed_run_leaves_only_whole_cells(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow("50 probes with workers are killed")
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 def test_probes_that_are_killed_leave_nothing_behind(tmp_path: Path) -> None:
     program, room = Path(__file__).with_name("killed.py"), tmp_path / "room"
