@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ from tests import tiny
 from cenote.core import InputError
 from cenote.features import read
 from cenote.features.raw import RawItems, open_raw
-from cenote.features.store import ShardEntry, finished_shards
-from cenote.jobs.extract import Job, LocalEngine, ModelSpec, Options, Shard, extract
+from cenote.features.store import Manifest, ShardEntry, finished_shards
+from cenote.jobs.extract import Job, LocalEngine, ModelSpec, Options, Shard, extract, job
 
 from .conftest import Photos, content
 
@@ -199,6 +200,24 @@ def test_two_writers_at_once(tmp_path: Path, items: RawItems, vit: ModelSpec, re
 
     extract(items, vit, out, OPTIONS, engine=Second())
     assert f"another cenote extract is writing to {out} (process {os.getpid()} on" in seen[0]
+    assert content(out) == reference
+
+
+def test_what_another_writer_finished_meanwhile_is_heeded(
+    tmp_path: Path, items: RawItems, vit: ModelSpec, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the folder and its lock: the manifest that was not there is not written over."""
+    out, planned, calls = tmp_path / "store", job.planned, []
+
+    def late(*arguments: Any) -> Manifest:
+        calls.append(arguments)
+        if len(calls) == 1:
+            extract(items, vit, out, OPTIONS)
+        return planned(*arguments)
+
+    monkeypatch.setattr(job, "planned", late)
+    with pytest.raises(InputError, match="was made otherwise"):
+        extract(items, vit, out, replace(OPTIONS, dtype="float32"))
     assert content(out) == reference
 
 
