@@ -1,5 +1,6 @@
 """Folders that one process writes to, and what killed processes leave."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -18,6 +19,21 @@ def test_two_do_not_write_to_one_folder(tmp_path: Path) -> None:
             for _ in range(2):
                 with pytest.raises(InputError, match=told), files.alone(tmp_path, "comparison"):
                     pass
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
+def test_a_file_system_without_locks_is_told_and_used(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuses)
+    with pytest.warns(UserWarning, match="has no locks; let no other comparison"), files.alone(tmp_path, "comparison"):
+        files.write_whole(tmp_path / "whole", "text")
+    error = OSError(errno.EACCES, "Permission denied")
+    with pytest.raises(PermissionError), files.alone(tmp_path, "comparison"):
+        pass
 
 
 def test_what_was_half_written_is_removed_and_nothing_else(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import platform
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +21,8 @@ LOCK = ".lock"
 UNFINISHED = ".unfinished"
 """At the end of what is being written beside a file, to take its place."""
 TEMPORARY = "cenote-"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What network file systems say that know no locks."""
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -88,6 +92,10 @@ def alone(folder: Path, doing: str) -> Iterator[None]:
         raise InputError(
             f"out: another {doing} is writing to {folder} ({owner}); wait for it, stop it, or name another folder"
         ) from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        warnings.warn(f"{folder}: its file system has no locks; let no other {doing} write to it", stacklevel=4)
     try:
         # for people; where the system lets nobody write to a file that is locked, they are told less
         with suppress(OSError):
