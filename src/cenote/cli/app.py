@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from cenote.cli import catalog, extract, interrupts, mimic, models, predict, probe, report, study
+from cenote.cli.console import plain
 from cenote.core.errors import InputError
 from cenote.core.version import __version__
 
@@ -68,7 +69,7 @@ def _with_flags(message: str) -> str:
     >>> _with_flags("id_column: no column is called 'file'; name one with id_column")
     "--id: no column is called 'file'; name one with --id"
     """
-    return re.sub(r"\b(label|id|group|split)_column\b", r"--\1", message)
+    return re.sub(r"\b(label|id|group|split)_column\b", r"--\1", message).replace("max_item_size", "--max-item-size")
 
 
 def _at_home(argument: str) -> str:
@@ -107,13 +108,13 @@ def main() -> None:
     try:
         app(args=[_at_home(argument) for argument in sys.argv[1:]])
     except InputError as error:
-        sys.stderr.write(f"error: {_with_flags(str(error))}\n")
+        sys.stderr.write(f"error: {plain(_with_flags(str(error)))}\n")
         sys.exit(2)
     except OSError as error:
         if error.errno not in REMEDIES:
             raise
         where = "the output" if error.filename is None else error.filename
-        sys.stderr.write(f"error: {where}: {error.strerror}; {REMEDIES[error.errno]}\n")
+        sys.stderr.write(f"error: {plain(str(where))}: {error.strerror}; {REMEDIES[error.errno]}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         interrupts.tell()

@@ -16,7 +16,7 @@ from cenote.catalog.entries import owner_of
 from cenote.catalog.names import places
 from cenote.catalog.parts import State
 from cenote.cli import options
-from cenote.cli.console import emit
+from cenote.cli.console import PlainConsole, emit
 from cenote.core.errors import InputError
 
 PIPE_WIDTH = 240
@@ -139,6 +139,6 @@ def _table(title: str, rows: list[tuple[str, str]]) -> Table:
 
 
 def _console() -> Console:
-    console = Console()
+    console = PlainConsole()
     # wide where nobody looks, so that every row stays on the one line that grep and cut expect
-    return console if console.is_terminal else Console(width=PIPE_WIDTH)
+    return console if console.is_terminal else PlainConsole(width=PIPE_WIDTH)

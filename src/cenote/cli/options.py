@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cenote.core import InputError
+from cenote.core.memory import MAX_ITEM_SIZE
 
 # what is compared, and how it is judged
 Methods = Annotated[str, typer.Option(help="fast, all, or names separated by commas (see cenote list).")]
@@ -89,6 +91,13 @@ Names = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only so many items, the first ones.")]
 
+MaxItemSize = Annotated[
+    str,
+    typer.Option("--max-item-size", help="What one item may take in memory, as its file's header says: 500MB, 4GB."),
+]
+
+DEFAULT_SIZE = f"{MAX_ITEM_SIZE // 10**6}MB"
+
 # a model, and what is kept of its tokens
 Backbone = Annotated[
     str | None,
@@ -124,6 +133,18 @@ def parsed_grid(text: str | None) -> tuple[int, int] | None:
     if not (height.isdecimal() and width.isdecimal()):
         raise InputError(f"--grid: expected HEIGHTxWIDTH such as 14x14, got {text!r}")
     return int(height), int(width)
+
+
+def parsed_size(text: str) -> int:
+    """`"500MB"` in bytes.
+
+    >>> parsed_size("500MB"), parsed_size("1.5 gb")
+    (500000000, 1500000000)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
+    if found is None:
+        raise InputError(f"--max-item-size: expected a size such as 500MB or 4GB, got {text!r}")
+    return round(float(found[1]) * 1000.0 ** ("", "k", "m", "g", "t").index(found[2]))
 
 
 def split_names(text: str | None) -> list[str] | None:

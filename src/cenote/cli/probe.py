@@ -69,6 +69,7 @@ def probe(
     limit: options.Limit = None,
     dtype: options.Dtype = "float16",
     batch: options.Batch = 32,
+    max_item_size: options.MaxItemSize = options.DEFAULT_SIZE,
     skip_bad: options.SkipBad = False,
     device: options.Device = "cpu",
     precision: options.Precision = "float32",
@@ -92,12 +93,20 @@ def probe(
     labelling = Labelling(task, label, group, split, seed=split_seed)
     judged = {"metric": metric, "significance": significance, "folds": folds, "repeats": repeats}
     if backbone is None:
-        found = {"labels": labels, "vector_column": vectors, "id_column": id_column, "prefix_tokens": prefix_tokens}
-        items = _read(data, labelling, layers, {**found, "grid": options.parsed_grid(grid)}, console)
+        found = {
+            "labels": labels,
+            "vector_column": vectors,
+            "id_column": id_column,
+            "prefix_tokens": prefix_tokens,
+            "grid": options.parsed_grid(grid),
+            "max_item_size": options.parsed_size(max_item_size),
+        }
+        items = _read(data, labelling, layers, found, console)
     else:
         _require_raw(data, {"grid": grid, "prefix-tokens": prefix_tokens or None, "vectors": vectors})
         raw = listed(
-            data, console, kind=kind, labels=labels, column=column, names=names, id_column=id_column, limit=limit
+            data, console, kind=kind, labels=labels, column=column, names=names, id_column=id_column, limit=limit,
+            max_item_size=max_item_size,
         )  # fmt: skip
         spec = ModelSpec(backbone, kind, revision, device, precision, max_length, trust_remote_code, allow_pickle)
         kept = Options(dtype=dtype, batch=batch, skip_bad=skip_bad)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 import cenote.core.files as files
+
+FLOAT = "float"
+"""The one field of what stands in a record for a number that JSON has no word for."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ def cell_key(parts: Mapping[str, Any]) -> str:
 
 def save_cell(path: Path, key: str, cell: Cell) -> None:
     """Write a cell in one step."""
-    files.write_tensors(path, cell.tensors, {"key": key, "name": cell.name, "record": json.dumps(cell.record)})
+    record = json.dumps(_spelled(cell.record), allow_nan=False)
+    files.write_tensors(path, cell.tensors, {"key": key, "name": cell.name, "record": record})
 
 
 def load_cell(path: Path, key: str) -> Cell | None:
@@ -88,7 +93,25 @@ def load_cell(path: Path, key: str) -> Cell | None:
         stored = files.read_tensors(path, old=False)
         if stored.metadata.get("key") != key:
             return None
-        found = json.loads(stored.metadata["record"])
+        found = json.loads(stored.metadata["record"], object_hook=_read)
         return Cell(stored.metadata["name"], found, stored.tensors) if isinstance(found, dict) else None
     except (OSError, KeyError, ValueError, RecursionError):
         return None
+
+
+def _spelled(value: Any) -> Any:
+    """JSON has no word for what is not known or infinite, and a cell must come back as it was."""
+    if isinstance(value, Mapping):
+        return {k: _spelled(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spelled(v) for v in value]
+    return {FLOAT: str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read(found: dict[str, Any]) -> Any:
+    """Inverse of `_spelled`, of one object.
+
+    >>> _read(_spelled(float("-inf")))
+    -inf
+    """
+    return float(found[FLOAT]) if found.keys() == {FLOAT} else found

@@ -151,7 +151,7 @@ class Comparison(Generic[R]):
 
     def to_json(self) -> str:
         """The comparison as text; `from_json` reads it back."""
-        return json.dumps(_null_for_nan(dataclasses.asdict(self)), indent=1, allow_nan=False)
+        return files.json_text(dataclasses.asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -185,7 +185,7 @@ class Comparison(Generic[R]):
 
     def save(self, out: Path) -> None:
         """Write `comparison.json` of an output folder; `load` reads it back."""
-        content = files.sealed(_null_for_nan(dataclasses.asdict(self)))
+        content = files.sealed(dataclasses.asdict(self))
         files.write_whole(Path(out) / FILE, json.dumps(content, indent=1, allow_nan=False))
 
 
@@ -203,15 +203,6 @@ def _rebuild(cls: type[Any], raw: dict[str, Any]) -> Any:
         if name in given and not _is(given[name], kind):
             raise TypeError(f"{name}: expected {getattr(kind, '__name__', kind)}, got {given[name]!r}")
     return cls(**given)
-
-
-def _null_for_nan(value: Any) -> Any:
-    """JSON has no word for what is not known or infinite."""
-    if isinstance(value, dict):
-        return {k: _null_for_nan(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_null_for_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _nan_for_null(value: Any, kind: Any) -> Any:

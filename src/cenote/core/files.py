@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and folders of what was saved.
+"""Files that are either whole or not there, folders that one process writes to, and folders of what was saved.
 
 Whatever cenote writes and reads again carries its SHA-256: a JSON object beside its fields, a safetensors file in its metadata.
 What was changed since is refused. What was written before there were digests is read, and `UncheckedWarning` tells so.
@@ -6,13 +6,18 @@ What was changed since is refused. What was written before there were digests is
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
+import platform
+import shutil
 import stat
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -23,6 +28,12 @@ from torch import Tensor
 
 from cenote.core.errors import InputError
 
+LOCK = ".lock"
+UNFINISHED = ".unfinished"
+"""At the end of what is being written beside a file, to take its place."""
+TEMPORARY = "cenote-"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What network file systems say that know no locks."""
 DIGEST = "sha256"
 """Of a JSON object, the field with the digest of all others; of a safetensors file, the same of its metadata and tensors."""
 
@@ -47,7 +58,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # names of files may hold bytes that are no text
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -111,7 +122,7 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     Traceback (most recent call last):
     ValueError: it was changed after it was written: its digest is another one
     """
-    plain = json.loads(json.dumps({k: v for k, v in content.items() if k != DIGEST}))
+    plain = json.loads(json_text({k: v for k, v in content.items() if k != DIGEST}))
     return {**plain, DIGEST: _digest_of(plain)}
 
 
@@ -236,6 +247,110 @@ def unchecked(where: object) -> None:
         UncheckedWarning,
         stacklevel=3,
     )
+
+
+def json_text(value: Any, **how: Any) -> str:
+    """JSON that every reader takes: it has no word for what is not known or infinite, so that is null.
+
+    Args:
+        value: as `json.dumps` takes it.
+        how: its other arguments.
+
+    Example:
+        >>> json_text({"metric": float("nan"), "interval": (0.5, float("inf"))})
+        '{"metric": null, "interval": [0.5, null]}'
+    """
+    return json.dumps(_null_for_nan(value), allow_nan=False, **how)
+
+
+def _null_for_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _null_for_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_null_for_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a killed process left half written in a folder; only for the one who is `alone` there."""
+    for file in folder.glob(f".*{UNFINISHED}"):
+        file.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path, doing: str) -> Iterator[None]:
+    """Nobody else, in this process or another, does the same in a folder; the lock goes with the process, however that ends.
+
+    Args:
+        folder: that is there.
+        doing: what is done there, for those who come second.
+
+    Raises:
+        InputError: where somebody does, with the process.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    # some releases of filelock empty the file before they find out that it is taken
+    owner = _owner(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"out: another {doing} is writing to {folder} ({owner}); wait for it, stop it, or name another folder"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        warnings.warn(f"{folder}: its file system has no locks; let no other {doing} write to it", stacklevel=4)
+    try:
+        # for people; where the system lets nobody write to a file that is locked, they are told less
+        with suppress(OSError):
+            (folder / LOCK).write_text(f"process {os.getpid()} on {platform.node()}")
+        yield
+    finally:
+        lock.release()
+
+
+def _owner(lock: Path) -> str:
+    try:
+        return lock.read_text("utf-8", "replace")[:200].strip() or "unknown process"
+    except OSError:
+        return "unknown process"
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder for as long as this lasts; those that killed processes left are removed first.
+
+    Raises:
+        OSError: where there is no room for it.
+    """
+    from filelock import FileLock
+
+    _remove_orphans(Path(tempfile.gettempdir()))
+    folder = Path(tempfile.mkdtemp(prefix=TEMPORARY))
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_orphans(place: Path) -> None:
+    """Delete the temporary folders whose owners hold their locks no longer."""
+    from filelock import FileLock, Timeout
+
+    for folder in place.glob(f"{TEMPORARY}*"):
+        try:
+            # a folder without a lock is another's, or being made
+            mine = folder.lstat().st_uid == getattr(os, "getuid", int)()
+            if not mine or folder.is_symlink() or (folder / LOCK).is_symlink() or not (folder / LOCK).is_file():
+                continue
+            with FileLock(folder / LOCK, timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
+        except (Timeout, OSError):
+            continue
 
 
 def read_card(

@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cenote.core import InputError
+from cenote.core.memory import MAX_ITEM_SIZE
 
+DENSEST = 20
+"""How many times its bytes on disk a file may take whatever it is: what was compressed in earnest grows by less."""
+_most: ContextVar[int] = ContextVar("most", default=MAX_ITEM_SIZE)
 BLOCK_BYTES = 4 * 2**20
 LONGEST_HEADER = 100_000_000
 """Bytes, of a safetensors file, as its own library has it."""
@@ -37,6 +42,26 @@ _TORCH = {
     np.dtype(np.float64): torch.float64,
 }
 _SAFETENSORS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+@contextmanager
+def limited(most: int) -> Iterator[None]:
+    """What a file holds may take so many bytes in memory, for as long as this lasts: a file of a few kB can claim any size."""
+    token = _most.set(most)
+    try:
+        yield
+    finally:
+        _most.reset(token)
+
+
+def require_affordable(path: Path, taken: int) -> None:
+    """Raise `Unusable` where what a file claims to hold takes more than it may, and far more than the file does."""
+    size = path.stat().st_size
+    if taken > max(_most.get(), DENSEST * size):
+        raise Unusable(
+            f"would take {taken / 1e9:,.1f} GB in memory, of {size:,} bytes on disk; the limit is {_most.get() / 1e9:.1f} GB, "
+            f"see max_item_size"
+        )
 
 
 class Unusable(Exception):
@@ -101,15 +126,17 @@ def open_array(path: Path, name: str | None = None) -> StoredArray:
     """
     match path.suffix.lower():
         case ".npy":
-            return _npy(path)
+            found = _npy(path)
         case ".npz":
-            return _npz(path, name)
+            found = _npz(path, name)
         case ".safetensors":
-            return _safetensors(path, name)
+            found = _safetensors(path, name)
         case ".h5" | ".hdf5":
-            return _hdf5(path, name)
+            found = _hdf5(path, name)
         case _:
-            return _torch(path, name)
+            found = _torch(path, name)
+    require_affordable(path, math.prod(found.shape) * found.dtype.itemsize)
+    return found
 
 
 @told()
@@ -184,6 +211,7 @@ def npz_array(path: Path, name: str) -> StoredArray:
     _check_numpy_floats(dtype)
     if held < expected:
         raise Unusable(f"is truncated: {held:,} of {expected:,} bytes are there; write it again")
+    require_affordable(path, expected)
 
     def blocks() -> Iterator[Tensor]:
         if fortran:
@@ -200,6 +228,8 @@ def npz_array(path: Path, name: str) -> StoredArray:
 
 def npz_values(path: Path, name: str) -> NDArray[Any]:
     """A small array of an `.npz`, whole: labels, ids, masks."""
+    shape, dtype = npz_members(path).get(name, ((0,), np.dtype(np.uint8)))
+    require_affordable(path, _bytes(shape, dtype))
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return np.asarray(arrays[name])
@@ -344,6 +374,7 @@ def _hdf5_datasets(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]
 
 def _whole_hdf5(path: Path, name: str) -> NDArray[Any]:
     with _h5py().File(path, "r") as file:
+        require_affordable(path, file[name].nbytes)
         return np.asarray(file[name][()])
 
 

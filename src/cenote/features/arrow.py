@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cenote.core import InputError
 from cenote.core.files import inside, read_json
+from cenote.features import arrays
 from cenote.features.source import Filled, LazyColumns, Source
 from cenote.features.splits import WORDS
 from cenote.features.table import ID_NAMES, SPLIT_NAME, Column, find
@@ -134,7 +135,14 @@ def open_arrow(shards: list[Shard], vector_column: str | None, id_column: str | 
 
 def _load(shards: list[Shard], vectors: str, ids: list[str], problems: Problems) -> Filled | None:
     """Fill one flat tensor with the numbers of all files, batch by batch, then give it its width."""
-    bound = sum(File(shard.path).numbers_at_most(vectors) for shard in shards)
+    bound = 0
+    for shard in shards:
+        numbers = File(shard.path).numbers_at_most(vectors)
+        try:
+            arrays.require_affordable(shard.path, 4 * numbers)
+        except arrays.Unusable as error:
+            raise InputError(f"{shard.path}: {error}") from error
+        bound += numbers
     flat: torch.Tensor | None = None
     lengths: list[int] = []
     dim = filled = 0

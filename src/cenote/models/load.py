@@ -18,6 +18,7 @@ from torch import nn
 
 from cenote.core import InputError
 from cenote.core.requirements import require_one_of
+from cenote.core.seeded import seeded
 from cenote.models import sources
 from cenote.models.audio import AudioBackbone
 from cenote.models.base import Backbone, Identity, Kind
@@ -106,9 +107,8 @@ def load_whole(
     if _is_timm(folder):
         timm = TimmBackbone(name, found_revision, folder, files, precision)
         return timm, timm.model
-    with quiet(), torch.random.fork_rng(devices=[]):
-        # what the file does not hold is drawn at random: the same each time
-        torch.manual_seed(0)
+    # what the file does not hold is drawn at random: the same each time
+    with quiet(), seeded(0):
         try:
             model, info = transformers.AutoModel.from_pretrained(
                 folder,

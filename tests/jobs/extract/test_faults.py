@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ from tests import tiny
 from cenote.core import InputError
 from cenote.features import read
 from cenote.features.raw import RawItems, open_raw
-from cenote.features.store import ShardEntry, finished_shards
-from cenote.jobs.extract import Job, LocalEngine, ModelSpec, Options, Shard, extract
+from cenote.features.store import Manifest, ShardEntry, finished_shards
+from cenote.jobs.extract import Job, LocalEngine, ModelSpec, Options, Shard, extract, job
 
 from .conftest import Photos, content
 
@@ -45,22 +46,28 @@ def shard_file(store: Path, number: int) -> Path:
     return finished_shards(store)[number].path
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow("20 runs are killed"))])
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow("50 runs are killed"))])
 def test_killed_at_random_moments(
     tmp_path: Path, items: RawItems, vit: ModelSpec, reference: dict[str, bytes], kills: int
 ) -> None:
-    out = tmp_path / "killed"
+    out, room = tmp_path / "killed", tmp_path / "room"
+    room.mkdir()
     program = Path(__file__).with_name("killed.py")
     done = subprocess.run(
         [sys.executable, program, vit.name, tmp_path / "photos", out, str(kills), "0"],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(str(program.parents[3] / f) for f in ("src", "."))},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(str(program.parents[3] / f) for f in ("src", ".")),
+            "TMPDIR": str(room),
+        },
     )
     assert done.returncode == 0, done.stderr
+    assert list(room.iterdir()) == []
     finished = json.loads(done.stdout)
     assert len(finished) == kills
-    assert any(0 < n < 7 for n in finished) or kills < 20
+    assert any(0 < n < 7 for n in finished) or kills < 50
     assert content(out) == reference
     assert read(out).batch is not None
 
@@ -70,8 +77,8 @@ def test_what_a_killed_run_left_half_written_is_taken_away(
 ) -> None:
     """A kill may also come while one of the small files is written; random moments seldom meet it."""
     for name in (
-        ".manifest.json.ab12cd34",
-        ".times.json.ab12cd34",
+        ".manifest.json.ab12cd34.unfinished",
+        ".times.json.ab12cd34.unfinished",
         ".items.parquet-77",
         "shards/.unfinished-000003-a-77",
     ):
@@ -195,6 +202,24 @@ def test_two_writers_at_once(tmp_path: Path, items: RawItems, vit: ModelSpec, re
 
     extract(items, vit, out, OPTIONS, engine=Second())
     assert f"another cenote extract is writing to {out} (process {os.getpid()} on" in seen[0]
+    assert content(out) == reference
+
+
+def test_what_another_writer_finished_meanwhile_is_heeded(
+    tmp_path: Path, items: RawItems, vit: ModelSpec, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the folder and its lock: the manifest that was not there is not written over."""
+    out, planned, calls = tmp_path / "store", job.planned, []
+
+    def late(*arguments: Any) -> Manifest:
+        calls.append(arguments)
+        if len(calls) == 1:
+            extract(items, vit, out, OPTIONS)
+        return planned(*arguments)
+
+    monkeypatch.setattr(job, "planned", late)
+    with pytest.raises(InputError, match="was made otherwise"):
+        extract(items, vit, out, replace(OPTIONS, dtype="float32"))
     assert content(out) == reference
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -13,7 +13,9 @@ from typing import Any
 
 from cenote.core import InputError
 from cenote.core.files import inside, read_regular
+from cenote.core.memory import MAX_ITEM_SIZE
 from cenote.features import arrow
+from cenote.features.raw.decode import require_affordable
 from cenote.features.raw.files import CHECK, DECODE
 from cenote.features.raw.items import Item, Kind, RawItems, Read, UnreadableError, digest_of
 from cenote.features.splits import WORDS
@@ -54,13 +56,14 @@ class TextItem(Item):
 
 @dataclass(frozen=True)
 class CellItem(Item):
-    """An image or a sound that lies, as a file's bytes, in a cell of an Arrow or Parquet file."""
+    """An image or a sound that lies, as a file's bytes, in a cell of an Arrow or Parquet file; it may take so many bytes."""
 
     id: str
     path: Path
     column: str
     row: int
     kind: Kind
+    most: int = MAX_ITEM_SIZE
 
     def _bytes(self) -> bytes:
         try:
@@ -72,7 +75,9 @@ class CellItem(Item):
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if data is None and isinstance(cell, dict) and cell.get("path"):
             try:
-                return read_regular(inside(self.path.parent, cell["path"]))
+                file = inside(self.path.parent, cell["path"])
+                require_affordable(file.stat().st_size, self.most, "is a large file")
+                return read_regular(file)
             except ValueError as error:
                 raise UnreadableError(f"lies elsewhere: {error}; store its bytes in the table") from error
             except OSError as error:
@@ -85,10 +90,13 @@ class CellItem(Item):
 
     def read(self) -> Read:
         data = self._bytes()
-        return Read(DECODE[self.kind](data), digest_of(data))
+        return Read(DECODE[self.kind](data, self.most), digest_of(data))
 
     def check(self) -> None:
-        CHECK[self.kind](self._bytes())
+        CHECK[self.kind](self._bytes(), self.most)
+
+    def limited(self, most: int) -> Item:
+        return replace(self, most=most)
 
     def stamp(self) -> str:
         try:

@@ -101,7 +101,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write `manifest.json` in one step."""
         content = files.sealed({"format": FORMAT, "version": VERSION, "key": self.key(), **asdict(self)})
-        files.write_whole(folder / MANIFEST, json.dumps(content, indent=1, sort_keys=True) + "\n")
+        files.write_whole(folder / MANIFEST, files.json_text(content, indent=1, sort_keys=True) + "\n")
 
 
 class DamagedManifest(InputError):

@@ -76,6 +76,10 @@ def extract(
     options = continued(options, before)
     manifest = planned(items, backbone, options)
     with writing(store):
+        if (now := begun(store)) != before:
+            # another call ended after the folder was looked at
+            before, options = now, continued(options, now)
+            manifest = planned(items, backbone, options)
         require_same(store, before, manifest, items)
         remove_unfinished(store)
         if before is None:

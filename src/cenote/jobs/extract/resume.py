@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import cenote.core.files as files
 from cenote.core import InputError
 from cenote.features.raw import Item, RawItems
 from cenote.features.store import Manifest, ShardFile, changes, finished_shards, is_store, read_listing, read_manifest
@@ -20,7 +20,7 @@ from cenote.features.store.shards import open_shard
 from cenote.features.validate import Problems
 from cenote.jobs.extract.plan import Options
 
-LOCK, TIMES = ".lock", "times.json"
+TIMES = "times.json"
 READERS = 4
 
 
@@ -42,7 +42,7 @@ def lowest(path: Path) -> Path:
 
 def _foreign(store: Path) -> bool:
     """Whether a folder without a manifest holds anything that is not a store's."""
-    own = (LOCK, TIMES, "shards", "items.parquet")
+    own = (files.LOCK, TIMES, "shards", "items.parquet")
     return any(path.name not in own and not path.name.startswith(".") for path in store.iterdir())
 
 
@@ -140,7 +140,7 @@ def left_out(shard: ShardFile) -> list[tuple[str, str]]:
 def writing(store: Path) -> Iterator[None]:
     """The folder is there, nobody else writes to it, and a full disk is told in words."""
     _make(store)
-    with _told_of_full_disks(store), _alone(store):
+    with _told_of_full_disks(store), files.alone(store, "cenote extract"):
         yield
 
 
@@ -162,22 +162,3 @@ def _told_of_full_disks(store: Path) -> Iterator[None]:
             f"out: cannot write to {store} ({error.strerror}); finished shards are kept: make room and run the same command "
             f"again"
         ) from error
-
-
-@contextmanager
-def _alone(store: Path) -> Iterator[None]:
-    """Holds the store's lock; it goes with the process, however that ends."""
-    handle = os.open(store / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = os.read(handle, 200).decode(errors="replace").strip()
-            raise InputError(
-                f"out: another cenote extract is writing to {store} ({owner or 'unknown process'}); wait for it, or stop it"
-            ) from error
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {os.uname().nodename}".encode())
-        yield
-    finally:
-        os.close(handle)

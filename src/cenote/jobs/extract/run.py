@@ -104,4 +104,4 @@ def write_times(store: Path, computed: int, seconds: float) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         runs = []
     runs.append({"finished": time.time(), "items": computed, "seconds": seconds})
-    files.write_whole(path, json.dumps(files.sealed({"runs": runs}), indent=1) + "\n")
+    files.write_whole(path, files.json_text(files.sealed({"runs": runs}), indent=1) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -15,6 +14,7 @@ import cenote.core.files as files
 from cenote.catalog import create
 from cenote.core import Bags, InputError
 from cenote.core.requirements import require_one_of
+from cenote.core.seeded import seeded
 from cenote.features.dataset import Task, TokenDataset
 from cenote.jobs.probe.arms import Column
 from cenote.jobs.probe.module import Probe, sized_arguments
@@ -135,8 +135,9 @@ def save_probe(folder: Path, comparison: Comparison, column: Column, probe: Prob
 def save_same(folder: Path, other: str) -> None:
     """Write that the probe of a folder is the one of another folder beside it, where `load` finds it."""
     (folder / "probe.safetensors").unlink(missing_ok=True)
-    card = files.sealed({"format": FORMAT, "same_as": other})
-    files.write_whole(folder / "probe.json", json.dumps(card, indent=1))
+    files.write_whole(
+        folder / "probe.json", files.json_text(files.sealed({"format": FORMAT, "same_as": other}), indent=1)
+    )
 
 
 def _same_as(folder: Path) -> str | None:
@@ -182,8 +183,9 @@ def load(folder: str | Path) -> SavedProbe:
     if len(card["classes"]) != named:
         raise InputError(f"{folder}: probe.json names {len(card['classes'])} classes, expected {named}; {AGAIN}")
     try:
-        pool = create(card["method"], **{**card["arguments"], "dim": card["dim"]})
-        probe = Probe(pool, card["outputs"], card["prefix_tokens"])
+        with seeded(0):
+            pool = create(card["method"], **{**card["arguments"], "dim": card["dim"]})
+            probe = Probe(pool, card["outputs"], card["prefix_tokens"])
         probe.load_state_dict(state)
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{folder}: probe.safetensors does not fit probe.json ({_line(error)}); {AGAIN}") from None

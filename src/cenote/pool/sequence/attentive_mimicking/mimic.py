@@ -17,6 +17,7 @@ from torch import Tensor
 from cenote.core import files
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_rate, require_several
+from cenote.core.seeded import seeded
 from cenote.pool.sequence.attentive_mimicking.letter_ngrams import LetterNgrams
 from cenote.pool.sequence.attentive_mimicking.model import AttentiveMimicking, Combinator, Mimicked
 from cenote.pool.sequence.attentive_mimicking.word_contexts import AROUND, Context, contexts_of, count_words
@@ -264,8 +265,7 @@ def train_mimic(
         )
     found = contexts_of(targets, text, known.number, kept_contexts, around, seed)
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         ngrams = LetterNgrams.count((w for w in known.words if w not in left_out), least_ngram)
         mimic = Mimic(AttentiveMimicking(known.dim, len(ngrams), combinator, attentive, distances), ngrams, known)
     optimiser = torch.optim.Adam(mimic.model.parameters(), lr=learning_rate)
