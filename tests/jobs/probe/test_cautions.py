@@ -215,7 +215,7 @@ def test_the_same_data_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     x[int(data.indices("test")[0])] = x[int(data.indices("train")[0])]
     data = dataclasses.replace(data, x=x)
     own = Seen.of.__func__  # type: ignore[attr-defined]
-    monkeypatch.setattr(Seen, "of", classmethod(lambda cls, d: looked.append(d) or own(cls, d)))
+    monkeypatch.setattr(Seen, "of", classmethod(lambda cls, d, in_folds: looked.append(d) or own(cls, d, in_folds)))
     recipe = Recipe(learning_rates=(1e-2,), epochs=1)
     first, again = (compare(data, ["mean", "max"], seeds=1, recipe=recipe, out=tmp_path) for _ in range(2))
     assert len(looked) == 1
