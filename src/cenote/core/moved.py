@@ -71,6 +71,7 @@ CONTENTS: dict[str, tuple[str, ...]] = {
     f"{_GRAPH}.graph_parsing_networks": (f"{_GRAPH}.graph_parsing_networks.model",),
     f"{_SEQUENCE}.attentive_mimicking": (f"{_SEQUENCE}.attentive_mimicking.model",),
     f"{_SEQUENCE}.attentive_temporal_pooling": (f"{_SEQUENCE}.attentive_temporal_pooling.pool",),
+    f"{_SEQUENCE}.cuni_multimodal": (f"{_SEQUENCE}.cuni_multimodal.memories",),
     f"{_SEQUENCE}.layer_aware_tdnn": (f"{_SEQUENCE}.layer_aware_tdnn.model",),
     f"{_SPATIAL}.adapool": (f"{_SPATIAL}.adapool.pool",),
     f"{_SPATIAL}.attentive_feature_aggregation": (f"{_SPATIAL}.attentive_feature_aggregation.fusion",),
