@@ -314,7 +314,7 @@ def scenes(count: int, seed: int, dtype: torch.dtype = torch.float32) -> Group:
         position,
         gaze,
         action,
-        scene=patches if image else None,
+        scene=patches,
         target=ball,
         targets=ball.unsqueeze(1).expand(-1, 4, 2),
     )
@@ -463,11 +463,8 @@ def test_the_point_nearest_to_all_rays() -> None:
     wrong = group.gaze.clone()
     wrong[:, 2] = 1.0
     torch.testing.assert_close(nearest_to_rays(group.position, wrong, (32, 64), mask), group.target)
-    parallel = (
-        torch.tensor([[[0.2, 0.2], [0.4, 0.4]]], dtype=torch.float64),
-        torch.tensor([[[1.0, 0.0]] * 2], dtype=torch.float64),
-    )
-    torch.testing.assert_close(nearest_to_rays(*parallel, (32, 64)), torch.tensor([[0.3, 0.3]], dtype=torch.float64))
+    parallel = nearest_to_rays(torch.tensor([[[0.2, 0.2], [0.4, 0.4]]]), torch.tensor([[[1.0, 0.0]] * 2]), (32, 64))
+    torch.testing.assert_close(parallel, torch.tensor([[0.3, 0.3]]))
 
 
 def test_weights_are_drawn_on_the_scene() -> None:
