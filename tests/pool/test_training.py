@@ -32,6 +32,16 @@ def test_the_best_state_is_kept_and_patience_ends_training() -> None:
     torch.testing.assert_close(layer.weight.detach(), states[1])
 
 
+def test_scores_may_be_taken_every_few_passes() -> None:
+    layer, sgd = line()
+    x = torch.randn(6, 2, dtype=torch.float64)
+    wanted = iter([0.1, 0.5, 0.5, 0.2])
+    history = train(
+        layer, lambda: [x], lambda x: layer(x).square().mean(), sgd, passes=7, score=lambda: next(wanted), score_every=2
+    )
+    assert (history.best, history.scores, len(history.losses)) == (3, [0.1, 0.5, 0.5, 0.2], 7)
+
+
 def test_batches_that_are_accumulated_make_one_step_of_their_mean() -> None:
     x = torch.randn(6, 2, dtype=torch.float64)
     found = []

@@ -23,7 +23,7 @@ class History(NamedTuple):
 
     Attributes:
         losses: mean of each pass.
-        scores: on held-out items after each pass; empty without a score.
+        scores: on held-out items after each pass that was scored; empty without a score.
         best: number of the pass whose state the model has now: that of the best score, else the last.
     """
 
@@ -43,6 +43,7 @@ def train(
     accumulate: int = 1,
     schedule: LRScheduler | None = None,
     score: Callable[[], float] | None = None,
+    score_every: int = 1,
     patience: int | None = None,
 ) -> History:
     """Pass over the batches; where a score is given, stop when it no longer rises, and go back to its best state.
@@ -57,7 +58,8 @@ def train(
         accumulate: batches whose mean gradient makes one step; what is left at the end of a pass makes one too.
         schedule: of the rate, stepped after each step.
         score: of the model as it is, on items that it is not trained on; higher is better. It is run without gradients.
-        patience: passes without a better score after which training stops; `None`: never.
+        score_every: passes between two scores; the last pass is scored too.
+        patience: scores that are no better after which training stops; `None`: never.
 
     Raises:
         InputError: where a pass has no batch, or patience has no score to wait for.
@@ -70,7 +72,7 @@ def train(
         >>> history.losses[-1] < history.losses[0], history.best
         (True, 19)
     """
-    require_at_least(1, passes=passes, accumulate=accumulate)
+    require_at_least(1, passes=passes, accumulate=accumulate, score_every=score_every)
     if clip is not None:
         require_positive(clip=clip)
     if patience is not None:
@@ -79,6 +81,7 @@ def train(
             raise InputError("patience: waits for a score to rise, and there is none; give score as well")
     history = History([], [], -1)
     kept: dict[str, Tensor] | None = None
+    highest, no_better = -math.inf, 0
     for number in range(passes):
         model.train()
         history.losses.append(_one_pass(model, batches(), loss, optimizer, clip, accumulate, schedule))
@@ -86,12 +89,17 @@ def train(
         if score is None:
             history = history._replace(best=number)
             continue
+        if (number + 1) % score_every and number + 1 < passes:
+            continue
         with torch.no_grad():
             history.scores.append(score())
-        if kept is None or history.scores[-1] > history.scores[history.best]:
+        if kept is None or history.scores[-1] > highest:
+            highest, no_better = history.scores[-1], 0
             history = history._replace(best=number)
             kept = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        elif patience is not None and number - history.best >= patience:
+            continue
+        no_better += 1
+        if patience is not None and no_better >= patience:
             break
     if kept is not None:
         model.load_state_dict(kept)

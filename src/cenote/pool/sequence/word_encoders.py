@@ -59,7 +59,7 @@ class ConvolutionEncoder(nn.Module):
         require_at_least(1, dim=dim, filters=filters)
         require_all_positive(windows=windows)
         self.out_dim = filters * len(windows)
-        self.maps = nn.ModuleList(nn.Conv1d(dim, filters, window) for window in windows)
+        self.maps = nn.ModuleList(nn.Conv1d(dim, filters, window, padding=(window - 1) // 2) for window in windows)
 
     def forward(
         self, x: Float[Tensor, "batch words dim"], mask: Bool[Tensor, "batch words"] | None = None
@@ -69,8 +69,9 @@ class ConvolutionEncoder(nn.Module):
         found = []
         for map_ in self.maps:
             assert isinstance(map_, nn.Conv1d)
-            beyond = map_.kernel_size[0] - 1
-            found.append(torch.relu(map_(F.pad(channels, (beyond // 2, beyond - beyond // 2)))))
+            even = map_.kernel_size[0] % 2 == 0
+            h = map_(F.pad(channels, (0, 1)))[..., : x.shape[1]] if even else map_(channels)
+            found.append(torch.relu(h))
         return torch.cat(found, 1).transpose(1, 2)
 
 
