@@ -114,8 +114,14 @@ from cenote.pool.layers.base import stack_layers as stack_layers
 from cenote.pool.layers.maxpoolbert import CLSAttention as CLSAttention
 from cenote.pool.layers.maxpoolbert import MaxCLS as MaxCLS
 from cenote.pool.layers.maxpoolbert import MaxPoolBERT as MaxPoolBERT
-from cenote.pool.layers.multi_layer_trainable import LastLayerTrainable as LastLayerTrainable
-from cenote.pool.layers.multi_layer_trainable import MultiLayerTrainable as MultiLayerTrainable
+from cenote.pool.layers.multi_layer_trainable.contrastive import Triple as Triple
+from cenote.pool.layers.multi_layer_trainable.contrastive import hard_negative_loss as hard_negative_loss
+from cenote.pool.layers.multi_layer_trainable.contrastive import mined_negatives as mined_negatives
+from cenote.pool.layers.multi_layer_trainable.contrastive import nearest as nearest
+from cenote.pool.layers.multi_layer_trainable.contrastive import read_triples as read_triples
+from cenote.pool.layers.multi_layer_trainable.latent_attention import LatentAttention as LatentAttention
+from cenote.pool.layers.multi_layer_trainable.pooling import LastLayerTrainable as LastLayerTrainable
+from cenote.pool.layers.multi_layer_trainable.pooling import MultiLayerTrainable as MultiLayerTrainable
 from cenote.pool.layers.weighted_sum import WeightedLayerSum as WeightedLayerSum
 from cenote.pool.sequence.aam_softmax import AamSoftmax as AamSoftmax
 from cenote.pool.sequence.attention_conditioning.attention import AttentionalAffine as AttentionalAffine
