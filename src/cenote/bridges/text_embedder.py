@@ -230,10 +230,11 @@ class TextEmbedder(nn.Module):
         def loss(chosen: Int[Tensor, "chosen"]) -> Tensor:
             taken = [triples[i] for i in chosen.tolist()]
             with cast:
-                negatives = [t.negative for t in taken if t.negative is not None]
-                vectors = (self([t.query for t in taken], query=True), self([t.positive for t in taken]))
-                hard = self(negatives) if negatives else None
-            return hard_negative_loss(*(v.float() for v in vectors), None if hard is None else hard.float(), scale)
+                queries = self([t.query for t in taken], query=True)
+                positives = self([t.positive for t in taken])
+                hard = [t.negative for t in taken if t.negative is not None]
+                negatives = self(hard).float() if hard else None
+            return hard_negative_loss(queries.float(), positives.float(), negatives, scale)
 
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -272,7 +273,8 @@ class TextEmbedder(nn.Module):
             files.require_format(folder, card, FORMAT)
             if card["config"].keys() != {f.name for f in fields(EmbedderConfig)}:
                 raise InputError(f"{folder}: {CARD} is damaged; save the embedder again")
-            config = EmbedderConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in card["config"].items()})
+            told: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card["config"].items()}
+            config = EmbedderConfig(**told)
             backbone = transformers.AutoModel.from_pretrained(folder / BACKBONE)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder / TOKENIZER)
             embedder = cls(backbone, tokenizer, config)

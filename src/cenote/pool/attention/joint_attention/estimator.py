@@ -84,7 +84,7 @@ class Group(NamedTuple):
 
     def select(self, chosen: Tensor) -> Group:
         """These scenes."""
-        return Group(*(None if t is None else t[chosen] for t in self))
+        return Group._make(None if t is None else t[chosen] for t in self)
 
 
 class JointEstimate(NamedTuple):

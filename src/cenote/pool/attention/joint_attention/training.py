@@ -62,7 +62,8 @@ def map_loss(
     """
     if not losses:
         raise InputError(f"losses: expected some of {', '.join(get_args(Loss))}, got none")
-    size = found.joint.shape[-2:]
+    height, width = found.joint.shape[-2:]
+    size = (height, width)
     measure = F.binary_cross_entropy if sigmoid else F.mse_loss
     total = found.joint.new_zeros(())
     for name in losses:

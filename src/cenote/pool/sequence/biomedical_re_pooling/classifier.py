@@ -364,8 +364,17 @@ class RelationExtractor:
             name: self._names[name].batch(self._named(name, examples))[0] for name in self._names if name != "words"
         }
         heads = self._all("heads", examples)
-        spans = (torch.tensor([list(getattr(e, side)) for e in examples]) for side in ("subject", "object_"))
-        return RelationBatch(read, mask, *spans, heads=None if heads is None else pad_heads(heads)[0], **numbers)
+        subject, object_ = (torch.tensor([list(getattr(e, side)) for e in examples]) for side in ("subject", "object_"))
+        return RelationBatch(
+            read,
+            mask,
+            subject,
+            object_,
+            None if heads is None else pad_heads(heads)[0],
+            numbers.get("types"),
+            numbers.get("relations"),
+            numbers.get("tags"),
+        )
 
     def _built(self, examples: Sequence[RelationExample]) -> RelationClassifier:
         numbers = {name: len(names) for name, names in self._names.items() if name != "words"}

@@ -160,8 +160,8 @@ class AttitudeModel(nn.Module):
         if self.interactive is not None:
             aspects, real = terms_at(PaddedTokens(x, batch.mask), batch.keys(self.keys))
             tokens = PaddedTokens(x, batch.mask).values
-            states = (self.interactive.context(tokens)[0], self.interactive.aspects(aspects)[0])
-            y, weights, _ = self.interactive.attention.attend(*states, batch.mask, real)
+            context, asked_by = self.interactive.context(tokens)[0], self.interactive.aspects(aspects)[0]
+            y, weights, _ = self.interactive.attention.attend(context, asked_by, batch.mask, real)
             return Attended(self.classifier(self.dropout(y)), weights)
         states = self.states(x, batch.mask)
         if self.attention is not None:
