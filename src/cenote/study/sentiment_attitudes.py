@@ -45,15 +45,6 @@ class Sentences(NamedTuple):
     entities: Int[Tensor, "*items 2"]
 
 
-MODELS: dict[str, Name] = {
-    "LSTM + Zhou": "bilstm-zhou",
-    "LSTM + Yang": "bilstm-yang",
-    "CNN + MLP": "att-cnn",
-    "LSTM": "bilstm",
-    "CNN": "cnn",
-}
-
-
 class Reader(nn.Module):
     """The whole model of an arm, without dropout; where all terms weigh the same, what scores them is 0 and frozen."""
 
@@ -61,7 +52,7 @@ class Reader(nn.Module):
         super().__init__()
         vectors = TermVectors(ENTITY + 2, EMBEDDED, reach=TERMS, placed=PLACED)
         self.model = AttitudeModel(
-            MODELS[arm.removesuffix(EVEN)],
+            _model_of(arm.removesuffix(EVEN)),
             vectors,
             filters=2 * HIDDEN,
             hidden=HIDDEN,
@@ -80,6 +71,18 @@ class Reader(nn.Module):
     def weights(self, x: Sentences) -> Float[Tensor, "batch rows terms"] | None:
         """What attention from the text alone took from each term."""
         return None if self.model.attention is None else self.model.attend(AttitudeBatch(*x)).weights
+
+
+def _model_of(arm: str) -> Name:
+    """What the system calls the model of an arm."""
+    names: dict[str, Name] = {
+        "LSTM + Zhou": "bilstm-zhou",
+        "LSTM + Yang": "bilstm-yang",
+        "CNN + MLP": "att-cnn",
+        "LSTM": "bilstm",
+        "CNN": "cnn",
+    }
+    return names[arm]
 
 
 @study

@@ -1,4 +1,8 @@
-"""Sentences with two mentions and their relation, read from the corpora of the field: standoff annotation, and DDI XML."""
+"""Sentences with two mentions and their relation, read from the corpora of the field: standoff annotation, and DDI XML.
+
+Source: the formats of BioNLP's Bacteria Biotope task (BB3, 2016) and of the DDI corpus (SemEval-2013), which the paper is said to
+use: "On the Effectiveness of the Pooling Methods for Biomedical Relation Extraction with Deep Learning", LOUHI 2019.
+"""
 
 from __future__ import annotations
 

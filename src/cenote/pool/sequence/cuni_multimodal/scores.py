@@ -1,4 +1,7 @@
-"""How good translations are: BLEU, a METEOR-like score, and whether an ambiguous word was given its sense."""
+"""How good translations are: BLEU, a METEOR-like score, and whether an ambiguous word was given its sense.
+
+Source: the measures of Helcl, Libovicky, Varis, "CUNI System for the WMT18 Multimodal Translation Task", WMT 2018.
+"""
 
 from __future__ import annotations
 
