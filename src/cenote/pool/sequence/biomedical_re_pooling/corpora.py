@@ -1,7 +1,7 @@
 """Sentences with two mentions and their relation, read from the corpora of the field: standoff annotation, and DDI XML.
 
-Source: the formats of BioNLP's Bacteria Biotope task (BB3, 2016) and of the DDI corpus (SemEval-2013), which the paper is said to
-use: "On the Effectiveness of the Pooling Methods for Biomedical Relation Extraction with Deep Learning", LOUHI 2019.
+Source: the formats of BioNLP's Bacteria Biotope task (BB3, 2016) and of the DDI corpus (SemEval-2013), as used in "On the
+Effectiveness of the Pooling Methods for Biomedical Relation Extraction with Deep Learning", LOUHI 2019 (inferred).
 """
 
 from __future__ import annotations
