@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,11 @@ class JointAttentionPool(PaddedPool):
         )
         self.norm = nn.LayerNorm(width)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # pickled by a version with attention alone
+        state.setdefault("mixing", "attention")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
     def pool_padded(self, tokens: PaddedTokens) -> Pooled:
         encoded = self._encoded(tokens.values, tokens.mask)
         return Pooled(encoded.joint, encoded.attention[:, -1, :, -1, :-1].transpose(1, 2))
@@ -130,6 +135,11 @@ class _Layer(nn.Module):
         nn.init.xavier_uniform_(self.in_proj.weight)
         for bias in (self.in_proj.bias, self.out_proj.bias):
             nn.init.zeros_(bias)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # likewise
+        state.setdefault("uniform", False)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def forward(
         self, z: Float[Tensor, "batch tokens width"], norm: nn.LayerNorm, seen: Bool[Tensor, "batch tokens"] | None
