@@ -30,6 +30,7 @@ from cenote.models.live.edits import (
     Where,
 )
 from cenote.models.live.heads import AblatedHeads, AddedStates, ScaledHeads
+from cenote.models.live.ran import Frozen, Layer, Normed, frozen, layers, of_heads, one_stack
 from cenote.models.live.parts import of_part
 from cenote.models.live.places import attentions, blocks, embeddings, final_norm, stacks
 from cenote.models.live.reachable import Reach, reach
@@ -51,10 +52,13 @@ __all__ = [
     "Denoising",
     "DenoisingStep",
     "Edit",
+    "Frozen",
     "HeadRecorder",
     "InputsRecorder",
+    "Layer",
     "Look",
     "MapRecorder",
+    "Normed",
     "Place",
     "Reach",
     "Recorder",
@@ -74,7 +78,11 @@ __all__ = [
     "edited",
     "embeddings",
     "final_norm",
+    "frozen",
+    "layers",
+    "of_heads",
     "of_part",
+    "one_stack",
     "plausible",
     "reach",
     "recorded",
