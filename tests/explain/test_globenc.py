@@ -38,7 +38,7 @@ def encoder(cls: str = "BertModel", attention: str = "sdpa") -> nn.Module:
         settings = {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48}
     model = zoo.text(cls, **UNEVEN, **settings)(attention).model
     generator = torch.Generator().manual_seed(3)
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         if p.dim() == 1:
             p.data += 0.3 * torch.randn(p.shape, generator=generator)
     return model

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.models.live import zoo
 from torch import nn
 
 from cenote.core import InputError
 from cenote.models.live import frozen, layers, of_heads, one_stack
-from tests.models.live import zoo
 
 PRE = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox", "phi", "vit", "dinov2")
 

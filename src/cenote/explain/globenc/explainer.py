@@ -17,7 +17,7 @@ from cenote.core import InputError
 from cenote.core.chain import BLOCK, chained
 from cenote.core.requirements import require_one_of
 from cenote.explain.base import Attribution, Explainer
-from cenote.explain.globenc.norms import EncoderLayer, Quadratic, Variant, head_norms, mixing_ratio, quadratic
+from cenote.explain.globenc.norms import EncoderLayer, Quadratic, Variant, head_norms, mixing_ratio, norms, quadratic
 from cenote.explain.queried import Query, one_hot, real_tokens
 from cenote.models.live import Layer, frozen, layers, of_heads
 
@@ -106,8 +106,7 @@ class GlobEnc(Explainer):
             made.setdefault("w", []).append(weights.mean(1) * real)
             made.setdefault("head_n", []).append(head_norms(layer.parts, weights) * real[:, None])
             for variant in get_args(Variant) if layer.parts.first is not None else ("n", "n_res"):
-                found = quadratic(layer.parts, variant).rows(weights)
-                made.setdefault(variant, []).append(found.to(weights.dtype) * real)
+                made.setdefault(variant, []).append(norms(layer.parts, weights, variant) * real)
                 ratio = mixing_ratio(layer.parts, weights, variant)
                 made.setdefault(f"ratio_{variant}", []).append(ratio * kept)
         return {name: torch.stack(found, 1) for name, found in made.items()}

@@ -24,8 +24,10 @@ from cenote.explain.attention_flow.matrices import augmented
 from cenote.models.live import Frozen
 
 Variant = Literal["n", "n_res", "n_resln", "n_enc"]
-BLOCK = 32
+BLOCK = 24
 """Tokens whose head vectors are there at a time."""
+ROWS = 32
+"""Rows that are there at a time."""
 
 
 class EncoderLayer(NamedTuple):
@@ -44,7 +46,7 @@ class EncoderLayer(NamedTuple):
     first: Frozen | None = None
     second: Frozen | None = None
 
-    def norms(self, variant: Variant) -> list[Frozen]:
+    def taken(self, variant: Variant) -> list[Frozen]:
         """Those that the variant takes in.
 
         Raises:
@@ -96,30 +98,56 @@ def quadratic(layer: EncoderLayer, variant: Variant = "n_enc", block: int = BLOC
         >>> torch.allclose(found.float(), contributions(layer, attention, "n_res").norm(dim=-1), atol=1e-5)
         True
     """
-    norms = layer.norms(variant)
+    taken = layer.taken(variant)
     residual = variant != "n"
+    # the norms' linear maps are taken into the projection once, head by head
+    maps = torch.stack([_mapped(head.double(), taken).to(layer.values.dtype) for head in layer.maps])
     grams, crosses, owns = [], [], []
     for start in range(0, layer.x.shape[1], block):
-        heads = _mapped(_projected(layer.values[:, :, start : start + block], layer.maps).double(), norms)
-        x = _mapped(layer.x[:, start : start + block].double(), norms)
-        grams.append(torch.einsum("bhnd,bgnd->bnhg", heads, heads))
-        crosses.append(torch.einsum("bhnd,bnd->bnh", heads, x) * residual)
+        # [batch, tokens, heads, dim]
+        heads = _projected(layer.values[:, :, start : start + block], maps).transpose(1, 2).double()
+        x = _mapped(layer.x[:, start : start + block].double(), taken)
+        grams.append(heads @ heads.mT)
+        crosses.append((heads @ x[..., None])[..., 0] * residual)
         owns.append(x.square().sum(-1) * residual)
     scale = torch.ones(layer.x.shape[:2], dtype=torch.float64, device=layer.x.device)
-    for norm in norms:
+    for norm in taken:
         scale = scale * norm.deviation
     return Quadratic(torch.cat(grams, 1), torch.cat(crosses, 1), torch.cat(owns, 1), scale)
+
+
+def norms(
+    layer: EncoderLayer,
+    weights: Float[Tensor, "batch heads rows tokens"],
+    variant: Variant = "n_enc",
+    start: int = 0,
+    block: int = ROWS,
+) -> Float[Tensor, "batch rows tokens"]:
+    """`||e_ij||` of the rows that begin at `start`, a block of rows at a time.
+
+    Args:
+        layer: as it ran.
+        weights: attention of these rows.
+        variant: see `quadratic`.
+        start: number of the first row.
+        block: rows at a time.
+    """
+    form = quadratic(layer, variant)
+    found = [
+        form.rows(weights[:, :, i : i + block], start + i).to(weights.dtype) for i in range(0, weights.shape[2], block)
+    ]
+    return torch.cat(found, 1)
 
 
 def contributions(
     layer: EncoderLayer, weights: Float[Tensor, "batch heads tokens tokens"], variant: Variant = "n_enc"
 ) -> Float[Tensor, "batch tokens tokens dim"]:
     """The vectors themselves, `[batch, output, source, dim]`; for short inputs. Biases behind the values are left out."""
-    norms = layer.norms(variant)
+    taken = layer.taken(variant)
     found = torch.einsum("bhij,bhjd->bijd", weights, _projected(layer.values, layer.maps))
     if variant != "n":
         found.diagonal(dim1=1, dim2=2).add_(layer.x.mT)
-    for norm in norms:
+    for norm in taken:
         found = norm.mapped(found) / norm.deviation[:, :, None, None].to(found.dtype)
     return found
 
@@ -135,14 +163,14 @@ def mixing_ratio(
     layer: EncoderLayer, weights: Float[Tensor, "batch heads tokens tokens"], variant: Variant = "n_enc"
 ) -> Float[Tensor, "batch tokens"]:
     """`||mixing|| / (||mixing|| + ||preserving||)`: of what a token is made, the share that other tokens gave."""
-    norms = layer.norms(variant)
+    taken = layer.taken(variant)
     own = torch.einsum(
         "bhn,bhnd->bnd", weights.diagonal(dim1=2, dim2=3), (projected := _projected(layer.values, layer.maps))
     )
     others = torch.einsum("bhij,bhjd->bid", weights, projected) - own
     if variant != "n":
         own = own + layer.x
-    mixing, preserving = (_mapped(part.double(), norms).norm(dim=-1) for part in (others, own))
+    mixing, preserving = (_mapped(part.double(), taken).norm(dim=-1) for part in (others, own))
     total = mixing + preserving
     return (mixing / total.masked_fill(total == 0, 1.0)).to(weights.dtype)
 

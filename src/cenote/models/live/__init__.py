@@ -30,9 +30,9 @@ from cenote.models.live.edits import (
     Where,
 )
 from cenote.models.live.heads import AblatedHeads, AddedStates, ScaledHeads
-from cenote.models.live.ran import Frozen, Layer, Normed, frozen, layers, of_heads, one_stack
 from cenote.models.live.parts import of_part
 from cenote.models.live.places import attentions, blocks, embeddings, final_norm, stacks
+from cenote.models.live.ran import Frozen, Layer, Normed, frozen, layers, of_heads, one_stack
 from cenote.models.live.reachable import Reach, reach
 from cenote.models.live.shorten import Shorten, shortened
 from cenote.models.live.shortening import Shortening
