@@ -18,7 +18,7 @@ from cenote.core.requirements import require_one_of
 from cenote.explain.attention_flow.matrices import augmented, max_flow
 from cenote.explain.base import Attribution, Explainer
 from cenote.explain.queried import Query, one_hot, real_tokens
-from cenote.models.live import AttentionCall, one_stack, recorded
+from cenote.models.live import AttentionCall, few_logits, one_stack, recorded
 
 
 class AttentionRollout(Explainer):
@@ -64,11 +64,15 @@ class AttentionRollout(Explainer):
         target: Int[Tensor, "batch"] | None = None,  # noqa: ARG002
     ) -> Attribution:
         """Explain; it speaks of no target, see `Explainer.explain`."""
-        with recorded(model, "inputs", at=one_stack(model, self.stack)) as found:
-            model(**inputs)
-        calls = [steps[0] for steps in found["inputs"].values()]
+        calls = self._calls(model, inputs)
         mask = real_tokens(inputs, calls[0])
         return Attribution(self._scores(calls, mask), mask)
+
+    def _calls(self, model: nn.Module, inputs: Mapping[str, Any]) -> list[AttentionCall]:
+        """Attention of every block, from the lowest, without values: nobody asks for them again."""
+        with recorded(model, "inputs", at=one_stack(model, self.stack)) as found:
+            model(**few_logits(model, inputs))
+        return [call.replace(v=call.v.new_empty((*call.v.shape[:3], 0))) for (call, *_) in found["inputs"].values()]
 
     def _scores(self, calls: list[AttentionCall], mask: Bool[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:
         """From the attention of every block, and which tokens are real."""

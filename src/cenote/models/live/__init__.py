@@ -32,7 +32,7 @@ from cenote.models.live.edits import (
 from cenote.models.live.heads import AblatedHeads, AddedStates, ScaledHeads
 from cenote.models.live.parts import of_part
 from cenote.models.live.places import attentions, blocks, embeddings, final_norm, stacks
-from cenote.models.live.ran import Frozen, Layer, Normed, frozen, layers, of_heads, one_stack
+from cenote.models.live.ran import Frozen, Layer, Normed, few_logits, frozen, layers, of_heads, one_stack
 from cenote.models.live.reachable import Reach, reach
 from cenote.models.live.shorten import Shorten, shortened
 from cenote.models.live.shortening import Shortening
@@ -77,6 +77,7 @@ __all__ = [
     "denoising",
     "edited",
     "embeddings",
+    "few_logits",
     "final_norm",
     "frozen",
     "layers",

@@ -7,6 +7,7 @@ post-norms where the block's output is that of its last one, pre-norms where its
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -80,6 +81,13 @@ def one_stack(model: nn.Module, stack: str | None = None) -> Where:
     return Where(kinds=["self"], stack=found.pop())
 
 
+def few_logits(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same inputs, asking for the logits of the last token alone, and no cache, where the model can be asked."""
+    known = inspect.signature(model.forward).parameters
+    asked = {"logits_to_keep": 1, "use_cache": False}
+    return {**{name: value for name, value in asked.items() if name in known}, **inputs}
+
+
 def layers(model: nn.Module, inputs: Mapping[str, Any], stack: str | None = None) -> list[Layer]:
     """Run a model once and keep what its blocks did; its output stays the same to the bit.
 
@@ -105,7 +113,7 @@ def layers(model: nn.Module, inputs: Mapping[str, Any], stack: str | None = None
     of_block = {place.block: place for place in blocks(model) if place.stack == at.stack}
     watched = [_Watched(place, of_block[place.block].module, heads) for place in places]
     with edited(model, calls, heads, states), _hooked(watched):
-        model(**inputs)
+        model(**few_logits(model, inputs))
     found = []
     for place, seen in zip(places, watched, strict=True):
         if len(calls.found[place]) != 1:
