@@ -7,7 +7,6 @@ post-norms where the block's output is that of its last one, pre-norms where its
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -17,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cenote.core import InputError
+from cenote.core.language import accepted
 from cenote.models.live.calls import AttentionCall, Place
 from cenote.models.live.edited import edited
 from cenote.models.live.edits import HeadRecorder, InputsRecorder, StateRecorder, Where
@@ -83,9 +83,7 @@ def one_stack(model: nn.Module, stack: str | None = None) -> Where:
 
 def few_logits(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The same inputs, asking for the logits of the last token alone, and no cache, where the model can be asked."""
-    known = inspect.signature(model.forward).parameters
-    asked = {"logits_to_keep": 1, "use_cache": False}
-    return {**{name: value for name, value in asked.items() if name in known}, **inputs}
+    return {**accepted(model, logits_to_keep=1, use_cache=False), **inputs}
 
 
 def layers(model: nn.Module, inputs: Mapping[str, Any], stack: str | None = None) -> list[Layer]:
