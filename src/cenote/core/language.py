@@ -1,7 +1,7 @@
 """What a causal language model thinks of a text behind another: log-probabilities of continuations of a prompt.
 
 The scores are those of the whole string token by token, as in lm-evaluation-harness: white space at the end of a prompt belongs
-to the continuation, and a prompt and a continuation that do not come apart between two tokens are an error, not a shifted score.
+to the continuation. A prompt and a continuation that do not come apart between two tokens are an error, not a shifted score.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def encoded(
         item: what errors call it.
 
     Raises:
-        InputError: for an empty continuation; where prompt and continuation merge into one token; where there is nothing to begin
-            with.
+        InputError: for an empty continuation; where prompt and continuation merge into one token; where there is nothing to
+            begin with.
     """
     if not continuations:
         raise InputError(f"{item}: has no continuations")
@@ -84,8 +84,8 @@ def encoded(
             at = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole))
             merged = tokenizer.decode(whole[at : at + 1])
             raise InputError(
-                f"{item}: the prompt's end {bare[-12:]!r} and {text[:24]!r} merge into the token {merged!r}; put a space between "
-                f"them, or the prompt's last word into the continuation"
+                f"{item}: the prompt's end {bare[-12:]!r} and {text[:24]!r} merge into the token {merged!r}; put a space "
+                f"between them, or the prompt's last word into the continuation"
             )
         found.append(whole[len(before) :])
         if not found[-1]:

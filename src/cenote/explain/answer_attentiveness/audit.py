@@ -86,9 +86,9 @@ class Attentiveness:
         """The finding in words."""
         found = self.summary()
         return (
-            f"Of the model's probability {found.attentiveness:.2f} goes to the listed choices; for {found.percent_unaffectable:.0f} "
-            f"% of {len(self.gold)} questions no other wording of the answers can change what it picks. It is right on "
-            f"{found.accuracy:.2f} of them."
+            f"Of the model's probability {found.attentiveness:.2f} goes to the listed choices; for "
+            f"{found.percent_unaffectable:.0f} % of {len(self.gold)} questions no other wording of the answers can change "
+            f"what it picks. It is right on {found.accuracy:.2f} of them."
         )
 
     def _by(self, rule: Rule, **given: Any) -> Int[Tensor, "items"]:
@@ -96,7 +96,7 @@ class Attentiveness:
 
 
 class Summary(NamedTuple):
-    """Of one setting; `attentiveness` is the mean mass on the choices, `leftover` that of what the rest has above the margin."""
+    """Of one setting; `attentiveness` is the mean mass on the choices, `leftover` what the rest has above the margin."""
 
     accuracy: float
     balanced_accuracy: float
@@ -159,8 +159,8 @@ class ChoiceAudit:
             pool: from which examples are taken, others than the questions.
 
         Raises:
-            InputError: naming the question, where its prompt and a choice merge into one token, a choice is empty, or both are too
-                long.
+            InputError: naming the question, where its prompt and a choice merge into one token, a choice is empty, or both are
+                too long.
         """
         if not questions:
             raise InputError("questions: give at least one")

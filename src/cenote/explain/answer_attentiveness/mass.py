@@ -82,8 +82,8 @@ def chosen(
 
     Args:
         log_probabilities: of whole choices given the prompt.
-        rule: `"raw"` the probability; `"prior"` divided by that without the question, zero taken for 1e-15; `"per token"` the mean
-            log-probability of a token.
+        rule: `"raw"` the probability; `"prior"` divided by that without the question, zero taken for 1e-15; `"per token"` the
+            mean log-probability of a token.
         prior: log-probabilities of the choices without the question, for `"prior"`.
         tokens: how many each choice has, for `"per token"`.
         mask: True = a real choice.
