@@ -6,7 +6,7 @@ from torch import Tensor
 
 from cenote.core import InputError
 from cenote.explain import HeadScores, head_atlas, repeated
-from cenote.explain.head_atlas import KINDS
+from cenote.explain.repeated_tokens import KINDS
 from cenote.models.live import recorded
 from cenote.testing.as_found import AsFound
 from tests.models.live import zoo

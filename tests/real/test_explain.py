@@ -117,7 +117,7 @@ def test_continuations_are_scored_as_whole_strings(smollm2: Any) -> None:
             logs = model(ids[None]).logits[0].log_softmax(-1)
         expected = sum(float(logs[i - 1, ids[i]]) for i in range(len(before), len(ids)))
         assert total == pytest.approx(expected, abs=1e-4)
-    with pytest.raises(InputError, match="question 4: .* merge into the token"):
+    with pytest.raises(InputError, match=r"question 4: .* merge into the token"):
         log_probabilities(model, tokenizer, "The capital of France is Par", ["is"], item="question 4")
 
 

@@ -118,7 +118,8 @@ class ConceptHeads:
 
     Attributes:
         scores: explained variance, less that of random dictionaries where asked for, `[layers, heads]`.
-        atoms: tokens of the concept in the order in which each head took them, -1 where it took fewer, `[layers, heads, atoms]`.
+        atoms: tokens of the concept in the order in which each head took them, -1 where it took fewer, `[layers, heads,
+            atoms]`.
         explained: behind each, `[layers, heads, atoms]`; the last one repeated where it took fewer.
     """
 

@@ -77,9 +77,12 @@ def repeated(sequences: int, period: int, tokens: tuple[int, int], *, spread: in
         )
     generator = torch.Generator().manual_seed(seed)
     longest = period + spread
-    # no two neighbours alike, so that another sequence has another offset
+    # no two neighbours alike, the last and the first included, so that another sequence has another offset
     steps = torch.randperm(2 * spread + 1, generator=generator)
-    periods = period - spread + steps[torch.arange(sequences) % len(steps)]
+    chosen = torch.arange(sequences) % len(steps)
+    if chosen[-1] == 0 and spread:
+        chosen[-1] = 1
+    periods = period - spread + steps[chosen]
     drawn = torch.randint(*tokens, (sequences, longest), generator=generator)
     at = torch.arange(2 * longest) % periods[:, None]
     return Repeated(drawn.gather(1, at), periods)
