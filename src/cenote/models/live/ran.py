@@ -70,9 +70,15 @@ def one_stack(model: nn.Module, stack: str | None = None) -> Where:
     Raises:
         InputError: where it has several and none is named, or none of that name.
     """
-    found = {place.stack for place in attentions(model) if place.kind == "self" and stack in (None, place.stack)}
+    everywhere = attentions(model)
+    if not everywhere:
+        raise InputError(
+            f"model: found no attention in {type(model).__name__}; expected a transformer whose blocks attend, such as those "
+            f"that `cenote models show` can reach"
+        )
+    found = {place.stack for place in everywhere if place.kind == "self" and stack in (None, place.stack)}
     if len(found) != 1:
-        there = ", ".join(repr(s) for s in sorted({p.stack for p in attentions(model)})) or "none"
+        there = ", ".join(repr(s) for s in sorted({p.stack for p in everywhere})) or "none"
         raise InputError(
             f"stack: {len(found)} lists of blocks with self-attention are called {stack!r}; there are: {there}"
             if stack is not None
