@@ -12,6 +12,7 @@ from cenote.explain import (
     Fact,
     LogitParts,
     Parts,
+    boost,
     constructive,
     edge_knockout,
     facts,
@@ -294,3 +295,14 @@ def test_logit_parts_say_what_they_are() -> None:
     assert names[:2] == ["embedding", "head 0.0"]
     assert names[-2:] == ["mlp 2", "constant"]
     assert "attention bias 1" in names
+
+
+def test_feed_forward_parts_boost_a_relation_evenly_or_not() -> None:
+    of_relation = torch.tensor([[True, True, False, False], [False, True, True, False]])
+    even = torch.where(of_relation, 2.0, -1.0)
+    uneven = torch.tensor([[4.0, 0.0, -1.0, -1.0], [-1.0, 4.0, 0.0, -1.0]])
+    found = boost(torch.stack([even, uneven], 1), of_relation)
+    assert found.lead.tolist() == [3.0, 3.0]
+    assert found.spread.tolist() == pytest.approx([0.0, 2 / 3])
+    with pytest.raises(InputError, match="inside of its relation and outside"):
+        boost(even[:, None], torch.ones_like(of_relation))

@@ -178,7 +178,7 @@ class ChoiceAudit:
             found.append(self._scored(asked, name))
             for prior, style in zip(priors, ("no_answer_choices", self.style), strict=True):
                 # letters are what is scored, in either
-                without = Put(unconditional(question, style).prompt, asked.continuations)  # type: ignore[arg-type]
+                without = Put(unconditional(question, style).prompt, asked.continuations)
                 prior.append(self._scored(without, name).total)
         counts = torch.tensor([len(one.total) for one in found])
         mask = torch.arange(int(counts.max())) < counts[:, None]
