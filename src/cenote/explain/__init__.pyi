@@ -26,8 +26,10 @@ from cenote.explain.factual_recall.knockout import CutEdges as CutEdges
 from cenote.explain.factual_recall.knockout import edge_knockout as edge_knockout
 from cenote.explain.factual_recall.logits import LogitParts as LogitParts
 from cenote.explain.factual_recall.logits import logit_parts as logit_parts
+from cenote.explain.factual_recall.mechanisms import Boost as Boost
 from cenote.explain.factual_recall.mechanisms import HeadClass as HeadClass
 from cenote.explain.factual_recall.mechanisms import Recall as Recall
+from cenote.explain.factual_recall.mechanisms import boost as boost
 from cenote.explain.factual_recall.mechanisms import constructive as constructive
 from cenote.explain.factual_recall.mechanisms import head_classes as head_classes
 from cenote.explain.factual_recall.mechanisms import recall as recall
