@@ -45,7 +45,7 @@ class HeadScores(NamedTuple):
     def heads(self, least: float = LEAST, errors: float = ERRORS) -> list[FoundHead]:
         """Those with at least this score that are so many standard errors above the control, best first."""
         chosen = (self.scores >= least) & (self.errors > errors)
-        found = [FoundHead(*map(int, at), float(self.scores[tuple(at)])) for at in chosen.nonzero()]
+        found = [FoundHead(layer, head, float(self.scores[layer, head])) for layer, head in chosen.nonzero().tolist()]
         return sorted(found, key=lambda one: -one.score)
 
 

@@ -243,7 +243,7 @@ def frozen(norm: nn.Module, read: Float[Tensor, "*tokens dim"], wrote: Float[Ten
     Example:
         >>> norm, x = torch.nn.LayerNorm(4), torch.randn(3, 4)
         >>> fixed = frozen(norm, x, norm(x))
-        >>> torch.allclose(fixed.mapped(x) / fixed.deviation[:, None] + fixed.bias, norm(x), atol=1e-6)
+        >>> torch.allclose(fixed.mapped(x) / fixed.deviation[:, None] + fixed.bias, norm(x).double(), atol=1e-6)
         True
     """
     trial = copy.deepcopy(norm).double()
