@@ -110,8 +110,8 @@ class Pyramid:
 class SmoothMask(nn.Module):
     """Masks that are smooth by how they are made: each pixel takes a smooth maximum over parameters around it.
 
-    `m(u) = sum_i v_i(u) softmax_i(20 v_i(u))`, `v_i(u) = k(|u - u_i| / sigma) p_i`, `k(z) = exp(-2 max(z - 1/2, 0)^2)`, over the
-    parameters `p_i` that lie on a grid; then clamped to [0, 1].
+    `m(u) = sum_i v_i(u) softmax_i(20 v_i(u))`, `v_i(u) = k(|u - u_i| / sigma) p_i`, `k(z) = exp(-2 max(z - 1/2, 0)^2)`, over
+    the parameters `p_i` that lie on a grid; then clamped to [0, 1].
 
     Args:
         height, width: of the image.
@@ -141,7 +141,7 @@ class SmoothMask(nn.Module):
         """Rows and columns of the parameters."""
         self.padding = 1 + math.ceil(2 * sigma / step)
         self.window = 2 * (1 + math.ceil(sigma / step)) + 1
-        rows, columns = ((cells + 2 * self.padding - self.window + 1 - 1) * step + 1 for cells in self.grid)
+        rows, columns = ((cells + 2 * self.padding - self.window) * step + 1 for cells in self.grid)
         squared = self._offsets(rows)[:, None, :, None] + self._offsets(columns)[None, :, None, :]
         distance = squared.sqrt() / sigma
         weight = torch.exp(-2 * (distance - 0.5).clamp(min=0) ** 2)
@@ -179,7 +179,7 @@ class SmoothMask(nn.Module):
 def ranked_area(mask: Float[Tensor, "masks *units"], areas: Sequence[float]) -> Float[Tensor, "masks"]:
     """How far each mask is from one that is 1 on the share `a` of its units and 0 elsewhere: `mean((sorted(m) - r_a)^2)`.
 
-    `r_a` is 0 at the first `floor(n (1 - a))` places and 1 behind; so the value is 0 only if the mask has that area and no grey.
+    `r_a` is 0 at the first `floor(n (1 - a))` places and 1 behind; the value is 0 only if the mask has that area and no grey.
 
     Args:
         mask: one per area.

@@ -24,11 +24,11 @@ from cenote.explain.extremal_perturbations.masks import (
     ranked_area,
     require_areas,
 )
+from cenote.explain.images import Scores
 
 Variant = Literal["preserve", "delete", "dual"]
 Reward = Literal["simple", "contrastive"]
 AreaTerm = Literal["ranked", "mean"]
-Scores = Callable[[Float[Tensor, "items channels height width"]], Float[Tensor, "items classes"]]
 Generator = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 LEARNING_RATE = 0.01
@@ -118,19 +118,20 @@ def extremal_masks(
     jitter: bool = True,
     smoothing: Smoothing = "smooth maximum",
     area_term: AreaTerm = "ranked",
+    area_weight: float = AREA_WEIGHT,
     smooth: float = 0.0,
 ) -> ExtremalMasks:
     """The mask of each area that keeps the score highest, or lowers it most when what it covers is taken away.
 
-    `max_m z(x, m) - lambda_t R_a(m)`, `R_a` the `ranked_area` of the whole mask, all areas in one batch: gradient ascent from a mask
-    of ones, momentum and dampening 0.9, parameters kept in [0, 1], `lambda` from 300 up by 0.35 % an iteration.
+    `max_m z(x, m) - lambda_t R_a(m)`, `R_a` the `ranked_area` of the whole mask, all areas in one batch: gradient ascent from
+    a mask of ones, momentum and dampening 0.9, parameters kept in [0, 1], `lambda` from 300 up by 0.35 % an iteration.
 
     Args:
         scores: perturbed images -> score of each class, differentiable.
         image: one image as the model takes it.
         target: number of the class.
         areas: shares of the image.
-        variant: `"preserve"`: the score of what the mask keeps; `"delete"`: the negative score of the rest; `"dual"`: their sum.
+        variant: `"preserve"`: the score of what the mask keeps; `"delete"`: the negative score of the rest; `"dual"`: both.
         perturbing: how pixels are taken away, see `Pyramid`.
         kind: of the reward, see `reward`.
         iterations: of the ascent.
@@ -138,6 +139,7 @@ def extremal_masks(
         levels, blur: see `Pyramid`.
         jitter: show the model mirrored images at even iterations.
         area_term: `"ranked"`, or `"mean"`: `(mean(m) - a)^2` instead, which leaves masks grey.
+        area_weight: `lambda` at first.
         smooth: standard deviation in pixels of a Gaussian over the masks that come out.
 
     Raises:
@@ -164,7 +166,13 @@ def extremal_masks(
 
     start = torch.ones(len(areas), 1, *masks.grid, dtype=image.dtype, device=image.device)
     mask, history = ascend(
-        masks, lambda m, n: rewards(m, jitter and n % 2 == 0), start, areas, iterations, area_term=area_term
+        masks,
+        lambda m, n: rewards(m, jitter and n % 2 == 0),
+        start,
+        areas,
+        iterations,
+        area_term=area_term,
+        area_weight=area_weight,
     )
     mask = gaussian_blur(mask, smooth)
     with torch.no_grad():
@@ -186,6 +194,7 @@ def ascend(
     iterations: int,
     *,
     area_term: AreaTerm = "ranked",
+    area_weight: float = AREA_WEIGHT,
 ) -> tuple[Float[Tensor, "areas ..."], Float[Tensor, "areas 2 iterations"]]:
     """Gradient ascent on parameters of masks; nothing else gathers a gradient.
 
@@ -195,17 +204,18 @@ def ascend(
         start: the parameters at first.
         areas: shares, one per mask.
         iterations: how many.
-        area_term: see `extremal_masks`.
+        area_term, area_weight: see `extremal_masks`.
 
     Returns:
         The masks that act, and reward and area term of every iteration.
     """
     require_areas(areas)
     require_at_least(1, iterations=iterations)
+    require_at_least(0, area_weight=area_weight)
     require_one_of(get_args(AreaTerm), area_term=area_term)
     parameters = start.detach().clone().requires_grad_()
     optimiser = torch.optim.SGD([parameters], lr=LEARNING_RATE, momentum=MOMENTUM, dampening=DAMPENING, maximize=True)
-    weight, history = AREA_WEIGHT, []
+    weight, history = area_weight, []
     acting = parameters
     for n in range(iterations):
         with torch.enable_grad():
