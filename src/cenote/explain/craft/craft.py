@@ -154,8 +154,8 @@ class Concepts:
     ) -> Float[Tensor, "images concepts"]:
         """How much of the variance of a class's score each concept has a share in, when concepts are masked; per image.
 
-        `y = h((U o m) W)[target]` for `points (r + 2)` masks of a Sobol design, and its total index. Only `h` runs: its input is
-        the reconstruction, never the activations themselves. The mean over images is the importance of the paper.
+        `y = h((U o m) W)[target]` for `points (r + 2)` masks of a Sobol design, and its total index. Only `h` runs:
+        its input is the reconstruction, never the activations themselves. The mean over images is the importance of the paper.
 
         Args:
             images, activations: as of `transform`.
@@ -291,8 +291,8 @@ class Concepts:
 class Craft:
     """Concepts that a model's own activations are made of, learned from crops of images that it gives one class.
 
-    Crops are made as large as the images (bilinear), go through `g`, are averaged over places, and factored: `A = U W`, both at 0
-    or above, so that concepts only add up. Nothing of the model is trained.
+    Crops are made as large as the images (bilinear), go through `g`, are averaged over places, and factored:
+    `A = U W`, both at 0 or above, so that concepts only add up. Nothing of the model is trained.
 
     Args:
         g: images to activations at 0 or above, `[items, width, h, w]` or `[items, width]`.

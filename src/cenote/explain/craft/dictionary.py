@@ -113,8 +113,8 @@ def coefficient_gradient(
 ) -> Float[Tensor, "items channels"]:
     """`d u_i / d a` of the least squares, by the implicit function theorem.
 
-    On the active set `O = {k : u_k > 0}` of a row `u_O = (W_O W_O^T)^-1 W_O a`, and so `d u_O / d a = (W_O W_O^T)^-1 W_O`; 0 where
-    the concept is not active.
+    On the active set `O = {k : u_k > 0}` of a row `u_O = (W_O W_O^T)^-1 W_O a`, and so
+    `d u_O / d a = (W_O W_O^T)^-1 W_O`; 0 where the concept is not active.
 
     Args:
         u: coefficients of each row.
