@@ -39,7 +39,7 @@ def removal_curve(a: Terms, b: Terms, scores: Float[Tensor, "pairs places"]) -> 
         a, b: the items.
         scores: an order of the places of `a`; padding goes last and changes nothing.
     """
-    order = scores.masked_fill(~a.mask, -torch.inf).sort(1, descending=True, stable=True).indices
+    order = scores.masked_fill(~a.mask, -torch.inf).sort(dim=1, descending=True, stable=True).indices
     ordered = a.values.gather(1, order.unsqueeze(-1).expand_as(a.values))
     left = ordered.flip(1).cumsum(1).flip(1)
     return torch.nn.functional.cosine_similarity(left, b.embedding.unsqueeze(1), dim=-1)
