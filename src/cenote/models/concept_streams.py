@@ -136,7 +136,7 @@ class _Stream(AttentionEdit):
 
 @contextmanager
 def looking_on(
-    model: nn.Module, tokens: Float[Tensor, "1 tokens dim"], look: Callable[[Seen], Tensor]
+    model: nn.Module, tokens: Float[Tensor, "items tokens dim"], look: Callable[[Seen], Tensor]
 ) -> Iterator[None]:
     """Carry tokens beside the prompt of a diffusion transformer, through each of its forward passes, loops included.
 
@@ -157,6 +157,10 @@ def looking_on(
         raise InputError(
             f"model: {type(model).__name__} has no time_text_embed and context_embedder; give a FluxTransformer2DModel or "
             "SD3Transformer2DModel (of a pipeline: pipeline.transformer)"
+        )
+    if len(tokens) != 1:
+        raise InputError(
+            f"tokens: expected those of one item, which all items of a batch share, got {len(tokens)} items"
         )
     if tokens.shape[-1] != embedder.in_features:
         raise InputError(f"tokens: expected width {embedder.in_features}, as of the prompt, got {tokens.shape[-1]}")

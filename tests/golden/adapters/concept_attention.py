@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cenote.explain.concept_attention.attention import Reads, concept_attention, heat_maps, similarities
+from cenote.explain.concept_attention.attention import Reads, concept_rows, heat_maps, similarities
 from cenote.models.concept_streams import Seen, TextSide, looking_on
 from tests.golden.cases import Case, adapter
 
@@ -64,7 +64,7 @@ def block(case: Case) -> dict[str, Tensor]:
     found: list[tuple[Seen, Tensor]] = []
 
     def look(seen: Seen) -> Tensor:
-        y = concept_attention(seen.q, seen.k, seen.v, seen.image_k, seen.image_v, reads)
+        y = concept_rows(seen.q, seen.k, seen.v, seen.image_k, seen.image_v, reads)
         found.append((seen, y))
         return y
 

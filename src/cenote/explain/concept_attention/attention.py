@@ -21,7 +21,7 @@ Reads = Literal["both", "image", "concepts", "none"]
 Order = Literal["per layer", "after mean"]
 
 
-def concept_attention(
+def concept_rows(
     q: Float[Tensor, "batch heads concepts width"],
     k: Float[Tensor, "batch heads concepts width"],
     v: Float[Tensor, "batch heads concepts width"],

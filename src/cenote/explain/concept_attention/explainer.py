@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cenote.core import InputError
 from cenote.core.requirements import require_one_of
-from cenote.explain.concept_attention.attention import Order, Reads, concept_attention, heat_maps, similarities
+from cenote.explain.concept_attention.attention import Order, Reads, concept_rows, heat_maps, similarities
 from cenote.models.concept_streams import Seen, looking_on
 
 Space = Literal["output", "cross", "cross keys", "value"]
@@ -86,7 +86,7 @@ class ConceptAttention:
 
     Args:
         space: `"output"`; `"cross"`: queries of both, as the authors' code has it; `"cross keys"`: queries with keys;
-        `"value"`. reads: what the concepts read, see `concept_attention`.
+        `"value"`. reads: what the concepts read, see `concept_rows`.
 
     Example:
         >>> from diffusers import FluxTransformer2DModel
@@ -113,7 +113,7 @@ class ConceptAttention:
         self.space, self.reads = space, reads
 
     @contextmanager
-    def on(self, model: nn.Module, concepts: Float[Tensor, "1 concepts dim"]) -> Iterator[ConceptMaps]:
+    def on(self, model: nn.Module, concepts: Float[Tensor, "items concepts dim"]) -> Iterator[ConceptMaps]:
         """Watch a model for as long as the block lasts: one forward pass, or a whole loop of a pipeline around it.
 
         Args:
@@ -126,7 +126,7 @@ class ConceptAttention:
             return
 
         def look(seen: Seen) -> Tensor:
-            y = concept_attention(seen.q, seen.k, seen.v, seen.image_k, seen.image_v, self.reads)
+            y = concept_rows(seen.q, seen.k, seen.v, seen.image_k, seen.image_v, self.reads)
             both = {
                 "output": (y, seen.image_y),
                 "cross": (seen.q, seen.image_q),
