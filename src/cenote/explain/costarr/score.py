@@ -176,8 +176,8 @@ class Costarr:
         return scale * self._cosines(features, predicted), predicted
 
     def _cosines(self, f: Tensor, classes: Tensor) -> Tensor:
-        weight, mean = self.weight[classes], self.means[classes]
-        h, mean_h = self._behind(f, classes), mean * weight
+        mean = self.means[classes]
+        h, mean_h = self._behind(f, classes), self._behind(mean, classes)
         if self.halves == "pre":
             return cosine_similarity(f, mean, dim=1)
         if self.halves == "post":
@@ -187,6 +187,7 @@ class Costarr:
         return (cosine_similarity(f, mean, dim=1) + cosine_similarity(h, mean_h, dim=1)) / 2
 
     def _behind(self, f: Tensor, classes: Tensor) -> Tensor:
+        """Features, or means of them, behind the last layer's weights."""
         return f * self.weight[classes]
 
     def _scales(self, logits: Tensor) -> Tensor:
