@@ -1,7 +1,8 @@
 """The two-sided score of COSTARR parts known from unknown classes better than the largest logit, and features behind the last
 layer's weights add to features before them under the same scale of the logit.
 
-Refuted if its mean AUROC is at or below that of the largest logit, or at or below that of the features before the weights alone.
+Refuted if its mean AUROC is at or below that of the largest logit, or at or below that of the features before the weights
+alone.
 
 Six of the ten digits, drawn at random, are known: a small network (64-128-64-6) is trained to name them, and test digits
 of all ten classes are scored. Scores differ, the network does not.
