@@ -38,7 +38,7 @@ SHARPNESS = 10.0
 PAIRS = 400
 HALF = 0.5
 RETRIEVED = 0.8
-STEPS: dict[Size, int] = {"smoke": 3, "small": 900, "full": 3000}
+STEPS: dict[Size, int] = {"smoke": 3, "small": 500, "full": 3000}
 
 MAP, NORM, SWAPPED, RIGHT, UNTRAINED = (
     "map of the pair",
