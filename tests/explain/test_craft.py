@@ -128,7 +128,7 @@ def test_only_concepts_that_the_model_uses_have_an_index() -> None:
     concepts = Concepts(
         torch.zeros(1, 1, 1, 1), torch.zeros(1, 5), directions, 1, None, lambda x: (x @ reader).relu()[:, None]
     )
-    found = concepts.importance(a[:40], 0, 64, activations=True).mean(0)
+    found = concepts.importance(a[:40], 0, 64, given="activations").mean(0)
     order = torch.nn.functional.cosine_similarity(w[:, None], directions[None], dim=-1).argmax(1)
     assert bool((found[order[[0, 3]]] > 0.1).all())
     assert bool((found[order[[1, 2, 4]]] < 0.1).all())
@@ -190,7 +190,7 @@ def test_a_whole_model_gives_concepts_maps_and_importances() -> None:
     assert bool((found.u >= 0).all())
     assert bool((found.w >= 0).all())
     assert found.transform(images).shape == (8, 16, 16, 3)
-    assert torch.equal(found.transform(images), found.transform(cnn()[:4](images).detach(), activations=True))
+    assert torch.equal(found.transform(images), found.transform(cnn()[:4](images).detach(), given="activations"))
     assert found.maps(images).shape == (8, 3, 16, 16)
     importance = found.importance(images, 1, 16)
     assert importance.shape == (8, 3)
@@ -210,7 +210,7 @@ def test_importance_asks_only_the_second_half_and_only_by_reconstructions() -> N
     found = Craft(model[:4], h, 3, 8, batch_size=16).fit(images)
     activations = model[:4](images).detach()
     calls.clear()
-    found.importance(activations, 1, 8, activations=True)
+    found.importance(activations, 1, 8, given="activations")
     assert sum(calls) == 2 * 8 * 5
     assert max(calls) <= 16
 
@@ -219,8 +219,8 @@ def test_outputs_that_are_shuffled_say_nothing_of_the_model() -> None:
     a, _, w = planted(60)
     reader = torch.linalg.pinv(w).T[0]
     concepts = Concepts(torch.zeros(1, 1, 1, 1), torch.zeros(1, 5), w, 1, None, lambda x: (x @ reader)[:, None])
-    plain = concepts.importance(a[:30], 0, 32, activations=True).mean(0)
-    shuffled = concepts.importance(a[:30], 0, 32, activations=True, shuffled=True).mean(0)
+    plain = concepts.importance(a[:30], 0, 32, given="activations").mean(0)
+    shuffled = concepts.importance(a[:30], 0, 32, given="activations", shuffled=True).mean(0)
     assert plain.argmax() == 0
     assert float(plain[1:].max()) < 0.25
     assert float(shuffled.min()) > 0.5
@@ -286,18 +286,18 @@ def test_curves_of_deletion_and_insertion_by_hand() -> None:
     w, reader = torch.eye(3), torch.tensor([[1.0], [2.0], [4.0]])
     concepts = Concepts(torch.zeros(1, 1, 1, 1), torch.zeros(1, 3), w, 1, None, lambda a: a @ reader)
     a = torch.ones(1, 3)
-    assert concepts.deletion(a, 0, [2, 0, 1], activations=True).tolist() == [[7.0, 3.0, 2.0, 0.0]]
-    assert concepts.deletion(a, 0, [2, 0, 1], insertion=True, activations=True).tolist() == [[0.0, 4.0, 5.0, 7.0]]
-    assert concepts.error(torch.tensor([[1.0, -1.0, 0.0]]), activations=True) == pytest.approx(0.5)
+    assert concepts.deletion(a, 0, [2, 0, 1], given="activations").tolist() == [[7.0, 3.0, 2.0, 0.0]]
+    assert concepts.deletion(a, 0, [2, 0, 1], insertion=True, given="activations").tolist() == [[0.0, 4.0, 5.0, 7.0]]
+    assert concepts.error(torch.tensor([[1.0, -1.0, 0.0]]), given="activations") == pytest.approx(0.5)
 
 
 def test_other_orders() -> None:
     w, reader = torch.eye(3), torch.tensor([[1.0], [-2.0], [0.0]])
     concepts = Concepts(torch.zeros(1, 1, 1, 1), torch.zeros(1, 3), w, 1, None, lambda a: a @ reader)
     a = torch.tensor([[1.0, 2.0, 6.0], [3.0, 0.0, 0.0]])
-    assert orders.mean_coefficients(concepts, a, activations=True).tolist() == [2.0, 1.0, 3.0]
-    assert orders.gradients(concepts, a, 0, activations=True).tolist() == [1.0, 2.0, 0.0]
-    assert orders.tcav(concepts, a, 0, activations=True).tolist() == [1.0, 0.0, 0.0]
+    assert orders.mean_coefficients(concepts, a, given="activations").tolist() == [2.0, 1.0, 3.0]
+    assert orders.gradients(concepts, a, 0, given="activations").tolist() == [1.0, 2.0, 0.0]
+    assert orders.tcav(concepts, a, 0, given="activations").tolist() == [1.0, 0.0, 0.0]
     assert torch.equal(orders.at_random(concepts, 1), orders.at_random(concepts, 1))
 
 

@@ -161,15 +161,18 @@ def _measured(seed: int, size: Size) -> Measured:
 def _areas(concepts: Concepts, images: Tensor, target: int, seed: int) -> dict[str, float]:
     """The mean of the curve of deletion in each order, of one class."""
 
+    u = concepts.transform(images)
+
     def area(ranking: Tensor) -> float:
-        return float(concepts.deletion(images, target, ranking.argsort(descending=True).tolist()).mean())
+        order = ranking.argsort(descending=True).tolist()
+        return float(concepts.deletion(u, target, order, given="coefficients").mean())
 
     rankings = {
-        SOBOL: concepts.importance(images, target, POINTS).mean(0),
-        SHUFFLED: concepts.importance(images, target, POINTS, shuffled=True, seed=seed).mean(0),
-        AMOUNT: orders.mean_coefficients(concepts, images),
-        GRADIENT: orders.gradients(concepts, images, target),
-        TCAV: orders.tcav(concepts, images, target),
+        SOBOL: concepts.importance(u, target, POINTS, given="coefficients").mean(0),
+        SHUFFLED: concepts.importance(u, target, POINTS, given="coefficients", shuffled=True, seed=seed).mean(0),
+        AMOUNT: orders.mean_coefficients(concepts, u, "coefficients"),
+        GRADIENT: orders.gradients(concepts, u, target, "coefficients"),
+        TCAV: orders.tcav(concepts, u, target, "coefficients"),
     }
     found = {name: area(ranking) for name, ranking in rankings.items()}
     drawn = [area(orders.at_random(concepts, DRAWS * seed + n)) for n in range(DRAWS)]
@@ -196,7 +199,7 @@ def _planted(seed: int, factored: bool) -> tuple[float, float, float]:
     concepts = Concepts(
         torch.zeros(1, 1, 1, 1), torch.zeros(1, PLANTED), directions, 1, None, lambda x: (x @ reader).relu()[:, None]
     )
-    index = concepts.importance(a[:40], 0, 64, activations=True).mean(0)[torch.as_tensor(matched)]
+    index = concepts.importance(a[:40], 0, 64, given="activations").mean(0)[torch.as_tensor(matched)]
     reads = torch.zeros(PLANTED, dtype=torch.bool)
     reads[list(USED)] = True
     smallest = float(cosines[torch.arange(PLANTED), torch.as_tensor(matched)].min())

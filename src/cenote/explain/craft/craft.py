@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from cenote.explain.craft.sobol import Estimator, Sampler, sobol_masks, total_in
 from cenote.models.live.passing import passing
 
 Half = Callable[[Tensor], Tensor]
+Given = Literal["images", "activations", "coefficients"]
 
 FORMAT = 1
 OVERLAP = 0.8
@@ -120,15 +121,17 @@ class Concepts:
         return len(self.w)
 
     @torch.no_grad()
-    def transform(self, images: Float[Tensor, "images ..."], activations: bool = False) -> Float[Tensor, "images ..."]:
+    def transform(self, images: Float[Tensor, "images ..."], given: Given = "images") -> Float[Tensor, "images ..."]:
         """How much of each concept is at each place: `[images, height, width, concepts]`, or `[images, concepts]`.
 
         Args:
-            images: of any size that the model takes, or what `g` gave of them.
-            activations: whether they are that.
+            images: of any size that the model takes, or what `given` says.
+            given: `"images"`, `"activations"`: what `g` gave of them, or `"coefficients"`: what this gave.
         """
-        a = images if activations else self._run(self.g, images, "g")
-        return coefficients(a.movedim(1, -1), self.w)
+        require_one_of(get_args(Given), given=given)
+        if given == "coefficients":
+            return images
+        return coefficients(self._activations(images, given).movedim(1, -1), self.w)
 
     def maps(
         self, images: Float[Tensor, "images channels height width"]
@@ -148,7 +151,7 @@ class Concepts:
         *,
         estimator: Estimator = "jansen",
         sampler: Sampler = "halton",
-        activations: bool = False,
+        given: Given = "images",
         seed: int = 0,
         shuffled: bool = False,
     ) -> Float[Tensor, "images concepts"]:
@@ -158,13 +161,13 @@ class Concepts:
         its input is the reconstruction, never the activations themselves. The mean over images is the importance of the paper.
 
         Args:
-            images, activations: as of `transform`.
+            images, given: as of `transform`.
             target: class.
             points: rows of the design, see `sobol_masks`.
             estimator, sampler, seed: see `sobol_masks` and `total_indices`.
             shuffled: permute the scores over the masks: an index that does not see the model, as a control.
         """
-        u = self.transform(images, activations)
+        u = self.transform(images, given)
         masks = sobol_masks(self.count, points, sampler, seed).to(u)
         found = []
         for own in u:
@@ -227,19 +230,19 @@ class Concepts:
         order: Sequence[int],
         *,
         insertion: bool = False,
-        activations: bool = False,
+        given: Given = "images",
     ) -> Float[Tensor, "images steps"]:
         """The score of a class as concepts are zeroed one after the other, or added to nothing; `r + 1` steps.
 
         Args:
-            images, activations: as of `transform`.
+            images, given: as of `transform`.
             target: class.
             order: of the concepts, the first to go or to come.
             insertion: add them to an empty reconstruction instead.
         """
         if sorted(order) != list(range(self.count)):
             raise InputError(f"order: expected each of {self.count} concepts once, got {list(order)}")
-        u = self.transform(images, activations)
+        u = self.transform(images, given)
         rank = torch.empty(self.count, device=u.device, dtype=torch.long)
         rank[torch.tensor(list(order), device=u.device)] = torch.arange(self.count, device=u.device)
         steps = torch.arange(self.count + 1, device=u.device)
@@ -248,9 +251,9 @@ class Concepts:
         return torch.stack([self._scores(own * _over(kept, own), target) for own in u])
 
     @torch.no_grad()
-    def error(self, images: Float[Tensor, "images ..."], activations: bool = False) -> float:
-        """Share of the activations' squares that the concepts do not give back."""
-        a = (images if activations else self._run(self.g, images, "g")).movedim(1, -1)
+    def error(self, images: Float[Tensor, "images ..."], given: Given = "images") -> float:
+        """Share of the activations' squares that the concepts do not give back; of images or activations."""
+        a = self._activations(images, given).movedim(1, -1)
         return float(((a - coefficients(a, self.w) @ self.w) ** 2).sum() / (a**2).sum())
 
     def save(self, path: str | Path) -> None:
@@ -273,6 +276,9 @@ class Concepts:
             raise InputError(f"{path}: holds no concepts ({error})") from None
         files.require_format(Path(path), card, FORMAT)
         return cls(**tensors, g=g, h=h, batch_size=card["batch_size"], side=card["side"])
+
+    def _activations(self, images: Tensor, given: Given) -> Tensor:
+        return images if given == "activations" else self._run(self.g, images, "g")
 
     def _run(self, half: Half | None, x: Tensor, name: str) -> Tensor:
         if half is None:
