@@ -128,8 +128,8 @@ class _Stream(AttentionEdit):
         prompt = slice(pixels, call.queries) if image_first else slice(0, call.queries - pixels)
         (q, k, v), rest = side.enter(self.x, self.condition)
         scores = (call.q[:, :, prompt] @ call.k.mT * call.scale).softmax(-1)[..., image].mean(1)
-        of_image = [t[:, :, image] for t in (call.q, call.k, call.v, y)]
-        looked = self.look(Seen(call.place, self.step, q, k, v, *of_image, prompt_to_image=scores))
+        image_q, image_k, image_v, image_y = (t[:, :, image] for t in (call.q, call.k, call.v, y))
+        looked = self.look(Seen(call.place, self.step, q, k, v, image_q, image_k, image_v, image_y, scores))
         self.x = side.leave(self.x, looked, rest)
         return y
 
