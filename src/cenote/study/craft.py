@@ -48,7 +48,8 @@ USED = (0, 3)
 PRESENT = 0.4
 FOUND = 0.95
 INDEX = 0.1
-PASSES: dict[Size, int] = {"smoke": 1, "small": 20, "full": 60}
+PASSES: dict[Size, int] = {"smoke": 1, "small": 40, "full": 80}
+LAYERS = 3
 
 SOBOL, SHUFFLED, AMOUNT, RANDOM, GRADIENT, TCAV = (
     "Sobol order",
@@ -133,6 +134,7 @@ def _measured(seed: int, size: Size) -> Measured:
         model = nn.Sequential(
             nn.Conv2d(1, CHANNELS, 3, stride=2, padding=1), nn.ReLU(),
             nn.Conv2d(CHANNELS, CHANNELS, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.ReLU(),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, CLASSES),
         )  # fmt: skip
     batches = list(shuffled(len(train.y), BATCH, PASSES[size], torch.Generator().manual_seed(seed)))
@@ -146,12 +148,12 @@ def _measured(seed: int, size: Size) -> Measured:
     with torch.no_grad():
         given, tested = (model(x).argmax(1) for x in images)
     areas: dict[str, list[float]] = {}
-    for target in range(CLASSES):
+    for target in range(2 if size == "smoke" else CLASSES):
         own = images[0][given == target]
         shown = images[1][test.y == target][:IMAGES]
         if len(own) < CONCEPTS:
             continue
-        concepts = Craft(model[:4], model[4:], CONCEPTS, PATCH, seed=seed).fit(own)
+        concepts = Craft(model[:6], model[6:], CONCEPTS, PATCH, seed=seed).fit(own)
         for name, area in _areas(concepts, shown, target, seed).items():
             areas.setdefault(name, []).append(area)
     means = {name: float(np.mean(values)) for name, values in areas.items()}
