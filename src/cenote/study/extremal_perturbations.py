@@ -45,7 +45,7 @@ ACCURACY = 0.9
 TESTED = 500
 TRAINING: dict[Size, int] = {"smoke": 2, "small": 400, "full": 1500}
 ITERATIONS: dict[Size, int] = {"smoke": 3, "small": 150, "full": 300}
-IMAGES: dict[Size, int] = {"smoke": 2, "small": 6, "full": 50}
+IMAGES: dict[Size, int] = {"smoke": 2, "small": 4, "full": 50}
 
 MASK, GRADIENT, REDRAWN, OTHERS, MEAN_AREA, RANDOM = (
     "extremal mask",
