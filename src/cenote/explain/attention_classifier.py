@@ -188,6 +188,7 @@ class AttentionClassifier(nn.Module):
         blocked: Bool[Tensor, "batch tokens"] | None = None,
         condition_ids: Int[Tensor, "batch others"] | None = None,
         condition_mask: Shaped[Tensor, "batch others"] | None = None,
+        position_ids: Int[Tensor, "batch tokens"] | None = None,  # noqa: ARG002
     ) -> Classified:
         """Classify.
 
@@ -198,6 +199,7 @@ class AttentionClassifier(nn.Module):
             blocked: tokens whose weight is set to 0, and what is left not made to sum to 1: what the model does without what
                 it reads there.
             condition_ids, condition_mask: the second text.
+            position_ids: taken as models of transformers take it; only the order of real tokens counts here.
 
         Raises:
             InputError: where there are not exactly one of `input_ids` and `inputs_embeds`, or an item has no token.

@@ -63,12 +63,12 @@ def attention_mass_penalty(
     """
     require_one_of(get_args(Reduce), reduce=reduce)
     real = torch.ones_like(impermissible) if mask is None else mask
-    rows = _rows(attention, real)
-    if real.shape != impermissible.shape or rows.shape[::2] != impermissible.shape:
+    if real.shape != impermissible.shape or (len(attention), attention.shape[-1]) != impermissible.shape:
         raise InputError(
             f"impermissible, mask: expected [batch, tokens] of attention {list(attention.shape)}, got "
             f"{list(impermissible.shape)} and {list(real.shape)}"
         )
+    rows = _rows(attention, real)
     mass = rows.masked_fill(~(impermissible & real)[:, None], 0.0).sum(-1)
     # not minus the mean: a sum of nothing is 0, and not -0
     left = (1 - mass).clamp(min=LEAST).log()
