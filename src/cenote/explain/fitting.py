@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Self, cast
 
 import torch
-from jaxtyping import Bool, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core import InputError
@@ -127,6 +128,18 @@ def fit(
         model.load_state_dict(kept)
     stepper.zero_grad(set_to_none=True)
     return Fitted(tuple(losses), tuple(scores), scores.index(max(scores)) if scores else epochs - 1)
+
+
+def cross_entropy(
+    logits: Float[Tensor, "batch classes"],
+    labels: Int[Tensor, "batch"],
+    class_weights: Float[Tensor, "labels"] | None = None,
+) -> Float[Tensor, ""]:
+    """Mean over the items; of one logit the binary one, where `class_weights` are of both classes."""
+    if logits.shape[1] > 1:
+        return F.cross_entropy(logits, labels, class_weights)
+    weights = None if class_weights is None else class_weights[labels]
+    return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype), weights)
 
 
 def _trained(model: nn.Module) -> Iterable[Tensor]:

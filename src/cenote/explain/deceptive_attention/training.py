@@ -8,14 +8,13 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cenote.core import InputError
 from cenote.explain.deceptive_attention.penalty import Reduce, attention_mass_penalty, distance_reward, entropy_reward
 from cenote.explain.deceptive_attention.reading import shown
-from cenote.explain.fitting import Fitted, Texts, fit
+from cenote.explain.fitting import Fitted, Texts, cross_entropy, fit
 from cenote.explain.input_gradients import chosen_targets, logits_of
 
 
@@ -97,13 +96,6 @@ def train_deceptive(
     return fit(
         model, len(train.labels), loss, epochs=epochs, batch=batch, lr=lr, score=score, random_state=random_state
     )
-
-
-def cross_entropy(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
-    """Mean over the items; of one logit the binary one."""
-    if logits.shape[1] == 1:
-        return F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype))
-    return F.cross_entropy(logits, labels)
 
 
 @torch.no_grad()
