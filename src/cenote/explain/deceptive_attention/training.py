@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cenote.core import InputError
 from cenote.explain.deceptive_attention.penalty import Reduce, attention_mass_penalty, distance_reward, entropy_reward
-from cenote.explain.deceptive_attention.reading import shown
+from cenote.explain.shown import shown
 from cenote.explain.fitting import Fitted, Texts, cross_entropy, fit
 from cenote.explain.input_gradients import chosen_targets, logits_of
 
