@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.explain.texts import PADDED
 from torch import Tensor, nn
 
 from cenote.core import InputError, PaddedTokens
@@ -25,6 +24,7 @@ from cenote.explain import (
 from cenote.explain.attention_adversarial_training.objective import area_under_roc, balanced
 from cenote.explain.attention_classifier import AttentionClassifier, attention_classifier
 from cenote.pool import ABMIL, MeanPool
+from tests.explain.texts import PADDED
 
 MASK = PADDED["attention_mask"].bool()
 LABELS = torch.tensor([0, 1, 1])
@@ -101,7 +101,9 @@ def test_for_small_eps_the_loss_grows_by_the_norm_of_the_gradient() -> None:
     one = {"input_ids": PADDED["input_ids"][:1]}
     h, mask = model.states(**one)
     scores = model.scores(h)
-    loss = nn.functional.binary_cross_entropy_with_logits(model.from_scores(h, scores, mask).logits[:, 0], LABELS[:1].double())
+    loss = nn.functional.binary_cross_entropy_with_logits(
+        model.from_scores(h, scores, mask).logits[:, 0], LABELS[:1].double()
+    )
     (g,) = torch.autograd.grad(loss, scores)
     assert float(g.sum().abs()) < 1e-12
     off = []
@@ -205,7 +207,10 @@ def test_training_keeps_the_best_epoch_and_spares_the_scorer_from_decay() -> Non
     assert found.scores[found.best] == max(found.scores)
     assert found.scores[found.best] == pytest.approx(area_under_roc(model, dev))
     assert found.losses[-1] < found.losses[0]
-    big, small = attention_classifier(207, 1, dim=8, random_state=0), attention_classifier(207, 1, dim=8, random_state=0)
+    big, small = (
+        attention_classifier(207, 1, dim=8, random_state=0),
+        attention_classifier(207, 1, dim=8, random_state=0),
+    )
     train_adversarial(big, train, kind="vanilla", epochs=1, batch=60, decay=1e6)
     train_adversarial(small, train, kind="vanilla", epochs=1, batch=60, decay=0.0)
     assert torch.equal(big.scorer.weight.weight, small.scorer.weight.weight)  # type: ignore[union-attr]

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from tests.explain.texts import PADDED
 from torch import Tensor, nn
 
 from cenote.core import InputError
@@ -13,6 +12,7 @@ from cenote.explain.attention_classifier import attention_classifier
 from cenote.explain.fitting import fit
 from cenote.explain.input_gradients import input_gradients
 from cenote.testing import check_explainer
+from tests.explain.texts import PADDED
 
 KINDS = [
     {"scorer": "linear"},

@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from sklearn.linear_model import Ridge
-from tests.explain.texts import PADDED
-from tests.models.live import zoo
 from torch import Tensor, nn
 
 from cenote.core import InputError
@@ -29,6 +27,8 @@ from cenote.explain.attribution_priors.training import (
     prior_overlap,
 )
 from cenote.explain.input_gradients import InputGradients
+from tests.explain.texts import PADDED
+from tests.models.live import zoo
 
 MASK = PADDED["attention_mask"].bool()
 LABELS = torch.tensor([0, 1, 1])

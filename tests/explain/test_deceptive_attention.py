@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from tests.explain.texts import PADDED
-from tests.models.live import zoo
 from torch import Tensor, nn
 
 from cenote.core import InputError
@@ -35,6 +33,8 @@ from cenote.explain.deceptive_attention.bench import small_classifier
 from cenote.explain.fitting import Texts
 from cenote.models.live import recorded
 from cenote.testing.as_found import AsFound
+from tests.explain.texts import PADDED
+from tests.models.live import zoo
 
 MASK = PADDED["attention_mask"].bool()
 MARKED = PADDED["input_ids"] % 3 == 0
@@ -92,7 +92,9 @@ def test_the_worst_head_is_of_each_text_or_of_the_batch() -> None:
     assert float(attention_mass_penalty(a, impermissible, reduce="max").loss) == pytest.approx(
         float(-left.amin(1).mean())
     )
-    assert float(attention_mass_penalty(a, impermissible, reduce="batch_min").loss) == pytest.approx(float(-left.amin()))
+    assert float(attention_mass_penalty(a, impermissible, reduce="batch_min").loss) == pytest.approx(
+        float(-left.amin())
+    )
 
 
 def test_marked_padding_has_no_effect() -> None:
@@ -181,12 +183,15 @@ def test_attention_is_pushed_away_from_a_stored_one() -> None:
     train_deceptive(plain, texts, lam=0.0, epochs=8, batch=20, lr=1e-2)
     stored = shown(plain, texts.inputs).weights[:, 0].detach()
     train_deceptive(far, texts, lam=0.0, coef=1.0, stored=stored, epochs=8, batch=20, lr=1e-2)
-    assert float(shown(far, texts.inputs).weights[texts.marked[:, None]].mean()) < float(stored[texts.marked].mean()) / 2
+    assert (
+        float(shown(far, texts.inputs).weights[texts.marked[:, None]].mean()) < float(stored[texts.marked].mean()) / 2
+    )
 
 
 def test_attention_of_a_transformer_is_that_which_it_returns() -> None:
-    model, eager = bert(), zoo.built(
-        "BertForSequenceClassification", {**zoo.TEXT, "vocab_size": 40, "initializer_range": 0.5}, "eager"
+    model, eager = (
+        bert(),
+        zoo.built("BertForSequenceClassification", {**zoo.TEXT, "vocab_size": 40, "initializer_range": 0.5}, "eager"),
     )
     with torch.no_grad():
         plain = model(**PADDED).logits

@@ -49,7 +49,7 @@ def test_convolution_finds_what_trying_every_set_finds(n: int, sign, seed: int) 
             picked = [judged[i] for i in indices]
             if indices[-1] - indices[0] >= 5 or n < 5 or np.mean(picked) <= least:
                 continue
-            if sign == "+" and min(picked) < 0 or sign == "-" and max(a[i] for i in indices) >= 0:
+            if (sign == "+" and min(picked) < 0) or (sign == "-" and max(a[i] for i in indices) >= 0):
                 continue
             expected[indices] = np.mean(picked)
     found = convolution_search(scores(n, seed), sign=sign)
@@ -172,7 +172,12 @@ def test_words_are_cleaned_and_labels_named() -> None:
         "The word » thin « is most important for the prediction. The prediction is bad, the true label good."
     )
     assert found.coloured(1) == "so \033[1;31mthin\033[0m it"
-    assert SaliencyVerbalizer().verbalize(["<b>", "c"], [1.0, 0.1]).html(1).startswith('<b style="color:#c5221f">&lt;b&gt;')
+    assert (
+        SaliencyVerbalizer()
+        .verbalize(["<b>", "c"], [1.0, 0.1])
+        .html(1)
+        .startswith('<b style="color:#c5221f">&lt;b&gt;')
+    )
 
 
 def test_a_prompt_shows_every_score_and_the_callback_is_all_that_is_asked() -> None:

@@ -1,6 +1,7 @@
 """Tokens of texts, padded, for tests of explainers."""
 
 import torch
+
 from tests.models.live import zoo
 
 PADDED = {

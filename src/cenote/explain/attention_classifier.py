@@ -5,6 +5,7 @@ Source: Bahdanau et al. (2015), arXiv 1409.0473; as a classifier Jain and Wallac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -142,10 +143,10 @@ class AttentionClassifier(nn.Module):
         output: linear map from a state to the classes; one output is a logit of the second of two classes.
         scorer: from states `[batch, tokens, dim]`, and the second text where there is one, to scores `[batch, tokens]`.
         encoder: `(x, mask) -> states`, such as `BiLSTM`; `None`: the embeddings are the states.
-        pooling: `"attention"`; `"uniform"`, which has no scorer; `"ends"`: no attention, the last state of each direction of the
-            encoder.
-        condition: of a second text, `(x, mask) -> states`, whose mean over the real tokens the scorer is given; `None`: there is
-            none.
+        pooling: `"attention"`; `"uniform"`, which has no scorer; `"ends"`: no attention, the last state of each direction of
+            the encoder.
+        condition: of a second text, `(x, mask) -> states`, whose mean over the real tokens the scorer is given; `None`:
+            there is none.
 
     Example:
         >>> model = attention_classifier(vocabulary=20, classes=2, dim=8)
@@ -304,7 +305,7 @@ def attention_classifier(
         encoder = None if hidden is None else BiLSTM(dim, hidden)
         scored: nn.Module | None = None
         if pooling == "attention":
-            makers = {
+            makers: dict[str, Callable[[], nn.Module]] = {
                 "linear": lambda: LinearScorer(states),
                 "dot": lambda: DotScorer(states, conditioned),
                 "additive": lambda: AdditiveScorer(states, condition=states if conditioned else None),

@@ -52,7 +52,9 @@ class Attribution:
             raise InputError("scores: are not zero where units are padding")
         counts = self.mask.sum(1).tolist()
         if self.texts is not None and [len(t) for t in self.texts] != counts:
-            raise InputError(f"texts: expected as many as there are real units, {counts}, got {[len(t) for t in self.texts]}")
+            raise InputError(
+                f"texts: expected as many as there are real units, {counts}, got {[len(t) for t in self.texts]}"
+            )
 
     def normalised(self) -> Self:
         """The same with absolute scores that sum to one; all zero stays so."""
@@ -127,7 +129,9 @@ class Attribution:
             InputError: where the texts of the units are not known.
         """
         if self.texts is None:
-            raise InputError("texts: sentences are made of the texts of units, and there are none; give them with named")
+            raise InputError(
+                "texts: sentences are made of the texts of units, and there are none; give them with named"
+            )
         if not 0 <= item < len(self.texts):
             raise InputError(f"item: expected below {len(self.texts)}, got {item}")
         predicted = None if labels is None or self.target is None else labels[int(self.target[item])]

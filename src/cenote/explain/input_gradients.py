@@ -91,7 +91,7 @@ def input_gradients(
             x, g = _gradient(model, x, rest, target, create_graph)
             scores = (g * x).sum(-1) if form == "times input" else g.abs().sum(-1)
         else:
-            x0 = torch.zeros_like(x) if baseline is None else model.get_input_embeddings().weight[baseline].expand_as(x)  # type: ignore[operator]
+            x0 = _empty(model, x, baseline)
             if target is None:
                 target = chosen_targets(logits_of(model(inputs_embeds=x, **rest)).detach(), None)
             total = torch.zeros_like(x)
@@ -120,6 +120,14 @@ def _gradient(
     wanted = target_logits(logits, chosen_targets(logits.detach(), target)).sum()
     (g,) = torch.autograd.grad(wanted, x, create_graph=create_graph)
     return x, g
+
+
+def _empty(model: nn.Module, x: Tensor, baseline: int | None) -> Tensor:
+    """Where a path of integrated gradients begins."""
+    if baseline is None:
+        return torch.zeros_like(x)
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    return weight[baseline].expand_as(x)
 
 
 class InputGradients(Explainer):
@@ -156,7 +164,7 @@ class InputGradients(Explainer):
         if self.form == "integrated":
             x, rest = embedded(model, inputs)
             with torch.no_grad():
-                empty = torch.zeros_like(x) if self.baseline is None else model.get_input_embeddings().weight[self.baseline].expand_as(x)  # type: ignore[operator]
-                before = target_logits(logits_of(model(inputs_embeds=empty, **rest)), target)
+                nothing = _empty(model, x, self.baseline)
+                before = target_logits(logits_of(model(inputs_embeds=nothing, **rest)), target)
             error = (scores.sum(1) - (target_logits(logits, target) - before)).abs()
         return Attribution(scores, real, target=target, signed=self.form != "norm", completeness_error=error)

@@ -87,8 +87,8 @@ def shown(
         model: an `AttentionClassifier`, or a classifier of transformers whose last block has self-attention.
         inputs: of its forward.
         blocked: tokens whose weight is set to 0 after the softmax, and what is left not made to sum to 1.
-        apart: of a transformer: these tokens read each other alone in every block, and the others each other; the first token reads
-            all.
+        apart: of a transformer: these tokens read each other alone in every block, and the others each other; the first
+            token reads all.
 
     Raises:
         InputError: where the model's attention cannot be reached.
@@ -117,8 +117,8 @@ class ClassifierAttention(Explainer):
     """The attention that a classifier shows, mean over the heads: as an explanation, what can be made to deceive.
 
     Args:
-        by: `"weights"`; of an `AttentionClassifier` also `"norms"`, `||a_t h_t||`: what a token adds to the pooled vector, which
-            finds out a small weight on a large vector.
+        by: `"weights"`; of an `AttentionClassifier` also `"norms"`, `||a_t h_t||`: what a token adds to the pooled vector,
+            which finds out a small weight on a large vector.
 
     Example:
         >>> from cenote.explain import attention_classifier

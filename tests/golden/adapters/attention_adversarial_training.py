@@ -7,7 +7,9 @@ from cenote.explain.attention_classifier import AdditiveScorer, AttentionClassif
 from tests.golden.cases import Case, adapter
 
 
-@adapter("attention-adversarial-training", "amep TanhBCAttention / TanhBCAttentionAT / TanhBCAttentioniAT / DotBCAttention")
+@adapter(
+    "attention-adversarial-training", "amep TanhBCAttention / TanhBCAttentionAT / TanhBCAttentioniAT / DotBCAttention"
+)
 def training(case: Case) -> dict[str, Tensor]:
     dim, eps = case.config["hidden_size"], case.config["xi"]
     h, mask, label = case.inputs["hidden"], case.inputs["mask"] != 0, case.inputs["label"]

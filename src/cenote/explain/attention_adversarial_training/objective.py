@@ -154,8 +154,8 @@ def adversarial_loss(
         model: to train.
         inputs: of its forward: the second text too, where there is one.
         labels: classes.
-        kind: `"vanilla"`; on attention `"at"`, `"iat"` (which is the same, see `iat_perturbation`), `"iat per token"`, `"random"`
-            (no adversary) and `"iat_code"` (for reproduction only); on embeddings `"word at"`, `"word iat"`.
+        kind: `"vanilla"`; on attention `"at"`, `"iat"` (which is the same, see `iat_perturbation`), `"iat per token"`,
+            `"random"` (no adversary) and `"iat_code"` (for reproduction only); on embeddings `"word at"`, `"word iat"`.
         eps, lam: norm of the perturbation, and weight of its loss.
         loss: from logits and labels to a mean; by default cross-entropy, of one logit the binary one.
         generator: of `"random"`.
@@ -163,7 +163,7 @@ def adversarial_loss(
     require_one_of(get_args(Training), kind=kind)
     require_at_least(0, eps=eps, lam=lam)
     of = cross_entropy if loss is None else loss
-    if kind in ("word at", "word iat"):
+    if kind == "word at" or kind == "word iat":
         return _on_words(model, inputs, labels, kind == "word iat", eps, lam, of)
     h, mask, scores = _scored(model, inputs)
     clean = of(model.from_scores(h, scores, mask).logits, labels)
@@ -285,9 +285,10 @@ def _on_words(
         return Adversarial(clean, clean, clean, torch.zeros_like(x))
     (g,) = torch.autograd.grad(clean, x, retain_graph=True)
     mask = None if rest.get("attention_mask") is None else rest["attention_mask"] != 0
-    if towards_words:
-        r = word_iat_perturbation(x, g, model.embedding.weight, eps, mask)
-    else:
-        r = word_perturbation(g, eps, mask)
+    r = (
+        word_iat_perturbation(x, g, model.embedding.weight, eps, mask)
+        if towards_words
+        else word_perturbation(g, eps, mask)
+    )
     perturbed = of(run(x + r).logits, labels)
     return Adversarial(clean + lam * perturbed, clean, perturbed, r)

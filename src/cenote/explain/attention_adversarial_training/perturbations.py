@@ -47,7 +47,8 @@ def iat_perturbation(
     """`r_t = alpha_t . d_t`: `d_t` the unit vector of `s_t` minus the scores of all tokens, `alpha = eps g / ||g||`,
     `g_tk = (dL / ds_t) d_tk`.
 
-    As `d_t` is a unit vector, `norm="matrix"`, which is how the paper has it, **is** `at_perturbation` but for tokens of which all
+    As `d_t` is a unit vector, `norm="matrix"`, which is how the paper has it, **is** `at_perturbation` but for tokens of
+    which all
     scores are equal. With `norm="token"`, `alpha` is made a unit vector for each token, and `r_t = eps sign(dL / ds_t)`.
 
     Args:
@@ -78,7 +79,8 @@ def iat_code_perturbation(
 ) -> Float[Tensor, "batch tokens"]:
     """What the authors' published class for iAT computes in the end, for reproduction only: `-eps g / ||g||_2`.
 
-    Its differences are taken across the items of a batch and cancel, and its last step has the other sign: it **lowers** the loss.
+    Its differences are taken across the items of a batch and cancel, and its last step has the other sign: it **lowers** the
+    loss.
     """
     return -at_perturbation(gradient, eps, mask)
 
@@ -114,7 +116,8 @@ def word_iat_perturbation(
     eps: float = 1.0,
     mask: Bool[Tensor, "batch tokens"] | None = None,
 ) -> Float[Tensor, "batch tokens dim"]:
-    """Of embeddings, towards other words: `r_t = sum_k alpha_tk d_tk`, `d_tk` the unit vector from word t to word k (Sato et al. 2018).
+    """Of embeddings, towards other words: `r_t = sum_k alpha_tk d_tk`, `d_tk` the unit vector from word t to word k (Sato et
+    al. 2018).
 
     `alpha = eps g / ||g||` over all of an item, `g_tk = (dL / dx_t) . d_tk`.
     """

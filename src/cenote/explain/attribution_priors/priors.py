@@ -1,8 +1,9 @@
 """Which words of a text should matter: from what a scorer says when words are left out.
 
-Source: Zhang et al., "Hybrid Attribution Priors for Explainable and Robust Model Training" (2025), arXiv 2512.14719. The paper's
-equations could not be read: that the scores solve a positive definite system by Cholesky, that the scorer is told all class names,
-and that priors are blended, is known; the rest is reconstruction.
+Source: Zhang et al., "Hybrid Attribution Priors for Explainable and Robust Model Training" (2025), arXiv 2512.14719. The
+paper's
+equations could not be read: that the scores solve a positive definite system by Cholesky, that the scorer is told all class
+names, and that priors are blended, is known; the rest is reconstruction.
 """
 
 from __future__ import annotations
@@ -92,9 +93,7 @@ def ridge(
     return torch.cholesky_solve(weighed @ y[..., None], torch.linalg.cholesky(a))[..., 0]
 
 
-def as_prior(
-    scores: Float[Tensor, "words"], content: Bool[Tensor, "words"] | None = None
-) -> Float[Tensor, "words"]:
+def as_prior(scores: Float[Tensor, "words"], content: Bool[Tensor, "words"] | None = None) -> Float[Tensor, "words"]:
     """The positive part, made to sum to 1; where nothing is positive, the same for all words of content."""
     positive = scores.clamp(min=0.0)
     if bool(positive.any()):
@@ -103,16 +102,14 @@ def as_prior(
     return alike / alike.sum()
 
 
-def contrast(
-    log_p: Float[Tensor, "texts classes"], label: int, against: Against = "all"
-) -> Float[Tensor, "texts"]:
+def contrast(log_p: Float[Tensor, "texts classes"], label: int, against: Against = "all") -> Float[Tensor, "texts"]:
     """`log p(c) - max log p` of the other listed classes; a constant on all of them changes nothing.
 
     Args:
         log_p: of the whole text first.
         label: c.
-        against: `"all"` others; the `"nearest"`, the one likeliest on the whole text; `"none"`: `log p(c)` alone, which is blind to
-            the other classes.
+        against: `"all"` others; the `"nearest"`, the one likeliest on the whole text; `"none"`: `log p(c)` alone, which is
+            blind to the other classes.
 
     >>> contrast(torch.tensor([[0.0, -1.0, -3.0], [-2.0, -2.5, 0.0]]), 0, "nearest").tolist()
     [1.0, 0.5]
@@ -142,7 +139,8 @@ def class_aware_prior(
     content: Sequence[bool] | None = None,
     random_state: int = 0,
 ) -> Float[Tensor, "words"]:
-    """How much each word speaks for a class **against the other listed classes**: a ridge surrogate of what leaving words out does.
+    """How much each word speaks for a class **against the other listed classes**: a ridge surrogate of what leaving words
+    out does.
 
     Args:
         scorer: from texts to `log p` of all listed classes.
@@ -192,7 +190,11 @@ def hybrid_prior(
         weights: of `"weighted"`.
     """
     require_one_of(get_args(Blend), by=by)
-    if not priors or (by == "weighted") != (weights is not None) or (weights is not None and len(weights) != len(priors)):
+    if (
+        not priors
+        or (by == "weighted") != (weights is not None)
+        or (weights is not None and len(weights) != len(priors))
+    ):
         raise InputError("priors, weights: expected at least one prior, and as many weights with by='weighted' alone")
     stack = torch.stack([p / p.sum() for p in priors])
     if by == "max":
@@ -208,7 +210,8 @@ def hybrid_prior(
 
 
 class CachedScorer:
-    """A scorer of texts given an instruction and the names of all classes, which remembers what it was asked, in memory or on disk.
+    """A scorer of texts given an instruction and the names of all classes, which remembers what it was asked, in memory or
+    on disk.
 
     Args:
         score: `(texts, instruction, labels) -> log p [texts, classes]`: a language model's, or a stated substitute such as the

@@ -106,8 +106,8 @@ def self_attribution(
         model: a classifier with `get_input_embeddings`.
         inputs: of its forward.
         labels: the true classes.
-        form: `"gradient"`: `|sum_d g_td x_td|` of the true class's logit; `"integrated"`, likewise over a path; `"attention"`: what
-            the model shows, see `shown`, at the cost of no gradient.
+        form: `"gradient"`: `|sum_d g_td x_td|` of the true class's logit; `"integrated"`, likewise over a path;
+            `"attention"`: what the model shows, see `shown`, at the cost of no gradient.
         content: tokens that count: not special ones; all real ones by default.
         steps: of `"integrated"`.
     """
@@ -209,9 +209,7 @@ def train_with_priors(
     )
 
 
-def attribution_mass(
-    model: nn.Module, texts: Texts, form: Form = "gradient"
-) -> Float[Tensor, "items"]:
+def attribution_mass(model: nn.Module, texts: Texts, form: Form = "gradient") -> Float[Tensor, "items"]:
     """Share of the student's own attribution that lies on the marked tokens, of each text."""
     found = self_attribution(model, texts.inputs, texts.labels, form).detach()
     return (found * texts.marked).sum(1)

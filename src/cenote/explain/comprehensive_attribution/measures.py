@@ -26,7 +26,8 @@ class Covered(NamedTuple):
 
 
 class Accuracies(NamedTuple):
-    """Of the predictor on masked images, of the detector on what is left (`None` without one), of both with other backgrounds."""
+    """Of the predictor on masked images, of the detector on what is left (`None` without one), of both with other
+    backgrounds."""
 
     masked: float
     left: float | None
@@ -45,7 +46,9 @@ def covered(maps: Float[Tensor, "batch height width"], truth: Bool[Tensor, "batc
     0.5
     """
     if maps.shape != truth.shape or not bool(truth.flatten(1).any(1).all()):
-        raise InputError(f"truth: expected {list(maps.shape)} as the maps, with a pixel in each, got {list(truth.shape)}")
+        raise InputError(
+            f"truth: expected {list(maps.shape)} as the maps, with a pixel in each, got {list(truth.shape)}"
+        )
     counts = truth.flatten(1).sum(1)
     chosen = torch.cat([top_pixels(m[None], int(n)) for m, n in zip(maps, counts, strict=True)])
     both = (chosen & truth).flatten(1).sum(1).double()
@@ -60,7 +63,8 @@ def accuracies(
     labels: Int[Tensor, "items"],
     truth: Bool[Tensor, "items height width"],
 ) -> Accuracies:
-    """How well the predictor sees what is masked, the detector what is left, and the predictor before another image's background.
+    """How well the predictor sees what is masked, the detector what is left, and the predictor before another image's
+    background.
 
     Args:
         comet: in eval mode.

@@ -57,8 +57,8 @@ def filling(
 
     Args:
         x: normalised images.
-        fill: `"mean"`: zeros, the mean of the data; `"black"`: `(0 - mean) / std`; `"blur"`: the image, blurred over a quarter of
-            its size.
+        fill: `"mean"`: zeros, the mean of the data; `"black"`: `(0 - mean) / std`; `"blur"`: the image, blurred over a
+            quarter of its size.
         mean, std: by which `x` was normalised, of `"black"`.
     """
     require_one_of(get_args(Fill), fill=fill)
@@ -150,7 +150,8 @@ class Comet(nn.Module):
     Args:
         selector: from images to logits of a mask, `[batch, 1, height, width]`.
         predictor: from images to logits.
-        detector: likewise; trained before on whole images. `None`: no detector, the plain pair; the predictor itself: one player.
+        detector: likewise; trained before on whole images. `None`: no detector, the plain pair; the predictor itself: one
+            player.
         fill: what stands where the mask hides, see `filling`.
         mean, std: of the normalisation, of `"black"`.
 
@@ -184,7 +185,9 @@ class Comet(nn.Module):
         """The mask, from 0 to 1."""
         logits = self.selector(x)
         if logits.shape != (x.shape[0], 1, *x.shape[2:]):
-            raise InputError(f"selector: expected {[len(x), 1, *x.shape[2:]]} for {list(x.shape)}, got {list(logits.shape)}")
+            raise InputError(
+                f"selector: expected {[len(x), 1, *x.shape[2:]]} for {list(x.shape)}, got {list(logits.shape)}"
+            )
         return logits.sigmoid()
 
     def masked(self, x: Tensor, mask: Float[Tensor, "batch 1 height width"]) -> MaskedPair:
@@ -198,14 +201,13 @@ class Comet(nn.Module):
         left = None if self.detector is None else self.detector(pair.left)
         return Judged(self.predictor(pair.selected), left, mask)
 
-    def explained(
-        self, x: Float[Tensor, "batch channels height width"], quantile: float | None = None
-    ) -> Explained:
+    def explained(self, x: Float[Tensor, "batch channels height width"], quantile: float | None = None) -> Explained:
         """Prediction and map in one pass of selector and predictor; the detector is not needed.
 
         Args:
             x: images.
-            quantile: of the map's pixels that are 0, the others 1; `None`: the soft map. The prediction is that of the soft one.
+            quantile: of the map's pixels that are 0, the others 1; `None`: the soft map. The prediction is that of the soft
+                one.
         """
         mask = self.mask_of(x)
         logits = self.predictor(self.masked(x, mask).selected)
@@ -233,7 +235,11 @@ class Comet(nn.Module):
         try:
             state = load_file(str(path))
             if self.detector is self.predictor:
-                state |= {f"detector.{k.removeprefix('predictor.')}": v for k, v in state.items() if k.startswith("predictor.")}
+                state |= {
+                    f"detector.{k.removeprefix('predictor.')}": v
+                    for k, v in state.items()
+                    if k.startswith("predictor.")
+                }
             self.load_state_dict(state)
         except FileNotFoundError:
             raise InputError(f"{path}: is not there") from None

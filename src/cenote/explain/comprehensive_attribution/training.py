@@ -122,7 +122,8 @@ def pretrain_detector(
     level = float(labels[test].bincount().max() / len(labels[test]))
     if right <= level:
         raise InputError(
-            f"detector: names {right:.0%} of held-out images rightly, and the most frequent class alone {level:.0%}; train longer"
+            f"detector: names {right:.0%} of held-out images rightly, and the most frequent class alone {level:.0%}; train
+            longer"
         )
     return right, found
 
@@ -141,14 +142,15 @@ def train_comet(
     milestones: Sequence[int] = (80, 120, 160),
     random_state: int = 0,
 ) -> Played:
-    """Train batch by batch: the predictor on the masked images; then, with it frozen, the selector; both step. Left in eval mode.
+    """Train batch by batch: the predictor on the masked images; then, with it frozen, the selector; both step. Left in eval
+    mode.
 
     Args:
         comet: its detector is trained already (`pretrain_detector`), and stays as it is to the bit but with 3 players.
         images, labels: to train on.
         terms: of the selector's loss.
-        players: 1: the detector is the predictor, and all is trained by the selector's loss; 2; 3: the detector is trained on what
-            is left, too.
+        players: 1: the detector is the predictor, and all is trained by the selector's loss; 2; 3: the detector is trained
+            on what is left, too.
         epochs, batch, lr: of Adam.
         warm_up: epochs in which the rate rises to `lr`.
         milestones: epochs at which the rate falls to a tenth.
@@ -229,7 +231,11 @@ def _step(
     if predicting is not None:
         predicting.step()
     selecting.step()
-    found = predicted.detach(), predicted.new_tensor(torch.nan) if detected is None else detected.detach(), loss.detach()
+    found = (
+        predicted.detach(),
+        predicted.new_tensor(torch.nan) if detected is None else detected.detach(),
+        loss.detach(),
+    )
     return float(found[0]), float(found[1]), float(found[2])
 
 

@@ -18,10 +18,10 @@ from cenote.core.requirements import require_one_of
 from cenote.explain.attention_classifier import AttentionClassifier, attention_classifier
 from cenote.explain.base import Attribution, Explainer
 from cenote.explain.deceptive_attention.penalty import attention_mass_penalty
-from cenote.explain.shown import shown
 from cenote.explain.deceptive_attention.training import accuracy, train_deceptive
-from cenote.explain.fitting import Fitted, Texts
+from cenote.explain.fitting import Texts
 from cenote.explain.input_gradients import chosen_targets, embedded, logits_of, real_of, target_logits
+from cenote.explain.shown import shown
 
 Kind = Literal["embedding", "bilstm"]
 WORDS = 200
@@ -248,9 +248,7 @@ def deceptive_bench(
     models = []
     for strength in (0.0, lam):
         model = small_classifier(kind, random_state, classes=3)
-        train_deceptive(
-            model, train, lam=strength, epochs=passes, batch=batch, lr=rate, random_state=random_state
-        )
+        train_deceptive(model, train, lam=strength, epochs=passes, batch=batch, lr=rate, random_state=random_state)
         models.append(model)
     honest, model = models
     return Bench(
@@ -278,7 +276,8 @@ def small_classifier(kind: Kind, random_state: int, **settings: Any) -> Attentio
 
 
 def finds(attribution: Attribution, truth: Bool[Tensor, "batch tokens"]) -> Float[Tensor, "batch"]:
-    """How well scores find the true tokens of each text: the share of pairs of a true token and another that they order rightly.
+    """How well scores find the true tokens of each text: the share of pairs of a true token and another that they order
+    rightly.
 
     It is the area under the ROC curve; equal scores count half, and a text without both kinds gives a half.
 

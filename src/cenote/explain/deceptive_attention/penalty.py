@@ -46,8 +46,8 @@ def attention_mass_penalty(
     """`R = -lam log(1 - sum_(i in I) a_i)`, mean over the items: 0 without mass on I, growing without bound towards all of it.
 
     Args:
-        attention: `[batch, tokens]`; of several heads `[batch, heads, tokens]`; of a whole model `[batch, layers, heads, queries,
-            keys]`, of which the last layer's row of the first real token ([CLS]) is taken.
+        attention: `[batch, tokens]`; of several heads `[batch, heads, tokens]`; of a whole model `[batch, layers, heads,
+            queries, keys]`, of which the last layer's row of the first real token ([CLS]) is taken.
         impermissible: I; where padding is in it, it does not count.
         lam: strength.
         reduce: of several heads: `"mean"`; `"max"`: of each item the head with most mass; `"batch_min"`: of the whole batch the

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from cenote.core import InputError
 from cenote.explain.deceptive_attention.penalty import Reduce, attention_mass_penalty, distance_reward, entropy_reward
-from cenote.explain.shown import shown
 from cenote.explain.fitting import Fitted, Texts, cross_entropy, fit
 from cenote.explain.input_gradients import chosen_targets, logits_of
+from cenote.explain.shown import shown
 
 
 def deceptive_loss(
@@ -43,7 +43,9 @@ def deceptive_loss(
         keep_apart: of a transformer: marked tokens and others do not read each other.
     """
     if bool(coef) != (stored is not None):
-        raise InputError("stored: expected the attention to be pushed away from where coef is not 0, and none elsewhere")
+        raise InputError(
+            "stored: expected the attention to be pushed away from where coef is not 0, and none elsewhere"
+        )
     if not (lam or beta or coef or keep_apart):
         return cross_entropy(logits_of(model(**texts.inputs)), texts.labels)
     found = shown(model, texts.inputs, apart=texts.marked if keep_apart else None)

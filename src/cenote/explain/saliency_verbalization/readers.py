@@ -5,6 +5,7 @@ Source: Feldhus et al. (2023), arXiv 2210.07222.
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -40,7 +41,7 @@ def contiguity(indices: Sequence[int]) -> float:
     """
     if len(indices) < 2:
         return float(len(indices))
-    return sum(b == a + 1 for a, b in zip(indices, indices[1:], strict=False)) / (len(indices) - 1)
+    return sum(b == a + 1 for a, b in itertools.pairwise(indices)) / (len(indices) - 1)
 
 
 def simulatability(
@@ -58,7 +59,9 @@ def simulatability(
         labels: what the model said.
     """
     if not len(texts) == len(chosen) == len(labels) or not labels:
-        raise InputError(f"texts, chosen, labels: expected as many of each, got {len(texts)}, {len(chosen)}, {len(labels)}")
+        raise InputError(
+            f"texts, chosen, labels: expected as many of each, got {len(texts)}, {len(chosen)}, {len(labels)}"
+        )
     right = [read([t[i] for i in c]) == y for t, c, y in zip(texts, chosen, labels, strict=True)]
     return sum(right) / len(right)
 

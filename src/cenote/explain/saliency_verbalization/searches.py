@@ -101,8 +101,8 @@ def span_search(
 ) -> list[Snippet]:
     """All runs of 3, 5, ... up to `length` words whose mean passes the threshold; arguments as of `convolution_search`.
 
-    A run shorter than the window is searched for in its middle in the authors' code, which never looks at the first and last words
-    (`legacy`); here wherever it fits.
+    A run shorter than the window is searched for in its middle in the authors' code, which never looks at the first and last
+    words (`legacy`); here wherever it fits.
     """
     _require_length(length)
     if legacy:
@@ -143,8 +143,8 @@ def summary_search(
         scores: of the text.
         best: how many of each search, and of single words.
         least: normalised score of a word at which a span may begin and end: what is below stands in between only.
-        legacy: as the authors' code: sums leave out the last word of a span, so that single words have none, spans begin and end
-            anywhere, and of spans with the same coverage only the last is kept.
+        legacy: as the authors' code: sums leave out the last word of a span, so that single words have none, spans begin and
+            end anywhere, and of spans with the same coverage only the last is kept.
     """
     a = normalised(scores)
     positive = sum(x for x in a if x > 0)

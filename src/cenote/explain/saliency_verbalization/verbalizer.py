@@ -92,7 +92,8 @@ class SaliencyVerbalizer:
         best: how many snippets of each search make the summary.
         maxwords: the summary names at most so many words; spans that do not fit are left out, the first is cut.
         mincoverage: least coverage of a span that is named.
-        legacy: the searches and the summary as in the authors' code, whose windows and slices miss words; without the two limits.
+        legacy: the searches and the summary as in the authors' code, whose windows and slices miss words; without the two
+            limits.
 
     Example:
         >>> found = SaliencyVerbalizer().verbalize("a plot so thin it tears".split(), [0.0, 0.1, 0.3, 0.9, 0.0, 0.1])
@@ -140,7 +141,7 @@ class SaliencyVerbalizer:
         # what speaks against the prediction is summed up as what speaks for it is
         summed = [-a for a in scores] if self.sign == "-" and not self.legacy else list(scores)
         least = threshold(normalised(summed), self.metric, self.value)
-        spans = summary_search(*searches.values(), summed, self.best, least, self.legacy)
+        spans = summary_search(searches["convolution"], searches["span"], summed, self.best, least, self.legacy)
         if not self.legacy:
             spans = self._limited(spans)
         snippets["summary"] = tuple(spans)
@@ -172,9 +173,7 @@ class SaliencyVerbalizer:
             left -= len(s.indices)
         return found
 
-    def _summary(
-        self, said: Sequence[str], scores: Sequence[float], predicted: str | None, true: str | None
-    ) -> str:
+    def _summary(self, said: Sequence[str], scores: Sequence[float], predicted: str | None, true: str | None) -> str:
         if self.legacy:
             return " ".join(said)
         if not any(a > 0 for a in scores):
