@@ -122,8 +122,8 @@ def pretrain_detector(
     level = float(labels[test].bincount().max() / len(labels[test]))
     if right <= level:
         raise InputError(
-            f"detector: names {right:.0%} of held-out images rightly, and the most frequent class alone {level:.0%}; train
-            longer"
+            f"detector: names {right:.0%} of held-out images rightly, the most frequent class alone {level:.0%}; "
+            f"train longer"
         )
     return right, found
 
