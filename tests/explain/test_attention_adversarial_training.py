@@ -23,7 +23,7 @@ from cenote.explain import (
 )
 from cenote.explain.attention_adversarial_training.objective import area_under_roc, balanced
 from cenote.explain.attention_classifier import AttentionClassifier, attention_classifier
-from cenote.pool import ABMIL, MeanPool
+from cenote.pool import ABMIL, PMA, AttSets, EfficientProbing, MeanPool, SimPool
 from tests.explain.texts import PADDED
 
 MASK = PADDED["attention_mask"].bool()
@@ -168,15 +168,16 @@ def test_words_are_moved_towards_other_words() -> None:
     assert torch.allclose(r[0], (alpha[..., None] * units).sum(1))
 
 
-def test_pools_of_this_library_take_a_delta_and_are_left_as_they_were() -> None:
+@pytest.mark.parametrize("build", [ABMIL, SimPool, PMA, EfficientProbing, AttSets])
+def test_pools_of_this_library_take_a_delta_and_are_left_as_they_were(build) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
-    pool = ABMIL(8)
+    pool = build(8).eval()
     x = torch.randn(3, 7, 8, generator=torch.Generator().manual_seed(0))
     before = pool(x, MASK)
     still = pool.pool(MovedTokens(x, MASK, torch.zeros(3, 7))).output
     assert torch.allclose(still, before, atol=1e-6)
     found = adversarial_objective(
-        lambda d: pool.pool(MovedTokens(x, MASK, d)).output.square().sum(1).mean(), x[..., 0], mask=MASK
+        lambda d: pool.pool(MovedTokens(x, MASK, d)).output.square().flatten(1).sum(1).mean(), x[..., 0], mask=MASK
     )
     assert float(found.perturbed) > float(found.clean)
     assert not found.delta[~MASK].any()

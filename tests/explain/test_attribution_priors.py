@@ -19,7 +19,15 @@ from cenote.explain import (
     train_with_priors,
 )
 from cenote.explain.attention_classifier import attention_classifier
-from cenote.explain.attribution_priors.priors import as_prior, contrast, keep_masks, mask_weights, random_prior, ridge
+from cenote.explain.attribution_priors.priors import (
+    as_prior,
+    contrast,
+    keep_masks,
+    mask_weights,
+    priors_of_scores,
+    random_prior,
+    ridge,
+)
 from cenote.explain.attribution_priors.training import (
     attribution_mass,
     encode_words,
@@ -244,6 +252,18 @@ def test_training_moves_the_attribution_to_the_prior(form) -> None:  # type: ign
         train_with_priors(model, texts, prior, lam=1.0, form=form, epochs=8, lr=1e-2)
         mass[name] = float(attribution_mass(model, others, form).mean())
     assert mass["prior"] > mass["none"] + 0.1
+
+
+def test_classic_priors_are_of_words() -> None:
+    model = attention_classifier(20, 2, dim=6, random_state=0).eval()
+    word = torch.arange(7).expand(3, -1).div(2, rounding_mode="floor").where(MASK, -1)
+    scores = InputGradients("integrated").explain(model, PADDED, LABELS).scores
+    for absolute in (False, True):
+        found = priors_of_scores(scores, word, absolute)
+        assert [len(p) for p in found] == [4, 2, 3]
+        assert all(float(p.sum()) == pytest.approx(1.0) for p in found)
+    two = class_aware_prior(lambda t: scorer(t).log_softmax(1), ["hello", "refund"], 0, against="probability", mu=1e-6)
+    assert torch.allclose(two, torch.tensor([0.0, 1.0]), atol=1e-4)
 
 
 def test_a_words_prior_is_spread_over_its_tokens() -> None:

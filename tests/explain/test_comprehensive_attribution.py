@@ -189,6 +189,18 @@ def test_batch_mates_and_order_change_nothing_and_the_detector_is_not_asked() ->
     assert rounded.flatten(1).sum(1).tolist() == [16.0] * 6
 
 
+def test_segmentation_networks_are_selectors_too() -> None:
+    class Segmentation(SmallSelector):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+            return {"out": super().forward(x)}
+
+    x, _, _ = images(4)
+    plain, other = comet(), comet()
+    other.selector = Segmentation(1, 8)
+    other.selector.load_state_dict(plain.selector.state_dict())
+    assert torch.equal(plain.mask_of(x), other.mask_of(x))
+
+
 def test_it_explains_itself_and_is_left_as_it_was() -> None:
     x, _, _ = images(6)
     model = comet()

@@ -29,7 +29,7 @@ from cenote.explain import (
 )
 from cenote.explain.attention_classifier import attention_classifier
 from cenote.explain.base import Attribution
-from cenote.explain.deceptive_attention.bench import small_classifier
+from cenote.explain.deceptive_attention.bench import frontier, small_classifier
 from cenote.explain.fitting import Texts
 from cenote.models.live import recorded
 from cenote.testing.as_found import AsFound
@@ -271,6 +271,14 @@ def test_the_bench_hides_its_key_from_attention_alone(kind) -> None:  # type: ig
     assert (found["norms"] >= 0.9) == (kind == "embedding")
     honest = finds(ClassifierAttention().explain(bench.honest, inputs), truth)
     assert float(honest.mean()) > found["attention"] + 0.3
+
+
+def test_a_stronger_penalty_leaves_less_mass() -> None:
+    generator = torch.Generator().manual_seed(0)
+    train, test = pronoun_task(200, generator), pronoun_task(50, generator)
+    found = frontier(lambda: small_classifier("embedding", 0), train, test, epochs=8, batch=20, lr=1e-2)
+    assert [lam for lam, _, _ in found] == [0.0, 0.1, 1.0]
+    assert found[0][2] > found[1][2] > found[2][2]
 
 
 def test_baselines_without_attention_are_audited_alike() -> None:

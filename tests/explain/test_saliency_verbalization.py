@@ -19,6 +19,7 @@ from cenote.explain import (
 from cenote.explain.base import Attribution
 from cenote.explain.saliency_verbalization.readers import contiguity, first_words, random_span, top_words
 from cenote.explain.saliency_verbalization.searches import (
+    compare_searches,
     coverage,
     normalised,
     summary_search,
@@ -114,6 +115,15 @@ def test_nothing_that_speaks_for_it_is_said_plainly() -> None:
     assert found.coverage == 0
     assert found.indices == ()
     assert all(s.coverage == 0 for s in found.snippets["total"])
+
+
+def test_what_all_searches_found_is_said_of_both() -> None:
+    a = [0.0, 0.0, 1.0, 0.9, 0.8, 0.0, 0.0, 0.0, 0.0, 0.0]
+    found = SaliencyVerbalizer().verbalize(words(10), a)
+    assert found.sentences["compare"] == (
+        "snippet: 'w2 w3 w4 ' occurs in all searches and accounts for 100.0% of prediction score.",
+    )
+    assert [s.indices for s in compare_searches(found.snippets["span"], [])] == []
 
 
 def test_nothing_above_the_threshold_is_an_empty_list() -> None:

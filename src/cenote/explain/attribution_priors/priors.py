@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cenote.core import InputError, files
@@ -23,7 +23,7 @@ from cenote.core.requirements import require_at_least, require_one_of, require_p
 
 Scorer = Callable[[Sequence[str]], Float[Tensor, "texts classes"]]
 """From texts to `log p(class | text)` for all listed classes: a language model that is told their names, or any classifier."""
-Against = Literal["all", "nearest", "none"]
+Against = Literal["all", "nearest", "none", "probability"]
 Blend = Literal["mean", "max", "weighted", "product"]
 MOST_WORDS = 64
 KEPT = (0.5, 0.9)
@@ -120,6 +120,8 @@ def contrast(log_p: Float[Tensor, "texts classes"], label: int, against: Against
         raise InputError(f"label: expected one of at least two listed classes, got {label} of {classes}")
     if against == "none":
         return log_p[:, label]
+    if against == "probability":
+        return log_p[:, label].exp()
     others = log_p.clone()
     others[:, label] = -torch.inf
     if against == "nearest":
@@ -146,7 +148,7 @@ def class_aware_prior(
         scorer: from texts to `log p` of all listed classes.
         words: of the text, joined by spaces for the scorer.
         label: the text's class.
-        against: see `contrast`; `"none"` makes LIME's prior.
+        against: see `contrast`; `"probability"` makes LIME's prior.
         masks: how many texts with words left out are scored; four times the words, and at least 32, by default.
         width, mu: of the surrogate, see `mask_weights` and `ridge`.
         content: which words share the prior where none speaks for the class; all by default.
@@ -171,6 +173,30 @@ def class_aware_prior(
         scores[part] = ridge(z, y, mask_weights(z, width), mu)
     of = None if content is None else torch.tensor(list(content), dtype=torch.bool)
     return as_prior(scores, of).float()
+
+
+def priors_of_scores(
+    scores: Float[Tensor, "texts tokens"], word: Int[Tensor, "texts tokens"], absolute: bool = False
+) -> list[Float[Tensor, "_words"]]:
+    """Priors of words from scores of tokens, such as integrated gradients of a teacher: a word has the sum of its tokens.
+
+    Args:
+        scores: of the true class, such as `InputGradients("integrated")` gives.
+        word: the number of each token's word, -1 of other tokens; see `encode_words`.
+        absolute: whether what speaks against the class counts as well; else the positive part is taken.
+
+    >>> scores, word = torch.tensor([[9.0, 1.0, 2.0, 1.0]]), torch.tensor([[-1, 0, 1, 1]])
+    >>> priors_of_scores(scores, word)[0].tolist()
+    [0.25, 0.75]
+    """
+    if scores.shape != word.shape:
+        raise InputError(f"word: expected {list(scores.shape)} as the scores, got {list(word.shape)}")
+    found = []
+    for row, of in zip(scores, word, strict=True):
+        at = of >= 0
+        sums = row.new_zeros(int(of.max()) + 1).index_add(0, of[at], row[at])
+        found.append(as_prior(sums.abs() if absolute else sums))
+    return found
 
 
 def random_prior(words: int, random_state: int) -> Float[Tensor, "words"]:

@@ -148,7 +148,7 @@ class Comet(nn.Module):
     Trained by `train_comet`, the mask holds all that speaks for the class: else the detector would know it from the rest.
 
     Args:
-        selector: from images to logits of a mask, `[batch, 1, height, width]`.
+        selector: from images to logits of a mask, `[batch, 1, height, width]`, alone or under `"out"`.
         predictor: from images to logits.
         detector: likewise; trained before on whole images. `None`: no detector, the plain pair; the predictor itself: one
             player.
@@ -184,6 +184,8 @@ class Comet(nn.Module):
     def mask_of(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch 1 height width"]:
         """The mask, from 0 to 1."""
         logits = self.selector(x)
+        # as segmentation networks of torchvision give it
+        logits = logits["out"] if isinstance(logits, Mapping) else logits
         if logits.shape != (x.shape[0], 1, *x.shape[2:]):
             raise InputError(
                 f"selector: expected {[len(x), 1, *x.shape[2:]]} for {list(x.shape)}, got {list(logits.shape)}"

@@ -5,7 +5,7 @@ Source: Pruthi et al. (2020), arXiv 1909.07913.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -261,6 +261,26 @@ def deceptive_bench(
         audit_attention(honest, test),
         vocabulary_of_task(),
     )
+
+
+def frontier(
+    build: Callable[[], nn.Module], train: Texts, test: Texts, lams: Sequence[float] = (0.0, 0.1, 1.0), **settings: Any
+) -> list[tuple[float, float, float]]:
+    """What hiding costs: of each strength of the penalty, the strength, the accuracy, and the mass on marked tokens.
+
+    Args:
+        build: a fresh model.
+        train, test: texts.
+        lams: strengths.
+        settings: of `train_deceptive`.
+    """
+    found = []
+    for lam in lams:
+        model = build()
+        train_deceptive(model, train, lam=lam, **settings)
+        audit = audit_attention(model, test)
+        found.append((lam, audit.accuracy, audit.mass))
+    return found
 
 
 def small_classifier(kind: Kind, random_state: int, **settings: Any) -> AttentionClassifier:
