@@ -108,8 +108,8 @@ def contrast(log_p: Float[Tensor, "texts classes"], label: int, against: Against
     Args:
         log_p: of the whole text first.
         label: c.
-        against: `"all"` others; the `"nearest"`, the one likeliest on the whole text; `"none"`: `log p(c)` alone, which is
-            blind to the other classes.
+        against: `"all"` others; the `"nearest"`, the one likeliest on the whole text; `"none"`: `log p(c)` alone,
+            `"probability"`: `p(c)` alone; both are blind to the other classes.
 
     >>> contrast(torch.tensor([[0.0, -1.0, -3.0], [-2.0, -2.5, 0.0]]), 0, "nearest").tolist()
     [1.0, 0.5]
