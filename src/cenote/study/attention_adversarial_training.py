@@ -97,7 +97,7 @@ def run(seed: int, size: Size) -> Findings:
         figure=partial(_draw, clean=clean, attacked=attacked),
         notes=(
             "The seeds differ in texts, initialisation and order of training.",
-            "Attention iAT as the paper writes it is AT (`iat_perturbation`), so that it is no arm of its own; the reversed sign "
+            "Attention iAT as the paper writes it is AT (`iat_perturbation`), so that it is no arm; the reversed sign "
             "is what the authors' published class for it computes.",
         ),
     )
