@@ -100,7 +100,7 @@ def run(seed: int, size: Size) -> Findings:
         figure=partial(_draw, misled=misled, mass=mass),
         notes=(
             "The seeds differ in texts, masks, initialisation and order of training.",
-        checks=(above(f"accuracy where misled, {HYBRID} minus {AWARE}", misled.minus(HYBRID, AWARE), 0, in_rule=False),),
+            "How the paper defines its prior is not known in full; `class_aware_prior` is a reconstruction.",
         ),
     )
 
