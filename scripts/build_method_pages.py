@@ -133,7 +133,7 @@ def documented(path: str) -> str:
 
 def reference(path: str, names: list[str]) -> list[str]:
     """Where it is defined and its docstring, and under which names it is to be had where that is not its own."""
-    where = inspect.getsourcefile(load(path))
+    where = inspect.getsourcefile(inspect.unwrap(load(path)))
     assert where is not None
     source = Path(where).resolve().relative_to(DOCS.parent).as_posix()
     own = path.rpartition(".")[2]
