@@ -46,7 +46,7 @@ LAM = 1.0
 BATCH = 16
 LEARNING_RATE = 5e-3
 BETTER_THAN_GUESSING = 0.22
-EPOCHS: dict[Size, int] = {"smoke": 1, "small": 60, "full": 60}
+EPOCHS: dict[Size, int] = {"smoke": 1, "small": 120, "full": 120}
 
 FIRST_ACTION = 1 + TOPICS * WORDS_OF_TOPIC
 FIRST_SPURIOUS = FIRST_ACTION + ACTIONS * WORDS_OF_ACTION
