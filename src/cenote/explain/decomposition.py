@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from cenote.core import InputError, files
@@ -77,9 +75,8 @@ class Parts:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
-        tensors = {"values": self.values.contiguous(), "total": self.total.contiguous()}
         card = {"format": FORMAT, "names": list(self.names)}
-        files.write_whole(Path(path), save(tensors, metadata={"parts": json.dumps(card)}))
+        files.write_tensors(Path(path), {"values": self.values, "total": self.total}, {"parts": json.dumps(card)})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -89,9 +86,9 @@ class Parts:
             InputError: naming the file, where it is none of these.
         """
         try:
-            with safe_open(str(path), "pt") as file:
-                card = json.loads((file.metadata() or {})["parts"])
-                found = cls(file.get_tensor("values"), tuple(card["names"]), file.get_tensor("total"))
+            stored = files.read_tensors(Path(path))
+            card = json.loads(stored.metadata["parts"])
+            found = cls(stored.tensors["values"], tuple(card["names"]), stored.tensors["total"])
         except FileNotFoundError:
             raise InputError(f"{path}: is not there") from None
         except Exception as error:

@@ -14,8 +14,6 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -206,16 +204,15 @@ class Costarr:
         tensors = {"weight": self.weight, "bias": self.bias, "sums": self.sums, "counts": self.counts}
         options = ("halves", "combine", "scale", "pick", "only_correct", "accept", "names", "threshold", "range")
         card = {"format": FORMAT, **{name: getattr(self, name) for name in options}}
-        content = save({n: t.contiguous() for n, t in tensors.items()}, metadata={"costarr": json.dumps(card)})
-        files.write_whole(Path(path), content)
+        files.write_tensors(Path(path), tensors, {"costarr": json.dumps(card)})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote."""
         try:
-            with safe_open(str(path), "pt") as file:
-                card: dict[str, Any] = json.loads((file.metadata() or {})["costarr"])
-                tensors = {name: file.get_tensor(name) for name in ("weight", "bias", "sums", "counts")}
+            stored = files.read_tensors(Path(path))
+            card: dict[str, Any] = json.loads(stored.metadata["costarr"])
+            tensors = {name: stored.tensors[name] for name in ("weight", "bias", "sums", "counts")}
         except FileNotFoundError:
             raise InputError(f"{path}: is not there") from None
         except Exception as error:

@@ -14,8 +14,6 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from cenote.core import InputError, files
@@ -260,16 +258,15 @@ class Concepts:
         """Write one safetensors file, without the model."""
         tensors = {"crops": self.crops, "u": self.u, "w": self.w}
         card = {"format": FORMAT, "batch_size": self.batch_size, "side": self.side}
-        content = save({n: t.contiguous() for n, t in tensors.items()}, metadata={"concepts": json.dumps(card)})
-        files.write_whole(Path(path), content)
+        files.write_tensors(Path(path), tensors, {"concepts": json.dumps(card)})
 
     @classmethod
     def load(cls, path: str | Path, g: Half | None = None, h: Half | None = None) -> Concepts:
         """Read what `save` wrote; give the halves of the model for all that runs it."""
         try:
-            with safe_open(str(path), "pt") as file:
-                card: dict[str, Any] = json.loads((file.metadata() or {})["concepts"])
-                tensors = {name: file.get_tensor(name) for name in ("crops", "u", "w")}
+            stored = files.read_tensors(Path(path))
+            card: dict[str, Any] = json.loads(stored.metadata["concepts"])
+            tensors = {name: stored.tensors[name] for name in ("crops", "u", "w")}
         except FileNotFoundError:
             raise InputError(f"{path}: is not there") from None
         except Exception as error:

@@ -14,8 +14,6 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from cenote.core import InputError, files
@@ -138,8 +136,8 @@ class ConceptHeads:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
-        tensors = {name: getattr(self, name).contiguous() for name in ("scores", "atoms", "explained")}
-        files.write_whole(Path(path), save(tensors, metadata={"concept_heads": json.dumps({"format": FORMAT})}))
+        tensors = {name: getattr(self, name) for name in ("scores", "atoms", "explained")}
+        files.write_tensors(Path(path), tensors, {"concept_heads": json.dumps({"format": FORMAT})})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -149,9 +147,9 @@ class ConceptHeads:
             InputError: naming the file, where it is none of these.
         """
         try:
-            with safe_open(str(path), "pt") as file:
-                card = json.loads((file.metadata() or {})["concept_heads"])
-                found = cls(**{name: file.get_tensor(name) for name in ("scores", "atoms", "explained")})
+            stored = files.read_tensors(Path(path))
+            card = json.loads(stored.metadata["concept_heads"])
+            found = cls(**{name: stored.tensors[name] for name in ("scores", "atoms", "explained")})
         except FileNotFoundError:
             raise InputError(f"{path}: is not there") from None
         except Exception as error:
