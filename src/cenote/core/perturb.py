@@ -18,7 +18,7 @@ from cenote.core.requirements import require_at_least
 Run = Callable[[Int[Tensor, "rows"], Bool[Tensor, "rows units"]], Float[Tensor, "rows outputs"]]
 """Numbers of items, and what each row keeps of its item -> the model's outputs."""
 
-BATCH = 64
+BATCH = 128
 
 
 @torch.no_grad()

@@ -65,6 +65,7 @@ class Captum(Explainer):
         self.method, self.baseline, self.random_state, self.patch = method, baseline, random_state, patch
         self.settings = settings
         self.draws = method in DRAWN
+        self.family = "gradients" if method in GRADIENTS else "perturbation"
         known = inspect.signature(_captum(method).attribute).parameters
         if odd := sorted(set(settings) - set(known)):
             raise InputError(f"settings: captum's {method} takes no {odd[0]!r}; it takes {', '.join(list(known)[2:])}")
