@@ -179,6 +179,7 @@ def _facts(bench: Bench, name: str, labels: Sequence[str] | None) -> dict[str, A
         "units": {size: float(bench.real(size).sum(1).double().median()) for size in subject.sizes},
         "fills": list(subject.fills),
         "accuracy": right,
+        "groups": None,
         "probability": float(bench.whole.mean()),
     }
 
