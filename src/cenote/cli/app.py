@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from cenote.cli import catalog, extract, interrupts, mimic, models, predict, probe, report, study
+from cenote.cli import catalog, explain, extract, interrupts, mimic, models, predict, probe, report, study
 from cenote.core.errors import InputError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("probe")(probe.probe)
+app.command("explain")(explain.explain)
 app.command("extract")(extract.extract)
 app.command("predict")(predict.predict)
 app.command("report")(report.report)

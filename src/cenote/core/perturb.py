@@ -1,7 +1,7 @@
 """What a model gives when parts of its inputs are taken away.
 
-Which units stay is a mask, `[items, masks, units]`; how the others are filled is the caller's, who knows the inputs. Equal masks
-of an item are run once, and rows that keep equally many run together, so that dropped tokens save time.
+Which units stay is a mask, `[items, masks, units]`; how the others are filled is the caller's, who knows the inputs. Equal
+masks of an item are run once, and rows that keep equally many run together, so that dropped tokens save time.
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ def perturbed(
     return found[order.argsort()[place]].unflatten(0, (items, masks))
 
 
-def of_tokens(
-    keep: Bool[Tensor, "rows units"], unit: Int[Tensor, "rows tokens"]
-) -> Bool[Tensor, "rows tokens"]:
+def of_tokens(keep: Bool[Tensor, "rows units"], unit: Int[Tensor, "rows tokens"]) -> Bool[Tensor, "rows tokens"]:
     """Which tokens stay, where units of several tokens stay or go.
 
     Args:

@@ -1,4 +1,4 @@
-"""The classic rivals (gradients, integrated gradients, occlusion, LIME, Shapley values), as captum has them, behind one adapter."""
+"""The classic rivals (gradients, occlusion, LIME, Shapley values), as captum has them, behind one adapter."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class Captum(Explainer):
     Raises:
         InputError: where captum is not installed, or has no such method.
 
-    Source: Kokhlikyan et al., "Captum: A unified and generic model interpretability library for PyTorch" (2020), arXiv 2009.07896.
+    Source: Kokhlikyan et al., "Captum: A unified and generic model interpretability library for PyTorch" (2020), arXiv
+    2009.07896.
     """
 
     def __init__(
@@ -90,7 +91,13 @@ class Captum(Explainer):
             mask = given != 0
         scores = torch.zeros(mask.shape, dtype=rows[0].dtype, device=rows[0].device)
         scores[mask] = torch.cat(rows)
-        kind = "tokens" if "attention_mask" in inputs or "input_ids" in inputs else "pixels" if self.patch == 1 else "patches"
+        kind = (
+            "tokens"
+            if "attention_mask" in inputs or "input_ids" in inputs
+            else "pixels"
+            if self.patch == 1
+            else "patches"
+        )
         chosen = torch.tensor([t for _, t, _ in items], device=scores.device)
         errors = [error for *_, error in items]
         off = None if None in errors else torch.tensor(errors, device=scores.device)

@@ -1,4 +1,4 @@
-"""What a method that perturbs or differentiates its input needs: that input as real numbers, and the model as a function of it."""
+"""The input of a model as real numbers, and the model as a function of it: what perturbs or differentiates needs both."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def embedded(model: nn.Module, inputs: Mapping[str, Any]) -> Embedded:
 
 
 @torch.no_grad()
-def _looked_up(model: nn.Module, inputs: Mapping[str, Any], ids: Int[Tensor, "1 tokens"]) -> tuple[nn.Embedding, Tensor]:
+def _looked_up(
+    model: nn.Module, inputs: Mapping[str, Any], ids: Int[Tensor, "1 tokens"]
+) -> tuple[nn.Embedding, Tensor]:
     """The table that reads the numbers of the tokens, and what it gives for them."""
     found: list[tuple[nn.Embedding, Tensor]] = []
 
@@ -93,7 +95,9 @@ def _looked_up(model: nn.Module, inputs: Mapping[str, Any], ids: Int[Tensor, "1 
         for hook in hooks:
             hook.remove()
     if not found:
-        raise InputError(f"model: no embedding of {type(model).__name__} reads the numbers of the tokens; it has no gradient there")
+        raise InputError(
+            f"model: no embedding of {type(model).__name__} reads the numbers of the tokens; it has no gradient there"
+        )
     # positions are numbers too; the table of words is the larger
     table, gave = max(found, key=lambda pair: pair[0].num_embeddings)
     return table, gave.detach()
@@ -101,7 +105,7 @@ def _looked_up(model: nn.Module, inputs: Mapping[str, Any], ids: Int[Tensor, "1 
 
 @contextmanager
 def _given(table: nn.Embedding, rows: Tensor) -> Iterator[None]:
-    def give(_module: nn.Module, given: tuple[Any, ...], gave: Tensor) -> Tensor:
+    def give(_module: nn.Module, _given: tuple[Any, ...], gave: Tensor) -> Tensor:
         return rows if gave.shape == rows.shape else gave
 
     hook = table.register_forward_hook(give)

@@ -1,11 +1,11 @@
 """How faithful an explanation is: plain functions, a number per item.
 
-Units are taken away in the order of their scores, and the model is asked again (`cenote.core.perturb`): `p` is the output that is
-explained, a probability, before and after.
+Units are taken away in the order of their scores, and the model is asked again (`cenote.core.perturb`): `p` is the output that
+is explained, a probability, before and after.
 
 Source: DeYoung et al., "ERASER", ACL 2020 (comprehensiveness, sufficiency); Samek et al., IEEE TNNLS 2017, and Petsiuk et al.,
-"RISE", BMVC 2018 (deletion, insertion); Yeh et al., "On the (In)fidelity and Sensitivity of Explanations", NeurIPS 2019; Hurley and
-Rickard, "Comparing Measures of Sparsity", IEEE TIT 2009 (the Gini index).
+"RISE", BMVC 2018 (deletion, insertion); Yeh et al., "On the (In)fidelity and Sensitivity of Explanations", NeurIPS 2019;
+Hurley and Rickard, "Comparing Measures of Sparsity", IEEE TIT 2009 (the Gini index).
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ def only_top(
     return ~without_top(scores, real, shares) & real[:, None]
 
 
-def comprehensiveness(
-    whole: Float[Tensor, "items"], without: Float[Tensor, "items shares"]
-) -> Float[Tensor, "items"]:
+def comprehensiveness(whole: Float[Tensor, "items"], without: Float[Tensor, "items shares"]) -> Float[Tensor, "items"]:
     """`mean_k p(x) - p(x without its top k)`: by how much the output falls. Higher is better.
 
     >>> comprehensiveness(torch.tensor([0.9]), torch.tensor([[0.5, 0.3]])).tolist()
@@ -143,7 +141,10 @@ def agreement(
 
 
 def top_overlap(
-    a: Float[Tensor, "items units"], b: Float[Tensor, "items units"], real: Bool[Tensor, "items units"], share: float = 0.2
+    a: Float[Tensor, "items units"],
+    b: Float[Tensor, "items units"],
+    real: Bool[Tensor, "items units"],
+    share: float = 0.2,
 ) -> Float[Tensor, "items"]:
     """Which part of the largest units two explanations share.
 

@@ -49,6 +49,7 @@ class Classifier:
         labels: of its classes.
         folder: where it lies.
         digest: of its weights and small files.
+        trust_remote_code: whether its own code may run.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Classifier:
     labels: tuple[str, ...]
     folder: Path
     digest: str
+    trust_remote_code: bool = False
 
 
 class TextClassifier:
@@ -64,16 +66,15 @@ class TextClassifier:
 
     Args:
         loaded: the model.
-        trust_remote_code: allow a tokenizer's own code.
 
     Raises:
         InputError: where its tokenizer cannot tell which part of a text a token is.
     """
 
-    def __init__(self, loaded: Classifier, trust_remote_code: bool = False) -> None:
+    def __init__(self, loaded: Classifier) -> None:
         self.loaded = loaded
         with _of_model():
-            self.tokenizer = processor("AutoTokenizer", loaded.folder, trust_remote_code, "texts")
+            self.tokenizer = processor("AutoTokenizer", loaded.folder, loaded.trust_remote_code, "texts")
         if not getattr(self.tokenizer, "is_fast", False):
             raise InputError(
                 f"model: the tokenizer of {loaded.name} ({type(self.tokenizer).__name__}) does not tell which part of a text a "
@@ -110,7 +111,7 @@ class TextClassifier:
         ids, offsets = made["input_ids"], made["offset_mapping"]
         if len(ids) > self.max_length:
             raise InputError(
-                f"{name}: has {len(ids):,} tokens, and {self.loaded.name} reads {self.max_length:,}; shorten it, or leave it out"
+                f"{name}: has {len(ids):,} tokens, and {self.loaded.name} reads {self.max_length:,}; shorten it or leave it out"
             )
         words, starts = _split(text)
         pieces, of = [], []
@@ -158,7 +159,11 @@ def load_classifier(
             f"AutoModelForImageClassification); name one that was trained to classify, or give your own from Python, see "
             f"cenote.jobs.explain.Subject"
         )
-    auto = transformers.AutoModelForSequenceClassification if kind == "text" else transformers.AutoModelForImageClassification
+    auto = (
+        transformers.AutoModelForSequenceClassification
+        if kind == "text"
+        else transformers.AutoModelForImageClassification
+    )
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
@@ -170,7 +175,16 @@ def load_classifier(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-        except (SafetensorError, UnpicklingError, ValueError, OSError, RuntimeError, KeyError, ImportError, TypeError) as error:
+        except (
+            SafetensorError,
+            UnpicklingError,
+            ValueError,
+            OSError,
+            RuntimeError,
+            KeyError,
+            ImportError,
+            TypeError,
+        ) as error:
             raise InputError(f"model: {name}: {why(error, trust_remote_code)}") from error
     if odd := sorted(map(str, [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())])):
         raise InputError(f"model: {name} has no trained {odd[0]}; name a model that was trained to classify")
@@ -179,7 +193,7 @@ def load_classifier(
         raise InputError(f"model: {name} gives {count} output, and an explanation is of a class among 2 or more")
     labels = tuple(str(model.config.id2label[i]) for i in range(count))
     digest = hashlib.sha256((sources.weights_sha256(files) + sources.config_sha256(folder)).encode()).hexdigest()
-    return Classifier(name, kind, model.eval().to(device), labels, folder, digest)
+    return Classifier(name, kind, model.eval().to(device), labels, folder, digest, trust_remote_code)
 
 
 class ImageClassifier:
@@ -187,13 +201,12 @@ class ImageClassifier:
 
     Args:
         loaded: the model.
-        trust_remote_code: allow its own code.
     """
 
-    def __init__(self, loaded: Classifier, trust_remote_code: bool = False) -> None:
+    def __init__(self, loaded: Classifier) -> None:
         self.loaded = loaded
         with _of_model():
-            self.processor = processor("AutoImageProcessor", loaded.folder, trust_remote_code, "images")
+            self.processor = processor("AutoImageProcessor", loaded.folder, loaded.trust_remote_code, "images")
 
     @property
     def patch(self) -> int | None:

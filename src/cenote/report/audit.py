@@ -92,19 +92,23 @@ def render_audit(audit: Audit) -> str:
         )
         for rank, r in enumerate(audit.results, start=1)
     ]
-    return environment(units).get_template("audit.html.j2").render(
-        c=audit,
-        units=units,
-        rows=rows,
-        plots=[p for p in (pareto_plot(audit, units, *WIDE), pareto_plot(audit, units, *NARROW)) if p],
-        matrix=matrix(audit),
-        panels=_panels(audit),
-        panel={"width": WIDTH, "height": HEIGHT},
-        names=[r.method for r in audit.results],
-        items=[(item, _looks(item, audit)) for item in audit.gallery.get("items", ())],
-        pictures=[_large(item) for item in audit.gallery.get("items", ())],
-        provenance=flat(audit.provenance),
-        **shell(),
+    return (
+        environment(units)
+        .get_template("audit.html.j2")
+        .render(
+            c=audit,
+            units=units,
+            rows=rows,
+            plots=[p for p in (pareto_plot(audit, units, *WIDE), pareto_plot(audit, units, *NARROW)) if p],
+            matrix=matrix(audit),
+            panels=_panels(audit),
+            panel={"width": WIDTH, "height": HEIGHT},
+            names=[r.method for r in audit.results],
+            items=[(item, _looks(item, audit)) for item in audit.gallery.get("items", ())],
+            pictures=[_large(item) for item in audit.gallery.get("items", ())],
+            provenance=flat(audit.provenance),
+            **shell(),
+        )
     )
 
 
@@ -151,7 +155,7 @@ def _large(item: dict[str, Any]) -> str | None:
 
     if item["picture"] is None:
         return None
-    image = Image.open(io.BytesIO(base64.b64decode(item["picture"])))
+    image: Image.Image = Image.open(io.BytesIO(base64.b64decode(item["picture"])))
     if max(image.size) < SMALLEST_PICTURE:
         times = -(-SMALLEST_PICTURE // max(image.size))
         image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)

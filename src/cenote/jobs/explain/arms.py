@@ -184,7 +184,9 @@ class Explanation(Arm):
         real = bench.real(first.size)
         units = [bench.of_units(scores, first.size) for scores in per_seed]
         own = units[0]
-        tensors["infidelity"] = metrics.infidelity(own, bench.random_masks & real[:, None] | ~real[:, None], bench.random_falls)
+        tensors["infidelity"] = metrics.infidelity(
+            own, bench.random_masks & real[:, None] | ~real[:, None], bench.random_falls
+        )
         tensors["sparsity"] = metrics.sparsity(own, real)
         record = {
             "family": self.family,
@@ -282,7 +284,12 @@ def unnamed() -> dict[str, type[Explainer]]:
     found = {}
     for name, path in public("explain").items():
         kind = None if path in built else load(path)
-        if isinstance(kind, type) and issubclass(kind, Explainer) and not inspect.isabstract(kind) and _needs_nothing(kind):
+        if (
+            isinstance(kind, type)
+            and issubclass(kind, Explainer)
+            and not inspect.isabstract(kind)
+            and _needs_nothing(kind)
+        ):
             found[re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()] = kind
     return found
 
@@ -328,7 +335,9 @@ def controls(bench: Bench, fingerprint: str) -> list[Explanation]:
     kinds |= {name: (Hinted(name, hints),) for name in hints()}
     told = {BASELINE: "random scores"}
     return [
-        Explanation(n, told.get(n, f"{n.replace('-', ' ')}, whatever the model does"), CONTROL, s, bench, fingerprint, True)
+        Explanation(
+            n, told.get(n, f"{n.replace('-', ' ')}, whatever the model does"), CONTROL, s, bench, fingerprint, True
+        )
         for n, s in kinds.items()
     ]
 

@@ -27,19 +27,20 @@ from cenote.core.requirements import require_at_least
 from cenote.explain import metrics
 from cenote.explain.base import Explainer
 from cenote.jobs.explain.arms import BASELINE, explanations
+from cenote.jobs.explain.items import named, pictures
 from cenote.jobs.explain.measure import METRIC, POINTS, Bench
 from cenote.jobs.explain.pictures import Pictures
 from cenote.jobs.explain.result import Audit
 from cenote.jobs.explain.subject import Subject
-from cenote.jobs.explain.texts import Texts, require_fitting_labels
+from cenote.jobs.explain.texts import Texts
 from cenote.jobs.explain.verdict import worded
-from cenote.models.classifier import ImageClassifier, TextClassifier, load_classifier
+from cenote.models.classifier import Classifier, ImageClassifier, TextClassifier, load_classifier
 
 DISPUTED = 3
 
 
 def audit(
-    model: str | Path | Subject | TextClassifier,
+    model: str | Path | Subject | Classifier,
     inputs: Sequence[Any] | None = None,
     methods: str | Sequence[str] = "fast",
     *,
@@ -56,7 +57,8 @@ def audit(
     """Find out which explanation of a model's classes is faithful.
 
     Args:
-        model: folder or hub name of a classifier of transformers; or a `Subject`, which holds its items.
+        model: folder or hub name of a classifier of transformers, or one from `cenote.models.classifier.load_classifier`; or a
+            `Subject`, which holds its items.
         inputs: texts, or images (`PIL.Image`); none with a `Subject`.
         methods: `"fast"`, `"all"`, or names; empty where only `explainers` are asked.
         explainers: your own, by name.
@@ -88,7 +90,7 @@ def audit(
     bench = Bench(subject, _target(subject, target))
     if labels is not None and len(labels) != len(bench):
         raise InputError(f"labels: expected one for each of {len(bench)} items, got {len(labels)}")
-    require_fitting_labels(labels or (), subject.labels)
+    true = None if labels is None else named(labels, subject.labels)
     fingerprint = subject.fingerprint()
     arms, skipped = explanations(bench, methods, explainers or {}, seed_numbers, fingerprint)
     if all(arm.control for arm in arms):
@@ -111,7 +113,7 @@ def audit(
             model_and_items_sha256=fingerprint,
             decided_by=str(bench.settings[0]),
         ),
-        dataset=_facts(bench, name or told, labels),
+        dataset=_facts(bench, name or told, true),
     )
     settings = [str(s) for s in bench.settings]
     found = worded(_compared(found, measured, bench), settings)
@@ -121,7 +123,7 @@ def audit(
 
 
 def subject_of(
-    model: str | Path | Subject | TextClassifier, inputs: Sequence[Any] | None, names: Sequence[str] | None = None
+    model: str | Path | Subject | Classifier, inputs: Sequence[Any] | None, names: Sequence[str] | None = None
 ) -> tuple[Subject, str]:
     """What is audited, and what to call it.
 
@@ -134,24 +136,17 @@ def subject_of(
         return model, model.kind
     if inputs is None or not len(inputs):
         raise InputError("inputs: expected texts or images, got none")
-    if isinstance(model, TextClassifier):
-        return Texts(model, inputs, names), model.loaded.name
-    loaded = load_classifier(str(model))
+    loaded = model if isinstance(model, Classifier) else load_classifier(str(model))
     if loaded.kind == "text":
         return Texts(TextClassifier(loaded), inputs, names), loaded.name
     images = ImageClassifier(loaded)
-    made = [images.encode(image) for image in inputs]
-    if len({tuple(m.shape) for m in made}) > 1:
-        raise InputError("inputs: the model's preprocessing makes images of several sizes; cut them to one")
-    patch = images.patch or max(made[0].shape[-1] // 14, 1)
-    return Pictures(loaded.model, torch.stack(made), patch, loaded.labels, names), loaded.name
+    return pictures(loaded, images, [images.encode(image) for image in inputs], names), loaded.name
 
 
 def _target(subject: Subject, target: str | None) -> Tensor | None:
     if target is None:
         return None
-    require_fitting_labels([target], subject.labels)
-    return torch.full((len(subject.names),), subject.labels.index(target))
+    return torch.full((len(subject.names),), subject.labels.index(named([target], subject.labels, "target")[0]))
 
 
 def _with_struck(measured: Measured) -> Measured:

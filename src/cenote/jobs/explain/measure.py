@@ -61,12 +61,16 @@ class Bench:
             *(Setting(size, fills[0]) for size in sizes[1:]),
         )
         if len(subject.labels) < 2:
-            raise InputError(f"model: has {len(subject.labels)} class, and an explanation is of a class among 2 or more")
+            raise InputError(
+                f"model: has {len(subject.labels)} class, and an explanation is of a class among 2 or more"
+            )
         logits = self._logits()
         self.chosen = logits.argmax(1)
         self.target = self.chosen if target is None else target
         if int(self.target.amax()) >= logits.shape[1] or int(self.target.amin()) < 0:
-            raise InputError(f"target: expected classes from 0 to {logits.shape[1] - 1}, got {self.target.tolist()[:10]}")
+            raise InputError(
+                f"target: expected classes from 0 to {logits.shape[1] - 1}, got {self.target.tolist()[:10]}"
+            )
         self.whole = logits.softmax(1).gather(1, self.target[:, None])[:, 0]
 
     def __len__(self) -> int:
@@ -84,9 +88,7 @@ class Bench:
         found = scores.new_zeros(len(unit), int(unit.amax()) + 2)
         return found.scatter_add(1, unit + 1, scores)[:, 1:]
 
-    def probability(
-        self, keep: Bool[Tensor, "items masks units"], setting: Setting
-    ) -> Float[Tensor, "items masks"]:
+    def probability(self, keep: Bool[Tensor, "items masks units"], setting: Setting) -> Float[Tensor, "items masks"]:
         """Of the explained class, where only some units are kept."""
         unit = self.subject.sizes[setting.size]
 
@@ -130,7 +132,9 @@ class Bench:
         bad = ~logits.isfinite().all(1)
         if bool(bad.any()):
             name = self.subject.names[int(bad.nonzero()[0])]
-            raise InputError(f"model: gives NaN or infinite logits for {int(bad.sum())} of {len(bad)} items, {name} first")
+            raise InputError(
+                f"model: gives NaN or infinite logits for {int(bad.sum())} of {len(bad)} items, {name} first"
+            )
         if len(bad) > 1 and bool((logits == logits[0]).all()) and self._alike():
             raise InputError(f"inputs: all {len(bad)} are the same; give items that differ")
         return logits

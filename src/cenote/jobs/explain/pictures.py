@@ -71,7 +71,7 @@ class Pictures(Subject):
         other = torch.zeros_like(images) if fill == "black" else images.mean((2, 3), keepdim=True).expand_as(images)
         return output_of(self.model(pixel_values=torch.where(stays[:, None], images, other))).float().cpu()
 
-    def scores(self, item: int, found: Attribution) -> Float[Tensor, "tokens"]:
+    def scores(self, item: int, found: Attribution) -> Float[Tensor, "tokens"]:  # noqa: ARG002 - all are alike
         """Of patches, also where [CLS] and registers stand before them; pixels are summed."""
         own, patches = found.scores[0], self.grid[0] * self.grid[1]
         if found.units == "pixels" and len(own) == patches * self.patch**2:

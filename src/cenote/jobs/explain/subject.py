@@ -1,4 +1,4 @@
-"""What is audited: a model and its items, and how parts of an item are taken away. A model of your own needs these few lines."""
+"""What is audited: a model and its items, and how parts of an item are taken away. A model of your own needs a few lines."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Subject(ABC):
     def content(self) -> list[Shaped[Tensor, "..."]]:
         """All that tells these items from others."""
 
-    def scores(self, item: int, found: Attribution) -> Float[Tensor, "tokens"]:
+    def scores(self, item: int, found: Attribution) -> Float[Tensor, "tokens"]:  # noqa: ARG002 - some need it
         """An explainer's scores of one item, a number per token.
 
         Raises:

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from cenote.core import InputError
 from cenote.core.perturb import dropped
 from cenote.explain.embedded import embedded, output_of
 from cenote.jobs.explain.subject import Subject, from_the_first
@@ -87,19 +86,6 @@ class Texts(Subject):
 
     def content(self) -> list[Shaped[Tensor, "..."]]:
         return [self._ids]
-
-
-def require_fitting_labels(labels: Sequence[str], known: Sequence[str]) -> None:
-    """Raise `InputError` unless every label is one of the model's.
-
-    >>> require_fitting_labels(["good", "bad"], ["good", "poor"])
-    Traceback (most recent call last):
-    cenote.core.errors.InputError: label: the model has no class 'bad'; it has good, poor
-    """
-    for label in dict.fromkeys(labels):
-        if label not in known:
-            shown = ", ".join(known[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
-            raise InputError(f"label: the model has no class {label!r}; it has {shown}")
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> Int[Tensor, "items tokens"]:

@@ -20,7 +20,9 @@ def worded(audit: Audit, settings: Sequence[str]) -> Audit:
     """The audit with its sentences filled in."""
     audit = dataclasses.replace(audit, attention=of_attention(audit), order=of_orders(audit, settings))
     if audit.winner in audit.controls:
-        gone = f"all of them said the same of random weights ({', '.join(audit.struck)})" if audit.struck else "none fits"
+        gone = (
+            f"all of them said the same of random weights ({', '.join(audit.struck)})" if audit.struck else "none fits"
+        )
         return dataclasses.replace(audit, sentence=f"No explanation is left: {gone}.", recommended="", reason="")
     told = [audit.sentence, audit.attention, of_struck(audit)]
     return dataclasses.replace(audit, sentence=" ".join(t for t in told if t))
