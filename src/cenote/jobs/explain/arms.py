@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -46,6 +46,7 @@ class Scored(NamedTuple):
     completeness_error: float | None = None
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """From a subject and one of its items to scores."""
 
