@@ -74,7 +74,7 @@ def render_audit(audit: Audit) -> str:
 
     Example:
         >>> from cenote.jobs.explain import audit, digits
-        >>> found = audit(digits(items=8), ["attention-rollout"])
+        >>> found = audit(digits(items=8), methods=["attention-rollout"])
         >>> render_audit(found).splitlines()[0]
         '<!doctype html>'
     """

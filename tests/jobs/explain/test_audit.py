@@ -42,7 +42,7 @@ def test_the_true_explanation_wins_and_random_ones_do_not() -> None:
     assert found.sentence.startswith("truth beats random by ")
     assert found["truth"].deletion > 0.05
     assert found["truth"].insertion > 0.05
-    assert abs(found["truth"].infidelity) < 0.6 < found["chance"].infidelity
+    assert found["truth"].infidelity < 0.6 * found["chance"].infidelity
     assert found["truth"].unchanged is not None
     assert found["truth"].unchanged < 0.9
     assert {c: found[c].control for c in found.controls} == dict.fromkeys(("random", "position", "vector-norm"), True)
@@ -81,7 +81,7 @@ def test_where_all_are_struck_out_none_is_recommended() -> None:
 
 def test_that_attention_deceives_is_said_in_words() -> None:
     methods = ["last-layer-attention", "mean-attention", "attention-rollout"]
-    found = audit(vectors(Deceptive(), items=40), methods, explainers={"truth": Truth()})
+    found = audit(vectors(Deceptive(), items=40), methods=methods, explainers={"truth": Truth()})
     assert found.winner == "truth"
     assert found.attention.startswith("Attention does not show what this model uses: ")
     assert all(name in found.attention for name in methods)
@@ -90,16 +90,16 @@ def test_that_attention_deceives_is_said_in_words() -> None:
 
 
 def test_of_a_model_without_attention_its_explanations_are_left_out_and_that_is_said() -> None:
-    found = audit(vectors(Additive()), ["attention-rollout"], explainers={"truth": Truth()})
+    found = audit(vectors(Additive()), methods=["attention-rollout"], explainers={"truth": Truth()})
     assert list(found.skipped) == ["attention-rollout"]
     assert "lists of blocks with self-attention" in found.skipped["attention-rollout"]
     with pytest.raises(InputError, match="no explanation is left"):
-        audit(vectors(Additive()), ["attention-rollout"])
+        audit(vectors(Additive()), methods=["attention-rollout"])
 
 
 def test_classics_of_captum_find_it_too() -> None:
     pytest.importorskip("captum", reason="cenote[explain] is not installed")
-    found = audit(vectors(Deceptive()), ["occlusion", "gradient-x-input", "kernel-shap"], seeds=2)
+    found = audit(vectors(Deceptive()), methods=["occlusion", "gradient-x-input", "kernel-shap"], seeds=2)
     assert {found[n].family for n in ("occlusion", "kernel-shap")} == {"perturbation"}
     assert finds_a_winner(found)
     assert found["kernel-shap"].stability is not None

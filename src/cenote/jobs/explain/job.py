@@ -80,7 +80,7 @@ def audit(
 
     Example:
         >>> from cenote.jobs.explain import audit, digits
-        >>> found = audit(digits(items=12), ["attention-rollout", "last-layer-attention"])
+        >>> found = audit(digits(items=12), methods=["attention-rollout", "last-layer-attention"])
         >>> found.baseline, len(found.controls)
         ('random', 4)
     """
@@ -93,9 +93,10 @@ def audit(
     true = None if labels is None else named(labels, subject.labels)
     fingerprint = subject.fingerprint()
     arms, skipped = explanations(bench, methods, explainers or {}, seed_numbers, fingerprint)
-    if all(arm.control for arm in arms):
-        why = f" ({next(iter(skipped.values()))})" if skipped else ""
-        raise InputError(f"methods: no explanation is left{why}")
+    unfit = {arm.name: arm.unfit() for arm in arms if not arm.control}
+    if all(why is not None for why in unfit.values()):
+        told_why = [f"{of}: {why}" for of, why in (skipped | unfit).items()]
+        raise InputError(f"methods: no explanation is left{f' ({told_why[0]})' if told_why else ''}")
     folder = None if out is None else prepared(Path(out))
     cells = None if folder is None else folder / "cells"
     measured = measure_arms(arms, BASELINE, folder=cells, workers=1, on_share=on_method)

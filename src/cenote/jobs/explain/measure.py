@@ -135,12 +135,9 @@ class Bench:
             raise InputError(
                 f"model: gives NaN or infinite logits for {int(bad.sum())} of {len(bad)} items, {name} first"
             )
-        if len(bad) > 1 and bool((logits == logits[0]).all()) and self._alike():
+        if len(bad) > 1 and all(bool((c == c[0]).all()) for c in self.subject.content()):
             raise InputError(f"inputs: all {len(bad)} are the same; give items that differ")
         return logits
-
-    def _alike(self) -> bool:
-        return all(bool((c == c[0]).all()) for c in self.subject.content())
 
 
 def measured(
