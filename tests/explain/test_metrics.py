@@ -43,7 +43,9 @@ def test_infidelity_of_an_additive_output_is_nothing_whatever_the_scale() -> Non
 def test_sparsity_does_not_see_padding_scale_or_order() -> None:
     alone = metrics.sparsity(SCORES[1:, :3], REAL[1:, :3])
     torch.testing.assert_close(metrics.sparsity(SCORES, REAL)[1:], alone)
-    torch.testing.assert_close(metrics.sparsity(-3 * SCORES[:1].flip(1), REAL[:1]), metrics.sparsity(SCORES[:1], REAL[:1]))
+    torch.testing.assert_close(
+        metrics.sparsity(-3 * SCORES[:1].flip(1), REAL[:1]), metrics.sparsity(SCORES[:1], REAL[:1])
+    )
     assert metrics.sparsity(torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool)).tolist() == [0.0]
 
 
