@@ -18,14 +18,12 @@ from cenote.core.version import __version__
 if TYPE_CHECKING:
     from cenote.bridges.scikit_learn import ProbeClassifier as ProbeClassifier
     from cenote.bridges.scikit_learn import ProbeRegressor as ProbeRegressor
-    from cenote.jobs.explain import audit as audit
     from cenote.jobs.probe import load as load
 
 # these need scikit-learn or scipy, or are whole floors: imported when they are first named
 _LATER = {
     "ProbeClassifier": "cenote.bridges.scikit_learn",
     "ProbeRegressor": "cenote.bridges.scikit_learn",
-    "audit": "cenote.jobs.explain",
     "load": "cenote.jobs.probe",
 }
 _FLOORS = (

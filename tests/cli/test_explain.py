@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -104,7 +104,7 @@ def test_the_table_fits_terminals_of_all_widths(cenote: Run, tmp_path: Path) -> 
     cenote("explain", "--limit", "12", *QUICK, "--out", tmp_path)
     found = Audit.load(tmp_path)
     for width in (40, 60, 80, 100, 160):
-        console = Console(width=width, record=True, file=open(os.devnull, "w"))
+        console = Console(width=width, record=True, file=io.StringIO())
         console.print(table_of(found, width))
         for line in console.export_text().splitlines():
             assert len(line) <= width

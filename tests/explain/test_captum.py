@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.testing.test_check_explainer import INPUTS, classifier
 from torch import Tensor, nn
 
 from cenote.core import InputError
@@ -16,6 +15,7 @@ from cenote.explain.embedded import embedded, output_of
 from cenote.models.live import attentions, recorded
 from cenote.models.live.edits import Where
 from cenote.testing import check_explainer
+from tests.testing.test_check_explainer import INPUTS, classifier
 
 captum = pytest.importorskip("captum", reason="cenote[explain] is not installed")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.jobs.explain.subjects import Additive, ByChance, Deceptive, IgnoresTheModel, Truth, vectors
 
 import cenote
 from cenote.compare.statistics import SIGNIFICANT
@@ -16,7 +17,6 @@ from cenote.explain import metrics
 from cenote.jobs.explain import Audit, audit, digits
 from cenote.jobs.explain.arms import chosen, controls, unnamed
 from cenote.jobs.explain.measure import METRIC, POINTS, Bench, measured
-from tests.jobs.explain.subjects import Additive, ByChance, Deceptive, IgnoresTheModel, Truth, vectors
 
 
 def finds_a_winner(found: Audit) -> bool:

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests import tiny
+from tests.jobs.explain.models import LABELS, image_classifier, sentences, text_classifier
+from tests.jobs.explain.subjects import Additive, Truth, vectors
 
 from cenote.core import InputError
 from cenote.features.raw import open_raw
@@ -17,9 +20,6 @@ from cenote.jobs.explain.items import taken
 from cenote.jobs.explain.measure import Bench
 from cenote.jobs.explain.one import look
 from cenote.models.classifier import TextClassifier, load_classifier
-from tests import tiny
-from tests.jobs.explain.models import LABELS, image_classifier, sentences, text_classifier
-from tests.jobs.explain.subjects import Additive, Truth, vectors
 
 TEXTS = ["a b c d", "e f g", "h i j k l m", "n o p q r", "s t u"]
 
@@ -126,7 +126,7 @@ def test_rows_that_cannot_be_used_may_be_left_out(folder: Path, tmp_path: Path) 
     (tmp_path / "texts.csv").write_text(f"text\na b\n{'a ' * 40}\nc d\n")
     found = taken(load_classifier(str(folder)), open_raw(tmp_path / "texts.csv", kind="text"), skip_bad=True)
     assert len(found.subject.names) == 2
-    assert [why for _, why in found.left_out][0].startswith("has 42 tokens")
+    assert next(why for _, why in found.left_out).startswith("has 42 tokens")
 
 
 def test_a_column_that_is_not_there_is_named(folder: Path, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_bad_arguments_are_one_clear_line_each(folder: Path, given: dict[str, An
 
 
 def test_models_that_classify_nothing_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="model: .* is BertModel, and no classifier of texts or images"):
+    with pytest.raises(InputError, match=r"model: .* is BertModel, and no classifier of texts or images"):
         load_classifier(str(tiny.bert(tmp_path / "bare")))
     with pytest.raises(InputError, match="gives 1 output, and an explanation is of a class among 2 or more"):
         load_classifier(str(text_classifier(tmp_path / "one", num_labels=1, id2label={0: "x"}, label2id={"x": 0})))
