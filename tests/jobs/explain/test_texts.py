@@ -130,7 +130,7 @@ def test_rows_that_cannot_be_used_may_be_left_out(folder: Path, tmp_path: Path) 
 
 
 def test_a_column_that_is_not_there_is_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="label: there is no column 'stars'"):
+    with pytest.raises(InputError, match="label_column: there is no column 'stars'"):
         taken(load_classifier(str(folder)), open_raw(sentences(tmp_path / "texts.csv"), kind="text"), "stars")
 
 

@@ -119,7 +119,8 @@ class Explanation(Arm):
     """One way to explain, on all items.
 
     A cell holds faithfulness as `scores`, `[seeds, items]`; `tokens`, the scores of all tokens `[seeds, items, tokens]`; per
-    setting the faithfulness as `in.SETTING`, of others than the first with one seed; and, of the first setting, what the table tells, `[items]`.
+    setting the faithfulness as `in.SETTING`, of others than the first with one seed; and, of the first setting, what the table
+    tells, `[items]`.
 
     Attributes:
         name: of the method, or as given.

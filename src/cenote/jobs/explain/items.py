@@ -49,7 +49,7 @@ def taken(loaded: Classifier, raw: RawItems, label: str | None = None, skip_bad:
     """
     if raw.kind != loaded.kind:
         raise InputError(f"data: {loaded.name} takes {loaded.kind}, and these are {raw.kind}")
-    column = find(raw.columns, label, (), "label")
+    column = find(raw.columns, label, (), "label_column")
     texts, images = (TextClassifier(loaded), None) if loaded.kind == "text" else (None, ImageClassifier(loaded))
     contents: list[Any] = []
     names, rows, left_out = [], [], []
