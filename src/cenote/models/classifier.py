@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cenote.core import InputError
 from cenote.models import sources
 from cenote.models.hugging_face import BIGGER_THAN_ANY, processor, quiet, required_transformers, why
+from cenote.models.text import tokenizer_of
 
 HEADS = {"ForSequenceClassification": "text", "ForImageClassification": "image"}
 
@@ -74,7 +75,7 @@ class TextClassifier:
     def __init__(self, loaded: Classifier) -> None:
         self.loaded = loaded
         with _of_model():
-            self.tokenizer = processor("AutoTokenizer", loaded.folder, loaded.trust_remote_code, "texts")
+            self.tokenizer = tokenizer_of(loaded.folder, loaded.trust_remote_code)
         if not getattr(self.tokenizer, "is_fast", False):
             raise InputError(
                 f"model: the tokenizer of {loaded.name} ({type(self.tokenizer).__name__}) does not tell which part of a text a "
