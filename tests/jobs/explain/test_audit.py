@@ -14,7 +14,7 @@ import cenote
 from cenote.compare.statistics import SIGNIFICANT
 from cenote.core import InputError
 from cenote.explain import metrics
-from cenote.jobs.explain import Audit, audit, digits
+from cenote.jobs.explain import Audit, Vectors, audit, digits
 from cenote.jobs.explain.arms import chosen, controls, unnamed
 from cenote.jobs.explain.measure import METRIC, POINTS, Bench, measured
 
@@ -173,6 +173,20 @@ def test_running_again_resumes_and_a_result_reads_back(tmp_path: Path) -> None:
     # other weights are another question
     audit(vectors(Additive(1)), methods=(), explainers=given, out=tmp_path)
     assert not any(p.stat().st_mtime_ns == stamps[p] for p in stamps)
+
+
+def test_functions_have_no_weights_and_are_told_apart_by_what_they_give(tmp_path: Path) -> None:
+    x = torch.randn(20, 5, 8, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(8, 2, generator=torch.Generator().manual_seed(1))
+
+    def chance(factor: float) -> Audit:
+        subject = Vectors(lambda x, attention_mask: factor * (x.sum(1) @ weight), x)
+        return audit(subject, methods=(), explainers={"chance": ByChance()}, out=tmp_path)
+
+    first, other = chance(1.0), chance(0.1)
+    assert first["chance"].metric != other["chance"].metric
+    assert chance(0.1)["chance"] == other["chance"]
+    assert first["chance"].unchanged is None
 
 
 def test_the_class_that_is_explained_can_be_named() -> None:

@@ -146,6 +146,7 @@ class Explanation(Arm):
         return {
             "subject": self.fingerprint,
             "target": self.bench.target.tolist(),
+            "outputs": self.bench.told(),
             "settings": [str(s) for s in self.bench.settings],
             "scorers": [dict(s.key()) for s in self.scorers],
             "captum": _version("captum"),
