@@ -1,4 +1,4 @@
-"""Write docs/methods: one page per published system that is built, one per further pool that has a name, and the index.
+"""Write docs/methods: one page per published system that is built, one per further method that has a name, and the index.
 
 python scripts/build_method_pages.py [--check]
 """
@@ -118,7 +118,8 @@ def facts(s: System) -> str:
 def by_name(m: Method) -> str:
     settings = "".join(f", {k}={v!r}" for k, v in (m.settings or {}).items())
     cls = m.path.rpartition(".")[2]
-    fast = " Part of `cenote probe --methods fast`." if m.fast else ""
+    command = "explain" if m.room == "explain" else "probe"
+    fast = f" Part of `cenote {command} --methods fast`." if m.fast else ""
     return f'- `cenote.create("{m.name}", ...)` builds `{cls}(...{settings})`: {m.summary}.{fast}'
 
 

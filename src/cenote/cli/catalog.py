@@ -41,7 +41,12 @@ def list_methods(
         table.add_row(str(s.row), s.slug, str(s.year), s.room, s.status, _counted(s), s.title)
     console = _console()
     console.print(table)
-    names = Table("name", "what it does", "system", title="cenote.create(name, ...); * in cenote probe --methods fast")
+    names = Table(
+        "name",
+        "what it does",
+        "system",
+        title="cenote.create(name, ...); * in --methods fast of cenote probe or cenote explain",
+    )
     for m in built:
         names.add_row(f"{m.name} *" if m.fast else m.name, m.summary, m.slug or "")
     if names.row_count:
@@ -125,7 +130,7 @@ def _of_no_system(name: str) -> list[tuple[str, str]]:
     if name in {m.name for m in methods()}:
         m = method(name)
         built = ", ".join(n.name for n in methods() if n.path == m.path)
-        return [("what it does", m.summary), ("class", m.path), ("pools", m.kind), ("built by name", built)]
+        return [("what it does", m.summary), ("class", m.path), ("takes", m.kind), ("built by name", built)]
     if path := places().get(name):
         return [("class", path), ("built by name", ", ".join(m.name for m in methods() if m.path == path) or "-")]
     return []

@@ -41,6 +41,7 @@ from cenote.explain.attribution_priors.training import alignment_loss as alignme
 from cenote.explain.attribution_priors.training import prior_loss as prior_loss
 from cenote.explain.attribution_priors.training import self_attribution as self_attribution
 from cenote.explain.attribution_priors.training import train_with_priors as train_with_priors
+from cenote.explain.captum import Captum as Captum
 from cenote.explain.comprehensive_attribution.measures import accuracies as accuracies
 from cenote.explain.comprehensive_attribution.measures import covered as covered
 from cenote.explain.comprehensive_attribution.measures import grad_cam as grad_cam
@@ -136,6 +137,8 @@ from cenote.explain.head_pursuit.pursuit import lens as lens
 from cenote.explain.head_pursuit.pursuit import pursue as pursue
 from cenote.explain.input_gradients import InputGradients as InputGradients
 from cenote.explain.pairs import PairMap as PairMap
+from cenote.explain.raw_attention import LastLayerAttention as LastLayerAttention
+from cenote.explain.raw_attention import MeanAttention as MeanAttention
 from cenote.explain.repeated_tokens import HeadScores as HeadScores
 from cenote.explain.repeated_tokens import head_atlas as head_atlas
 from cenote.explain.repeated_tokens import repeated as repeated

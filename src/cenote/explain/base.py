@@ -176,9 +176,13 @@ class Explainer(ABC):
 
     Attributes:
         class_agnostic: whether it says the same of every target.
+        family: what it reads, for comparisons: `attention`, `gradients`, `perturbation`, `decomposition`.
+        draws: whether its scores hang on a `random_state`.
     """
 
     class_agnostic: ClassVar[bool] = False
+    family: str = "other"
+    draws: bool = False
 
     @abstractmethod
     def explain(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.redrawn import STILL_ALIKE, rank_correlation, redrawn
 from cenote.testing.as_found import AsFound
 from cenote.testing.contract import difference, run_rules
 
 CLOSE = 1e-5
-STILL_ALIKE = 0.9
-"""Rank correlation of two explanations, above which the model behind them seems not to matter."""
 REDRAWS = 3
 UNLIKELY_SEED = 739_204_117
 
@@ -159,15 +157,9 @@ def _rule_reacts_to_the_model(trial: _Trial) -> str | None:
         return "reacts to the model: all units of every item have one score"
     alike = []
     for seed in range(REDRAWS):
-        other = copy.deepcopy(trial.model)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for p in other.parameters():
-                if p.dim() > 1:
-                    p.copy_(p.std() * torch.randn(p.shape, generator=generator))
-        found = trial.explainer.explain(other, trial.inputs).scores
+        found = trial.explainer.explain(redrawn(trial.model, seed), trial.inputs).scores
         both = ((a[:n], b[:n]) for a, b, n in zip(scores, found, trial.lengths, strict=True))
-        alike += [_spearman(a, b) for a, b in both if len(a) > 2]
+        alike += [rank_correlation(a, b) for a, b in both if len(a) > 2]
     if alike and sum(alike) / len(alike) > STILL_ALIKE:
         return f"reacts to the model: with random weights ranks agree by {sum(alike) / len(alike):.2f} still"
     return None
@@ -194,14 +186,6 @@ def _output(model: nn.Module, inputs: Mapping[str, Any], length: int) -> Tensor:
     found = model(**inputs)
     first = found if isinstance(found, Tensor) else found[0]
     return first[:, -length:] if first.dim() > 2 else first
-
-
-def _spearman(a: Tensor, b: Tensor) -> float:
-    import scipy.stats
-
-    if bool((a == a[0]).all()) or bool((b == b[0]).all()):
-        return 0.0
-    return float(scipy.stats.spearmanr(a.detach().cpu().numpy(), b.detach().cpu().numpy()).statistic)
 
 
 def _cut(value: Tensor, real: Tensor | None) -> Tensor:

@@ -45,6 +45,7 @@ class AttentionRollout(Explainer):
     """
 
     class_agnostic = True
+    family = "attention"
 
     def __init__(
         self, query: Query = "first", residual: float = 0.5, stack: str | None = None, block: int = BLOCK
