@@ -154,8 +154,8 @@ class Attribution:
         try:
             stored = files.read_tensors(Path(path))
             card = json.loads(stored.metadata["attribution"])
-            texts = card.get("texts")
-            found = cls(**stored.tensors, units=card["units"], signed=card["signed"])
+            texts, tensors = card.get("texts"), dict[str, Any](stored.tensors)
+            found = cls(**tensors, units=card["units"], signed=card["signed"])
             found = found if texts is None else found.named(texts)
         except FileNotFoundError:
             raise InputError(f"{path}: is not there") from None

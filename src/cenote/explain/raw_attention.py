@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cenote.explain.attention_flow.explainers import AttentionRollout, Query
+from cenote.explain.attention_flow.explainers import AttentionRollout
+from cenote.explain.queried import Query
 from cenote.models.live import AttentionCall
 
 

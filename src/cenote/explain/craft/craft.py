@@ -266,7 +266,7 @@ class Concepts:
         try:
             stored = files.read_tensors(Path(path))
             card: dict[str, Any] = json.loads(stored.metadata["concepts"])
-            tensors = {name: stored.tensors[name] for name in ("crops", "u", "w")}
+            tensors: dict[str, Any] = {name: stored.tensors[name] for name in ("crops", "u", "w")}
         except FileNotFoundError:
             raise InputError(f"{path}: is not there") from None
         except Exception as error:
