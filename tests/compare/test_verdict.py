@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from cenote.compare.result import ArmResult, Comparison, PairTest
-from cenote.compare.verdict import sentence
+from cenote.compare.verdict import reason, sentence
 
 
 def compared(interval: tuple[float, float]) -> Comparison[ArmResult]:
@@ -42,3 +44,10 @@ def test_a_test_that_is_at_odds_with_its_interval_is_a_hint(interval: tuple[floa
     assert text.startswith("max beats mean by ")
     assert ("take it for a hint" in text) == bool(said)
     assert said in text
+
+
+def test_without_a_verdict_nothing_can_be_told_apart() -> None:
+    found = compared((0.01, 0.1))
+    assert reason(found) == "it comes first, and all others can be told from it"
+    none = dataclasses.replace(found, no_verdict="1 test unit cannot carry one")
+    assert reason(none) == "it comes first; these data cannot tell more"

@@ -6,8 +6,17 @@ import torch
 from torch import Tensor
 
 from cenote.core import InputError
-from cenote.explain import AttentionFlow, AttentionRollout, augmented, max_flow, over_heads, rollout
-from cenote.models.live import recorded
+from cenote.explain import (
+    AttentionFlow,
+    AttentionRollout,
+    LastLayerAttention,
+    MeanAttention,
+    augmented,
+    max_flow,
+    over_heads,
+    rollout,
+)
+from cenote.models.live import one_stack, recorded
 from cenote.testing import check_explainer
 from tests.models.live import zoo
 
@@ -172,3 +181,33 @@ def test_models_with_several_stacks_need_a_name() -> None:
         AttentionRollout(stack="tower").explain(case.model, case.inputs)
     found = AttentionRollout(stack="encoder.layers").explain(case.model, case.inputs)
     assert torch.allclose(found.scores.sum(1), torch.ones(2))
+
+
+@pytest.mark.parametrize("explainer", [AttentionRollout(), AttentionFlow(), LastLayerAttention(), MeanAttention()])
+def test_each_pass_of_shared_blocks_is_a_layer(explainer: AttentionRollout) -> None:
+    from transformers import AlbertConfig, AlbertModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "embedding_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    config = AlbertConfig(vocab_size=40, num_hidden_layers=3, initializer_range=0.5, **sizes)
+    model = AlbertModel(config).eval()
+    model.set_attn_implementation("eager")
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        given = over_heads(model(input_ids=ids, output_attentions=True).attentions)[0]
+    expected = {
+        AttentionRollout: rollout(given)[-1, 0],
+        AttentionFlow: max_flow(given, queries=[0], layers=[2])[0, 0],
+        LastLayerAttention: given[-1, 0],
+        MeanAttention: given[:, 0].mean(0),
+    }[type(explainer)]
+    torch.testing.assert_close(explainer.explain(model, {"input_ids": ids}).scores[0], expected, atol=1e-5, rtol=0)
+
+
+def test_blocks_that_run_in_turns_are_refused() -> None:
+    from transformers import AlbertConfig, AlbertModel
+
+    sizes = {"hidden_size": 16, "embedding_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    model = AlbertModel(AlbertConfig(vocab_size=40, num_hidden_layers=2, inner_group_num=2, **sizes)).eval()
+    with pytest.raises(InputError, match="runs more than once in one forward"):
+        AttentionRollout(stack=one_stack(model).stack).explain(model, {"input_ids": torch.tensor([[5, 6, 7]])})

@@ -34,7 +34,7 @@ def test_padding_never_ranks_before_a_unit_of_negative_score() -> None:
 def test_infidelity_of_an_additive_output_is_nothing_whatever_the_scale() -> None:
     keep = torch.rand(2, 30, 10, generator=torch.Generator().manual_seed(1)) > 0.5
     fall = (~keep * SCORES[:, None]).sum(2)
-    for factor in (1.0, 17.0):
+    for factor in (1.0, 17.0, 1e-9):
         assert metrics.infidelity(factor * SCORES, keep, fall).max() < 1e-6
     # scores that say the opposite are not turned round
     torch.testing.assert_close(metrics.infidelity(-SCORES, keep, fall), torch.ones(2))

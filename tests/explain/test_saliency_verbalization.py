@@ -252,3 +252,13 @@ def test_tokens_become_words_and_words_a_sentence(tmp_path: Path) -> None:
 def test_what_cannot_be_used_is_named(call, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_a_span_that_is_cut_is_told_with_what_is_left_of_it() -> None:
+    a = [0.1, 0.1, 0.1, 0.9, 0.8, 0.7, 0.1, 0.1]
+    (whole,) = SaliencyVerbalizer().verbalize(words(8), a).snippets["summary"]
+    found = SaliencyVerbalizer(maxwords=2).verbalize(words(8), a)
+    (cut,) = found.snippets["summary"]
+    assert cut.indices == whole.indices[:2]
+    assert cut.coverage == found.coverage == pytest.approx(coverage(cut.indices, a))
+    assert cut.value == pytest.approx(sum(a[i] for i in cut.indices) / 2 / max(a))

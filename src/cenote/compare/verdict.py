@@ -38,7 +38,7 @@ def reason(c: Comparison[Any]) -> str:
         return "nothing else was run"
     if c.recommended != c.winner:
         text = f"it cannot be told from {c.winner}, which comes first{_at_cost(c)}"
-    elif not _inseparable(c):
+    elif not _inseparable(c) and not c.no_verdict:
         return "it comes first, and all others can be told from it"
     else:
         text = "it comes first"

@@ -70,7 +70,7 @@ def embedded(model: nn.Module, inputs: Mapping[str, Any]) -> Embedded:
     table, x = _looked_up(model, inputs, named)
 
     def of_embeddings(rows: Tensor) -> Tensor:
-        with _given(table, rows):
+        with given_embeddings(table, rows):
             return output_of(model(**_repeated(inputs, len(rows))))
 
     centre = table.weight.detach().mean(0).expand_as(x).clone()
@@ -104,8 +104,20 @@ def _looked_up(
 
 
 @contextmanager
-def _given(table: nn.Embedding, rows: Tensor) -> Iterator[None]:
+def given_embeddings(table: nn.Module, rows: Tensor) -> Iterator[None]:
+    """These embeddings in the place of those that a table gives for as many numbers.
+
+    The model is called with its numbers of tokens all the same: what it makes of them besides (positions, where a text ends)
+    stays as it was, which it does not where a model is called with `inputs_embeds`.
+
+    Raises:
+        InputError: on leaving, where the table gave nothing of this shape, so that nothing was replaced.
+    """
+    given = False
+
     def give(_module: nn.Module, _given: tuple[Any, ...], gave: Tensor) -> Tensor:
+        nonlocal given
+        given = given or gave.shape == rows.shape
         return rows if gave.shape == rows.shape else gave
 
     hook = table.register_forward_hook(give)
@@ -113,6 +125,8 @@ def _given(table: nn.Embedding, rows: Tensor) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+    if not given:
+        raise InputError("model: its input embeddings do not read the numbers of the tokens; it has no gradient there")
 
 
 def _repeated(inputs: Mapping[str, Any], rows: int) -> dict[str, Any]:

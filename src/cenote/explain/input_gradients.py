@@ -1,4 +1,4 @@
-"""What the gradient at the embeddings says of each token, of any model that takes `inputs_embeds`.
+"""What the gradient at the embeddings says of each token, of any model that has input embeddings.
 
 Source: Simonyan et al. (2014), arXiv 1312.6034; integrated: Sundararajan et al. (2017), arXiv 1703.01365.
 """
@@ -6,7 +6,7 @@ Source: Simonyan et al. (2014), arXiv 1312.6034; integrated: Sundararajan et al.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cenote.core import InputError
 from cenote.core.requirements import require_at_least, require_one_of
 from cenote.explain.base import Attribution, Explainer
+from cenote.explain.embedded import given_embeddings
 
 Form = Literal["times input", "norm", "integrated"]
 
@@ -71,7 +72,7 @@ def input_gradients(
     `g` is the gradient of the target's logit at the embeddings x. Zero in padding.
 
     Args:
-        model: a classifier with `get_input_embeddings`, that takes `inputs_embeds`.
+        model: a classifier with `get_input_embeddings`.
         inputs: of its forward.
         target: classes; the model's own choice by default.
         form: `"times input"`, `"norm"` or `"integrated"` (by the midpoint rule).
@@ -85,38 +86,47 @@ def input_gradients(
     require_one_of(get_args(Form), form=form)
     require_at_least(1, steps=steps)
     real = real_of(inputs)
-    x, rest = embedded(model, inputs)
+    x = token_embeddings(model, inputs)
     with torch.enable_grad():
         if form != "integrated":
-            x, g = _gradient(model, x, rest, target, create_graph)
+            x, g = _gradient(model, x, inputs, target, create_graph)
             scores = (g * x).sum(-1) if form == "times input" else g.abs().sum(-1)
         else:
             x0 = _empty(model, x, baseline)
             if target is None:
-                target = chosen_targets(logits_of(model(inputs_embeds=x, **rest)).detach(), None)
+                target = chosen_targets(_logits(model, inputs, x).detach(), None)
             total = torch.zeros_like(x)
             for step in range(steps):
                 share = (step + 0.5) / steps
-                total = total + _gradient(model, x0 + share * (x - x0), rest, target, create_graph)[1]
+                total = total + _gradient(model, x0 + share * (x - x0), inputs, target, create_graph)[1]
             scores = ((x - x0) * total / steps).sum(-1)
     scores = scores.masked_fill(~real, 0.0)
     return scores if create_graph else scores.detach()
 
 
-def embedded(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Float[Tensor, "batch tokens dim"], dict[str, Any]]:
-    """The embeddings of the tokens, and the other inputs."""
+def token_embeddings(model: nn.Module, inputs: Mapping[str, Any]) -> Float[Tensor, "batch tokens dim"]:
+    """What the model's table gives for the tokens."""
+    return _table(model)(inputs["input_ids"])
+
+
+def _table(model: nn.Module) -> nn.Module:
     look_up = getattr(model, "get_input_embeddings", None)
     if look_up is None:
         raise InputError(f"model: {type(model).__name__} has no get_input_embeddings, so no gradient at them")
-    rest = {name: value for name, value in inputs.items() if name != "input_ids"}
-    return look_up()(inputs["input_ids"]), rest
+    return cast(nn.Module, look_up())
+
+
+def _logits(model: nn.Module, inputs: Mapping[str, Any], x: Float[Tensor, "batch tokens dim"]) -> Tensor:
+    """With these embeddings of the tokens."""
+    with given_embeddings(_table(model), x):
+        return logits_of(model(**inputs))
 
 
 def _gradient(
-    model: nn.Module, x: Tensor, rest: Mapping[str, Any], target: Tensor | None, create_graph: bool
+    model: nn.Module, x: Tensor, inputs: Mapping[str, Any], target: Tensor | None, create_graph: bool
 ) -> tuple[Tensor, Tensor]:
     x = x if create_graph and x.requires_grad else x.detach().requires_grad_()
-    logits = logits_of(model(inputs_embeds=x, **rest))
+    logits = _logits(model, inputs, x)
     wanted = target_logits(logits, chosen_targets(logits.detach(), target)).sum()
     (g,) = torch.autograd.grad(wanted, x, create_graph=create_graph)
     return x, g
@@ -162,9 +172,9 @@ class InputGradients(Explainer):
         scores = input_gradients(model, inputs, target, form=self.form, steps=self.steps, baseline=self.baseline)
         error = None
         if self.form == "integrated":
-            x, rest = embedded(model, inputs)
+            x = token_embeddings(model, inputs)
             with torch.no_grad():
                 nothing = _empty(model, x, self.baseline)
-                before = target_logits(logits_of(model(inputs_embeds=nothing, **rest)), target)
+                before = target_logits(_logits(model, inputs, nothing), target)
             error = (scores.sum(1) - (target_logits(logits, target) - before)).abs()
         return Attribution(scores, real, target=target, signed=self.form != "norm", completeness_error=error)

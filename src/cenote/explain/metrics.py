@@ -105,7 +105,7 @@ def infidelity(
     [0.0]
     """
     told = ((~keep).to(scores.dtype) * scores[:, None]).sum(2)
-    best = (told * fall).sum(1) / told.square().sum(1).clamp(min=1e-12)
+    best = (told * fall).sum(1) / told.square().sum(1).clamp(min=torch.finfo(told.dtype).tiny)
     left = (best.clamp(min=0)[:, None] * told - fall).square().mean(1)
     return left / fall.square().mean(1).clamp(min=1e-12)
 

@@ -1,8 +1,8 @@
-"""Which token of the top layer is explained, and which tokens are real."""
+"""Attention of every layer, which token of the top one is explained, and which tokens are real."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,9 +10,23 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core import InputError
-from cenote.models.live import AttentionCall
+from cenote.models.live import AttentionCall, Place
 
 Query = Literal["first", "last"]
+
+
+def calls_of_layers(found: Mapping[Place, Sequence[AttentionCall]]) -> list[AttentionCall]:
+    """Recorded calls from the lowest layer up; of one block that runs several times (ALBERT) each pass is a layer.
+
+    Raises:
+        InputError: where several blocks run more than once, so that places do not tell the order of the layers.
+    """
+    if len(found) > 1 and (often := [place.path for place, calls in found.items() if len(calls) > 1]):
+        raise InputError(
+            f"model: {often[0]} runs more than once in one forward, between other blocks, so that the order of the layers is not "
+            f"known; expected each block once, or one block alone"
+        )
+    return [call for calls in found.values() for call in calls]
 
 
 def real_tokens(inputs: Mapping[str, Any], call: AttentionCall) -> Bool[Tensor, "batch tokens"]:

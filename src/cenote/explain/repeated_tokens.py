@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cenote.core import InputError
+from cenote.explain.queried import calls_of_layers
 from cenote.models.live import AttentionCall, few_logits, one_stack, recorded
 
 KINDS = ("induction", "previous token", "duplicate token", "sink")
@@ -127,7 +128,7 @@ def head_atlas(
         part = slice(start, start + batch)
         with recorded(model, "inputs", at=one_stack(model, stack)) as found:
             model(**few_logits(model, {"input_ids": ids[part].to(next(model.parameters()).device)}))
-        calls = [call for (call, *_) in found["inputs"].values()]
+        calls = calls_of_layers(found["inputs"])
         second = torch.arange(ids.shape[1]) >= torch.maximum(periods, others)[part, None]
         now = torch.arange(ids.shape[1])
         own, other = periods[part, None], others[part, None]

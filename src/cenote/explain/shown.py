@@ -110,7 +110,12 @@ def shown(
     with edited(model, *edits, spans=spans):
         logits = logits_of(model(**inputs))
     (rows,) = recorder.found.values()
-    return Shown(logits, rows[0][:, :, 0])
+    if blocked is not None and len(rows) > 1:
+        raise InputError(
+            f"blocked: the last block of {type(model).__name__} runs {len(rows)} times in one forward, and would be blocked each "
+            f"time; expected once"
+        )
+    return Shown(logits, rows[-1][:, :, 0])
 
 
 class ClassifierAttention(Explainer):

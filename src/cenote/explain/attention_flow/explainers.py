@@ -17,7 +17,7 @@ from cenote.core.chain import BLOCK, Rows, chained
 from cenote.core.requirements import require_one_of
 from cenote.explain.attention_flow.matrices import augmented, max_flow
 from cenote.explain.base import Attribution, Explainer
-from cenote.explain.queried import Query, one_hot, real_tokens
+from cenote.explain.queried import Query, calls_of_layers, one_hot, real_tokens
 from cenote.models.live import AttentionCall, few_logits, one_stack, recorded
 
 
@@ -70,10 +70,10 @@ class AttentionRollout(Explainer):
         return Attribution(self._scores(calls, mask), mask)
 
     def _calls(self, model: nn.Module, inputs: Mapping[str, Any]) -> list[AttentionCall]:
-        """Attention of every block, from the lowest, without values: nobody asks for them again."""
+        """Attention of every layer, from the lowest, without values: nobody asks for them again."""
         with recorded(model, "inputs", at=one_stack(model, self.stack)) as found:
             model(**few_logits(model, inputs))
-        return [call.replace(v=call.v.new_empty((*call.v.shape[:3], 0))) for (call, *_) in found["inputs"].values()]
+        return [call.replace(v=call.v.new_empty((*call.v.shape[:3], 0))) for call in calls_of_layers(found["inputs"])]
 
     def _scores(self, calls: list[AttentionCall], mask: Bool[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:
         """From the attention of every block, and which tokens are real."""

@@ -20,7 +20,7 @@ from cenote.explain.base import Attribution, Explainer
 from cenote.explain.deceptive_attention.penalty import attention_mass_penalty
 from cenote.explain.deceptive_attention.training import accuracy, train_deceptive
 from cenote.explain.fitting import Texts
-from cenote.explain.input_gradients import chosen_targets, embedded, logits_of, real_of, target_logits
+from cenote.explain.input_gradients import chosen_targets, logits_of, real_of, target_logits, token_embeddings
 from cenote.explain.shown import shown
 
 Kind = Literal["embedding", "bilstm"]
@@ -122,7 +122,7 @@ def audit_attention(model: nn.Module, texts: Texts) -> AttentionAudit:
     if not bool(marked.any()):
         raise InputError("texts: no token is marked, so nothing can be hidden")
     found = shown(model, texts.inputs)
-    embeddings = embedded(model, texts.inputs)[0].norm(dim=-1)
+    embeddings = token_embeddings(model, texts.inputs).norm(dim=-1)
     state_share = norm_mass = None
     if isinstance(model, AttentionClassifier):
         h = model.states(texts.input_ids, texts.mask)[0].norm(dim=-1)

@@ -19,6 +19,7 @@ from cenote.explain.saliency_verbalization.searches import (
     Snippet,
     compare_searches,
     convolution_search,
+    coverage,
     normalised,
     span_search,
     summary_search,
@@ -143,7 +144,7 @@ class SaliencyVerbalizer:
         least = threshold(normalised(summed), self.metric, self.value)
         spans = summary_search(searches["convolution"], searches["span"], summed, self.best, least, self.legacy)
         if not self.legacy:
-            spans = self._limited(spans)
+            spans = self._limited(spans, normalised(summed))
         snippets["summary"] = tuple(spans)
         sentences = {name: _snippets_said(found, cleaned) for name, found in searches.items()}
         sentences["total"] = tuple(
@@ -159,7 +160,7 @@ class SaliencyVerbalizer:
             cleaned, tuple(scores), snippets, sentences, summary, sum(max(s.coverage, 0.0) for s in spans)
         )
 
-    def _limited(self, spans: Sequence[Snippet]) -> list[Snippet]:
+    def _limited(self, spans: Sequence[Snippet], scores: Sequence[float]) -> list[Snippet]:
         found: list[Snippet] = []
         left = self.maxwords
         for s in spans:
@@ -168,7 +169,8 @@ class SaliencyVerbalizer:
             if len(s.indices) > left:
                 if found:
                     continue
-                s = Snippet(s.indices[:left], s.value, s.coverage)
+                kept = s.indices[:left]
+                s = Snippet(kept, sum(scores[i] for i in kept) / left, coverage(kept, scores))
             found.append(s)
             left -= len(s.indices)
         return found
