@@ -23,8 +23,8 @@ def calls_of_layers(found: Mapping[Place, Sequence[AttentionCall]]) -> list[Atte
     """
     if len(found) > 1 and (often := [place.path for place, calls in found.items() if len(calls) > 1]):
         raise InputError(
-            f"model: {often[0]} runs more than once in one forward, between other blocks, so that the order of the layers is not "
-            f"known; expected each block once, or one block alone"
+            f"model: {often[0]} runs more than once in one forward, between other blocks, so that the order of the layers is "
+            f"not known; expected each block once, or one block alone"
         )
     return [call for calls in found.values() for call in calls]
 

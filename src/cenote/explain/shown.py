@@ -112,8 +112,8 @@ def shown(
     (rows,) = recorder.found.values()
     if blocked is not None and len(rows) > 1:
         raise InputError(
-            f"blocked: the last block of {type(model).__name__} runs {len(rows)} times in one forward, and would be blocked each "
-            f"time; expected once"
+            f"blocked: the last block of {type(model).__name__} runs {len(rows)} times in one forward, and would be blocked "
+            f"each time; expected once"
         )
     return Shown(logits, rows[-1][:, :, 0])
 
