@@ -4,8 +4,8 @@
 
 Four kinds of data on which a verdict once was wrong, each through `cenote.jobs.probe.compare` with the recipe as it is:
 
-- targets far from zero: `y = 50 + 10 * (mean of the tokens) @ w + noise`, and targets of mean 50 and deviation 1; ridge regression
-  on the same means knows the answer;
+- targets far from zero: `y = 50 + 10 * (mean of the tokens) @ w + noise`, and targets of mean 50 and deviation 1;
+  ridge regression on the same means knows the answer;
 - noise in groups: 200 items without any signal, in 5 to 50 groups or in none: every winner is a false alarm;
 - one split: the same items in ten other splits, and in folds;
 - copies in disguise: every patient has one label and gives several items; with and without a column that says so.
