@@ -1,6 +1,7 @@
 # Needs make and Python 3.11 or newer. Everything is installed into .venv; nothing outside this folder is touched.
 #
 #   make probe     the built-in data through every fast pooling: leaderboard here, report in cenote-out/report.html
+#   make explain   which explanation of the built-in classifier is faithful: report in explain-out/report.html
 #   make test      the quick test suite
 #   make models    real pretrained models for the tests, into models/: some 340 MB to fetch, 520 MB to hold
 #   make test-real the tests that use them
@@ -12,6 +13,7 @@
 
 VENV ?= .venv
 OUT ?= cenote-out
+EXPLAIN_OUT ?= explain-out
 MODELS ?= models
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?= --numprocesses auto
@@ -19,6 +21,7 @@ PYTEST_ARGS ?= --numprocesses auto
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PACKAGE := $(VENV)/package.stamp
+EXPLAIN := $(VENV)/explain.stamp
 TEST := $(VENV)/test.stamp
 REAL := $(VENV)/real.stamp
 DEV := $(VENV)/dev.stamp
@@ -26,13 +29,16 @@ DOCS := $(VENV)/docs.stamp
 BENCH := $(VENV)/bench.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help probe test models test-real lint pages docs bench clean
+.PHONY: help probe explain test models test-real lint pages docs bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
 
 probe: $(PACKAGE)
 	$(BIN)/cenote probe --out $(OUT)
+
+explain: $(EXPLAIN)
+	$(BIN)/cenote explain --out $(EXPLAIN_OUT)
 
 # one thread a process: threads of several test processes would only wait for each other
 test: $(TEST)
@@ -63,7 +69,7 @@ bench: $(BENCH)
 	$(BIN)/python scripts/build_benchmark_page.py
 
 clean:
-	rm -rf $(VENV) $(OUT) site build dist
+	rm -rf $(VENV) $(OUT) $(EXPLAIN_OUT) site build dist
 
 # torch comes first and alone, so that the package's own requirement cannot pick another build
 $(PACKAGE): pyproject.toml
@@ -77,8 +83,14 @@ $(PACKAGE): pyproject.toml
 	@$(PIP) --editable .
 	@touch $@
 
+$(EXPLAIN): $(PACKAGE)
+	@$(PIP) --editable '.[explain]'
+	@touch $@
+
+# timm asks for torchvision, which its models do not need
 $(TEST): $(PACKAGE)
 	@$(PIP) --editable '.[test]'
+	@$(PIP) --no-deps 'timm>=1.0'
 	@touch $@
 
 $(REAL): $(TEST)

@@ -34,10 +34,12 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "probe_default": (),
     "probe_loop": (),
     "live": ("transformers",),
+    "explain": (),
+    "chaining": ("transformers",),
 }
 """Name of a benchmark -> the packages of others that it is compared with, or needs."""
-FIXED_THREADS = ("probe_default", "live")
-OF_REAL_MODELS = ("live",)
+FIXED_THREADS = ("probe_default", "live", "explain", "chaining")
+OF_REAL_MODELS = ("live", "chaining")
 
 
 def main() -> int:

@@ -25,6 +25,7 @@ TITLES = {
     "dense_crf": "The fully connected CRF on a lattice against all pairs",
     "power_means": "Power means of a huge set",
     "attsets": "AttSets against its formula",
+    "explain": "Norms of what tokens contribute: Gram form against vectors",
     "aggregations": "Other libraries' aggregations",
     "ragged": "Sums over ragged sets",
     "startup": "Start-up",

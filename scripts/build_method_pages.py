@@ -1,4 +1,4 @@
-"""Write docs/methods: one page per published system that is built, one per further pool that has a name, and the index.
+"""Write docs/methods: one page per published system that is built, one per further method that has a name, and the index.
 
 python scripts/build_method_pages.py [--check]
 """
@@ -118,7 +118,8 @@ def facts(s: System) -> str:
 def by_name(m: Method) -> str:
     settings = "".join(f", {k}={v!r}" for k, v in (m.settings or {}).items())
     cls = m.path.rpartition(".")[2]
-    fast = " Part of `cenote probe --methods fast`." if m.fast else ""
+    command = "explain" if m.room == "explain" else "probe"
+    fast = f" Part of `cenote {command} --methods fast`." if m.fast else ""
     return f'- `cenote.create("{m.name}", ...)` builds `{cls}(...{settings})`: {m.summary}.{fast}'
 
 
@@ -133,7 +134,7 @@ def documented(path: str) -> str:
 
 def reference(path: str, names: list[str]) -> list[str]:
     """Where it is defined and its docstring, and under which names it is to be had where that is not its own."""
-    where = inspect.getsourcefile(load(path))
+    where = inspect.getsourcefile(inspect.unwrap(load(path)))
     assert where is not None
     source = Path(where).resolve().relative_to(DOCS.parent).as_posix()
     own = path.rpartition(".")[2]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -33,9 +37,45 @@ def timm() -> Any:
     """The library; the test is skipped where it is not installed, or lies beside a torchvision made for another torch."""
     try:
         import timm
+        import torchvision  # noqa: F401
     except (ImportError, RuntimeError) as error:
         pytest.skip(f"timm cannot be imported ({error}); install it and a torchvision built for this torch")
     return timm
+
+
+def timm_models() -> Any:
+    """The library for its models alone: where there is no torchvision, which these do not need, something stands for it while
+    timm is imported."""
+    stand_in = _StandIn()
+    sys.meta_path.append(stand_in)
+    try:
+        return pytest.importorskip("timm", reason="timm is not installed; pip install --no-deps timm is enough")
+    finally:
+        sys.meta_path.remove(stand_in)
+        for name in [name for name, module in sys.modules.items() if isinstance(module, _Nothing)]:
+            del sys.modules[name]
+
+
+class _Nothing(ModuleType):
+    """A module in which every name is an empty class, and every name in this is a text."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type("Names", (type,), {"__getattr__": lambda _, inner: inner})(name, (), {})
+
+
+class _StandIn(Loader, MetaPathFinder):
+    """Behind all others: found only where torchvision is not installed."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] == "torchvision" else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Nothing(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
 
 
 def images(folder: Path) -> None:

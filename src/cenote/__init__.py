@@ -11,17 +11,19 @@ if os.path.basename(sys.argv[0]).partition(".")[0] == "cenote":
 from typing import TYPE_CHECKING, Any
 
 from cenote.catalog import ROOMS, create, find, method, methods, systems
-from cenote.core import Bags, InputError
+from cenote.core.errors import InputError
 from cenote.core.moved import MODULES, OldModules
 from cenote.core.version import __version__
 
 if TYPE_CHECKING:
     from cenote.bridges.scikit_learn import ProbeClassifier as ProbeClassifier
     from cenote.bridges.scikit_learn import ProbeRegressor as ProbeRegressor
+    from cenote.core.sets import Bags as Bags
     from cenote.jobs.probe import load as load
 
-# these need scikit-learn or scipy, or are whole floors: imported when they are first named
+# these need torch, scikit-learn or scipy, or are whole floors: imported when they are first named
 _LATER = {
+    "Bags": "cenote.core.sets",
     "ProbeClassifier": "cenote.bridges.scikit_learn",
     "ProbeRegressor": "cenote.bridges.scikit_learn",
     "load": "cenote.jobs.probe",
@@ -32,7 +34,6 @@ _FLOORS = (
     *("report", "scale", "study", "testing"),
 )
 __all__ = [
-    "Bags",
     "InputError",
     "__version__",
     "create",

@@ -2,6 +2,7 @@ import joblib
 import numpy as np
 import pytest
 from sklearn.base import clone
+from sklearn.metrics import r2_score
 from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_score
 
 from cenote import InputError, ProbeClassifier, ProbeRegressor
@@ -87,3 +88,22 @@ def test_groups_stay_on_one_side() -> None:
 def test_wrong_input_is_named(fit: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         fit()
+
+
+def test_large_targets_are_scored_in_64_bits() -> None:
+    y = X[:, :, 0].mean(1)
+    plain, large = (ProbeRegressor("mean", **QUICK).fit(X, t).score(X, t) for t in (y, np.float32(1e30) * y))
+    assert plain == pytest.approx(r2_score(y, ProbeRegressor("mean", **QUICK).fit(X, y).predict(X)), abs=1e-6)
+    assert large == pytest.approx(plain, abs=1e-3)
+    both = np.stack([y, -3 * y], 1)
+    model = ProbeRegressor("mean", **QUICK).fit(X, both)
+    weights = np.linspace(0, 1, len(y))
+    assert model.score(X, both, weights) == pytest.approx(
+        r2_score(both, model.predict(X), sample_weight=weights), abs=1e-6
+    )
+
+
+def test_training_that_gives_no_numbers_is_told() -> None:
+    for model, y in ((ProbeRegressor("mean", **QUICK), X[:, 0, 0]), (ProbeClassifier("mean", **QUICK), Y)):
+        with pytest.raises(InputError, match="mean: its training gave no finite numbers; are X or y very large"):
+            model.fit(X * np.float32(1e30), y)

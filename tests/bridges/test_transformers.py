@@ -9,6 +9,7 @@ import torch
 
 from cenote.bridges.transformers import PooledModel
 from cenote.core import InputError
+from cenote.core.files import sealed
 from cenote.pool import MaxPool, SimPool
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'cenote[models]'")
@@ -70,7 +71,7 @@ def test_saves_and_loads(name: str, tmp_path: Path) -> None:
 def of_format_1(folder: Path) -> None:
     """The card of a folder, as if an earlier version had written it."""
     card = json.loads((folder / "pooled.json").read_text("utf-8"))
-    (folder / "pooled.json").write_text(json.dumps({**card, "format": 1}), "utf-8")
+    (folder / "pooled.json").write_text(json.dumps(sealed({**card, "format": 1})), "utf-8")
 
 
 @pytest.mark.parametrize(
@@ -119,12 +120,13 @@ def test_what_cannot_be_had_again_of_format_1_is_told(tmp_path: Path) -> None:
 def test_a_damaged_card_is_told(change: dict[str, Any], told: str, tmp_path: Path) -> None:
     PooledModel(backbone(), "simpool").save_pretrained(tmp_path)
     card = json.loads((tmp_path / "pooled.json").read_text("utf-8"))
-    (tmp_path / "pooled.json").write_text(json.dumps({**card, **change}), "utf-8")
+    (tmp_path / "pooled.json").write_text(json.dumps(sealed({**card, **change})), "utf-8")
     with pytest.raises(InputError, match=told) as caught:
         PooledModel.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore::cenote.core.files.UncheckedWarning")
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", "{", "[" * 100_000])
 def test_a_card_that_is_none_is_told(text: str, tmp_path: Path) -> None:
     PooledModel(backbone(), "mean").save_pretrained(tmp_path)

@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from cenote.cli import main
+from cenote.cli.interrupts import ENDING
 from tests.cli.program import Run
 
 
@@ -14,13 +15,14 @@ def cenote(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["cenote", *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "200")
-        code, on_interrupt = 0, signal.getsignal(signal.SIGINT)
+        code, handlers = 0, {number: signal.getsignal(number) for number in ENDING}
         try:
             main()
         except SystemExit as stop:
             code = int(stop.code or 0)
         finally:
-            signal.signal(signal.SIGINT, on_interrupt)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         out, err = capsys.readouterr()
         return code, out, err
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and closed pipes, at whatever moment."""
+"""Ctrl-C, what machines send instead, and closed pipes, at whatever moment."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from cenote.core.interrupts import uninterrupted
+
 PROGRAM = """
 import os, signal, sys
 
@@ -17,7 +19,7 @@ class Presses:
     def find_spec(self, name, path=None, target=None):
         if name == {when!r}:
             try:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.{number})
                 # handlers of Python run between its instructions
                 for _ in range(1000):
                     pass
@@ -31,10 +33,10 @@ main()
 """
 
 
-def program(folder: Path, when: str = "") -> Path:
+def program(folder: Path, when: str = "", number: str = "SIGINT") -> Path:
     """A script of the program's name that interrupts itself when a module is imported."""
     path = folder / "cenote"
-    path.write_text(PROGRAM.format(when=when))
+    path.write_text(PROGRAM.format(when=when, number=number))
     return path
 
 
@@ -50,9 +52,12 @@ def started(*command: object) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("when", ["torch", "cenote.cli.app", "cenote.jobs.probe"])
-def test_ctrl_c_during_an_import_is_one_line_and_exit_code_130(when: str, tmp_path: Path) -> None:
-    run = started(program(tmp_path, when), "probe", "digits", "--out", tmp_path / "out")
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [("torch", "SIGINT"), ("cenote.cli.app", "SIGTERM"), ("cenote.jobs.probe", "SIGINT"), ("torch", "SIGHUP")],
+)
+def test_ctrl_c_during_an_import_is_one_line_and_exit_code_130(when: str, number: str, tmp_path: Path) -> None:
+    run = started(program(tmp_path, when, number), "probe", "digits", "--out", tmp_path / "out")
     out, err = run.communicate(timeout=120)
     assert (run.returncode, out, err) == (130, "", "interrupted\n")
     assert not (tmp_path / "out").exists()
@@ -79,3 +84,21 @@ def test_a_reader_that_goes_away_gets_no_traceback(arguments: list[str], tmp_pat
         run.stdout.read(1)
         run.stdout.close()
         assert run.stderr.read() == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_end_waits_where_nothing_may_be_left_half_done(number: signal.Signals) -> None:
+    done: list[str] = []
+
+    def heard(*_: object) -> None:
+        done.append("heard")
+
+    before = signal.signal(number, heard)
+    try:
+        with uninterrupted():
+            signal.raise_signal(number)
+            done.append("inside")
+        assert done == ["inside", "heard"]
+        assert signal.getsignal(number) is heard
+    finally:
+        signal.signal(number, before)

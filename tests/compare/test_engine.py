@@ -2,19 +2,36 @@
 
 import ast
 import dataclasses
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 
-from cenote.compare import Arm, ArmResult, Cell, Comparison, Measure, OnShare, Units, Words, engine, judge, measure
+from cenote.compare import (
+    Arm,
+    ArmResult,
+    Cell,
+    Comparison,
+    Measure,
+    OnShare,
+    Units,
+    Words,
+    engine,
+    judge,
+    measure,
+    processes,
+)
 from cenote.compare.arms import unheard
 from cenote.compare.cells import Cells, load_cell, save_cell
 from cenote.compare.engine import Measured
@@ -70,6 +87,32 @@ def test_an_arm_whose_scores_are_not_finite_is_left_out_and_named(level: float) 
     assert "broken" not in {r.method for r in c.results}
     with pytest.raises(InputError, match="mean: gives NaN or infinity"):
         table([Guess("mean", level), *ARMS[1:]])
+
+
+def test_an_arm_whose_metric_is_no_number_is_left_out_and_named() -> None:
+    def undefined(scores: Any, _truth: Any, weights: Any) -> Any:
+        return np.where(scores.mean() > limit, np.nan, weights @ scores / weights.sum(1))
+
+    limit, measured = 0.8, measure(ARMS, "mean")
+    c = judge(Comparison, measured, UNITS, Measure("odd", undefined), baseline="mean")
+    assert c.skipped == {"better": "its odd is no number"}
+    assert [r.method for r in c.results] == ["mean", "worse", "random"]
+    limit = 0.4
+    with pytest.raises(
+        InputError, match="odd: is no number for mean, with which the others are compared; do the 60 units"
+    ):
+        judge(Comparison, measured, UNITS, Measure("odd", undefined), baseline="mean")
+
+
+def test_numbers_that_are_none_come_back_from_a_cell_whose_text_any_reader_takes(tmp_path: Path) -> None:
+    record = {"loss": [[0.5, float("nan")], (float("-inf"),)], "told": "nan", "seconds": 1.0}
+    save_cell(tmp_path / "a.safetensors", "key", Cell("a", record, {"scores": torch.zeros(1, 2)}))
+    raw = (tmp_path / "a.safetensors").read_bytes()
+    assert b"NaN" not in raw
+    assert b"Infinity" not in raw
+    found = load_cell(tmp_path / "a.safetensors", "key")
+    assert found is not None
+    assert str(found.record) == str({"loss": [[0.5, float("nan")], [float("-inf")]], "told": "nan", "seconds": 1.0})
 
 
 def test_signed_ranks_need_what_each_unit_adds() -> None:
@@ -295,6 +338,56 @@ def test_processes_give_the_same() -> None:
     assert [r.metric_per_seed for r in alone.results] == [r.metric_per_seed for r in together.results]
 
 
+class Waits(Guess):
+    """An arm that says half, and goes on when that has been heard."""
+
+    def run(self, on_share: OnShare = unheard) -> Cell:
+        on_share(self.name, 0.5)
+        heard, deadline = Path(os.environ["HEARD"]), time.monotonic() + 60
+        while not heard.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return super().run(unheard)
+
+
+def test_processes_tell_how_far_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "LOOK_SECONDS", 0.01)
+    monkeypatch.setenv("HEARD", str(tmp_path / "heard"))
+    told: dict[str, list[float]] = {}
+
+    def on_share(name: str, share: float) -> None:
+        told.setdefault(name, []).append(share)
+        if name == "b" and share == 0.5:
+            (tmp_path / "heard").touch()
+
+    measure([Guess("mean", 0.5), Waits("a", 0.5), Waits("b", 0.6)], "mean", workers=2, on_share=on_share)
+    assert told == {"mean": [0.5, 1.0], "a": [0.5, 1.0], "b": [0.5, 1.0]}
+
+
+@pytest.mark.parametrize(("seconds", "asked"), [(0.9, []), (1.1, [2])])
+def test_processes_are_started_where_there_is_enough_to_do(
+    seconds: float, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gains(Guess):
+        def run(self, on_share: OnShare = unheard) -> Cell:
+            return super().run(on_share).with_record(seconds=seconds)
+
+        def gains_by_processes(self) -> bool:
+            return True
+
+    started: list[int] = []
+
+    def run_in_processes(arms: Sequence[Arm], workers: int, on_share: OnShare) -> Iterator[tuple[Arm, Cell]]:
+        started.append(workers)
+        return processes.run_in_turn(arms, on_share)
+
+    monkeypatch.setattr(engine, "run_in_processes", run_in_processes)
+    monkeypatch.setattr(engine, "processors", lambda: 4)
+    arms = [Gains(name, 0.5) for name in ("mean", "a", "b")]
+    assert measure(arms, "mean").complete
+    # two others that take as long as the baseline did, against two seconds
+    assert started == asked
+
+
 SCRIPT = """
 import torch
 from cenote.compare import Arm, Cell, measure
@@ -376,3 +469,45 @@ def test_a_job_has_its_own_words_and_fields() -> None:
     assert c["better"].tokens == 7
     assert c.sentence.endswith("and costs 1.0 times the tokens.")
     assert Mine.from_json(c.to_json()) == c
+
+
+@pytest.mark.parametrize("how", ["plain", "behind torch's own"])
+def test_without_room_for_the_data_arms_are_measured_in_turn(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if how == "plain":
+            raise error
+        try:
+            raise error
+        except OSError:
+            # as torch does where it closes the file
+            raise RuntimeError("unexpected pos 576 vs 534")  # noqa: B904
+
+    monkeypatch.setattr(torch, "save", full)
+    told = r"measuring one at a time: there is no room for the data or for processes \(No space left on device\)"
+    with pytest.warns(UserWarning, match=told):
+        assert table(workers=2).complete
+
+
+def test_without_a_temporary_folder_arms_are_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    with pytest.warns(UserWarning, match="No usable temporary directory found"):
+        assert table(workers=2).complete
+
+
+def test_a_process_follows_the_first_one_and_takes_the_data_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    parents = iter([7, 7, 1])
+    monkeypatch.setattr(processes, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(os, "_exit", ended.append)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "arms.pt").touch()
+    processes._follow(7, tmp_path / "data")
+    assert ended == [1]
+    assert list(tmp_path.iterdir()) == []

@@ -77,6 +77,18 @@ def test_a_name_that_a_package_finds_later_is_followed_through_its_stub(package:
     assert source_digest(package(lazy | {"parts/thirds.py": "third = 4\n"}).Method) == before
 
 
+def test_a_name_that_a_package_finds_later_is_followed_through_what_it_says_for_types(package: Make) -> None:
+    lazy = {
+        "method.py": "from {name}.parts import half\n\n\nclass Method: pass\n",
+        "parts/__init__.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from {name}.parts.halves import half\n"
+        "    from {name}.parts.thirds import third\n\n\ndef __getattr__(name):\n    from importlib import import_module\n"
+        "    return getattr(import_module('{name}.parts.halves'), name)\n",
+    }
+    before = source_digest(package(lazy).Method)
+    assert source_digest(package(lazy | {"parts/halves.py": "half = 3\n"}).Method) != before
+    assert source_digest(package(lazy | {"parts/thirds.py": "third = 4\n"}).Method) == before
+
+
 def test_reading_imports_runs_nothing(package: Make) -> None:
     made = package({"late.py": "raise RuntimeError('was run')\n"})
     source_digest(made.Method)

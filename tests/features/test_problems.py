@@ -1,7 +1,9 @@
 """Everything that can be wrong is told before training, with the item and the remedy."""
 
 import builtins
+import csv
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cenote.core import InputError
+from cenote.core import InputError, files
 from cenote.features import read
+from cenote.features.table import read_csv
 
 from .conftest import DIM, ITEMS, relabel, table
 
@@ -456,3 +459,26 @@ def test_npz_item_problems(tmp_path: Path) -> None:
     whole = (tmp_path / "d.npz").read_bytes()
     (tmp_path / "d.npz").write_bytes(whole[:200])
     assert "is not a whole .npz archive" in told(tmp_path / "d.npz")
+
+
+def test_tables_are_read_in_threads_and_the_limit_of_csv_is_left_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("id,label\n" + "".join(f'{i},"{"x" * 200_000}"\n' for i in range(5)))
+    before = csv.field_size_limit()
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(read_csv, [path] * 16))
+    assert all(columns == found[0] for columns in found)
+    assert csv.field_size_limit() == before
+
+
+def test_what_cenote_wrote_among_the_data_is_not_data(folder: Path, bags: list[np.ndarray]) -> None:
+    results, store = folder / "cenote-out", folder / "deeper" / "store"
+    for output in (results / "cells", results / "best", store / "shards"):
+        output.mkdir(parents=True)
+    np.save(results / "cells" / "mean.npy", bags[0])
+    np.save(store / "shards" / "0.npy", bags[0])
+    with files.alone(results, "comparison"):
+        (store / "manifest.json").write_text("{}")
+    assert len(read(folder)) == len(bags)
+    (store / "manifest.json").unlink()
+    assert "has no row in labels.csv" in told(folder)

@@ -31,7 +31,10 @@ def found(columns: dict[str, list[Any]], task: str | None = None, names: dict[st
     ("cells", "task", "classes"),
     [
         (["b", "a", "b"], "binary", ("a", "b")),
-        (["1", "0", "1.0"], "binary", ("0", "1")),
+        (["1", "0", "1.0"], "multiclass", ("0", "1", "1.0")),
+        (["01", "1", "2"], "multiclass", ("01", "1", "2")),
+        (["1.0", "0.0"], "binary", ("0", "1")),
+        ([1, 0, 1.0], "binary", ("0", "1")),
         ([10, 9, 11], "multiclass", ("9", "10", "11")),
         (["10", "9", "x"], "multiclass", ("10", "9", "x")),
         ([True, False, True], "binary", ("False", "True")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,11 @@ class Case:
 
 Adapter = Callable[[Case], dict[str, Tensor]]
 ADAPTERS: dict[tuple[str, str], Adapter] = {}
+LOOSE: dict[tuple[str, str], Mapping[str, float]] = {}
+"""Outputs of solvers that stop at a tolerance of their own, and how near two of them come."""
 
 
-def adapter(slug: str, cls: str) -> Callable[[Adapter], Adapter]:
+def adapter(slug: str, cls: str, loose: Mapping[str, float] | None = None) -> Callable[[Adapter], Adapter]:
     """Register how to run our form of the authors' class `cls`.
 
     The adapter gets a `Case` and returns tensors named as in the case's `out.*` without the prefix. A missing
@@ -45,6 +47,7 @@ def adapter(slug: str, cls: str) -> Callable[[Adapter], Adapter]:
 
     def register(function: Adapter) -> Adapter:
         ADAPTERS[slug, cls] = function
+        LOOSE[slug, cls] = loose or {}
         return function
 
     return register

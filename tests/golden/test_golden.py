@@ -9,6 +9,7 @@ import cenote
 from tests.golden.cases import (
     ADAPTERS,
     FOLDER_HELP,
+    LOOSE,
     case_names,
     load_adapters,
     load_case,
@@ -42,7 +43,7 @@ def test_golden(slug: str, index: int, request: pytest.FixtureRequest) -> None:
     assert set(case.expected) <= set(outputs)
     for name, expected in case.expected.items():
         got = outputs[name]
-        tolerance = 1e-9 if expected.dtype == torch.float64 else 1e-5
+        tolerance = LOOSE[slug, case.cls].get(name, 1e-9 if expected.dtype == torch.float64 else 1e-5)
         assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
         torch.testing.assert_close(
             got, expected, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"{name}: {m}"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 
+import cenote.core.files as files
 from cenote.catalog import methods as catalog_methods
 from cenote.compare import PairTest, verdict
 from cenote.compare.pareto import pareto
@@ -178,7 +178,6 @@ def write_attention(
             if m in without:
                 continue
             tensors[f"{m}/{i}"] = torch.from_numpy(_weights(rng, m, n, grid, marks[i] if labelled else None))
-    save_file(tensors, out / "attention.safetensors")
     words = {
         "items": described,
         "grid": None if grid is None else list(grid),
@@ -186,7 +185,13 @@ def write_attention(
         "methods": names,
         "token_labels": [[0, *m.tolist()] for m in marks] if labelled else None,
     }
-    (out / "attention.json").write_text(json.dumps(words), "utf-8")
+    keep_attention(out, words, tensors)
+
+
+def keep_attention(out: Path, words: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> None:
+    """Both files as a run writes them; without tensors those that lie there."""
+    numbers = out / "attention.safetensors"
+    files.write_saved(out / "attention.json", numbers, words, load_file(numbers) if tensors is None else tensors)
 
 
 def _weights(
@@ -211,6 +216,6 @@ def write_run(out: Path, comparison: Comparison | None = None, **attention: Any)
     """A whole output folder."""
     comparison = comparison or make_comparison()
     out.mkdir(parents=True, exist_ok=True)
-    (out / "comparison.json").write_text(comparison.to_json(), "utf-8")
+    comparison.save(out)
     write_attention(out, comparison, **attention)
     return comparison

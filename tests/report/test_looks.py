@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import cenote.report
 from cenote.core import InputError
@@ -28,7 +28,7 @@ from cenote.report.looks import (
     shares_per_head,
     strength,
 )
-from tests.report.factory import make_comparison, photograph, write_attention
+from tests.report.factory import keep_attention, make_comparison, photograph, write_attention
 
 
 def pixels(address: str) -> np.ndarray:
@@ -141,7 +141,7 @@ def test_a_grid_that_does_not_fit_an_item_gives_bars(tmp_path: Path) -> None:
     write_attention(tmp_path, c, items=1, grid=(4, 4), without=())
     raw = json.loads((tmp_path / "attention.json").read_text())
     raw["grid"] = [5, 5]
-    (tmp_path / "attention.json").write_text(json.dumps(raw))
+    keep_attention(tmp_path, raw)
     attention = Attention.load(tmp_path)
     assert attention is not None
     assert all(look.bars for s in samples(c, attention, 1) for look in s.looks)
@@ -181,15 +181,15 @@ def test_an_image_that_is_none(image: str, tmp_path: Path) -> None:
     write_attention(tmp_path, c, items=1)
     raw = json.loads((tmp_path / "attention.json").read_text())
     raw["items"][0]["image"] = image
-    (tmp_path / "attention.json").write_text(json.dumps(raw))
-    (tmp_path / "comparison.json").write_text(c.to_json(), "utf-8")
+    keep_attention(tmp_path, raw)
+    c.save(tmp_path)
     with pytest.raises(InputError, match=r"attention\.json"):
         cenote.report.write(tmp_path)
 
 
 def test_weights_of_an_unknown_item(tmp_path: Path) -> None:
     write_attention(tmp_path, make_comparison(2), items=1)
-    save_file({"mean/9": torch.ones(1, 3)}, tmp_path / "attention.safetensors")
+    keep_attention(tmp_path, json.loads((tmp_path / "attention.json").read_text()), {"mean/9": torch.ones(1, 3)})
     with pytest.raises(InputError, match="mean/9"):
         Attention.load(tmp_path)
 
@@ -213,7 +213,7 @@ def words_in(out: Path, number: int) -> tuple[list[list[tuple[str, int]]], str]:
 def test_words_of_texts(tmp_path: Path) -> None:
     c = make_comparison(3)
     write_attention(tmp_path, c, items=3, grid=None, images=False)
-    (tmp_path / "comparison.json").write_text(c.to_json(), "utf-8")
+    c.save(tmp_path)
     raw = json.loads((tmp_path / "attention.json").read_text())
     texts = [[" un", "believ", "able", " <b>"], [f" word{i}" for i in range(400)]]
     weights = {}
@@ -224,8 +224,7 @@ def test_words_of_texts(tmp_path: Path) -> None:
         weights |= {f"{r.method}/{i}": share.clone() for r in c.results}
     raw["items"][2] |= {"tokens": 5, "unread": "the model <is> gone"}
     weights |= {f"{r.method}/2": torch.full((1, 5), 0.2) for r in c.results}
-    (tmp_path / "attention.json").write_text(json.dumps(raw))
-    save_file(weights, tmp_path / "attention.safetensors")
+    keep_attention(tmp_path, raw, weights)
     cenote.report.write(tmp_path)
     short, page = words_in(tmp_path, 0)
     assert short == [[("un", 2), ("believ", 94), ("able", 2), ("&lt;b&gt;", 2)]] * 3
@@ -245,6 +244,6 @@ def test_words_for_other_tokens(tmp_path: Path) -> None:
     write_attention(tmp_path, make_comparison(2), items=1)
     raw = json.loads((tmp_path / "attention.json").read_text())
     raw["items"][0]["words"] = [" one"]
-    (tmp_path / "attention.json").write_text(json.dumps(raw))
+    keep_attention(tmp_path, raw)
     with pytest.raises(InputError, match="1 words for 196 tokens"):
         Attention.load(tmp_path)

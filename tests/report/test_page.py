@@ -277,6 +277,7 @@ def test_no_comparison(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.filterwarnings("ignore::cenote.core.files.UncheckedWarning")
 @pytest.mark.parametrize("damage", ["", "{", "[]", "null", "{}", '{"results": 3}', "\x00\x01", "missing field"])
 def test_a_damaged_comparison(damage: str, tmp_path: Path) -> None:
     text = damage

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tests.jobs.extract.conftest import content
 
-from cenote.compare.arms import OnShare
+from cenote.compare.arms import Arm, OnShare
 from cenote.compare.cells import Cell
 from cenote.core import InputError
 from cenote.features import digits
@@ -23,9 +23,15 @@ from cenote.features.store.shards import finished_shards
 from cenote.jobs.extract import ModelSpec, Options, Progress, extract
 from cenote.jobs.probe import Comparison, Recipe, compare
 from cenote.jobs.probe.arms import Trial
+from cenote.jobs.probe.references import reference_names
 from cenote.scale import RayEngine, RaySweep
 
-pytestmark = pytest.mark.slow("starts clusters of Ray")
+pytestmark = [
+    pytest.mark.slow("starts clusters of Ray"),
+    # where it copies its options it sets those too that it has given up
+    pytest.mark.filterwarnings(r"ignore:::ray\.data\.context"),
+]
+REFERENCES = reference_names("multiclass")
 OPTIONS = Options(items_per_shard=2, batch=2)
 
 
@@ -144,14 +150,20 @@ def test_a_trial_that_brings_down_its_workers_ends_the_sweep(tmp_path: Path, clu
             return super().run(on_share)
 
     class Sweep(RaySweep):
-        def __call__(self, trials: Sequence[Trial], on_share: OnShare) -> Iterator[tuple[Trial, Cell]]:
-            yield from super().__call__([Deadly(t.column, t.metric, t.seeds, t.recipe) for t in trials], on_share)
+        def __call__(self, trials: Sequence[Arm], on_share: OnShare) -> Iterator[tuple[Arm, Cell]]:
+            yield from super().__call__(as_class(Deadly, trials), on_share)
 
     with pytest.raises(
         InputError, match=r"trial max was lost with its worker 5 times \(.*\); what is finished is kept"
     ):
         compare(digits(), "mean,max", seeds=1, recipe=Recipe(epochs=1), out=tmp_path, engine=Sweep(workers=1))
     assert [file.stem for file in (tmp_path / "cells").glob("*.safetensors")] == ["mean"]
+
+
+def as_class(kind: type[Trial], arms: Sequence[Arm]) -> list[Arm]:
+    """The same arms, trials of another class; references as they are."""
+    of_trial = [f.name for f in fields(Trial)]
+    return [kind(**{n: getattr(a, n) for n in of_trial}) if isinstance(a, Trial) else a for a in arms]
 
 
 def numbers(comparison: Comparison) -> list[dict[str, Any]]:
@@ -173,16 +185,15 @@ def test_the_same_table_from_a_sweep_with_a_worker_killed(tmp_path: Path, cluste
             return super().run(on_share)
 
     class Sweep(RaySweep):
-        def __call__(self, trials: Sequence[Trial], on_share: OnShare) -> Iterator[tuple[Trial, Cell]]:
-            deadly = [Deadly(**{f.name: getattr(trial, f.name) for f in fields(Trial)}) for trial in trials]
-            for trial, cell in super().__call__(deadly, on_share):
+        def __call__(self, trials: Sequence[Arm], on_share: OnShare) -> Iterator[tuple[Arm, Cell]]:
+            for trial, cell in super().__call__(as_class(Deadly, trials), on_share):
                 trained.append(trial.name)
                 yield trial, cell
 
     out = tmp_path / "out"
     there = compare(data, methods, seeds=2, recipe=recipe, out=out, engine=Sweep(workers=2))
     assert marker.exists()
-    assert sorted(trained) == ["abmil", "gem", "max", "mean"]
+    assert sorted(trained) == sorted(["abmil", "gem", "max", "mean", *REFERENCES])
     assert numbers(there) == numbers(here)
     assert there.pairs == here.pairs
 
@@ -209,7 +220,7 @@ def test_the_same_table_from_a_sweep_with_a_node_killed(cluster: Any) -> None:
 
     there = compare(data, methods, seeds=2, recipe=recipe, engine=RaySweep(workers=2), on_method=remove)
     assert node not in cluster.worker_nodes
-    assert sorted(trained) == ["abmil", "gem", "max", "mean"]
+    assert sorted(trained) == sorted(["abmil", "gem", "max", "mean", *REFERENCES])
     assert numbers(there) == numbers(here)
     assert there.pairs == here.pairs
 
@@ -224,8 +235,8 @@ def test_a_sweep_tells_how_far_its_trials_are(cluster: Any, monkeypatch: pytest.
             return super().run()
 
     class Sweep(RaySweep):
-        def __call__(self, trials: Sequence[Trial], on_share: OnShare) -> Iterator[tuple[Trial, Cell]]:
-            yield from super().__call__([Slow(t.column, t.metric, t.seeds, t.recipe) for t in trials], on_share)
+        def __call__(self, trials: Sequence[Arm], on_share: OnShare) -> Iterator[tuple[Arm, Cell]]:
+            yield from super().__call__(as_class(Slow, trials), on_share)
 
     class Dying:
         def tell(self, number: int, share: float) -> None: ...
@@ -236,7 +247,7 @@ def test_a_sweep_tells_how_far_its_trials_are(cluster: Any, monkeypatch: pytest.
     def told() -> dict[str, list[float]]:
         shares: dict[str, list[float]] = {}
         compare(
-            digits(), "mean,max", seeds=1, recipe=Recipe(epochs=1), engine=Sweep(workers=2),
+            digits(), "mean,max", seeds=1, recipe=Recipe(epochs=1), references=False, engine=Sweep(workers=2),
             on_method=lambda name, share: shares.setdefault(name, []).append(share),
         )  # fmt: skip
         return shares
@@ -278,7 +289,7 @@ def test_raw_images_to_a_table_by_the_command(
         assert not ended.value.code
         tables[engine] = numbers(Comparison.load(out))
         assert (out / "report.html").is_file()
-    assert len(tables["ray"]) == 12
+    assert len(tables["ray"]) == 12 + len(REFERENCES)
     assert tables["ray"] == tables["local"]
     assert content(tmp_path / "ray" / "features") == content(tmp_path / "local" / "features")
 

@@ -167,6 +167,8 @@ def test_verdict_survives_json() -> None:
     assert back.table == verdict.table
     assert (back.holds, back.seeds, back.interval) == (verdict.holds, verdict.seeds, verdict.interval)
     assert back.to_json() == verdict.to_json()
+    with pytest.raises(ValueError, match="changed after it was written"):
+        Verdict.from_json(verdict.to_json().replace(f'"slug": "{verdict.slug}"', '"slug": "other"'))
 
 
 def test_figure_shows_every_arm() -> None:

@@ -238,3 +238,18 @@ def test_the_constants_of_an_earlier_study_are_read_from_its_text() -> None:
 
     text = 'LAYERS, WIDTH = 6, 24\nFRAMES: int = 2 * LAYERS\nPOOLS = {"mean": partial(MeanPool, WIDTH)}\nARM = "mean"\n'
     assert constants(text) == {"LAYERS": 6, "WIDTH": 24, "FRAMES": 12}
+
+
+def test_every_registered_entry_is_read_as_it_was_written(folder: Path) -> None:
+    slugs = [file.stem for file in sorted((Path(registry.__file__).parents[1] / "registered").glob("*.toml"))]
+    entries = [entry for slug in slugs for entry in _entries(slug)]
+    assert len(entries) >= len(slugs) > 30
+    (folder / "all.toml").write_text("\n".join(map(registry.to_toml, entries)), "utf-8")
+    assert registry.history("all") == tuple(entries)
+
+
+def _entries(slug: str) -> tuple[registry.Entry, ...]:
+    """As they stand in the package, whatever folder the test has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "FOLDER", Path(registry.__file__).parents[1] / "registered")
+        return registry.history(slug)

@@ -132,3 +132,64 @@ def test_inputs_that_can_show_nothing_are_named() -> None:
         check_explainer(AttentionRollout(), classifier(), whole)
     with pytest.raises(InputError, match="in eval mode"):
         check_explainer(AttentionRollout(), classifier().train(), INPUTS)
+
+
+class Gradient(Explainer):
+    """The gradient of a class at the pixels."""
+
+    def scores(self, model: nn.Module, x: Tensor, target: Tensor | None) -> Tensor:
+        found = []
+        for n in range(len(x)):
+            image = x[n : n + 1].detach().clone().requires_grad_()
+            logits = model(image)
+            chosen = int(logits.argmax()) if target is None else int(target[n])
+            found.append(torch.autograd.grad(logits[0, chosen], image)[0].sum(1).flatten())
+        return torch.stack(found)
+
+    def explain(self, model: nn.Module, inputs: Mapping[str, Any], target: Tensor | None = None) -> Attribution:
+        scores = self.scores(model, inputs["input"], target)
+        return Attribution(scores, torch.ones_like(scores, dtype=torch.bool), "pixels", target, signed=True)
+
+
+class GradientOfTheBatch(Gradient):
+    def scores(self, model: nn.Module, x: Tensor, target: Tensor | None) -> Tensor:
+        found = super().scores(model, x, target)
+        return found / found.abs().max()
+
+
+class GradientOfOneClass(Gradient):
+    def scores(self, model: nn.Module, x: Tensor, target: Tensor | None) -> Tensor:
+        return super().scores(model, x, None)
+
+
+class Light(Gradient):
+    class_agnostic = True
+
+    def scores(self, model: nn.Module, x: Tensor, target: Tensor | None) -> Tensor:
+        return x.sum(1).flatten(1)
+
+
+def of_images() -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 16, 3)).eval()
+    return model, {"input": torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))}
+
+
+def test_an_explainer_of_images_that_keeps_it_passes() -> None:
+    check_explainer(Gradient(), *of_images())
+
+
+@pytest.mark.parametrize(
+    ("explainer", "rule"),
+    [(GradientOfTheBatch, "batch mates"), (GradientOfOneClass, "target"), (Light, "reacts to the model")],
+)
+def test_explainers_of_images_that_break_it_are_caught(explainer: type[Gradient], rule: str) -> None:
+    with pytest.raises(ContractError) as error:
+        check_explainer(explainer(), *of_images())
+    assert rule in error.value.broken
+
+
+def test_one_image_can_show_nothing() -> None:
+    model, inputs = of_images()
+    with pytest.raises(InputError, match="or at least two images"):
+        check_explainer(Gradient(), model, {"input": inputs["input"][:1]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -13,7 +14,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit, StratifiedShuffleSplit
 from sklearn.utils.validation import check_is_fitted
 
-from cenote.compare.metrics import METRICS
+from cenote.compare.metrics import METRICS, r2
 from cenote.core import Bags, InputError
 from cenote.features.dataset import Task, TokenDataset
 from cenote.jobs.probe.measure import metric_name
@@ -85,6 +86,10 @@ class _ProbeEstimator(BaseEstimator):  # type: ignore[misc]
             (self.random_state,),
             recipe,
         )
+        if not math.isfinite(trained.validation[0]):
+            raise InputError(
+                f"{self.method}: its training gave no finite numbers; are X or y very large? scale them first"
+            )
         self.probe_ = trained.probes[0]
         self.learning_rate_ = trained.learning_rate
         self.validation_score_ = trained.validation[0]
@@ -209,6 +214,12 @@ class ProbeRegressor(RegressorMixin, _ProbeEstimator):  # type: ignore[misc]
         """Predicted targets, in the form of `y`."""
         y = self._scores(X)
         return y[:, 0] if self._one_target else y
+
+    def score(self, X: Sets, y: Any, sample_weight: Any = None) -> float:
+        """R2, the mean over the targets; in 64 bits, in which squares of large targets are finite."""
+        predicted, targets = (np.asarray(v, dtype=np.float64) for v in (self.predict(X), y))
+        weights = np.ones(len(targets)) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+        return float(r2(predicted.reshape(len(targets), -1), targets.reshape(len(targets), -1), weights[None])[0])
 
 
 def _as_features(X: Sets) -> torch.Tensor | Bags:

@@ -11,7 +11,6 @@ model = SentenceTransformer(modules=[Transformer("sentence-transformers/all-Mini
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from cenote.core import Bags, InputError, Tokens, files
@@ -140,9 +138,7 @@ class CenotePooling(nn.Module):
             "prefix_tokens": self.prefix_tokens,
             "settings": self.settings,
         }
-        state = {k: v.contiguous() for k, v in pool.state_dict().items()}
-        files.write_whole(Path(output_path) / WEIGHTS, save(state))
-        files.write_whole(Path(output_path) / CONFIG, json.dumps(card, indent=2))
+        files.write_saved(Path(output_path) / CONFIG, Path(output_path) / WEIGHTS, card, pool.state_dict())
 
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", **hub: Any) -> CenotePooling:
@@ -153,8 +149,7 @@ class CenotePooling(nn.Module):
         """
         try:
             found = [_file(model_name_or_path, subfolder, name, hub) for name in (CONFIG, WEIGHTS)]
-            card = files.read_card(found[0], "save it again", **FIELDS)
-            state = load_file(found[1])
+            card, state = files.read_saved(found[0], found[1], "save it again", **FIELDS)
             if "prefix_tokens" not in card:
                 warn_of_slots(card["method"], model_name_or_path)
             # cards of before the argument hold it, if at all, among the settings of the pool

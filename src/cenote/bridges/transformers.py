@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from cenote.catalog import method
 from cenote.core import InputError, files
+from cenote.models.sources import require_own_files
 from cenote.pool.fitting import FittedPool, Known, form_of, named_pool, warn_of_slots, width
 from cenote.pool.layers.base import stack_layers
 
@@ -150,8 +149,7 @@ class PooledModel(nn.Module):
         folder = Path(folder)
         backbone: Any = self.backbone
         backbone.save_pretrained(folder / BACKBONE)
-        state = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("backbone.")}
-        files.write_whole(folder / STATE, save(state))
+        state = {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.")}
         card = {
             "format": FORMAT,
             "method": self.method,
@@ -159,7 +157,7 @@ class PooledModel(nn.Module):
             "prefix_tokens": self.prefix_tokens,
             "outputs": None if self.head is None else self.head.out_features,
         }
-        files.write_whole(folder / CARD, json.dumps(card, indent=1))
+        files.write_saved(folder / CARD, folder / STATE, card, state)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **of_backbone: Any) -> PooledModel:
@@ -167,7 +165,7 @@ class PooledModel(nn.Module):
 
         Args:
             folder: with the three parts.
-            of_backbone: arguments of `AutoModel.from_pretrained`.
+            of_backbone: arguments of `AutoModel.from_pretrained`; weights come from safetensors unless they say otherwise.
 
         What was saved in format 1 gives what it gave, with one exception, of which a warning tells: pools that cut a sequence
         into segments counted masked slots then.
@@ -177,17 +175,16 @@ class PooledModel(nn.Module):
         """
         folder = Path(folder)
         try:
-            card = files.read_card(folder / CARD, "save the model again", **FIELDS)
-            state = load_file(folder / STATE)
-        except InputError:
-            raise
-        except (OSError, ValueError, SafetensorError) as error:
+            card, state = files.read_saved(folder / CARD, folder / STATE, "save the model again", **FIELDS)
+        except OSError as error:
             raise InputError(f"{folder}: holds no model of PooledModel.save_pretrained ({error})") from error
         files.require_format(folder, card, 1, FORMAT)
         if card["format"] == 1:
             card = _as_in_format_1(folder, card)
         transformers = _transformers()
         try:
+            require_own_files(folder / BACKBONE, pickles=of_backbone.get("use_safetensors") is False)
+            of_backbone = {"use_safetensors": True, **of_backbone}
             backbone = transformers.AutoModel.from_pretrained(folder / BACKBONE, **of_backbone)
             model = cls(backbone, card["method"], card["prefix_tokens"], card["outputs"], **card["settings"])
             missing, unexpected = model.load_state_dict(state, strict=False)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import inspect
+import re
 from dataclasses import dataclass
 from functools import cache
+from importlib import resources
+from importlib.resources.abc import Traversable
 from typing import Any, Literal
 
-from cenote.catalog.names import load, places, read, unique
+from cenote.catalog.names import places, read, unique
 from cenote.catalog.parts import Part, parts
 from cenote.core.errors import InputError
+from cenote.core.later import load
 
 Status = Literal["complete", "partial", "planned"]
 
@@ -49,7 +52,7 @@ class System:
 
     @property
     def status(self) -> Status:
-        """Derived from what imports, which study exists and which parts are met, never typed by hand."""
+        """Derived from which classes exist, which study exists and which parts are met, never typed by hand."""
         if not self.classes or not all(_exists(path) for path in self.classes):
             return "planned"
         known = self.parts and self.study is not None
@@ -88,7 +91,7 @@ class System:
     def study(self) -> str | None:
         """Module of the study that re-checks its claim, if there is one."""
         module = f"cenote.study.{self.slug.replace('-', '_')}"
-        return module if importlib.util.find_spec(module) else None
+        return module if file_of(module) is not None else None
 
 
 @dataclass(frozen=True)
@@ -268,9 +271,19 @@ def _instead(name: str) -> str:
     return f"did you mean {', '.join(near)}?" if near else "`cenote list` prints all names"
 
 
+def file_of(module: str) -> Traversable | None:
+    """The file of one of cenote's modules, which is not imported; none where there is no such module."""
+    folder = resources.files("cenote")
+    *above, name = module.split(".")[1:]
+    for part in above:
+        folder = folder.joinpath(part)
+    return next((f for f in (folder.joinpath(f"{name}.py"), folder.joinpath(name, "__init__.py")) if f.is_file()), None)
+
+
+@cache
 def _exists(path: str) -> bool:
-    try:
-        load(path)
-    except (ImportError, AttributeError):
-        return False
-    return True
+    """Whether a class or function stands at a dotted path: its file is read and not run, so that a list needs no torch."""
+    module, _, name = path.rpartition(".")
+    file = file_of(module)
+    defined = rf"^(?:class|def) {re.escape(name)}\b|^{re.escape(name)}\b[^=\n]*="
+    return file is not None and re.search(defined, file.read_text("utf-8"), re.MULTILINE) is not None

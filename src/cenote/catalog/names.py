@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 import tomllib
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -11,6 +9,7 @@ from importlib import resources
 from typing import Any, TypeVar
 
 from cenote.core.errors import InputError
+from cenote.core.later import later
 
 V = TypeVar("V")
 
@@ -63,12 +62,6 @@ def public(room: str) -> dict[str, str]:
     return {name: path for name, path in sorted(places().items()) if path.startswith(f"cenote.{room}.")}
 
 
-def load(path: str) -> Any:
-    """What stands at a dotted path. The only place below the rooms that imports from them."""
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
 def lazy(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of a room, which is all that its `__init__` needs.
 
@@ -76,17 +69,4 @@ def lazy(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
         package: the room's `__name__`.
     """
     room = package.rpartition(".")[2]
-
-    def __getattr__(name: str) -> Any:
-        if name == "__all__":
-            return list(public(room))
-        path = None if name.startswith("_") else public(room).get(name)
-        if path is None:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        # kept, so that it is looked up once
-        return vars(sys.modules[package]).setdefault(name, load(path))
-
-    def __dir__() -> list[str]:
-        return list(public(room))
-
-    return __getattr__, __dir__
+    return later(package, lambda: public(room))

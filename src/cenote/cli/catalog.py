@@ -16,7 +16,7 @@ from cenote.catalog.entries import owner_of
 from cenote.catalog.names import places
 from cenote.catalog.parts import State
 from cenote.cli import options
-from cenote.cli.console import emit
+from cenote.cli.console import PlainConsole, emit
 from cenote.core.errors import InputError
 
 PIPE_WIDTH = 240
@@ -41,7 +41,12 @@ def list_methods(
         table.add_row(str(s.row), s.slug, str(s.year), s.room, s.status, _counted(s), s.title)
     console = _console()
     console.print(table)
-    names = Table("name", "what it does", "system", title="cenote.create(name, ...); * in cenote probe --methods fast")
+    names = Table(
+        "name",
+        "what it does",
+        "system",
+        title="cenote.create(name, ...); * in --methods fast of cenote probe or cenote explain",
+    )
     for m in built:
         names.add_row(f"{m.name} *" if m.fast else m.name, m.summary, m.slug or "")
     if names.row_count:
@@ -125,7 +130,7 @@ def _of_no_system(name: str) -> list[tuple[str, str]]:
     if name in {m.name for m in methods()}:
         m = method(name)
         built = ", ".join(n.name for n in methods() if n.path == m.path)
-        return [("what it does", m.summary), ("class", m.path), ("pools", m.kind), ("built by name", built)]
+        return [("what it does", m.summary), ("class", m.path), ("takes", m.kind), ("built by name", built)]
     if path := places().get(name):
         return [("class", path), ("built by name", ", ".join(m.name for m in methods() if m.path == path) or "-")]
     return []
@@ -139,6 +144,6 @@ def _table(title: str, rows: list[tuple[str, str]]) -> Table:
 
 
 def _console() -> Console:
-    console = Console()
+    console = PlainConsole()
     # wide where nobody looks, so that every row stays on the one line that grep and cut expect
-    return console if console.is_terminal else Console(width=PIPE_WIDTH)
+    return console if console.is_terminal else PlainConsole(width=PIPE_WIDTH)

@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
-import json
+import unicodedata
+from collections.abc import Iterable
 from typing import Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
+
+from cenote.core.files import json_text
+
+STEERING = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Characters that turn the order of others around."""
+
+
+class PlainConsole(Console):
+    """A console whose colours are its own: what a text holds for a terminal to obey is shown, not obeyed."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Segments of what is printed."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else plain(text), style, control)
 
 
 def talking(as_json: bool) -> Console:
     """Where a command speaks to people: not where machines read."""
-    return Console(stderr=as_json)
+    return PlainConsole(stderr=as_json)
+
+
+def plain(text: str) -> str:
+    """A text from names and labels of others, as a terminal may have it: lines and tabs stay, other controls are spelled out.
+
+    >>> plain("a\\x1b[31mb\\n")
+    'a\\\\x1b[31mb\\n'
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(ascii(c)[1:-1] if _steers(c) else c for c in text)
+
+
+def _steers(character: str) -> bool:
+    return character in STEERING or (unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t")
 
 
 def emit(facts: Any) -> None:
     """What a command found, for machines; paths are told as text."""
-    typer.echo(json.dumps(facts, indent=1, default=str))
+    typer.echo(json_text(facts, indent=1, default=str))
 
 
 def say(console: Console, text: str, style: str = "") -> None:

@@ -35,6 +35,7 @@ def extract(
         str | None, typer.Option("--pool-at-extract", help="Keep one vector per item: mean, max, cls, ...")
     ] = None,
     batch: options.Batch = 32,
+    max_item_size: options.MaxItemSize = options.DEFAULT_SIZE,
     items_per_shard: Annotated[int | None, typer.Option(min=1, help="Default: about 64 MB a shard.")] = None,
     skip_bad: options.SkipBad = False,
     dry_run: Annotated[
@@ -57,7 +58,8 @@ def extract(
     known_engine(engine)
     console = talking(as_json)
     items = listed(
-        data, console, kind=kind, labels=labels, column=column, names=names, id_column=id_column, limit=limit
+        data, console, kind=kind, labels=labels, column=column, names=names, id_column=id_column, limit=limit,
+        max_item_size=max_item_size,
     )  # fmt: skip
     spec = ModelSpec(backbone, items.kind, revision, device, precision, max_length, trust_remote_code, allow_pickle)
     wanted = Options(layers, dtype, pool_at_extract, batch, items_per_shard, skip_bad)  # type: ignore[arg-type]

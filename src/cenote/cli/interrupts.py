@@ -1,6 +1,6 @@
-"""Ctrl-C, at whatever moment: one line, exit code 130.
+"""Ctrl-C, and what a machine sends instead (SIGTERM, SIGHUP), at whatever moment: one line, exit code 130.
 
-Nothing of cenote is imported here: the program heeds it before anything heavy is.
+Nothing heavy is imported here: the program heeds them before that.
 """
 
 from __future__ import annotations
@@ -12,16 +12,20 @@ import threading
 from types import FrameType
 
 EXIT = 130
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""As in `cenote.core.interrupts`, which must not be imported yet."""
 
 _told: list[str] = []
 
 
 def heed() -> None:
-    """From now on; unless whoever started the program wants it to be ignored, as `nohup` and `&` in a script do."""
+    """From now on; unless whoever started the program wants one to be ignored, as `nohup` and `&` in a script do."""
     _told.clear()
-    here = threading.current_thread() is threading.main_thread()
-    if here and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupted)
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in ENDING:
+        if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+            signal.signal(number, _interrupted)
 
 
 def tell(text: str = "") -> None:

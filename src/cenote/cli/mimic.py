@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from cenote.cli.console import say
+from cenote.cli.console import PlainConsole, say
 from cenote.core.errors import InputError
 
 
@@ -47,7 +46,7 @@ def mimic(
     from cenote.pool.sequence.attentive_mimicking.word_contexts import contexts_of
     from cenote.pool.sequence.attentive_mimicking.word_vectors import WordVectors
 
-    console = Console()
+    console = PlainConsole()
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise InputError(f"--out: {out} cannot be written; name a file in a folder that exists")
     trained = model is not None and (model / "mimic.json").is_file()

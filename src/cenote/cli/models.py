@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from cenote.cli import options
-from cenote.cli.console import emit
+from cenote.cli.console import PlainConsole, emit
 
 app = typer.Typer(no_args_is_help=True, help="Models that give tokens.")
 WIDE = 120
@@ -49,8 +48,8 @@ def show(
     if as_json:
         emit(facts)
         return
-    console = Console()
-    console = console if console.is_terminal else Console(width=WIDE)
+    console = PlainConsole()
+    console = console if console.is_terminal else PlainConsole(width=WIDE)
     console.print(_table(facts))
 
 

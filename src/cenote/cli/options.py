@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cenote.core import InputError
+from cenote.core.memory import MAX_ITEM_SIZE
 
 # what is compared, and how it is judged
 Methods = Annotated[str, typer.Option(help="fast, all, or names separated by commas (see cenote list).")]
@@ -47,7 +49,17 @@ Workers = Annotated[
     typer.Option(min=1, help="How many methods are trained at once; default: one per core where that is faster."),
 ]
 
+Epochs = Annotated[int | None, typer.Option(min=1, help="At most so many passes over the training items.")]
+Patience = Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without a better validation.")]
+
 # labelled items
+Labelled = Annotated[
+    str,
+    typer.Argument(
+        help="Folder of bags with labels.csv, feature store, Arrow/Parquet file, .npz, graphs (DGCNN text, PyTorch "
+        "Geometric dataset), or one of: digits, digit-bags; with --backbone, raw images, sounds or texts."
+    ),
+]
 Task = Annotated[
     str | None, typer.Option(help="binary, multiclass, multilabel or regression; default: found from the labels.")
 ]
@@ -61,6 +73,14 @@ Id = Annotated[str | None, typer.Option("--id", help="Column with the items' nam
 Split = Annotated[str | None, typer.Option(help="Column with train, val or test.")]
 SplitSeed = Annotated[int, typer.Option(help="Seed of the split, where none is given.")]
 Grid = Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of the patch tokens, for pictures: 14x14.")]
+ProbedLayers = Annotated[
+    str | None,
+    typer.Option(
+        "--layers",
+        help="Of features with several layers: where token pools are tried, last, all, or numbers such as 0,4-6 or -4:; "
+        "pools of layers join the table.",
+    ),
+]
 PrefixTokens = Annotated[int, typer.Option(min=0, help="Leading tokens that are [CLS] or registers.")]
 
 # raw items
@@ -71,7 +91,20 @@ Names = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only so many items, the first ones.")]
 
+MaxItemSize = Annotated[
+    str,
+    typer.Option("--max-item-size", help="What one item may take in memory, as its file's header says: 500MB, 4GB."),
+]
+
+DEFAULT_SIZE = f"{MAX_ITEM_SIZE // 10**6}MB"
+
 # a model, and what is kept of its tokens
+Backbone = Annotated[
+    str | None,
+    typer.Option(
+        help="Model that turns raw data into tokens first, kept in OUT/features: a folder, or a name on the hub."
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="Stored numbers: float16, bfloat16 or float32.")]
 Batch = Annotated[int, typer.Option(min=1, help="Items in one call of the model.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable items out, and list them.")]
@@ -100,6 +133,18 @@ def parsed_grid(text: str | None) -> tuple[int, int] | None:
     if not (height.isdecimal() and width.isdecimal()):
         raise InputError(f"--grid: expected HEIGHTxWIDTH such as 14x14, got {text!r}")
     return int(height), int(width)
+
+
+def parsed_size(text: str) -> int:
+    """`"500MB"` in bytes.
+
+    >>> parsed_size("500MB"), parsed_size("1.5 gb")
+    (500000000, 1500000000)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
+    if found is None:
+        raise InputError(f"--max-item-size: expected a size such as 500MB or 4GB, got {text!r}")
+    return round(float(found[1]) * 1000.0 ** ("", "k", "m", "g", "t").index(found[2]))
 
 
 def split_names(text: str | None) -> list[str] | None:

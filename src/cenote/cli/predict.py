@@ -20,6 +20,7 @@ def predict(
     data: Annotated[str, typer.Argument(help="As for cenote probe; labels are not needed.")],
     out: Annotated[Path, typer.Option(help="CSV file to write.")] = Path("predictions.csv"),
     vectors: options.Vectors = None,
+    max_item_size: options.MaxItemSize = options.DEFAULT_SIZE,
     as_json: options.Json = False,
 ) -> None:
     """Write a prediction per item, its scores, and the tokens that the probe looked at most."""
@@ -28,6 +29,7 @@ def predict(
     from cenote.core import InputError
     from cenote.jobs.probe import load
 
+    files.require_place(out, "out")
     saved = load(best)
     items = features.read(
         data,
@@ -35,6 +37,7 @@ def predict(
         prefix_tokens=saved.prefix_tokens,
         labelled=False,
         layers="all" if saved.layers else None,
+        max_item_size=options.parsed_size(max_item_size),
     )
     items = saved.view(items)
     if items.dim != saved.dim:

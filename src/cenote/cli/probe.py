@@ -7,7 +7,7 @@ import math
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -24,20 +24,18 @@ from cenote.core import InputError
 
 if TYPE_CHECKING:
     from cenote.compare import PairTest
-    from cenote.jobs.probe import Comparison
+    from cenote.features import Labelling
+    from cenote.features.dataset import TokenDataset
+    from cenote.features.raw import RawItems
+    from cenote.jobs.extract import ModelSpec
+    from cenote.jobs.probe import Comparison, Recipe
 
 P_FROM = {"wilcoxon": "of Wilcoxon's signed ranks, ", "corrected t": "of the corrected resampled t test, "}
 
 
 def probe(
-    data: Annotated[
-        str,
-        typer.Argument(
-            help="Folder of bags with labels.csv, feature store, Arrow/Parquet file, .npz, graphs (DGCNN text, PyTorch "
-            "Geometric dataset), or one of: digits, digit-bags; "
-            "with --backbone, raw images, sounds or texts."
-        ),
-    ] = "digits",
+    data: options.Labelled = "digits",
+    # what is compared, and how it is judged
     methods: options.Methods = "fast",
     seeds: options.Seeds = 3,
     out: options.Out = Path("cenote-out"),
@@ -46,6 +44,7 @@ def probe(
     seed_effects: options.SeedEffects = "fixed",
     folds: options.Folds = None,
     repeats: options.Repeats = 1,
+    # labelled items
     task: options.Task = None,
     labels: options.Labels = None,
     label: options.Label = None,
@@ -56,31 +55,21 @@ def probe(
     split_seed: options.SplitSeed = 0,
     grid: options.Grid = None,
     prefix_tokens: options.PrefixTokens = 0,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            help="Of features with several layers: where token pools are tried, last, all, or numbers such as 0,4-6 or -4:; "
-            "pools of layers join the table."
-        ),
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="At most so many passes over the training items.")] = None,
-    patience: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many epochs without a better validation.")
-    ] = None,
+    layers: options.ProbedLayers = None,
+    # how long is trained
+    epochs: options.Epochs = None,
+    patience: options.Patience = None,
     references: options.References = True,
     workers: options.Workers = None,
-    backbone: Annotated[
-        str | None,
-        typer.Option(
-            help="Model that turns raw data into tokens first, kept in OUT/features: a folder, or a name on the hub."
-        ),
-    ] = None,
+    # raw items, a model, and what is kept of its tokens
+    backbone: options.Backbone = None,
     kind: options.Kind = None,
     column: options.Column = None,
     names: options.Names = None,
     limit: options.Limit = None,
     dtype: options.Dtype = "float16",
     batch: options.Batch = 32,
+    max_item_size: options.MaxItemSize = options.DEFAULT_SIZE,
     skip_bad: options.SkipBad = False,
     device: options.Device = "cpu",
     precision: options.Precision = "float32",
@@ -88,103 +77,113 @@ def probe(
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
     allow_pickle: options.Pickle = False,
+    # where it is computed, and for machines
     engine: options.Engine = "local",
     address: options.Address = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Train probes with every pooling on labelled token features; say which wins, by how much, at what cost."""
     console = talking(as_json)
-    import cenote.features as features
-    from cenote.jobs.probe import Recipe, compare
-    from cenote.jobs.probe.arms import chosen_methods, columns_of
-    from cenote.jobs.probe.folds import planned
-    from cenote.jobs.probe.references import reference_names
+    from cenote.features import Labelling
+    from cenote.jobs.extract import ModelSpec, Options
+    from cenote.jobs.probe.arms import chosen_methods
 
     chosen_methods(methods)
     known_engine(engine)
-    recipe = Recipe()
-    recipe = Recipe(epochs=epochs or recipe.epochs, patience=patience or recipe.patience)
+    labelling = Labelling(task, label, group, split, seed=split_seed)
+    judged = {"metric": metric, "significance": significance, "folds": folds, "repeats": repeats}
     if backbone is None:
-        with console.status(Text(f"reading {data}")):
-            items = features.read(
-                data,
-                labels=labels,
-                task=task,
-                label_column=label,
-                vector_column=vectors,
-                id_column=id_column,
-                group_column=group,
-                split_column=split,
-                prefix_tokens=prefix_tokens,
-                grid=options.parsed_grid(grid),
-                seed=split_seed,
-                layers=None if layers is None else "all",
-            )
+        found = {
+            "labels": labels,
+            "vector_column": vectors,
+            "id_column": id_column,
+            "prefix_tokens": prefix_tokens,
+            "grid": options.parsed_grid(grid),
+            "max_item_size": options.parsed_size(max_item_size),
+        }
+        items = _read(data, labelling, layers, found, console)
     else:
-        from cenote.jobs.extract import ModelSpec, Options
-        from cenote.jobs.probe.raw import FEATURES, tokens_of_raw
-
         _require_raw(data, {"grid": grid, "prefix-tokens": prefix_tokens or None, "vectors": vectors})
         raw = listed(
-            data, console, kind=kind, labels=labels, column=column, names=names, id_column=id_column, limit=limit
+            data, console, kind=kind, labels=labels, column=column, names=names, id_column=id_column, limit=limit,
+            max_item_size=max_item_size,
         )  # fmt: skip
-        with extracting(console, len(raw), out / FEATURES) as on_progress:
-            items = tokens_of_raw(
-                raw,
-                ModelSpec(backbone, kind, revision, device, precision, max_length, trust_remote_code, allow_pickle),
-                out / FEATURES,
-                features.Labelling(task, label, group, split, seed=split_seed),
-                name=Path(data).stem,
-                options=Options(dtype=dtype, batch=batch, skip_bad=skip_bad),  # type: ignore[arg-type]
-                layers=layers,
-                metric=metric,
-                significance=significance,
-                folds=folds,
-                repeats=repeats,
-                extractor=extractor(engine, address),
-                on_progress=on_progress,
-                on_message=lambda text: say(console, text),
-                on_extracted=lambda done: tell(done, console),
-            )
-    say(console, features.describe(items))
-    plan = planned(items, folds, repeats, significance)
-    if told := plan.told():
-        say(console, f"  {told}")
-
-    count = len(columns_of(items, methods, layers)[0]) + (len(reference_names(items.task)) if references else 0)
+        spec = ModelSpec(backbone, kind, revision, device, precision, max_length, trust_remote_code, allow_pickle)
+        kept = Options(dtype=dtype, batch=batch, skip_bad=skip_bad)  # type: ignore[arg-type]
+        job = {"name": Path(data).stem, "options": kept, "layers": layers, "extractor": extractor(engine, address)}
+        items = _extracted(raw, spec, out, labelling, {**job, **judged}, console)
+    trained = {"seeds": seeds, "seed_effects": seed_effects, "references": references, "workers": workers}
+    trained |= {"recipe": _recipe(epochs, patience), "layers": layers, "engine": sweep(engine, address)}
     start = time.perf_counter()
-    with arms_bar(console, count) as on_method:
-        comparison = compare(
-            items,
-            methods,
-            seeds=seeds,
-            out=out,
-            metric=metric,
-            significance=significance,  # type: ignore[arg-type]
-            seed_effects=seed_effects,  # type: ignore[arg-type]
-            folds=folds,
-            repeats=repeats,
-            recipe=recipe,
-            layers=layers,
-            references=references,
-            workers=workers,
-            engine=sweep(engine, address),
-            on_method=on_method,
-        )
-
-    from cenote.report import write
-
-    page = write(out)
-    _tell(comparison, console)
-    _tell_what_to_use(comparison, out, console)
-    say(console, f"{time.perf_counter() - start:.0f} s; report: {page}")
-    if as_json:
-        emit({**dataclasses.asdict(comparison), "report": page})
+    count, comparison = _compared(items, methods, out, {**judged, **trained}, console)
+    _tell(comparison, out, start, console, as_json)
     if not comparison.complete:
         interrupts.tell(
             f"kept {len(comparison.results)} of {count} methods in {out}; run the same command again to go on"
         )
         raise typer.Exit(interrupts.EXIT)
+
+
+def _recipe(epochs: int | None, patience: int | None) -> Recipe:
+    from cenote.jobs.probe import Recipe
+
+    usual = Recipe()
+    return Recipe(epochs=epochs or usual.epochs, patience=patience or usual.patience)
+
+
+def _read(data: str, labelling: Labelling, layers: str | None, found: dict[str, Any], console: Console) -> TokenDataset:
+    """Features that are there."""
+    import cenote.features as features
+
+    with console.status(Text(f"reading {data}")):
+        return features.read(
+            data,
+            task=labelling.task,
+            label_column=labelling.label,
+            group_column=labelling.group,
+            split_column=labelling.split,
+            seed=labelling.seed,
+            layers=None if layers is None else "all",
+            **found,
+        )
+
+
+def _extracted(
+    raw: RawItems, spec: ModelSpec, out: Path, labelling: Labelling, job: dict[str, Any], console: Console
+) -> TokenDataset:
+    """Features that a model makes of raw items first."""
+    from cenote.jobs.probe.raw import FEATURES, tokens_of_raw
+
+    with extracting(console, len(raw), out / FEATURES) as on_progress:
+        return tokens_of_raw(
+            raw,
+            spec,
+            out / FEATURES,
+            labelling,
+            on_progress=on_progress,
+            on_message=lambda text: say(console, text),
+            on_extracted=lambda done: tell(done, console),
+            **job,
+        )
+
+
+def _compared(
+    items: TokenDataset, methods: str, out: Path, job: dict[str, Any], console: Console
+) -> tuple[int, Comparison]:
+    """How many methods there are to train, and what came out."""
+    import cenote.features as features
+    from cenote.jobs.probe import compare
+    from cenote.jobs.probe.arms import columns_of
+    from cenote.jobs.probe.folds import planned
+    from cenote.jobs.probe.references import reference_names
+
+    say(console, features.describe(items))
+    if told := planned(items, job["folds"], job["repeats"], job["significance"]).told():
+        say(console, f"  {told}")
+    count = len(columns_of(items, methods, job["layers"])[0])
+    count += len(reference_names(items.task)) if job["references"] else 0
+    with arms_bar(console, count) as on_method:
+        return count, compare(items, methods, out=out, on_method=on_method, **job)
 
 
 def _require_raw(data: str, told_by_model: dict[str, object]) -> None:
@@ -200,7 +199,18 @@ def _require_raw(data: str, told_by_model: dict[str, object]) -> None:
             raise InputError(f"{option}: with --backbone, the model says how its tokens lie; leave it out")
 
 
-def _tell(comparison: Comparison, console: Console) -> None:
+def _tell(comparison: Comparison, out: Path, start: float, console: Console, as_json: bool) -> None:
+    from cenote.report import write
+
+    page = write(out)
+    _tell_results(comparison, console)
+    _tell_what_to_use(comparison, out, console)
+    say(console, f"{time.perf_counter() - start:.0f} s; report: {page}")
+    if as_json:
+        emit({**dataclasses.asdict(comparison), "report": page})
+
+
+def _tell_results(comparison: Comparison, console: Console) -> None:
     console.print(table_of(comparison, console.width))
     for name, why in comparison.skipped.items():
         say(console, f"skipped {name}: {why}")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from cenote.cli.console import PlainConsole, plain
 from cenote.core.errors import InputError
 
 ONE_OUT = Path("cenote-out/studies")
@@ -68,7 +68,7 @@ def _one(slug: str, size: str, out: Path, seed: int) -> None:
     from cenote.study.harness.pages import gates, knock_outs, outcome, registered
     from cenote.study.harness.runner import study_of, write
 
-    console = Console()
+    console = PlainConsole()
     run = study_of(slug)
     with console.status(f"{slug}, size {size}"):
         verdict = write(run(seed, size), out)  # type: ignore[arg-type]
@@ -95,7 +95,7 @@ def _all(size: str, out: Path, rows: list[int] | None, seed: int, fresh: bool, b
     from cenote.study.harness.pages import scoreboard
     from cenote.study.harness.runner import read, run_all
 
-    console = Console()
+    console = PlainConsole()
     board = board or out.parent / "scoreboard.md"
     walk = run_all(
         out,
@@ -109,6 +109,6 @@ def _all(size: str, out: Path, rows: list[int] | None, seed: int, fresh: bool, b
     write_whole(board, scoreboard(read(out), folder, walk.earlier))
     console.print(f"{len(walk.ran)} run, {len(walk.kept)} kept, {len(walk.failed)} failed: {board}", highlight=False)
     for slug, message in walk.failed.items():
-        sys.stderr.write(f"{slug}: {message}\n")
+        sys.stderr.write(f"{slug}: {plain(message)}\n")
     if walk.failed:
         raise typer.Exit(1)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from cenote.cli import interrupts
 from cenote.cli.console import clock, say, sized
-from cenote.cli.options import split_names
+from cenote.cli.options import parsed_size, split_names
 from cenote.cli.progress import items_bar
 
 if TYPE_CHECKING:
@@ -32,14 +32,16 @@ def listed(
     names: str | None,
     id_column: str | None,
     limit: int | None,
+    max_item_size: str,
 ) -> RawItems:
     """The raw items that lie there, told."""
     from cenote.features.raw import open_raw
 
     with console.status(Text(f"listing {data}")):
         items = open_raw(
-            data, kind=kind, labels=labels, column=column, names=split_names(names), id_column=id_column, limit=limit
-        )
+            data, kind=kind, labels=labels, column=column, names=split_names(names), id_column=id_column, limit=limit,
+            max_item_size=parsed_size(max_item_size),
+        )  # fmt: skip
     say(console, f"{len(items):,} items: {items.format}")
     return items
 

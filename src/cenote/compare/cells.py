@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 import cenote.core.files as files
+
+FLOAT = "float"
+"""The one field of what stands in a record for a number that JSON has no word for."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,8 @@ def cell_key(parts: Mapping[str, Any]) -> str:
 
 def save_cell(path: Path, key: str, cell: Cell) -> None:
     """Write a cell in one step."""
-    # a slice of a large tensor would otherwise bring all of it, or be refused
-    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in cell.tensors.items()}
-    record = json.dumps(cell.record)
-    metadata = {"key": key, "name": cell.name, "record": record, "digest": _digest(cell.name, record, tensors)}
-    files.write_whole(path, save(tensors, metadata=metadata))
+    record = json.dumps(_spelled(cell.record), allow_nan=False)
+    files.write_tensors(path, cell.tensors, {"key": key, "name": cell.name, "record": record})
 
 
 def load_cell(path: Path, key: str) -> Cell | None:
@@ -92,25 +90,28 @@ def load_cell(path: Path, key: str) -> Cell | None:
     if not path.is_file():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("key") != key:
-                return None
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        name, record = metadata["name"], metadata["record"]
-        if metadata["digest"] != _digest(name, record, tensors):
+        stored = files.read_tensors(path, old=False)
+        if stored.metadata.get("key") != key:
             return None
-        found = json.loads(record)
-        return Cell(name, found, tensors) if isinstance(found, dict) else None
-    except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
+        found = json.loads(stored.metadata["record"], object_hook=_read)
+        return Cell(stored.metadata["name"], found, stored.tensors) if isinstance(found, dict) else None
+    except (OSError, KeyError, ValueError, RecursionError):
         return None
 
 
-def _digest(name: str, record: str, tensors: dict[str, Tensor]) -> str:
-    """Of all that a cell holds; each part says how long it is, so that none can pass for the end of another."""
-    digest = hashlib.sha256(json.dumps([name, record]).encode())
-    for key in sorted(tensors):
-        tensor = tensors[key]
-        digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _spelled(value: Any) -> Any:
+    """JSON has no word for what is not known or infinite, and a cell must come back as it was."""
+    if isinstance(value, Mapping):
+        return {k: _spelled(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spelled(v) for v in value]
+    return {FLOAT: str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read(found: dict[str, Any]) -> Any:
+    """Inverse of `_spelled`, of one object.
+
+    >>> _read(_spelled(float("-inf")))
+    -inf
+    """
+    return float(found[FLOAT]) if found.keys() == {FLOAT} else found

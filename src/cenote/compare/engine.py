@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import cenote.core.files as files
 from cenote.compare.arms import Arm, OnShare, unheard
 from cenote.compare.cells import Cell, Cells, cell_key
-from cenote.compare.processes import processors, run_in_processes, run_in_turn
+from cenote.compare.processes import finished, processors, run_in_processes, run_in_turn
 from cenote.compare.sources import source_digest
 from cenote.core.errors import InputError
+from cenote.core.seeded import seeded
 
 PROCESSES_PAY_FROM = 2.0
 """Seconds of work, if every arm were as cheap as the baseline, from which starting processes pays."""
+
+CELLS = "cells"
+"""The folder of finished cells in that of results."""
 
 Engine = Callable[[Sequence[Arm], OnShare], Iterator[tuple[Arm, Cell]]]
 """Runs all arms somewhere, and gives their cells as they finish; see `cenote.scale.RaySweep`."""
@@ -79,7 +85,8 @@ def measure(
     skipped: dict[str, str] = {}
     missing: list[Arm] = []
     for arm in arms:
-        reason = arm.unfit()
+        with seeded(0):
+            reason = arm.unfit()
         if reason is not None:
             if arm.name == baseline:
                 raise InputError(f"{arm.name}: {reason}")
@@ -115,9 +122,9 @@ def measure(
         complete = False
     done = tuple(arm for arm in arms if arm.name in cells)
     for arm in done:
-        finished = arm.finish(cells[arm.name])
-        if finished is not cells[arm.name]:
-            keep(finished)
+        cell = finished(arm, cells[arm.name])
+        if cell is not cells[arm.name]:
+            keep(cell)
     return Measured(done, cells, skipped, complete)
 
 
@@ -139,19 +146,26 @@ def _is_measurement(cell: Cell, arm: Arm) -> bool:
     return cell.name == arm.name and scores is not None and scores.dim() >= 2 and isinstance(seconds, int | float)
 
 
-def prepared(out: Path) -> Path:
-    """A folder to write results to, with one for cells in it.
+@contextmanager
+def prepared(out: Path | None) -> Iterator[Path | None]:
+    """A folder to write results to, with one for cells in it, to which nobody else writes meanwhile; of `None`, none.
 
     Raises:
-        InputError: where it cannot be one.
+        InputError: where it cannot be one, or another comparison is writing to it.
     """
+    if out is None:
+        yield None
+        return
     if out.exists() and not out.is_dir():
         raise InputError(f"out: {out} is a file; name a folder")
     try:
-        (out / "cells").mkdir(parents=True, exist_ok=True)
+        (out / CELLS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"out: cannot write to {out}: {error.strerror}; name another folder") from error
-    return out
+    with files.alone(out, "comparison"):
+        for folder in (out, out / CELLS):
+            files.remove_unfinished(folder)
+        yield out
 
 
 def _run(

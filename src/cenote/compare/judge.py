@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -50,8 +51,8 @@ def judge(
         more: the job's own fields of its comparison.
 
     Raises:
-        InputError: where an arm has not one score for each unit, or a score of the baseline is no finite number. Another arm
-            with such a score is told under `skipped`.
+        InputError: where an arm has not one score for each unit, or a score or the metric of the baseline is no finite number.
+            Another arm with such a score or metric is told under `skipped`.
     """
     arms, cells = measured.arms, measured.cells
     for arm in arms:
@@ -65,12 +66,24 @@ def judge(
                 raise InputError(f"{arm.name}: {reason}, and the others are compared with it; look at that unit")
             skipped[arm.name] = reason
     arms = tuple(arm for arm in arms if arm.name not in skipped)
-    scores = [cells[arm.name].scores.double().cpu().numpy() for arm in arms]
-    inferred: Inferred = (
-        Inference(measure, scores, units, significance, seed_effects)
-        if folds is None
-        else Resampled(measure, scores, units, folds, seed_effects)
-    )
+
+    def infer() -> Inferred:
+        scores = [cells[arm.name].scores.double().cpu().numpy() for arm in arms]
+        if folds is not None:
+            return Resampled(measure, scores, units, folds, seed_effects)
+        return Inference(measure, scores, units, significance, seed_effects)
+
+    inferred = infer()
+    undefined = [arm.name for arm, mean in zip(arms, inferred.means, strict=True) if not math.isfinite(mean)]
+    if baseline in undefined:
+        raise InputError(
+            f"{measure.name}: is no number for {baseline}, with which the others are compared; do the {len(units)} units "
+            f"differ in what is told of them, as numbers of 32 bits?"
+        )
+    if undefined:
+        skipped |= dict.fromkeys(undefined, f"its {measure.name} is no number")
+        arms = tuple(arm for arm in arms if arm.name not in undefined)
+        inferred = infer()
     row = {arm.name: i for i, arm in enumerate(arms)}
 
     known = {f.name for f in dataclasses.fields(kind.result_type)}

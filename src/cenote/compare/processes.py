@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,12 @@ from numpy.typing import NDArray
 
 from cenote.compare.arms import Arm, OnShare
 from cenote.compare.cells import Cell
+from cenote.core.files import temporary_folder
+from cenote.core.interrupts import ENDING
+from cenote.core.seeded import seeded
 
 LOOK_SECONDS = 0.2
-"""Between two looks at how far the processes are."""
+"""Between two looks at how far the processes are, and, in these, at whether the first one lives."""
 
 REMEDY = "let Arm.travelling() leave out what cannot go to another process, or ask for one worker"
 
@@ -34,21 +39,31 @@ WORKER_ENVIRONMENT = {
 }
 
 
-class Unreadable(Exception):
-    """A process could not read the arms that were written for it."""
+class Unsuited(Exception):
+    """Why arms cannot be measured in processes of their own."""
 
 
 def timed(arm: Arm, on_share: OnShare) -> Cell:
-    """The arm's cell, with the seconds that it took where the arm does not say so itself."""
-    start = time.perf_counter()
-    cell = arm.run(on_share)
-    return cell if "seconds" in cell.record else cell.with_record(seconds=time.perf_counter() - start)
+    """The arm's cell, with the seconds that it took where the arm does not say so itself.
+
+    Where several threads compare, one of them measures at a time: they share torch's generator and its number of threads.
+    """
+    with seeded(0):
+        start = time.perf_counter()
+        cell = arm.run(on_share)
+        return cell if "seconds" in cell.record else cell.with_record(seconds=time.perf_counter() - start)
+
+
+def finished(arm: Arm, cell: Cell) -> Cell:
+    """The cell with what only this process measures; one thread at a time."""
+    with seeded(0):
+        return arm.finish(cell)
 
 
 def run_in_turn(arms: Sequence[Arm], on_share: OnShare) -> Iterator[tuple[Arm, Cell]]:
     """One after the other, in this process."""
     for arm in arms:
-        yield arm, arm.finish(timed(arm, on_share))
+        yield arm, finished(arm, timed(arm, on_share))
 
 
 def run_in_processes(arms: Sequence[Arm], workers: int, on_share: OnShare) -> Iterator[tuple[Arm, Cell]]:
@@ -56,37 +71,18 @@ def run_in_processes(arms: Sequence[Arm], workers: int, on_share: OnShare) -> It
 
     The data are written to a temporary file once, which all processes map. Arms of a script or a notebook, which the processes
     cannot import, travel with their code. What cannot be written or read, or whose process dies (of memory, as a rule), is
-    measured here instead.
+    measured here instead. Where this process dies, however it does, the others follow, and take the file along.
     """
-    import cloudpickle
-    from loky import ProcessPoolExecutor
     from loky.process_executor import BrokenProcessPool
 
     # a long one that starts last would end alone
-    arms = sorted(arms, key=lambda arm: arm.work(), reverse=True)
+    with seeded(0):
+        arms = sorted(arms, key=lambda arm: arm.work(), reverse=True)
     left = {arm.name: arm for arm in arms}
-    with tempfile.TemporaryDirectory(prefix="cenote-") as folder:
-        file, shares_file = Path(folder) / "arms.pt", Path(folder) / "shares"
-        try:
-            torch.save([arm.travelling() for arm in arms], file, pickle_module=cloudpickle)
-            # written, not only sized: a process that first touches a mapped page of a full disk would die of it
-            shares_file.write_bytes(bytes(8 * len(arms)))
-        except OSError as error:
-            warnings.warn(f"measuring one at a time: {folder} cannot hold the data ({error.strerror})", stacklevel=2)
-            yield from run_in_turn(arms, on_share)
-            return
-        except Exception as error:  # whatever an arm holds says so in its own way
-            warnings.warn(
-                f"measuring one at a time: the arms cannot be pickled ({_said(error)}); {REMEDY}", stacklevel=2
-            )
-            yield from run_in_turn(arms, on_share)
-            return
-        pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(file, shares_file), env=WORKER_ENVIRONMENT)
-        finished = False
-        try:
-            shares = _mapped(shares_file)
+    try:
+        with ExitStack() as stack:
+            futures, shares = _started(arms, workers, stack)
             told = shares.copy()
-            futures = {pool.submit(_run, number): arm for number, arm in enumerate(arms)}
             waiting = set(futures)
             while waiting:
                 done, waiting = wait(waiting, LOOK_SECONDS, FIRST_COMPLETED)
@@ -100,14 +96,54 @@ def run_in_processes(arms: Sequence[Arm], workers: int, on_share: OnShare) -> It
                     if arms[number].name in left:
                         on_share(arms[number].name, float(now[number]))
                 told = now
-            finished = True
-        except Unreadable as error:
-            warnings.warn(f"measuring one at a time: processes cannot read the arms ({error}); {REMEDY}", stacklevel=2)
-        except BrokenProcessPool:
-            warnings.warn("a process died, perhaps of too little memory; going on one at a time", stacklevel=2)
-        finally:
-            pool.shutdown(wait=finished, kill_workers=not finished)
+    except Unsuited as error:
+        warnings.warn(f"measuring one at a time: {error}", stacklevel=2)
+    except BrokenProcessPool:
+        warnings.warn("a process died, perhaps of too little memory; going on one at a time", stacklevel=2)
     yield from run_in_turn(list(left.values()), on_share)
+
+
+def _started(
+    arms: Sequence[Arm], workers: int, stack: ExitStack
+) -> tuple[dict[Future[Cell], Arm], NDArray[np.float64]]:
+    """What processes are measuring, and how far they are; all that they need ends with the stack.
+
+    Raises:
+        Unsuited: where there is no room, or the arms cannot be written.
+    """
+    import cloudpickle
+
+    try:
+        folder = stack.enter_context(temporary_folder())
+        file, shares_file = folder / "arms.pt", folder / "shares"
+        # of a file that torch opens by itself, it does not say why it could not be written
+        with file.open("wb") as opened:
+            torch.save([arm.travelling() for arm in arms], opened, pickle_module=cloudpickle)
+        # written, not only sized: a process that first touches a mapped page of a full disk would die of it
+        shares_file.write_bytes(bytes(8 * len(arms)))
+        pool = stack.enter_context(_pool(workers, file, shares_file))
+        return {pool.submit(_run, number): arm for number, arm in enumerate(arms)}, _mapped(shares_file)
+    except Exception as error:  # whatever an arm holds says so in its own way
+        refused = _refused(error)
+        if refused is None:
+            raise Unsuited(f"the arms cannot be pickled ({_said(error)}); {REMEDY}") from error
+        raise Unsuited(f"there is no room for the data or for processes ({_said(refused)})") from error
+
+
+@contextmanager
+def _pool(workers: int, file: Path, shares_file: Path) -> Iterator[Executor]:
+    """Processes that have read the arms; whatever ends this early ends them at once."""
+    from loky import ProcessPoolExecutor
+
+    pool = ProcessPoolExecutor(
+        workers, initializer=_start, initargs=(file, shares_file, os.getpid()), env=WORKER_ENVIRONMENT
+    )
+    finished = False
+    try:
+        yield pool
+        finished = True
+    finally:
+        pool.shutdown(wait=finished, kill_workers=not finished)
 
 
 def processors() -> int:
@@ -121,8 +157,17 @@ def _mapped(file: Path) -> NDArray[np.float64]:
     return np.memmap(file, np.float64, "r+")
 
 
+def _refused(error: BaseException | None) -> OSError | None:
+    """What the system refused, where that is behind an error."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def _said(error: Exception) -> str:
     """In one line."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -131,9 +176,11 @@ _shares: list[NDArray[np.float64]] = []
 _failures: list[str] = []
 
 
-def _start(file: Path, shares_file: Path) -> None:
+def _start(file: Path, shares_file: Path, parent: int) -> None:
     # Ctrl-C reaches the whole group; the first process decides what becomes of it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_follow, args=(parent, file.parent), daemon=True).start()
     torch.set_num_threads(1)
     try:
         # written by this program a moment ago
@@ -143,9 +190,17 @@ def _start(file: Path, shares_file: Path) -> None:
     _shares[:] = [_mapped(shares_file)]
 
 
+def _follow(parent: int, folder: Path) -> None:
+    """End this process when the first one has ended, and remove what that one can no longer remove."""
+    while os.getppid() == parent:
+        time.sleep(LOOK_SECONDS)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
 def _run(number: int) -> Cell:
     if _failures:
-        raise Unreadable(_failures[0])
+        raise Unsuited(f"processes cannot read the arms ({_failures[0]}); {REMEDY}")
 
     def tell(_name: str, share: float) -> None:
         _shares[0][number] = share

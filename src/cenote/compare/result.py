@@ -10,7 +10,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Generic, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import cenote.core.files as files
 from cenote.compare.words import Words
+
+FILE = "comparison.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +151,7 @@ class Comparison(Generic[R]):
 
     def to_json(self) -> str:
         """The comparison as text; `from_json` reads it back."""
-        return json.dumps(_null_for_nan(dataclasses.asdict(self)), indent=1, allow_nan=False)
+        return files.json_text(dataclasses.asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -157,7 +160,10 @@ class Comparison(Generic[R]):
         Raises:
             KeyError, TypeError, ValueError: where the text is something else.
         """
-        raw = json.loads(text)
+        return cls._from(json.loads(text))
+
+    @classmethod
+    def _from(cls, raw: Any) -> Self:
         if not isinstance(raw, dict):
             raise TypeError(f"expected an object, got {type(raw).__name__}")
         raw["results"] = tuple(_rebuild(cls.result_type, r) for r in raw["results"])
@@ -168,8 +174,19 @@ class Comparison(Generic[R]):
 
     @classmethod
     def load(cls, out: Path) -> Self:
-        """Read `comparison.json` of an output folder."""
-        return cls.from_json((Path(out) / "comparison.json").read_text("utf-8"))
+        """Read `comparison.json` of an output folder.
+
+        Raises:
+            KeyError, TypeError, ValueError: where the file is something else, or was changed.
+        """
+        path = Path(out) / FILE
+        raw = files.read_json(path)
+        return cls._from(files.opened(raw, path) if isinstance(raw, dict) else raw)
+
+    def save(self, out: Path) -> None:
+        """Write `comparison.json` of an output folder; `load` reads it back."""
+        content = files.sealed(dataclasses.asdict(self))
+        files.write_whole(Path(out) / FILE, json.dumps(content, indent=1, allow_nan=False))
 
 
 def as_tuple(value: Any) -> Any:
@@ -186,15 +203,6 @@ def _rebuild(cls: type[Any], raw: dict[str, Any]) -> Any:
         if name in given and not _is(given[name], kind):
             raise TypeError(f"{name}: expected {getattr(kind, '__name__', kind)}, got {given[name]!r}")
     return cls(**given)
-
-
-def _null_for_nan(value: Any) -> Any:
-    """JSON has no word for what is not known or infinite."""
-    if isinstance(value, dict):
-        return {k: _null_for_nan(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_null_for_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _nan_for_null(value: Any, kind: Any) -> Any:

@@ -39,7 +39,8 @@ class Source(NamedTuple):
     Attributes:
         digest: of its bytes.
         imports: what it imports, in functions too, but not `if TYPE_CHECKING`.
-        bound: of what it imports at its top, the name here -> where it is from.
+        bound: the name here -> where it is from, of what it imports; `if TYPE_CHECKING` too, under which a package says where
+            it finds names later.
     """
 
     digest: str
@@ -51,9 +52,10 @@ def source_digest(*roots: type | ModuleType | Any) -> str:
     """SHA-256 over the files of some classes, functions or modules, and over all of their packages that these import.
 
     Imports are read, never run. A name that a package only passes on (`from cenote.core import InputError`), or finds later and
-    lists in its stub (`from cenote.pool import SimPool`), leads to the file that it is from: the other files of the package do
-    not count. Of other people's distributions, and of torch and numpy, the version counts, but not what hardware a build is
-    for; a module that belongs to no distribution counts by its source. Each file is read once in a process.
+    lists in its stub or under `if TYPE_CHECKING` (`from cenote.pool import SimPool`, `from cenote.core import Bags`), leads to
+    the file that it is from: the other files of the package do not count. Of other people's distributions, and of torch and
+    numpy, the version counts, but not what hardware a build is for; a module that belongs to no distribution counts by its
+    source. Each file is read once in a process.
 
     Returns:
         The digest; a new one each time where some source is in no file (a notebook): such results are never found again.
@@ -202,27 +204,25 @@ def _read(path: Path) -> Source:
     imports: list[Import] = []
     bound: dict[str, Import] = {}
     tree = ast.parse(content)
-    for statement in _statements(tree.body):
-        if isinstance(statement, ast.Import):
+    for statement, runs in _statements(tree.body):
+        if isinstance(statement, ast.Import) and runs:
             imports += [Import(alias.name, None) for alias in statement.names]
         elif isinstance(statement, ast.ImportFrom):
             module = "." * statement.level + (statement.module or "")
             for alias in statement.names:
                 found = Import(module, None if alias.name == "*" else alias.name)
-                imports.append(found)
+                imports += [found] if runs else []
                 bound[alias.asname or alias.name] = found
     return Source(hashlib.sha256(content).hexdigest(), tuple(imports), bound)
 
 
-def _statements(body: list[Any]) -> Iterator[ast.stmt]:
-    """Those of a file that are run, in blocks too; expressions hold no imports and are not looked at."""
+def _statements(body: list[Any], runs: bool = True) -> Iterator[tuple[ast.stmt, bool]]:
+    """Those of a file, in blocks too, and whether they are run; expressions hold no imports and are not looked at."""
     for statement in body:
-        yield statement
-        if isinstance(statement, ast.If) and _only_for_types(statement.test):
-            yield from _statements(statement.orelse)
-            continue
+        yield statement, runs
+        only_for_types = isinstance(statement, ast.If) and _only_for_types(statement.test)
         for block in ("body", "orelse", "finalbody", "handlers", "cases"):
-            yield from _statements(getattr(statement, block, []))
+            yield from _statements(getattr(statement, block, []), runs and not (only_for_types and block == "body"))
 
 
 def _only_for_types(test: ast.expr) -> bool:

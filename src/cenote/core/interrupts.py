@@ -1,4 +1,4 @@
-"""Ctrl-C at moments at which nothing may be left half done."""
+"""Ctrl-C, and what a machine sends instead, at moments at which nothing may be left half done."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Ctrl-C; what schedulers, `kill` and `timeout` send; what a terminal sends that is closed, where there is such a signal."""
 
 
 @contextmanager
@@ -17,16 +20,18 @@ def uninterrupted() -> Iterator[None]:
         >>> with uninterrupted():
         ...     done = True
     """
-    before = signal.getsignal(signal.SIGINT)
-    # it only ever comes to the main thread, and a handler that was set outside of Python cannot be put back
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
+    # they only ever come to the main thread, and a handler that was set outside of Python cannot be put back
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in ENDING if here and callable(signal.getsignal(number))}
     caught: list[Any] = []
-    signal.signal(signal.SIGINT, lambda *args: caught.append(args))
+    for number in before:
+        signal.signal(number, lambda *args: caught.append(args))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if caught:
-        before(*caught[0])
+        handler = before[caught[0][0]]
+        assert callable(handler)
+        handler(*caught[0])

@@ -12,12 +12,12 @@ from cenote.core.version import __version__
 DECIDING = ("transformers", "timm", "pillow", "scipy")
 
 
-def versions() -> dict[str, str]:
-    """Of torch, and of what reads and prepares the items, where it is installed."""
+def versions(*also: str) -> dict[str, str]:
+    """Of torch, of what reads and prepares the items, and of others that decide here, where it is installed."""
     import torch
 
     found = {"torch": str(torch.__version__)}
-    for name in DECIDING:
+    for name in (*DECIDING, *also):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -30,7 +30,12 @@ def everything() -> dict[str, str]:
     import numpy
 
     python = ".".join(platform.python_version_tuple()[:2])
-    return {"cenote": __version__, "python": python, "numpy": numpy.__version__, **versions()}
+    return {
+        "cenote": __version__,
+        "python": python,
+        "numpy": numpy.__version__,
+        **versions("torchvision", "tokenizers", "soundfile"),
+    }
 
 
 def require(expected: Mapping[str, str]) -> None:

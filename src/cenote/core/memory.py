@@ -8,6 +8,9 @@ from pathlib import Path
 M_MMAP_THRESHOLD = -3
 STATM = Path("/proc/self/statm")
 
+MAX_ITEM_SIZE = 10**9
+"""Bytes that one item may take in memory, unless a caller says otherwise: a file of a few kB can claim any size."""
+
 CACHED_BYTES = 5 * 2**19
 """What is read twice fits in the caches of two cores; larger pieces were slower, smaller ones wait for each other."""
 

@@ -11,6 +11,7 @@ from types import FrameType, ModuleType
 from typing import Any
 
 _ATTENTION, _BAGS, _GRAPH = "cenote.pool.attention", "cenote.pool.bags", "cenote.pool.graph"
+_LAYERS = "cenote.pool.layers"
 _SEQUENCE, _SPATIAL = "cenote.pool.sequence", "cenote.pool.spatial"
 _PROBE, _EXTRACT, _HARNESS = "cenote.jobs.probe", "cenote.jobs.extract", "cenote.study.harness"
 
@@ -69,9 +70,14 @@ CONTENTS: dict[str, tuple[str, ...]] = {
     f"{_ATTENTION}.set_transformer": (f"{_ATTENTION}.set_transformer.model",),
     f"{_BAGS}.midam": (f"{_BAGS}.midam.scorers",),
     f"{_GRAPH}.graph_parsing_networks": (f"{_GRAPH}.graph_parsing_networks.model",),
+    f"{_LAYERS}.multi_layer_trainable": (f"{_LAYERS}.multi_layer_trainable.pooling",),
+    f"{_SEQUENCE}.attention_conditioning": (f"{_SEQUENCE}.attention_conditioning.attention",),
     f"{_SEQUENCE}.attentive_mimicking": (f"{_SEQUENCE}.attentive_mimicking.model",),
     f"{_SEQUENCE}.attentive_temporal_pooling": (f"{_SEQUENCE}.attentive_temporal_pooling.pool",),
+    f"{_SEQUENCE}.biomedical_re_pooling": (f"{_SEQUENCE}.biomedical_re_pooling.pools",),
+    f"{_SEQUENCE}.cuni_multimodal": (f"{_SEQUENCE}.cuni_multimodal.memories",),
     f"{_SEQUENCE}.layer_aware_tdnn": (f"{_SEQUENCE}.layer_aware_tdnn.model",),
+    f"{_SEQUENCE}.sentiment_attitudes": (f"{_SEQUENCE}.sentiment_attitudes.attention",),
     f"{_SPATIAL}.adapool": (f"{_SPATIAL}.adapool.pool",),
     f"{_SPATIAL}.attentive_feature_aggregation": (f"{_SPATIAL}.attentive_feature_aggregation.fusion",),
     f"{_SPATIAL}.deeplab": (f"{_SPATIAL}.deeplab.model",),

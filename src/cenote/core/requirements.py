@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -72,6 +74,32 @@ def require_one_of(known: Iterable[Any], **given: Any) -> None:
             *others, last = map(repr, known)
             expected = f"{', '.join(others)} or {last}" if others else last
             raise InputError(f"{name}: expected {expected}, got {value!r}")
+
+
+def require_several(**given: object) -> None:
+    """Raise `InputError` unless each argument is a collection, and not one text, whose letters would pass for names.
+
+    >>> require_several(kinds="self")
+    Traceback (most recent call last):
+    cenote.core.errors.InputError: kinds: expected names, such as ['self'], got the one text 'self'
+    """
+    for name, names in given.items():
+        if isinstance(names, (str, bytes)):
+            raise InputError(f"{name}: expected names, such as [{names!r}], got the one text {names!r}")
+        if not isinstance(names, Collection):
+            raise InputError(f"{name}: expected a list of names, got {names!r}")
+
+
+def require_finite(**given: object) -> None:
+    """Raise `InputError` unless each argument is a number, neither infinite nor NaN.
+
+    >>> require_finite(weight="2")
+    Traceback (most recent call last):
+    cenote.core.errors.InputError: weight: expected a finite number, got '2'
+    """
+    for name, number in given.items():
+        if not isinstance(number, Real) or not math.isfinite(number):
+            raise InputError(f"{name}: expected a finite number, got {number!r}")
 
 
 def require_floating(x: Tensor) -> None:

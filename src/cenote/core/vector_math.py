@@ -7,10 +7,10 @@ processes. After one call on one thread none was (36 processes).
 
 from __future__ import annotations
 
-import torch
-
 
 def settle() -> None:
     """Have the library choose its way of computing before several threads ask it to."""
+    import torch
+
     for dtype in (torch.float32, torch.float64):
         torch.zeros(1, dtype=dtype, device="cpu").exp()

@@ -11,6 +11,8 @@ import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cenote.core import InputError
+from cenote.core.memory import MAX_ITEM_SIZE
+
+DENSEST = 20
+"""How many times its bytes on disk a file may take whatever it is: what was compressed in earnest grows by less."""
+_most: ContextVar[int] = ContextVar("most", default=MAX_ITEM_SIZE)
 BLOCK_BYTES = 4 * 2**20
+LONGEST_HEADER = 100_000_000
+"""Bytes, of a safetensors file, as its own library has it."""
+MOST = 2**56
+"""Numbers in an array: no disk holds more, and torch cannot count further."""
 SUFFIXES = (".npy", ".npz", ".safetensors", ".h5", ".hdf5", ".pt", ".pth")
 USUAL_NAMES = ("features", "x", "tokens", "embeddings", "feats", "vectors")
 _TORCH = {
@@ -30,6 +42,26 @@ _TORCH = {
     np.dtype(np.float64): torch.float64,
 }
 _SAFETENSORS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+@contextmanager
+def limited(most: int) -> Iterator[None]:
+    """What a file holds may take so many bytes in memory, for as long as this lasts: a file of a few kB can claim any size."""
+    token = _most.set(most)
+    try:
+        yield
+    finally:
+        _most.reset(token)
+
+
+def require_affordable(path: Path, taken: int) -> None:
+    """Raise `Unusable` where what a file claims to hold takes more than it may, and far more than the file does."""
+    size = path.stat().st_size
+    if taken > max(_most.get(), DENSEST * size):
+        raise Unusable(
+            f"would take {taken / 1e9:,.1f} GB in memory, of {size:,} bytes on disk; the limit is {_most.get() / 1e9:.1f} GB, "
+            f"see max_item_size"
+        )
 
 
 class Unusable(Exception):
@@ -51,6 +83,37 @@ class StoredArray:
     blocks: Callable[[], Iterator[Tensor]]
 
 
+@contextmanager
+def told() -> Iterator[None]:
+    """Whatever a library raises over a file inside, as `Unusable`: what it makes of a damaged one is not listed anywhere."""
+    try:
+        yield
+    except (Unusable, InputError):
+        raise
+    except OSError as error:
+        raise Unusable(f"cannot be read ({_first_line(error)}); write it again") from error
+    except Exception as error:
+        raise Unusable(f"is damaged ({_first_line(error)}); write it again") from error
+
+
+def _whole(read: Callable[..., NDArray[Any]], *given: Any) -> NDArray[Any]:
+    with told():
+        return read(*given)
+
+
+def _stored(shape: tuple[int, ...], dtype: torch.dtype, blocks: Callable[[], Iterator[Tensor]]) -> StoredArray:
+    """An array whose shape a file claims, and whose failures are told."""
+
+    def safely() -> Iterator[Tensor]:
+        with told():
+            yield from blocks()
+
+    if not all(0 <= n < MOST for n in shape) or math.prod(shape) >= MOST:
+        raise Unusable(f"claims a shape of {list(shape)[:8]}; write it again")
+    return StoredArray(shape, dtype, safely)
+
+
+@told()
 def open_array(path: Path, name: str | None = None) -> StoredArray:
     """The array of floats in a file.
 
@@ -61,46 +124,44 @@ def open_array(path: Path, name: str | None = None) -> StoredArray:
     Raises:
         Unusable: where the file is damaged, needs unpickling, or does not hold such an array.
     """
-    try:
-        match path.suffix.lower():
-            case ".npy":
-                return _npy(path)
-            case ".npz":
-                return _npz(path, name)
-            case ".safetensors":
-                return _safetensors(path, name)
-            case ".h5" | ".hdf5":
-                return _hdf5(path, name)
-            case _:
-                return _torch(path, name)
-    except OSError as error:
-        raise Unusable(f"cannot be read ({_first_line(error)}); write it again") from error
+    match path.suffix.lower():
+        case ".npy":
+            found = _npy(path)
+        case ".npz":
+            found = _npz(path, name)
+        case ".safetensors":
+            found = _safetensors(path, name)
+        case ".h5" | ".hdf5":
+            found = _hdf5(path, name)
+        case _:
+            found = _torch(path, name)
+    require_affordable(path, math.prod(found.shape) * found.dtype.itemsize)
+    return found
 
 
+@told()
 def whole_arrays(path: Path) -> dict[str, Callable[[], NDArray[Any]]]:
     """The arrays of a file by name, each read whole when it is called; an array without a name has the name `""`.
 
     Raises:
         Unusable: where the file, or then the array, is damaged or needs unpickling.
     """
-    try:
-        match path.suffix.lower():
-            case ".npy":
-                return {"": lambda: _whole_npy(path)}
-            case ".npz":
-                return {name: partial(npz_values, path, name) for name in npz_members(path)}
-            case ".safetensors":
-                return {name: partial(_whole_safetensors, path, name) for name in _safetensors_header(path)[0]}
-            case ".h5" | ".hdf5":
-                return {name: partial(_whole_hdf5, path, name) for name in _hdf5_datasets(path)}
-            case _:
-                held = _load_torch(path)
-                tensors = held if isinstance(held, dict) else {"": held}
-                return {str(k): partial(_as_numpy, v) for k, v in tensors.items() if isinstance(v, Tensor)}
-    except OSError as error:
-        raise Unusable(f"cannot be read ({_first_line(error)}); write it again") from error
+    match path.suffix.lower():
+        case ".npy":
+            return {"": partial(_whole, _whole_npy, path)}
+        case ".npz":
+            return {name: partial(npz_values, path, name) for name in npz_members(path)}
+        case ".safetensors":
+            return {name: partial(_whole, _whole_safetensors, path, name) for name in _safetensors_header(path)[0]}
+        case ".h5" | ".hdf5":
+            return {name: partial(_whole, _whole_hdf5, path, name) for name in _hdf5_datasets(path)}
+        case _:
+            held = _load_torch(path)
+            tensors = held if isinstance(held, dict) else {"": held}
+            return {str(k): partial(_whole, _as_numpy, v) for k, v in tensors.items() if isinstance(v, Tensor)}
 
 
+@told()
 def fill(part: Tensor, stored: StoredArray) -> None:
     """Copy a stored array into its place, in the type of that place.
 
@@ -108,16 +169,13 @@ def fill(part: Tensor, stored: StoredArray) -> None:
         Unusable: where the file ends early or the numbers are not finite.
     """
     start = 0
-    try:
-        for block in stored.blocks():
-            place = part[start : start + len(block)]
-            place.copy_(block)
-            if not place.isfinite().all():
-                row = start + int((~place.isfinite().flatten(1).all(1)).nonzero()[0])
-                raise Unusable(f"holds NaN or infinite numbers, first in row {row}; leave it out or compute it again")
-            start += len(block)
-    except OSError as error:
-        raise Unusable(f"cannot be read ({_first_line(error)}); write it again") from error
+    for block in stored.blocks():
+        place = part[start : start + len(block)]
+        place.copy_(block)
+        if not place.isfinite().all():
+            row = start + int((~place.isfinite().flatten(1).all(1)).nonzero()[0])
+            raise Unusable(f"holds NaN or infinite numbers, first in row {row}; leave it out or compute it again")
+        start += len(block)
 
 
 def common_dtype(dtypes: set[torch.dtype]) -> torch.dtype:
@@ -131,6 +189,7 @@ def rows_per_block(shape: tuple[int, ...], itemsize: int) -> int:
     return max(1, BLOCK_BYTES // max(1, math.prod(shape[1:]) * itemsize))
 
 
+@told()
 def npz_members(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
     """Shape and dtype of each array of an `.npz`, from the headers alone."""
     found = {}
@@ -143,6 +202,7 @@ def npz_members(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
     return found
 
 
+@told()
 def npz_array(path: Path, name: str) -> StoredArray:
     """One array of floats of an `.npz`; a compressed one is decompressed block by block."""
     with _zip(path) as archive, archive.open(f"{name}.npy") as file:
@@ -151,6 +211,7 @@ def npz_array(path: Path, name: str) -> StoredArray:
     _check_numpy_floats(dtype)
     if held < expected:
         raise Unusable(f"is truncated: {held:,} of {expected:,} bytes are there; write it again")
+    require_affordable(path, expected)
 
     def blocks() -> Iterator[Tensor]:
         if fortran:
@@ -162,15 +223,17 @@ def npz_array(path: Path, name: str) -> StoredArray:
             _npy_header(file)
             yield from _read_blocks(file, shape, dtype)
 
-    return StoredArray(shape, _TORCH[dtype.newbyteorder("=")], blocks)
+    return _stored(shape, _TORCH[dtype.newbyteorder("=")], blocks)
 
 
 def npz_values(path: Path, name: str) -> NDArray[Any]:
     """A small array of an `.npz`, whole: labels, ids, masks."""
+    shape, dtype = npz_members(path).get(name, ((0,), np.dtype(np.uint8)))
+    require_affordable(path, _bytes(shape, dtype))
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return np.asarray(arrays[name])
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # of the archive, its compression, or the array in it
         raise Unusable(f"array {name!r} cannot be read ({_first_line(error)})") from error
 
 
@@ -189,7 +252,7 @@ def _npy(path: Path) -> StoredArray:
             file.seek(start)
             yield from _read_blocks(file, shape, dtype)
 
-    return StoredArray(shape, _TORCH[dtype.newbyteorder("=")], blocks)
+    return _stored(shape, _TORCH[dtype.newbyteorder("=")], blocks)
 
 
 def _npy_header(file: io.BufferedIOBase) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -197,7 +260,9 @@ def _npy_header(file: io.BufferedIOBase) -> tuple[tuple[int, ...], bool, np.dtyp
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except OSError:
+        raise
+    except Exception as error:  # headers are read as Python, which fails in more ways than one can list
         raise Unusable(f"is not a whole .npy array ({_first_line(error)}); write it again with numpy.save") from error
     return shape, fortran and len(shape) > 1, dtype
 
@@ -234,19 +299,19 @@ def _safetensors(path: Path, name: str | None) -> StoredArray:
             for block in _read_blocks(file, shape, dtype):
                 yield block.view(_SAFETENSORS[kind])
 
-    return StoredArray(shape, _SAFETENSORS[kind], blocks)
+    return _stored(shape, _SAFETENSORS[kind], blocks)
 
 
 def _safetensors_header(path: Path) -> tuple[dict[str, tuple[tuple[int, ...], str, int, int]], int]:
     """Shape, type, begin and end of each array, and how long the header is."""
     with path.open("rb") as file:
         head = int.from_bytes(file.read(8), "little")
-        if head > path.stat().st_size - 8:
+        if head > min(path.stat().st_size - 8, LONGEST_HEADER):
             raise Unusable("is not a whole safetensors file; write it again")
         try:
             header = json.loads(file.read(head))
             return {k: _entry(v) for k, v in header.items() if k != "__metadata__"}, head
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Unusable("has no safetensors header; write it again") from error
 
 
@@ -262,7 +327,10 @@ def _whole_safetensors(path: Path, name: str) -> NDArray[Any]:
 
 def _entry(raw: dict[str, Any]) -> tuple[tuple[int, ...], str, int, int]:
     begin, end = raw["data_offsets"]
-    return tuple(int(n) for n in raw["shape"]), str(raw["dtype"]), int(begin), int(end)
+    numbers = (*raw["shape"], begin, end)
+    if not all(type(n) is int and n >= 0 for n in numbers) or begin > end:
+        raise ValueError(f"expected whole numbers from 0, got {numbers}")
+    return tuple(raw["shape"]), str(raw["dtype"]), begin, end
 
 
 def _hdf5(path: Path, name: str | None) -> StoredArray:
@@ -277,7 +345,7 @@ def _hdf5(path: Path, name: str | None) -> StoredArray:
         with h5py.File(path, "r") as file:
             yield from _slices(file[chosen])
 
-    return StoredArray(shape, _TORCH[dtype.newbyteorder("=")], blocks)
+    return _stored(shape, _TORCH[dtype.newbyteorder("=")], blocks)
 
 
 def _h5py() -> Any:
@@ -294,7 +362,9 @@ def _hdf5_datasets(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]
     found = {}
 
     def visit(key: str, node: Any) -> None:
-        if isinstance(node, h5py.Dataset):
+        if isinstance(node, h5py.Dataset) and node.shape is not None:
+            if node.external or node.is_virtual:
+                raise Unusable(f"has its array {key!r} in other files; copy the numbers into this one")
             found[key] = (tuple(node.shape), node.dtype)
 
     with h5py.File(path, "r") as file:
@@ -304,6 +374,7 @@ def _hdf5_datasets(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]
 
 def _whole_hdf5(path: Path, name: str) -> NDArray[Any]:
     with _h5py().File(path, "r") as file:
+        require_affordable(path, file[name].nbytes)
         return np.asarray(file[name][()])
 
 
@@ -329,7 +400,7 @@ def _torch(path: Path, name: str | None) -> StoredArray:
         rows = rows_per_block(shape, values.element_size())
         yield from (values[i : i + rows] for i in range(0, len(values), rows))
 
-    return StoredArray(shape, found.dtype, blocks)
+    return _stored(shape, found.dtype, blocks)
 
 
 def _as_numpy(values: Tensor) -> NDArray[Any]:
@@ -340,7 +411,7 @@ def _as_numpy(values: Tensor) -> NDArray[Any]:
 def _whole_npy(path: Path) -> NDArray[Any]:
     try:
         return np.asarray(np.load(path, allow_pickle=False))
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, SyntaxError) as error:
         raise Unusable(f"is not a whole .npy array ({_first_line(error)}); write it again with numpy.save") from error
 
 
@@ -348,14 +419,20 @@ def _load_torch(path: Path) -> Any:
     import pickle
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise Unusable(
             "holds Python objects that would need unpickling, which may run code; "
             "save the tensor alone with torch.save(tensor) or as safetensors"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what a file of another kind makes of the unpickler is not listed anywhere
         raise Unusable(f"is not a whole .pt file ({_first_line(error)}); write it again") from error
+    for value in held.values() if isinstance(held, dict) else [held]:
+        if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_meta or value.is_quantized):
+            raise Unusable("holds a sparse, quantised or empty tensor; save tensor.to_dense() or tensor.dequantize()")
+    return held
 
 
 def _choose(floats: dict[str, tuple[int, ...]], everything: list[str], name: str | None) -> str:

@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from cenote.core import InputError
+from cenote.core.files import inside, read_json
+from cenote.features import arrays
 from cenote.features.source import Filled, LazyColumns, Source
 from cenote.features.splits import WORDS
 from cenote.features.table import ID_NAMES, SPLIT_NAME, Column, find
@@ -40,22 +42,35 @@ def shards_of(path: Path) -> list[Shard]:
         return [Shard(path)] if path.suffix.lower() in SUFFIXES else []
     if (path / "dataset_dict.json").is_file():
         splits = _json(path / "dataset_dict.json").get("splits", [])
-        return [Shard(f, split) for split in splits for f in _saved(path / split)]
+        if not isinstance(splits, list):
+            raise InputError(f"{path / 'dataset_dict.json'}: names no list of splits; save the data set again")
+        return [Shard(f, split) for split in splits for f in _saved(_within(path, split))]
     return [Shard(f, _split_in_name(f)) for f in _saved(path)]
 
 
 def _saved(folder: Path) -> list[Path]:
     if (folder / "state.json").is_file():
-        names = [entry["filename"] for entry in _json(folder / "state.json").get("_data_files", [])]
-        # a bare name only: the file must lie in this folder
-        return [folder / Path(name).name for name in names]
+        entries = _json(folder / "state.json").get("_data_files", [])
+        if not isinstance(entries, list) or not all(isinstance(e, dict) and "filename" in e for e in entries):
+            raise InputError(f"{folder / 'state.json'}: names no files; save the data set again")
+        return [_within(folder, entry["filename"]) for entry in entries]
     return sorted(f for f in folder.glob("*") if f.suffix.lower() in SUFFIXES)
+
+
+def _within(folder: Path, name: object) -> Path:
+    try:
+        found = inside(folder, name)
+    except ValueError as error:
+        raise InputError(f"{folder}: {error}; save the data set again") from None
+    if not found.exists():
+        raise InputError(f"{folder}: {name} is lost; save the data set again")
+    return found
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: is not JSON ({error}); save the data set again") from error
     if not isinstance(found, dict):
         raise InputError(f"{path}: holds no JSON object; save the data set again")
@@ -120,7 +135,14 @@ def open_arrow(shards: list[Shard], vector_column: str | None, id_column: str | 
 
 def _load(shards: list[Shard], vectors: str, ids: list[str], problems: Problems) -> Filled | None:
     """Fill one flat tensor with the numbers of all files, batch by batch, then give it its width."""
-    bound = sum(File(shard.path).numbers_at_most(vectors) for shard in shards)
+    bound = 0
+    for shard in shards:
+        numbers = File(shard.path).numbers_at_most(vectors)
+        try:
+            arrays.require_affordable(shard.path, 4 * numbers)
+        except arrays.Unusable as error:
+            raise InputError(f"{shard.path}: {error}") from error
+        bound += numbers
     flat: torch.Tensor | None = None
     lengths: list[int] = []
     dim = filled = 0
@@ -339,7 +361,7 @@ def huggingface_features(schema: Any) -> dict[str, Any]:
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return dict(features.items())
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return {}
 
 

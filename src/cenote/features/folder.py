@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from cenote.core import InputError
+from cenote.core.files import LOCK
 from cenote.features import arrays
 from cenote.features.arrays import StoredArray, Unusable
 from cenote.features.source import Filled, Source
@@ -84,7 +85,14 @@ def open_folder(
 
 
 def token_files(folder: Path) -> list[Path]:
-    """The files that may hold tokens, in subfolders or not, but for those that hold labels of tokens."""
+    """The files that may hold tokens, in subfolders or not, but for those that hold labels of tokens and those of outputs."""
+    output = {folder: False}
+
+    def in_output(below: Path) -> bool:
+        if below not in output:
+            output[below] = in_output(below.parent) or is_output(below)
+        return output[below]
+
     return [
         file
         for file in sorted(folder.rglob("*"))
@@ -92,7 +100,14 @@ def token_files(folder: Path) -> list[Path]:
         and file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
         and file.relative_to(folder).parts[0] != TOKEN_LABELS
+        and not in_output(file.parent)
     ]
+
+
+def is_output(folder: Path) -> bool:
+    """Whether cenote wrote a folder of results or a store there: who works in the folder of the data has it among them."""
+    store = (folder / "manifest.json").is_file() and (folder / "shards").is_dir()
+    return store or (folder / LOCK).is_file() or (folder / "comparison.json").is_file()
 
 
 def matched(ids: list[str], files: list[Path], folder: Path, labels: str, problems: Problems) -> list[Path | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 
 from cenote.core import InputError
 
@@ -24,7 +24,7 @@ class Labelling:
         seed: of the split that is made.
 
     Raises:
-        InputError: where the fractions are no three positive shares that sum to 1.
+        InputError: where the fractions are no three positive shares that sum to 1, or the seed is none.
     """
 
     task: str | None = None
@@ -42,3 +42,5 @@ class Labelling:
                 f"fractions: expected three positive shares that sum to 1, train, val, test; got "
                 f"{shares or self.fractions}"
             )
+        if not isinstance(self.seed, Integral) or not 0 <= int(self.seed) < 2**32:
+            raise InputError(f"split_seed: expected a whole number from 0 to {2**32 - 1}, got {self.seed}")

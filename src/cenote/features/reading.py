@@ -13,7 +13,9 @@ from torch import Tensor
 
 from cenote.core import Bags, InputError
 from cenote.core.graphs import Graphs
-from cenote.features import splits, targets
+from cenote.core.memory import MAX_ITEM_SIZE
+from cenote.core.requirements import require_positive
+from cenote.features import arrays, splits, targets
 from cenote.features.arrow import open_arrow, shards_of
 from cenote.features.dataset import SPLITS, Task, TokenDataset
 from cenote.features.dgcnn import dgcnn_file, open_dgcnn
@@ -62,6 +64,7 @@ def read(
     seed: int = 0,
     labelled: bool = True,
     layers: str | int | Sequence[int] | None = None,
+    max_item_size: int = MAX_ITEM_SIZE,
 ) -> TokenDataset:
     """Read labelled token features, and check all of it before anything is trained.
 
@@ -98,6 +101,8 @@ def read(
             and `classes` empty.
         layers: of a feature store, or an `.npz` with several layers: which of them, `"last"`, `"all"`, a number, several, or a
             text such as `"0,3"`, `"4-6"`, `"-4:"`; default: the last.
+        max_item_size: bytes that what a file holds may take in memory, by its header, where that is far more than the file
+            has on disk.
 
     Returns:
         The data, float32 or as stored in half precision: `[items, tokens, dim]` where all items have equally many tokens, else
@@ -122,10 +127,12 @@ def read(
             id_column=id_column,
             grid=grid,
         )
-    return read_labelled(
-        path, labelling if labelled else None, labels=labels, vector_column=vector_column, id_column=id_column,
-        prefix_tokens=prefix_tokens, grid=grid, layers=layers,
-    )  # fmt: skip
+    require_positive(max_item_size=max_item_size)
+    with arrays.limited(max_item_size):
+        return read_labelled(
+            path, labelling if labelled else None, labels=labels, vector_column=vector_column, id_column=id_column,
+            prefix_tokens=prefix_tokens, grid=grid, layers=layers,
+        )  # fmt: skip
 
 
 def read_labelled(
@@ -272,7 +279,9 @@ def _from_store(
         files = None if listing.files is None else [listing.files[row] for row in rows]
         words = StoredWords(manifest, files, [listing.stamps[row] for row in rows], stored.lengths.tolist())
     if manifest.kind == "image" and listing.files is not None:
-        pictures = StoredPictures([listing.files[row] for row in rows], manifest.preprocessing)
+        stamps = [listing.stamps[row] for row in rows]
+        sizes = [int(stamp) if stamp.isdecimal() else None for stamp in stamps]
+        pictures = StoredPictures([listing.files[row] for row in rows], stored.inputs, sizes, manifest.preprocessing)
     return TokenDataset(
         name=path.stem,
         x=StoredLayers(stored, layer_numbers(layers, manifest.layers)),

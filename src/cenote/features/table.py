@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from itertools import count, takewhile
 from pathlib import Path
@@ -17,6 +18,8 @@ ID_NAMES = ("id", "item", "name", "file", "filename", "path")
 LABEL_NAMES = ("label", "labels", "y", "target", "class")
 SPLIT_NAME, GROUP_NAME = "split", "group"
 LONGEST_CELL = 2**31 - 1
+
+_reading = threading.Lock()
 
 
 def read_csv(path: Path, names: Sequence[str] | None = None) -> dict[str, list[str]]:
@@ -62,7 +65,16 @@ def read_csv(path: Path, names: Sequence[str] | None = None) -> dict[str, list[s
 
 def _lines(path: Path, text: str, separator: str) -> list[tuple[int, list[str]]]:
     """Lines with something in them, and their numbers; a quoted cell may hold line ends and be long."""
-    before = csv.field_size_limit(LONGEST_CELL)
+    # the limit is one for all threads, and reading holds the interpreter anyway
+    with _reading:
+        before = csv.field_size_limit(LONGEST_CELL)
+        try:
+            return _parsed(path, text, separator)
+        finally:
+            csv.field_size_limit(before)
+
+
+def _parsed(path: Path, text: str, separator: str) -> list[tuple[int, list[str]]]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     start = 1
     try:
@@ -81,8 +93,6 @@ def _lines(path: Path, text: str, separator: str) -> list[tuple[int, list[str]]]
         raise InputError(
             f"labels: {path}, line {start}: {error}; a quote in a cell is not closed, or not doubled"
         ) from error
-    finally:
-        csv.field_size_limit(before)
 
 
 def _plain_lines(text: str, names: Sequence[str] | None) -> list[tuple[int, list[str]]] | None:

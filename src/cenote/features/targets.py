@@ -95,6 +95,7 @@ def decided(columns: Mapping[str, Column]) -> Task:
     present = [c for c in column if not is_missing(c)]
     distinct = set(map(str, present))
     numbers = {number(c) for c in distinct}
+    classes = len(set(_words(present)))
     if None not in numbers and not all(isinstance(c, bool) for c in present):
         whole = all(v is not None and v.is_integer() for v in numbers)
         undecided = len(numbers) > WHOLE_NUMBERS_ABOVE and len(present) < ITEMS_FOR_EACH * len(numbers)
@@ -105,8 +106,7 @@ def decided(columns: Mapping[str, Column]) -> Task:
                 f"task: column {name!r} holds {len(numbers)} different numbers over {len(present)} items "
                 f"({some(_ordered(distinct))}), which may be classes or a quantity; give task='multiclass' or task='regression'"
             )
-        return "binary" if len(numbers) <= 2 else "multiclass"
-    return "binary" if len(distinct) <= 2 else "multiclass"
+    return "binary" if classes <= 2 else "multiclass"
 
 
 def check_enough(made: Target, groups: Sequence[str] | None, problems: Problems) -> None:
@@ -146,7 +146,7 @@ def _classes(
         raise InputError(f"label_column: a {task} task has one label column, got {some(columns)}")
     ((column, cells),) = columns.items()
     _check_present(ids, column, cells, problems)
-    words = [_word(c) for c in cells]
+    words = _words(cells)
     known = {w for w, c in zip(words, cells, strict=True) if not is_missing(c)}
     order = [n for n in names.get(column, ()) if n in known] or _ordered(known)
     classes = tuple(order) + tuple(_ordered(known - set(order)))
@@ -172,7 +172,9 @@ def _multilabel(ids: Sequence[str], columns: Mapping[str, Column], problems: Pro
         held = [{n for n in classes if number(columns[n][i]) == 1} for i in range(len(ids))]
     else:
         (cells,) = columns.values()
-        held = [_several(c) for c in cells]
+        parts = [_parts(c) for c in cells]
+        words = iter(_words([p for of_item in parts for p in of_item]))
+        held = [{next(words) for _ in of_item} for of_item in parts]
         classes = tuple(_ordered(set().union(*held)))
     y = torch.tensor([[float(c in item) for c in classes] for item in held]).reshape(len(ids), len(classes))
     if not classes:
@@ -215,11 +217,21 @@ def _check_present(ids: Sequence[str], name: str, cells: Column, problems: Probl
             problems.add("no label", f"item {item!r} has no {name}; give it one or leave the item out")
 
 
-def _several(cell: Any) -> set[str]:
+def _parts(cell: Any) -> list[Any]:
     if is_missing(cell):
-        return set()
-    parts = cell if isinstance(cell, list) else str(cell).split(SEPARATOR)
-    return {_word(p) for p in parts if not is_missing(p)}
+        return []
+    return [p for p in (cell if isinstance(cell, list) else str(cell).split(SEPARATOR)) if not is_missing(p)]
+
+
+def _words(cells: Sequence[Any]) -> list[str]:
+    """The class that each cell names: whole numbers without a point, unless two names would become one.
+
+    >>> _words(["1.0", "0.0"]), _words(["1.0", "1"]), _words(["01", 1.0])
+    (['1', '0'], ['1.0', '1'], ['01', '1'])
+    """
+    as_written = [str(c).strip() if isinstance(c, str | bool) else _word(c) for c in cells]
+    short = [_word(c) for c in cells]
+    return short if len(set(short)) == len(set(as_written)) else as_written
 
 
 def _word(cell: Any) -> str:
@@ -232,5 +244,5 @@ def _word(cell: Any) -> str:
 def _ordered(words: set[str]) -> list[str]:
     numbers = {w: number(w) for w in words}
     if all(v is not None for v in numbers.values()):
-        return sorted(words, key=lambda w: numbers[w] or 0.0)
+        return sorted(words, key=lambda w: (numbers[w] or 0.0, w))
     return sorted(words)

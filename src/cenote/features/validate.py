@@ -67,8 +67,23 @@ def check_ids(ids: Sequence[str], problems: Problems) -> None:
     for name, count in Counter(ids).items():
         if not name:
             problems.add("no id", f"{count} rows have no id; give each item a name")
+        elif not _is_text(name):
+            problems.add("name", f"the name {name!a} is no UTF-8 text; rename the item")
         elif count > 1:
             problems.add("duplicate id", f"id {name!r} stands {count} times; keep one row per item")
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written: that of a file may hold any bytes.
+
+    >>> _is_text("snö"), _is_text("sn\udcf6")
+    (True, False)
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_lengths(ids: Sequence[str], lengths: Sequence[int], prefix_tokens: int, problems: Problems) -> None:

@@ -40,7 +40,7 @@ class States(NamedTuple):
 
 @dataclass(frozen=True)
 class Identity:
-    """Which weights these are; `name` is for people, the rest decides the numbers."""
+    """Which weights these are, and which code, where it lies with them; `name` is for people, the rest decides the numbers."""
 
     name: str
     revision: str | None
@@ -48,6 +48,7 @@ class Identity:
     model_class: str
     weights_sha256: str
     config_sha256: str
+    code_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,14 @@ class Backbone(ABC):
         layout: how its tokens lie.
         precision: what it computes in.
         equal_sizes: True where a batch must hold inputs of one length, because the model has no mask for padding.
+        libraries: whose versions decide what it is given, besides those that always do.
     """
 
     identity: Identity
     layout: Layout
     precision: torch.dtype
     equal_sizes = False
+    libraries: tuple[str, ...] = ()
 
     @abstractmethod
     def prepare(self, items: Sequence[Any]) -> Prepared:
@@ -204,7 +207,8 @@ def _parsed(text: str, held: Sequence[int]) -> list[int]:
             elif dash and first:
                 if int(first) > int(last):
                     raise ValueError(part)
-                numbers += range(int(first), int(last) + 1)
+                # all of a range that is long are never needed to say that one is not there
+                numbers += range(int(first), min(int(last), max(held[-1], int(first)) + 1) + 1)
             else:
                 numbers.append(int(part))
         except ValueError as error:

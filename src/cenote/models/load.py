@@ -7,6 +7,7 @@ kept.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, get_args
@@ -17,10 +18,11 @@ from torch import nn
 
 from cenote.core import InputError
 from cenote.core.requirements import require_one_of
+from cenote.core.seeded import seeded
 from cenote.models import sources
 from cenote.models.audio import AudioBackbone
 from cenote.models.base import Backbone, Identity, Kind
-from cenote.models.hugging_face import quiet, required_transformers, why
+from cenote.models.hugging_face import HuggingFaceBackbone, quiet, required_transformers, why
 from cenote.models.text import TextBackbone
 from cenote.models.timm import TimmBackbone
 from cenote.models.vision import VisionBackbone
@@ -100,13 +102,13 @@ def load_whole(
         transformers = required_transformers()
     top, found_revision = sources.model_folder(name, revision, allow_pickle, trust_remote_code)
     folder, sentence = sources.transformer_inside(top)
+    sources.require_own_files(folder, allow_pickle)
     files = sources.require_safetensors(folder, allow_pickle)
     if _is_timm(folder):
         timm = TimmBackbone(name, found_revision, folder, files, precision)
         return timm, timm.model
-    with quiet(), torch.random.fork_rng(devices=[]):
-        # what the file does not hold is drawn at random: the same each time
-        torch.manual_seed(0)
+    # what the file does not hold is drawn at random: the same each time
+    with quiet(), seeded(0):
         try:
             model, info = transformers.AutoModel.from_pretrained(
                 folder,
@@ -125,10 +127,9 @@ def load_whole(
         except (ValueError, OSError, RuntimeError, KeyError, ImportError, TypeError) as error:
             raise InputError(f"backbone: {name}: {why(error, trust_remote_code)}") from error
         except Exception as error:
-            if not trust_remote_code:
-                raise
+            what = "its own Python code failed" if trust_remote_code else "cannot be built from its config.json"
             raise InputError(
-                f"backbone: {name}: its own Python code failed ({type(error).__name__}: {why(error, True)})"
+                f"backbone: {name}: {what} ({type(error).__name__}: {why(error, trust_remote_code)})"
             ) from error
     _require_fitting(name, info)
     chosen = _kind(model, kind, name)  # type: ignore[arg-type]
@@ -144,21 +145,32 @@ def load_whole(
         config_sha256=sources.config_sha256(folder),
     )
     notes = _loading_notes(info, attribute)
-    if chosen == "image":
-        return VisionBackbone(part.eval(), folder, identity, notes, trust_remote_code), model
-    if chosen == "audio":
-        return AudioBackbone(part.eval(), folder, identity, notes, trust_remote_code), model
-    settings = sentence or {}
-    text = TextBackbone(
-        part.eval(),
-        folder,
-        identity,
-        notes,
-        trust_remote_code,
-        max_length or settings.get("max_seq_length"),
-        bool(settings.get("do_lower_case", False)),
-    )
-    return text, model
+    backbone: HuggingFaceBackbone
+    try:
+        if chosen == "image":
+            backbone = VisionBackbone(part.eval(), folder, identity, notes, trust_remote_code)
+        elif chosen == "audio":
+            backbone = AudioBackbone(part.eval(), folder, identity, notes, trust_remote_code)
+        else:
+            settings = sentence or {}
+            backbone = TextBackbone(
+                part.eval(),
+                folder,
+                identity,
+                notes,
+                trust_remote_code,
+                max_length or settings.get("max_seq_length"),
+                bool(settings.get("do_lower_case", False)),
+            )
+    except (ArithmeticError, StopIteration) as error:
+        raise InputError(
+            f"backbone: {name}: cannot take a sample ({type(error).__name__}: {why(error, trust_remote_code)}); is its "
+            f"config.json whole?"
+        ) from error
+    if trust_remote_code:
+        code = sources.code_sha256(folder, *model.modules(), *vars(backbone).values())
+        backbone.identity = replace(backbone.identity, code_sha256=code)
+    return backbone, model
 
 
 def _kind(model: Any, wanted: Kind | None, name: str) -> Kind:

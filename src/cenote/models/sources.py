@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from functools import lru_cache
+import sys
 from pathlib import Path
 from typing import Any
 
 from cenote.core import InputError
+from cenote.core.files import inside, read_json
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -89,18 +89,69 @@ def require_safetensors(folder: Path, pickles: bool) -> list[Path]:
     )
 
 
+def require_own_files(folder: Path, pickles: bool) -> None:
+    """That a model's files name no others outside of its folder, and no pickle that is not allowed.
+
+    Raises:
+        InputError: naming the file that does.
+    """
+    for file in sorted(folder.iterdir()):
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise InputError(f"backbone: {file} is neither a file nor a folder; take it out")
+    for index in sorted(folder.glob("*.index.json")):
+        content = json_of(index)
+        named = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(named, dict):
+            raise InputError(f"backbone: {index} names no weights; fetch it again")
+        for name in sorted({str(name) for name in named.values()}):
+            if _own(folder, name, index).suffix != ".safetensors" and not pickles:
+                raise InputError(
+                    f"backbone: {index.name} names {name}, which may be a pickle, which can run code when it is read; take "
+                    f"safetensors, or allow it with --allow-pickle (read with weights_only)"
+                )
+    if (
+        (folder / "adapter_config.json").is_file()
+        and not pickles
+        and not any(folder.glob("adapter_model*.safetensors"))
+    ):
+        raise InputError(
+            f"backbone: {folder} has an adapter without .safetensors; merge it into the model, or allow a pickle with "
+            f"--allow-pickle"
+        )
+    for file in sorted(folder.glob("*_config.json")):
+        content = json_of(file)
+        for key, value in content.items() if isinstance(content, dict) else ():
+            # what once lay in somebody's cache is named in many configurations, and lies nowhere here
+            if key.endswith("_file") and isinstance(value, str) and (folder / value).exists():
+                _own(folder, value, file)
+
+
+def _own(folder: Path, name: str, said: Path) -> Path:
+    try:
+        return inside(folder, name)
+    except ValueError as error:
+        raise InputError(f"backbone: {said}: {error}; name files in it only") from None
+
+
 def weights_sha256(files: list[Path]) -> str:
     """SHA-256 over the weight files, in the order of their names."""
-    return _hashed(tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files))
-
-
-@lru_cache(maxsize=8)
-def _hashed(files: tuple[tuple[str, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for name, _, _ in files:
-        with Path(name).open("rb") as file:
+    for name in files:
+        with name.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def code_sha256(folder: Path, *parts: object) -> str:
+    """SHA-256 over the Python code that lies with a model, and over what parts of it were made by, wherever that lay."""
+    files = set(folder.glob("*.py"))
+    for part in parts:
+        for cls in type(part).__mro__:
+            file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+            if cls.__module__.startswith("transformers_modules.") and file:
+                files.update(Path(file).parent.glob("*.py"))
+    digests = {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
 
 def config_sha256(folder: Path) -> str:
@@ -119,9 +170,12 @@ def transformer_inside(folder: Path) -> tuple[Path, dict[str, Any] | None]:
         return folder, None
     modules = json_of(folder / "modules.json")
     for module in modules if isinstance(modules, list) else []:
-        if str(module.get("type", "")).endswith(".Transformer"):
-            # a bare name only: the part must lie in this folder
-            inner = folder / Path(str(module.get("path", ""))).name
+        if isinstance(module, dict) and str(module.get("type", "")).endswith(".Transformer"):
+            inner = _own(folder, str(module.get("path", "")), folder / "modules.json")
+            if not inner.is_dir():
+                raise InputError(
+                    f"backbone: {folder / 'modules.json'} names {inner}, which is no folder; fetch it again"
+                )
             settings = [inner / f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert")]
             found: Any = next((json_of(file) for file in settings if file.is_file()), {})
             return inner, found if isinstance(found, dict) else {}
@@ -137,6 +191,6 @@ def json_of(path: Path) -> Any:
         InputError: where it is none.
     """
     try:
-        return json.loads(path.read_text("utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"backbone: {path} is no JSON file ({error})") from error

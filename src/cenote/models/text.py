@@ -40,12 +40,7 @@ class TextBackbone(HuggingFaceBackbone):
         max_length: int | None = None,
         lower_case: bool = False,
     ) -> None:
-        self.tokenizer = processor("AutoTokenizer", folder, trust_remote_code, "texts")
-        if len(self.tokenizer) <= len(set(self.tokenizer.all_special_ids)):
-            # transformers makes such a one where there are no files to read it from
-            raise InputError(
-                f"backbone: the tokenizer of {folder} knows no word; save the model's tokenizer into the folder"
-            )
+        self.tokenizer = tokenizer_of(folder, trust_remote_code)
         self.lower_case = lower_case
         notes = list(notes)
         if self.tokenizer.pad_token_id is None:
@@ -146,6 +141,21 @@ class TextBackbone(HuggingFaceBackbone):
     def words(self, text: str) -> list[str]:
         """The pieces that the tokens stand for."""
         return list(self.tokenizer.convert_ids_to_tokens(self.prepare([text]).inputs["input_ids"][0].tolist()))
+
+
+def tokenizer_of(folder: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer that is saved beside a model.
+
+    Raises:
+        InputError: where none is.
+    """
+    tokenizer = processor("AutoTokenizer", folder, trust_remote_code, "texts")
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        # transformers makes such a one where there are no files to read it from
+        raise InputError(
+            f"backbone: the tokenizer of {folder} knows no word; save the model's tokenizer into the folder"
+        )
+    return tokenizer
 
 
 def _embeddings(model: Any) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,16 @@ from cenote.models import sources
 from cenote.models.base import Backbone, Identity, Layout, Prepared, States, to_device
 from cenote.models.grids import lie
 from cenote.models.maps import maps
+
+ELSEWHERE = {
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_strict",
+    "checkpoint_path",
+    "cache_dir",
+}
+"""Arguments of `timm.create_model` that name other files than those of the folder."""
 
 
 class TimmBackbone(Backbone):
@@ -32,13 +42,20 @@ class TimmBackbone(Backbone):
         InputError: where timm, or torchvision, which it needs, cannot be imported.
     """
 
+    libraries = ("torchvision",)
+
     def __init__(
         self, name: str, revision: str | None, folder: Path, files: list[Path], precision: torch.dtype
     ) -> None:
         timm = _timm()
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config = sources.json_of(folder / "config.json")
+        architecture, arguments = named(config, folder)
         # no classifier, whatever was saved
-        model = timm.create_model(config["architecture"], **{**config.get("model_args", {}), "num_classes": 0})
+        try:
+            model = timm.create_model(architecture, **{**arguments, "num_classes": 0})
+        except Exception as error:  # of whatever a network makes of its settings
+            said = " ".join(str(error).split())
+            raise InputError(f"backbone: {folder}: timm cannot build {architecture} ({said})") from error
         if files[0].suffix != ".safetensors":
             raise InputError(
                 f"backbone: {folder} holds no .safetensors file; timm models are read from safetensors only"
@@ -128,6 +145,25 @@ class TimmBackbone(Backbone):
             preprocessing={k: v if isinstance(v, int | float | str) else list(v) for k, v in settings.items()},
             notes=(*notes, *([found.note] if found.note else [])),
         )
+
+
+def named(config: Mapping[str, Any], folder: Path) -> tuple[str, dict[str, Any]]:
+    """Architecture and arguments that a configuration names, where these lead to no other files.
+
+    Raises:
+        InputError: where they do.
+    """
+    architecture, arguments = config["architecture"], config.get("model_args") or {}
+    if not isinstance(architecture, str) or not re.fullmatch(r"[\w.]+", architecture):
+        raise InputError(
+            f"backbone: {folder}: config.json: architecture: expected a name of timm, got {architecture!r}"
+        )
+    odd = sorted(set(arguments) & ELSEWHERE) if isinstance(arguments, Mapping) else ["model_args"]
+    if odd:
+        raise InputError(
+            f"backbone: {folder}: config.json: {', '.join(odd)}: may lead to weights elsewhere; take it out of model_args"
+        )
+    return architecture, dict(arguments)
 
 
 def _tokens(state: Tensor, channels_last: bool) -> Tensor:

@@ -17,6 +17,12 @@ from cenote.models.hugging_face import HuggingFaceBackbone, plain, processor
 SAMPLE = (320, 240)
 
 
+def preparing(processor: object) -> tuple[str, ...]:
+    """The libraries that a processor prepares with, besides PIL."""
+    by_torchvision = getattr(processor, "backend", None) == "torchvision" or type(processor).__name__.endswith("Fast")
+    return ("torchvision",) if by_torchvision else ()
+
+
 class VisionBackbone(HuggingFaceBackbone):
     """Tokens of an image: patches row by row, after [CLS], registers and a distillation token where the model has them.
 
@@ -32,6 +38,7 @@ class VisionBackbone(HuggingFaceBackbone):
         self, model: nn.Module, folder: Path, identity: Identity, notes: Sequence[str], trust_remote_code: bool
     ) -> None:
         self.processor = processor("AutoImageProcessor", folder, trust_remote_code, "images")
+        self.libraries = preparing(self.processor)
         config: Any = model.config
         if getattr(config, "mask_ratio", 0):
             # a masked autoencoder hides most of its input also when it only encodes; here it sees everything

@@ -63,6 +63,7 @@ def _from_places(text: str, names: list[str], places: list[tuple[int, int]]) -> 
 @lru_cache(maxsize=1)
 def _tokenizer(name: str, revision: str | None, config_sha256: str) -> Any:
     folder, _ = sources.transformer_inside(sources.model_folder(name, revision, False, False, cached=True)[0])
+    sources.require_own_files(folder, False)
     if sources.config_sha256(folder) != config_sha256:
         raise InputError(f"backbone: the files beside {name} are not those that the tokens were made with")
     return processor("AutoTokenizer", folder, False, "texts")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from jaxtyping import Float
 from numpy import ndarray
 
+import cenote.core.files as files
 from cenote.core import InputError
 
 
@@ -26,6 +25,7 @@ class Item:
         predictions: method -> what its first seed says.
         words: per token what it stands for, where it is part of a text; one that begins with a space begins a word.
         unread: why the words of a text are not known.
+        unpictured: why the image is not shown, where the data have pictures.
         labelled: per token whether it carries a label (instance labels), where known.
     """
 
@@ -36,6 +36,7 @@ class Item:
     predictions: dict[str, str] = field(default_factory=dict)
     words: tuple[str, ...] | None = None
     unread: str = ""
+    unpictured: str = ""
     labelled: tuple[bool, ...] | None = None
 
 
@@ -67,19 +68,18 @@ class Attention:
         for path in (words, numbers):
             if not path.exists():
                 raise InputError(f"out: {path} is missing beside its partner; {_REMEDY}")
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
-            raw = json.loads(words.read_text("utf-8"))
+            raw = files.opened(files.read_json(words), words)
             labelled = raw.get("token_labels") or [None] * len(raw["items"])
             items = tuple(_item(r, marks) for r, marks in zip(raw["items"], labelled, strict=True))
             grid = None if raw["grid"] is None else (int(raw["grid"][0]), int(raw["grid"][1]))
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, binascii.Error) as error:
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, OSError) as error:
             raise InputError(f"out: {words} cannot be read ({_said(error)}); {_REMEDY}") from error
         try:
-            weights = {_place(name): tensor.float().numpy() for name, tensor in load_file(numbers).items()}
-        except (SafetensorError, ValueError, OSError) as error:
+            weights = {
+                _place(name): tensor.float().numpy() for name, tensor in files.tensors_of(raw, words, numbers).items()
+            }
+        except (ValueError, OSError) as error:
             raise InputError(f"out: {numbers} cannot be read ({_said(error)}); {_REMEDY}") from error
         for (method, i), w in weights.items():
             if w.ndim != 2 or not 0 <= i < len(items):
@@ -103,6 +103,7 @@ def _item(raw: dict[str, Any], marks: list[float] | None) -> Item:
         predictions={str(k): str(v) for k, v in raw.get("predictions", {}).items()},
         words=None if words is None else tuple(map(str, words)),
         unread=str(raw.get("unread", "")),
+        unpictured=str(raw.get("unpictured", "")),
         labelled=None if marks is None else tuple(bool(m) for m in marks[len(marks) - tokens :]),
     )
 

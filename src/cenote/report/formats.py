@@ -6,8 +6,9 @@ import datetime
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from cenote.jobs.probe.result import Comparison
+from cenote.compare.result import Comparison
 
 NOTHING = "–"
 
@@ -25,13 +26,13 @@ class Units:
     digits: int
 
     @classmethod
-    def of(cls, comparison: Comparison) -> Units:
+    def of(cls, comparison: Comparison[Any]) -> Units:
         """Chosen once, so that all numbers of a page can be compared.
 
         >>> Units(percent=True, digits=1).value(0.93449)
         '93.4'
         """
-        if comparison.metric_name == "R2":
+        if not comparison.words.percent:
             return cls(percent=False, digits=3)
         widths = [100 * (high - low) for low, high in (r.interval for r in comparison.results) if high > low]
         narrowest = min(widths, default=1.0)

@@ -128,6 +128,7 @@ def samples(comparison: Comparison, attention: Attention, count: int) -> tuple[S
     drawn = []
     for number, item in enumerate(attention.items[:count]):
         grid = attention.grid if attention.grid and item.tokens == attention.grid[0] * attention.grid[1] else None
+        grid = None if item.unpictured else grid
         looks = []
         for result in comparison.results:
             if result.reference:

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cenote.compare import PairTest
+from cenote.compare import Comparison, PairTest
 from cenote.compare.statistics import SIGNIFICANT
-from cenote.jobs.probe.result import Comparison
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Matrix:
         return self.least_p > SIGNIFICANT
 
 
-def matrix(c: Comparison) -> Matrix | None:
+def matrix(c: Comparison[Any]) -> Matrix | None:
     """All pairs both ways; `None` where there is no pair."""
     if not c.pairs:
         return None

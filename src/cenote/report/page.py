@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import shlex
-from importlib.resources import files as package_files
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
-from markupsafe import Markup
+from jinja2 import UndefinedError
 
 import cenote.core.files as files
 from cenote.core import InputError
+from cenote.jobs.explain.result import JOB as EXPLAIN
+from cenote.jobs.explain.result import Audit
 from cenote.jobs.probe.result import Comparison
 from cenote.report import formats
+from cenote.report.assets import environment, flat, shell
 from cenote.report.attention import Attention
+from cenote.report.audit import render_audit
 from cenote.report.curves import HEIGHT, WIDTH, curves
 from cenote.report.formats import Units
 from cenote.report.layers import layer_map
@@ -25,12 +24,13 @@ from cenote.report.looks import BAR_HEIGHT, FULL_COLOUR, samples
 from cenote.report.matrix import matrix
 from cenote.report.pareto import pareto_plot
 
+PROBE = "probe"
 MOST_BYTES = 3_000_000
 WIDE, NARROW = (920, 430), (360, 400)
 
 
 def write(out: Path) -> Path:
-    """Build `report.html` from what `cenote probe` left in a folder.
+    """Build `report.html` from what `cenote probe` or `cenote explain` left in a folder.
 
     Args:
         out: folder with `comparison.json`; `attention.json` and `attention.safetensors` are drawn where they are present.
@@ -44,24 +44,38 @@ def write(out: Path) -> Path:
     out = Path(out)
     found = out / "comparison.json"
     if not found.is_file():
-        raise InputError(f"out: no comparison.json in {out}; name the folder that `cenote probe --out` wrote")
+        raise InputError(
+            f"out: no comparison.json in {out}; name the folder that `cenote probe --out` or `cenote explain --out` wrote"
+        )
+    job = _job(found)
     try:
-        comparison = Comparison.load(out)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _damaged(found, error) from error
-    attention = Attention.load(out)
+        comparison = (Audit if job == EXPLAIN else Comparison).load(out)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise _damaged(found, error, job) from error
+    attention = None if isinstance(comparison, Audit) else Attention.load(out)
     try:
-        page = render(comparison, attention, out)
-    except (UndefinedError, KeyError) as error:
-        raise _damaged(found, error) from error
+        page = render_audit(comparison) if isinstance(comparison, Audit) else render(comparison, attention, out)
+    except InputError:
+        raise
+    except (UndefinedError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise _damaged(found, error, job) from error
     path = out / "report.html"
     files.write_whole(path, page)
     return path
 
 
-def _damaged(path: Path, error: Exception) -> InputError:
+def _job(path: Path) -> str:
+    """Which command wrote it."""
+    try:
+        raw = files.read_json(path)
+    except (ValueError, OSError) as error:
+        raise _damaged(path, error) from error
+    return EXPLAIN if isinstance(raw, dict) and raw.get("job") == EXPLAIN else PROBE
+
+
+def _damaged(path: Path, error: Exception, job: str = "probe") -> InputError:
     return InputError(
-        f"out: {path} cannot be read ({type(error).__name__}: {error}); run `cenote probe --out {path.parent}` again, "
+        f"out: {path} cannot be read ({type(error).__name__}: {error}); run `cenote {job} --out {path.parent}` again, "
         f"finished methods are not recomputed"
     )
 
@@ -82,37 +96,18 @@ def render(comparison: Comparison, attention: Attention | None = None, out: Path
     """
     count = 0 if attention is None else len(attention.items)
     page = _page(comparison, attention, count, out)
-    while len(page.encode("utf-8")) > MOST_BYTES and count:
+    while len(page.encode("utf-8", "backslashreplace")) > MOST_BYTES and count:
         count //= 2
         page = _page(comparison, attention, count, out)
     return page
 
 
 def _page(c: Comparison, attention: Attention | None, count: int, out: Path | None) -> str:
-    environment = Environment(
-        loader=PackageLoader("cenote.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     units = Units.of(c)
-    environment.filters.update(
-        p=formats.p_value,
-        significant=formats.significant,
-        commas=formats.commas,
-        short=formats.short,
-        size=formats.size,
-        duration=formats.duration,
-        quoted=shlex.quote,
-        moment=formats.moment,
-        value=units.value,
-        difference=units.difference,
-        between=units.between,
-    )
-    script = _asset("behaviour.js")
+    templates = environment(units)
+    templates.filters.update(commas=formats.commas, short=formats.short, size=formats.size, quoted=shlex.quote)
     drawn = () if attention is None else samples(c, attention, count)
-    return environment.get_template("page.html.j2").render(
+    return templates.get_template("page.html.j2").render(
         c=c,
         units=units,
         saved=None if out is None or not (out / "recommended").is_dir() else str(out / "recommended"),
@@ -128,29 +123,6 @@ def _page(c: Comparison, attention: Attention | None, count: int, out: Path | No
         bar_height=BAR_HEIGHT,
         full_colour=FULL_COLOUR,
         localisation=sorted(c.localisation.items(), key=lambda pair: -pair[1]),
-        provenance=_flat(c.provenance),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode(),
-        style=Markup(_asset("style.css")),
-        dark=Markup(_asset("dark.css")),
+        provenance=flat(c.provenance),
+        **shell(),
     )
-
-
-def _asset(name: str) -> str:
-    return (package_files("cenote.report") / "templates" / name).read_text("utf-8")
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as lines.
-
-    >>> _flat({"seeds": [0, 1], "recipe": {"epochs": 40}})
-    [('seeds', '0, 1'), ('recipe: epochs', '40')]
-    """
-    lines: list[tuple[str, str]] = []
-    for name, value in values.items():
-        words = f"{prefix}{name.replace('_', ' ')}"
-        if isinstance(value, dict):
-            lines += _flat(value, f"{words}: ")
-        else:
-            lines.append((words, ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)))
-    return lines

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from cenote.jobs.probe.result import Comparison, MethodResult
+from cenote.compare.result import ArmResult, Comparison
 from cenote.report.axes import Axis
 from cenote.report.formats import Units, significant
 
@@ -50,7 +51,7 @@ class Label:
 class Point:
     """One method."""
 
-    result: MethodResult
+    result: ArmResult
     x: float
     y: float
     top: float
@@ -78,9 +79,9 @@ class ParetoPlot:
     unnamed: tuple[str, ...]
 
 
-def pareto_plot(c: Comparison, units: Units, width: int, height: int) -> ParetoPlot | None:
+def pareto_plot(c: Comparison[Any], units: Units, width: int, height: int) -> ParetoPlot | None:
     """Lay the plot out for a screen; `None` where fewer than two methods have a metric and a latency."""
-    latency = {r.method: math.nan if r.latency_ms is None else r.latency_ms for r in c.results}
+    latency = {r.method: math.nan if r.cost is None else r.cost for r in c.results}
     shown = [r for r in c.results if math.isfinite(r.metric) and math.inf > latency[r.method] > 0]
     if len(shown) < 2:
         return None

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core import Tokens
-from cenote.pool import AttentionalAffine, AttentionalConcat, AttentionalGate, Pooled
+from cenote.pool import AffectiveClassifier, AttentionalAffine, AttentionalConcat, AttentionalGate, Pooled
 from cenote.study.harness import Arms, Check, Findings, Part, Size, above, draw_arms, gate, seeds_of, study
 from cenote.study.harness.batches import split_at, stacked, unstacked
 from cenote.study.harness.training import Together, accuracy, constant, cross_entropy, epochs, fit
@@ -48,6 +48,15 @@ class Conditioned(AttentionalAffine):
     ) -> tuple[Tokens, Pooled]:
         tokens, _ = super()._attended(x, features, mask)
         return tokens, Pooled(tokens.mean(self.condition(tokens.values, features)), tokens.uniform())
+
+
+class Untold(AttentionalConcat):
+    """Plain attention with as many parameters: the features beside the states are always 0."""
+
+    def condition(
+        self, h: Float[Tensor, "*rows dim"], c: Float[Tensor, "*rows features"]
+    ) -> Float[Tensor, "*rows scored"]:
+        return super().condition(h, torch.zeros_like(c))
 
 
 NONE, JOINED, AFFINE = "no lexicon", "joined to the embeddings", "affine"
@@ -75,25 +84,30 @@ class Sentences(NamedTuple):
 
 
 class Reader(nn.Module):
-    """LSTM, attention, linear."""
+    """The whole classifier, with what the arm is told of each word."""
 
     def __init__(self, arm: str) -> None:
         super().__init__()
-        self.joined = arm in (JOINED, JOINED_ASTRAY)
+        joined = arm in (JOINED, JOINED_ASTRAY)
         self.astray = arm in (ASTRAY, JOINED_ASTRAY)
-        self.lstm = nn.LSTM(EMBEDDED + self.joined, WIDTH, batch_first=True)
-        self.conditioned = arm in LAYERS
-        self.attention = LAYERS.get(arm, AttentionalConcat)(WIDTH, 1)
-        self.classifier = nn.Linear(WIDTH, 2)
+        quiet: Any = {"noise": 0.0, "dropout": 0.0, "dropout_states": 0.0}
+        self.model = AffectiveClassifier(
+            1,
+            2,
+            dim=EMBEDDED,
+            way=LAYERS.get(arm, Untold),
+            joined="embeddings" if joined else "nowhere",
+            hidden=WIDTH,
+            **quiet,
+        )
 
     def forward(self, x: Sentences) -> Float[Tensor, "batch classes"]:
-        return self.classifier(self.attention(*self.read(x)))
+        return self.look(x)[0]
 
-    def read(self, x: Sentences) -> tuple[Tensor, Tensor]:
-        """States and what the attention is told of each word."""
+    def look(self, x: Sentences) -> tuple[Float[Tensor, "batch classes"], Float[Tensor, "batch tokens"]]:
+        """Scores of the classes, and the weight of each word."""
         entries = x.astray if self.astray else x.lexicon
-        states, _ = self.lstm(torch.cat([x.words, entries], -1) if self.joined else x.words)
-        return states, entries if self.conditioned else torch.zeros_like(entries)
+        return self.model.attend(x.words, entries)
 
 
 @study
@@ -146,7 +160,7 @@ def run(seed: int, size: Size) -> Findings:
 
 @torch.no_grad()
 def _mass(model: Any, x: Sentences) -> float:
-    weights = model.attention.attend(*model.read(x)).weights.squeeze(1)
+    weights = model.look(x)[1]
     return float((weights * x.lexicon.squeeze(-1)).sum(1).mean())
 
 

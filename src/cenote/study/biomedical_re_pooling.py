@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cenote.pool import DependencyPool, DynamicPool, EntityPool, IndexSetPool, RelationSentences
-from cenote.pool.sequence.biomedical_re_pooling import IndexSets
+from cenote.pool.sequence.biomedical_re_pooling.pools import IndexSets
 from cenote.study.harness import Arms, Check, Findings, Part, Size, above, draw_arms, gate, seeds_of, study
 from cenote.study.harness.batches import split_at, stacked
 from cenote.study.harness.training import Together, accuracy, cross_entropy, epochs, fit

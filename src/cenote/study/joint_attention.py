@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.pool import JointAttention, JointAttentionPool, best_point, gaussian_target
-from cenote.pool.attention.joint_attention.field import coordinates
+from cenote.pool.attention.joint_attention.field import FieldHead, coordinates
 from cenote.study.harness import Arms, Check, Findings, Part, Size, above, draw_arms, gate, seeds_of, study
 from cenote.study.harness.training import descend, shuffled
 
@@ -179,6 +179,7 @@ class Field(nn.Module):
 
     def forward(self, data: Scenes, pixels: Int[Tensor, "pixels"]) -> Float[Tensor, "scenes pixels"]:
         model, points = self.model, coordinates(MAP)[self.order[pixels]]
+        assert isinstance(model.field, FieldHead)
         encoded = model.group.encode(people(data, model.use == ("position", "gaze")), data.mask)
         if model.aggregation == "token_only":
             return model.field.at(encoded.joint.unsqueeze(1), points).squeeze(1)

@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cenote.pool import MLPAttention, YangAttention, ZhouAttention
+from cenote.pool import AttitudeBatch, AttitudeModel, TermVectors, ZhouAttention
+from cenote.pool.sequence.sentiment_attitudes.models import Name
 from cenote.study.harness import Arms, Check, Findings, Part, Size, above, draw_arms, gate, seeds_of, study
 from cenote.study.harness.batches import split_at, stacked, unstacked
 from cenote.study.harness.training import Together, cross_entropy, epochs, fit
@@ -45,47 +46,43 @@ class Sentences(NamedTuple):
 
 
 class Reader(nn.Module):
-    """Embeddings, an encoder, what reads it, linear."""
+    """The whole model of an arm, without dropout; where all terms weigh the same, what scores them is 0 and frozen."""
 
     def __init__(self, arm: str) -> None:
         super().__init__()
-        width = EMBEDDED + 2 * PLACED
-        self.words = nn.Embedding(ENTITY + 2, EMBEDDED)
-        self.places = nn.Embedding(2 * TERMS, PLACED)
-        self.lstm = nn.LSTM(width, HIDDEN, batch_first=True, bidirectional=True) if arm.startswith("LSTM") else None
-        self.cnn = nn.Conv1d(width, 2 * HIDDEN, 3, padding=1) if arm.startswith("CNN") else None
-        self.attention: ZhouAttention | YangAttention | None = None
-        if arm.startswith("LSTM + Zhou"):
-            self.attention = ZhouAttention(2 * HIDDEN)
-        elif arm.startswith("LSTM + Yang"):
-            self.attention = YangAttention(2 * HIDDEN, 32)
-        self.keyed = MLPAttention(width, 2, 10) if arm.startswith("CNN + MLP") else None
+        vectors = TermVectors(ENTITY + 2, EMBEDDED, reach=TERMS, placed=PLACED)
+        self.model = AttitudeModel(
+            _model_of(arm.removesuffix(EVEN)),
+            vectors,
+            filters=2 * HIDDEN,
+            hidden=HIDDEN,
+            attention_hidden=32,
+            dropout=0.0,
+            dropout_states=0.0,
+        )
         if arm.endswith(EVEN):
-            scored_by = self.attention.u if self.attention is not None else cast(MLPAttention, self.keyed).score.weight
+            attention, keyed = self.model.attention, self.model.keyed
+            scored_by = cast(ZhouAttention, attention).u if keyed is None else keyed.score.weight
             nn.init.zeros_(scored_by).requires_grad_(False)
-        self.classifier = nn.Linear(2 * HIDDEN + (0 if self.keyed is None else self.keyed.out_dim), CLASSES)
 
     def forward(self, x: Sentences) -> Float[Tensor, "batch classes"]:
-        embedded = self.embed(x)
-        if self.cnn is not None:
-            pooled = torch.relu(self.cnn(embedded.transpose(1, 2))).amax(2)
-            if self.keyed is not None:
-                pooled = torch.cat([pooled, self.keyed(embedded, x.entities)], -1)
-            return self.classifier(pooled)
-        states = self.states(embedded)
-        if self.attention is not None:
-            return self.classifier(self.attention(states))
-        return self.classifier(torch.cat([states[:, -1, :HIDDEN], states[:, 0, HIDDEN:]], -1))
+        return self.model(AttitudeBatch(*x))
 
-    def embed(self, x: Sentences) -> Float[Tensor, "batch terms width"]:
-        """Vectors of the terms, their distances to both entities among them."""
-        near = [self.places(torch.arange(TERMS) - x.entities[:, i : i + 1] + TERMS) for i in (0, 1)]
-        return torch.cat([self.words(x.terms), *near], -1)
+    def weights(self, x: Sentences) -> Float[Tensor, "batch rows terms"] | None:
+        """What attention from the text alone took from each term."""
+        return None if self.model.attention is None else self.model.attend(AttitudeBatch(*x)).weights
 
-    def states(self, embedded: Float[Tensor, "batch terms width"]) -> Float[Tensor, "batch terms hidden"]:
-        """Of the LSTM, both directions."""
-        assert self.lstm is not None
-        return self.lstm(embedded)[0]
+
+def _model_of(arm: str) -> Name:
+    """What the system calls the model of an arm."""
+    names: dict[str, Name] = {
+        "LSTM + Zhou": "bilstm-zhou",
+        "LSTM + Yang": "bilstm-yang",
+        "CNN + MLP": "att-cnn",
+        "LSTM": "bilstm",
+        "CNN": "cnn",
+    }
+    return names[arm]
 
 
 @study
@@ -101,7 +98,7 @@ def run(seed: int, size: Size) -> Findings:
         modules, losses[arm] = model.modules(), model.losses
         own = unstacked(x, len(seeds))
         arms[arm] = tuple(map(_macro_f1, modules, own, y))
-        if modules[0].attention is not None and not arm.endswith(EVEN):
+        if modules[0].model.attention is not None and not arm.endswith(EVEN):
             mass[arm] = tuple(map(_more_than_share, modules, own))
     gains = {name: [arms.minus(arm, bare) for arm, bare in pairs] for name, pairs in FAMILIES.items()}
 
@@ -164,7 +161,7 @@ def _macro_f1(model: Any, x: Sentences, y: Tensor) -> float:
 
 @torch.no_grad()
 def _more_than_share(model: Any, x: Sentences) -> float:
-    weights = model.attention.attend(model.states(model.embed(x))).weights.squeeze(1)
+    weights = model.weights(x).squeeze(1)
     frames = (x.terms < 2 * FRAMES).float()
     return float((weights * frames).sum(1).mean() - frames.mean())
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_several
 
 Rule = Callable[[Any], str | None]
 
@@ -65,6 +66,7 @@ def run_rules(
         ContractError: with one line per broken rule.
         InputError: where `leave_out` names a rule that there is not.
     """
+    require_several(leave_out=leave_out)
     names = [title(rule) for rule in (*first, *rules)]
     if unknown := sorted(set(leave_out) - set(names)):
         raise InputError(f"leave_out: there is no rule {unknown[0]!r}; the rules are {', '.join(map(repr, names))}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.redrawn import STILL_ALIKE, rank_correlation, redrawn
 from cenote.testing.as_found import AsFound
 from cenote.testing.contract import difference, run_rules
 
 CLOSE = 1e-5
-STILL_ALIKE = 0.9
-"""Rank correlation of two explanations, above which the model behind them seems not to matter."""
 REDRAWS = 3
 UNLIKELY_SEED = 739_204_117
 
@@ -33,15 +31,18 @@ class Explaining(Protocol):
 class _Trial:
     def __init__(self, explainer: Explaining, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         self.explainer, self.model, self.inputs = explainer, model, dict(inputs)
-        self.mask: Tensor = self.inputs["attention_mask"]
-        self.lengths = self.mask.sum(1).tolist()
+        self.mask: Tensor | None = self.inputs.get("attention_mask")
+        first = _images(self.inputs) if self.mask is None else self.mask
+        self.items = 0 if first is None else len(first)
+        # of images every unit is real
+        self.lengths: list[int | None] = [None] * self.items if self.mask is None else self.mask.sum(1).tolist()
 
     def explained(self, **changes: Any) -> Any:
         return self.explainer.explain(self.model, {**self.inputs, **changes})
 
     def item(self, number: int) -> dict[str, Any]:
         """One item without its padding."""
-        real = self.mask[number].bool()
+        real = None if self.mask is None else self.mask[number].bool()
         return {name: _cut(v[number : number + 1], real) for name, v in self.inputs.items()}
 
 
@@ -62,17 +63,20 @@ def check_explainer(
     Args:
         explainer: to check.
         model: in eval mode, with parameters.
-        inputs: a batch of at least two items of different lengths, padded on the right: `input_ids` and `attention_mask`.
+        inputs: a batch of at least two items of different lengths, padded on the right: `input_ids` and `attention_mask`; or
+            at least two images `[batch, channels, height, width]` under the name that the model has for them.
         leave_out: names of rules that are not checked.
 
     Raises:
         ContractError: with one line per broken rule.
         InputError: for inputs that cannot show it, and where `leave_out` names a rule that there is not.
     """
-    mask = inputs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or len(set(mask.sum(1).tolist())) < 2:
+    mask, images = inputs.get("attention_mask"), _images(inputs)
+    uneven = isinstance(mask, Tensor) and mask.dim() == 2 and len(set(mask.sum(1).tolist())) > 1
+    if not (uneven if mask is not None else images is not None and len(images) > 1):
         raise InputError(
-            "inputs: expected input_ids and attention_mask of at least two items of different lengths, padded on the right"
+            "inputs: expected input_ids and attention_mask of at least two items of different lengths, padded on the right, "
+            "or at least two images"
         )
     if model.training or not any(True for _ in model.parameters()):
         raise InputError("model: expected one in eval mode, with parameters")
@@ -85,7 +89,9 @@ def _rule_form(trial: _Trial) -> str | None:
         return f"form: explain gave {type(found).__name__}, expected an Attribution"
     if not bool(found.scores.isfinite().all()):
         return "form: scores are NaN or infinite"
-    if found.units == "tokens" and not torch.equal(found.mask, trial.mask.bool()):
+    if trial.mask is None and not bool(found.mask.all()):
+        return "form: the mask leaves units of an image out"
+    if trial.mask is not None and found.units == "tokens" and not torch.equal(found.mask, trial.mask.bool()):
         return "form: the mask is not that of the tokens"
     return None
 
@@ -100,10 +106,12 @@ def _rule_batch_mates(trial: _Trial) -> str | None:
 
 
 def _rule_left_padding(trial: _Trial) -> str | None:
+    if trial.mask is None:
+        return None
     found = trial.explained()
     longest = int(trial.mask.shape[1])
     for number, length in enumerate(trial.lengths):
-        if length == longest:
+        if length is None or length == longest:
             continue
         item = trial.item(number)
         left = {n: nn.functional.pad(v, (longest - length, 0)) if v.dim() == 2 else v for n, v in item.items()}
@@ -132,7 +140,7 @@ def _rule_determinism(trial: _Trial) -> str | None:
 
 
 def _rule_target(trial: _Trial) -> str | None:
-    zero = torch.zeros(len(trial.mask), dtype=torch.long)
+    zero = torch.zeros(trial.items, dtype=torch.long)
     first, second = (trial.explainer.explain(trial.model, trial.inputs, t).scores for t in (zero, zero + 1))
     same = torch.equal(first, second)
     if trial.explainer.class_agnostic and not same:
@@ -149,14 +157,9 @@ def _rule_reacts_to_the_model(trial: _Trial) -> str | None:
         return "reacts to the model: all units of every item have one score"
     alike = []
     for seed in range(REDRAWS):
-        other = copy.deepcopy(trial.model)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for p in other.parameters():
-                if p.dim() > 1:
-                    p.copy_(p.std() * torch.randn(p.shape, generator=generator))
-        found = trial.explainer.explain(other, trial.inputs).scores
-        alike += [_spearman(a[:n], b[:n]) for a, b, n in zip(scores, found, trial.lengths, strict=True) if n > 2]
+        found = trial.explainer.explain(redrawn(trial.model, seed), trial.inputs).scores
+        both = ((a[:n], b[:n]) for a, b, n in zip(scores, found, trial.lengths, strict=True))
+        alike += [rank_correlation(a, b) for a, b in both if len(a) > 2]
     if alike and sum(alike) / len(alike) > STILL_ALIKE:
         return f"reacts to the model: with random weights ranks agree by {sum(alike) / len(alike):.2f} still"
     return None
@@ -185,16 +188,14 @@ def _output(model: nn.Module, inputs: Mapping[str, Any], length: int) -> Tensor:
     return first[:, -length:] if first.dim() > 2 else first
 
 
-def _spearman(a: Tensor, b: Tensor) -> float:
-    import scipy.stats
-
-    if bool((a == a[0]).all()) or bool((b == b[0]).all()):
-        return 0.0
-    return float(scipy.stats.spearmanr(a.detach().cpu().numpy(), b.detach().cpu().numpy()).statistic)
+def _cut(value: Tensor, real: Tensor | None) -> Tensor:
+    return value[:, real] if real is not None and value.dim() > 1 and value.shape[1] == len(real) else value
 
 
-def _cut(value: Tensor, real: Tensor) -> Tensor:
-    return value[:, real] if value.dim() > 1 and value.shape[1] == len(real) else value
+def _images(inputs: Mapping[str, Any]) -> Tensor | None:
+    """The one batch of images among them."""
+    found = [v for v in inputs.values() if isinstance(v, Tensor) and v.dim() == 4]
+    return found[0] if len(found) == 1 else None
 
 
 _RULES = (

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_several
 from cenote.models.live import (
     AttentionCall,
     AttentionEdit,
@@ -86,6 +87,7 @@ def check_live(
         ContractError: with one line per broken rule.
         InputError: where `leave_out` names a rule that there is not.
     """
+    require_several(implementations=implementations)
     names = list(implementations) if not isinstance(model, nn.Module) else ["as given"]
     if not names or rounds < 1:
         raise InputError(f"implementations, rounds: expected at least one of each, got {names} and {rounds}")
@@ -396,7 +398,8 @@ def _rule_a_cache_changes_nothing(t: _Trial) -> str | None:
         raise _NotApplicableError("the plain model's cache changes its outputs")
     with t.entering(t.model, _Towards(2), spans=span):
         by_step = cached()
-    with t.entering(t.model, _Towards(2), spans=span):
+    whole = {"named": torch.nn.functional.pad(span["named"], (0, tokens - cut))}
+    with t.entering(t.model, _Towards(2), spans=whole):
         once = model(input_ids=words, use_cache=False).logits
     apart = _apart(by_step, once)
     return f"decoding with a cache differs from without by {apart:.3g}, expected at most 2e-5" if apart > 2e-5 else None

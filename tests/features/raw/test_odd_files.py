@@ -280,3 +280,10 @@ def test_sounds_of_floating_point_numbers_cause_no_warning(tmp_path: Path) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(_at_rate(sound.samples, sound.rate, 16000)) == 30
+
+
+def test_what_cenote_wrote_among_the_data_is_no_item(tmp_path: Path) -> None:
+    photo(tmp_path / "cat" / "1.png")
+    photo(tmp_path / "cenote-out" / "shown.png")
+    (tmp_path / "cenote-out" / "comparison.json").write_text("{}")
+    assert ids(open_raw(tmp_path)) == ["cat/1.png"]

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ from tests import tiny
 from cenote.core import InputError
 from cenote.features import read
 from cenote.features.raw import RawItems, open_raw
-from cenote.features.store import ShardEntry, finished_shards
-from cenote.jobs.extract import Job, LocalEngine, ModelSpec, Options, Shard, extract
+from cenote.features.store import Manifest, ShardEntry, finished_shards
+from cenote.jobs.extract import Job, LocalEngine, ModelSpec, Options, Shard, extract, job
 
 from .conftest import Photos, content
 
@@ -45,22 +46,28 @@ def shard_file(store: Path, number: int) -> Path:
     return finished_shards(store)[number].path
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow("20 runs are killed"))])
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow("50 runs are killed"))])
 def test_killed_at_random_moments(
     tmp_path: Path, items: RawItems, vit: ModelSpec, reference: dict[str, bytes], kills: int
 ) -> None:
-    out = tmp_path / "killed"
+    out, room = tmp_path / "killed", tmp_path / "room"
+    room.mkdir()
     program = Path(__file__).with_name("killed.py")
     done = subprocess.run(
         [sys.executable, program, vit.name, tmp_path / "photos", out, str(kills), "0"],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(program.parents[3])},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(str(program.parents[3] / f) for f in ("src", ".")),
+            "TMPDIR": str(room),
+        },
     )
     assert done.returncode == 0, done.stderr
+    assert list(room.iterdir()) == []
     finished = json.loads(done.stdout)
     assert len(finished) == kills
-    assert any(0 < n < 7 for n in finished) or kills < 20
+    assert any(0 < n < 7 for n in finished) or kills < 50
     assert content(out) == reference
     assert read(out).batch is not None
 
@@ -70,8 +77,8 @@ def test_what_a_killed_run_left_half_written_is_taken_away(
 ) -> None:
     """A kill may also come while one of the small files is written; random moments seldom meet it."""
     for name in (
-        ".manifest.json.ab12cd34",
-        ".times.json.ab12cd34",
+        ".manifest.json.ab12cd34.unfinished",
+        ".times.json.ab12cd34.unfinished",
         ".items.parquet-77",
         "shards/.unfinished-000003-a-77",
     ):
@@ -150,11 +157,9 @@ def test_lost_or_cut_manifest_and_listing(
     file.unlink() if damage == "lost" else file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(InputError, match=rf"{name}|is no feature store|holds no"):
         read(store)
-    if (name, damage) == ("manifest.json", "cut"):
-        with pytest.raises(InputError, match="delete it and run the same cenote extract again"):
-            extract(items, vit, store, OPTIONS)
-        file.unlink()
-    assert extract(items, vit, store, OPTIONS).computed == 0
+    told: list[str] = []
+    assert extract(items, vit, store, OPTIONS, on_message=told.append).computed == 0
+    assert told == (["manifest.json is damaged: written again"] if (name, damage) == ("manifest.json", "cut") else [])
     assert content(store) == reference
 
 
@@ -197,6 +202,24 @@ def test_two_writers_at_once(tmp_path: Path, items: RawItems, vit: ModelSpec, re
 
     extract(items, vit, out, OPTIONS, engine=Second())
     assert f"another cenote extract is writing to {out} (process {os.getpid()} on" in seen[0]
+    assert content(out) == reference
+
+
+def test_what_another_writer_finished_meanwhile_is_heeded(
+    tmp_path: Path, items: RawItems, vit: ModelSpec, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the folder and its lock: the manifest that was not there is not written over."""
+    out, planned, calls = tmp_path / "store", job.planned, []
+
+    def late(*arguments: Any) -> Manifest:
+        calls.append(arguments)
+        if len(calls) == 1:
+            extract(items, vit, out, OPTIONS)
+        return planned(*arguments)
+
+    monkeypatch.setattr(job, "planned", late)
+    with pytest.raises(InputError, match="was made otherwise"):
+        extract(items, vit, out, replace(OPTIONS, dtype="float32"))
     assert content(out) == reference
 
 
@@ -307,6 +330,21 @@ def test_input_changed_between_runs(tmp_path: Path, store: Path, vit: ModelSpec,
     with pytest.raises(InputError, match=r"1 gone \('cat/003.png'\), 1 new \('dog/new.png'\)"):
         extract(open_raw(folder), vit, store, OPTIONS)
     assert content(store) == reference
+
+
+def test_input_is_compared_by_its_bytes_whatever_the_dates(tmp_path: Path, store: Path, vit: ModelSpec) -> None:
+    """A store that was copied later, shards dated in the future, a file put back with its size and its time."""
+    file = tmp_path / "photos" / "cat" / "001.png"
+    data, made = bytearray(file.read_bytes()), file.stat()
+    data[-1] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(made.st_atime_ns, made.st_mtime_ns))
+    for shard in finished_shards(store).values():
+        os.utime(shard.path, (2**32, 2**32))
+    copied = shutil.copytree(store, tmp_path / "copied")
+    for folder in (store, copied):
+        with pytest.raises(InputError, match=r"item 'cat/001.png' has changed since it was extracted"):
+            extract(open_raw(tmp_path / "photos"), vit, folder, OPTIONS)
 
 
 def test_shard_of_another_store(tmp_path: Path, store: Path, items: RawItems, vit: ModelSpec) -> None:

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -37,6 +39,12 @@ def make_ragged(items: int = 60, dim: int = 8, seed: int = 0) -> TokenDataset:
         ids=tuple(f"bag{i}" for i in range(items)),
         split=(torch.arange(items) // 2 % 3).long(),
     )
+
+
+@pytest.fixture(autouse=True)
+def _in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no workers are asked for, a clock decides whether processes pay, and with it the order of what is told."""
+    monkeypatch.setattr("cenote.compare.engine.PROCESSES_PAY_FROM", math.inf)
 
 
 @pytest.fixture

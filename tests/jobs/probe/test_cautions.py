@@ -11,7 +11,15 @@ from tests.jobs.probe.conftest import make_dataset, make_ragged
 from cenote.core.graphs import Graphs
 from cenote.features.dataset import TokenDataset
 from cenote.jobs.probe import Comparison, MethodResult, Recipe, compare
-from cenote.jobs.probe.cautions import at_the_edge, odd_features, small_test, still_improving
+from cenote.jobs.probe.cautions import (
+    Seen,
+    at_the_edge,
+    diverged,
+    odd_features,
+    odd_targets,
+    small_test,
+    still_improving,
+)
 
 RECIPE = Recipe(learning_rates=(1e-3, 1e-2, 1e-1), epochs=10)
 
@@ -75,6 +83,42 @@ def test_items_on_both_sides_of_the_split() -> None:
     within = data.x.clone()
     within[test] = within[int(data.indices("test")[6])]
     assert odd_features(dataclasses.replace(data, x=within)) == ()
+
+
+def test_items_on_both_sides_of_folds() -> None:
+    data = make_dataset()
+    one, other = data.indices("train")[:2].tolist()
+    x = data.x.clone()
+    x[other] = x[one]
+    twice = dataclasses.replace(data, x=x)
+    assert odd_features(twice) == ()
+    (told,) = odd_features(twice, Seen.of(twice, in_folds=True))
+    assert told.startswith(
+        f"1 of 90 test items have the same features as another item, which is trained on in some fold ('item{other}' as "
+        f"'item{one}')"
+    )
+    groups = tuple("pair" if i in (one, other) else str(i) for i in range(len(data)))
+    kept = dataclasses.replace(twice, groups=groups)
+    assert odd_features(kept, Seen.of(kept, in_folds=True)) == ()
+
+
+def test_targets_that_32_bits_hardly_resolve() -> None:
+    data = make_dataset()
+    y = torch.randn(len(data), 2, generator=torch.Generator().manual_seed(0))
+    for shift, told in ((1e3, 0), (1e5, 1)):
+        targets = torch.stack([y[:, 0], y[:, 1] + shift], 1)
+        found = odd_targets(dataclasses.replace(data, y=targets, task="regression", classes=("age", "time")))
+        assert len(found) == told
+        assert all(text.startswith("time varies by ") and "around 1e+05, which" in text for text in found)
+    assert odd_targets(data) == ()
+
+
+def test_losses_that_are_no_numbers() -> None:
+    nan = float("nan")
+    result = compare(make_dataset(), ["mean"], seeds=1, recipe=Recipe(epochs=1), references=False)["mean"]
+    assert diverged(result) == ()
+    (told,) = diverged(dataclasses.replace(result, train_loss=((0.5, 0.4, nan), (0.5, nan, nan))))
+    assert told.startswith("the loss of mean was no finite number from epoch 2 on")
 
 
 def test_graphs_with_the_same_nodes_and_other_edges_are_no_copies() -> None:
@@ -162,3 +206,23 @@ def test_the_comparison_tells_them(tmp_path: Path) -> None:
     assert len(c["mean"].validation_by_rate) == 2
     assert max(c["mean"].validation_by_rate) == pytest.approx(np.mean(c["mean"].validation_per_seed))
     assert Comparison.load(tmp_path).cautions == c.cautions
+
+
+def test_the_same_data_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, looked = make_dataset(dim=10), []
+    x = data.x.clone()
+    x[:, :, 4] = 7.0
+    x[int(data.indices("test")[0])] = x[int(data.indices("train")[0])]
+    data = dataclasses.replace(data, x=x)
+    own = Seen.of.__func__  # type: ignore[attr-defined]
+    monkeypatch.setattr(Seen, "of", classmethod(lambda cls, d, in_folds: looked.append(d) or own(cls, d, in_folds)))
+    recipe = Recipe(learning_rates=(1e-2,), epochs=1)
+    first, again = (compare(data, ["mean", "max"], seeds=1, recipe=recipe, out=tmp_path) for _ in range(2))
+    assert len(looked) == 1
+    assert first.cautions == again.cautions
+    assert any("1 of 30 test items" in text for text in first.cautions)
+    assert any("1 of 10 features never change" in text for text in first.cautions)
+    (tmp_path / "seen.safetensors").write_bytes(b"cut")
+    assert compare(data, ["mean", "max"], seeds=1, recipe=recipe, out=tmp_path).cautions == first.cautions
+    compare(data.with_split(data.split.flip(0)), ["mean", "max"], seeds=1, recipe=recipe, out=tmp_path)
+    assert len(looked) == 3

@@ -1,11 +1,11 @@
 import dataclasses
-import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from cenote.compare import processes, verdict
 from cenote.compare.cells import load_cell
 from cenote.compare.statistics import holm
 from cenote.core import InputError
+from cenote.core.files import sealed
 from cenote.features.dataset import TokenDataset
 from cenote.jobs.probe import Comparison, Recipe, compare
 from cenote.jobs.probe.arms import chosen_methods
@@ -132,7 +133,7 @@ def test_a_killed_run_leaves_only_whole_cells(tmp_path: Path) -> None:
         [sys.executable, "-c", KILLED, str(tmp_path)], cwd=root, env={**os.environ, "PYTHONPATH": path}
     )
     cells = tmp_path / "cells"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not list(cells.glob("*.safetensors")) and time.monotonic() < deadline and run.poll() is None:
         time.sleep(0.01)
     run.send_signal(signal.SIGKILL)
@@ -145,6 +146,39 @@ def test_a_killed_run_leaves_only_whole_cells(tmp_path: Path) -> None:
     done = {p.name: p.stat().st_mtime_ns for p in left}
     compare(make_dataset(), ["mean", "max", "gem", "simpool"], seeds=1, out=tmp_path, recipe=recipe)
     assert {name: (cells / name).stat().st_mtime_ns for name in done} == done
+
+
+@pytest.mark.slow("50 probes with workers are killed")
+@pytest.mark.timeout(7200)
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+def test_probes_that_are_killed_leave_nothing_behind(tmp_path: Path) -> None:
+    program, room = Path(__file__).with_name("killed.py"), tmp_path / "room"
+    room.mkdir()
+    kills = 50
+    done = subprocess.run(
+        [sys.executable, program, tmp_path / "killed", str(kills), "0"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(room)},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == kills
+    assert {f["signal"] for f in found} == {"SIGKILL", "SIGTERM"}
+    assert any(0 < f["cells"] < len(ROWS) for f in found)
+    assert [f["living"] for f in found if f["living"]] == []
+    # a folder that was there before any worker was is removed at the next start
+    assert all(f["left"] == [] or f["signal"] == "SIGKILL" for f in found)
+    assert list(room.iterdir()) == []
+    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    one, other = Comparison.load(killed), Comparison.load(undisturbed)
+    timed: dict[str, Any] = {"latency_ms": None, "seconds": 0.0}
+    assert {r.method: dataclasses.replace(r, **timed) for r in one.results} == {
+        r.method: dataclasses.replace(r, **timed) for r in other.results
+    }
+    assert one.pairs == other.pairs
+    names = [sorted(str(f.relative_to(folder)) for f in folder.rglob("*")) for folder in (killed, undisturbed)]
+    assert names[0] == names[1]
 
 
 def test_processes_give_the_same(tmp_path: Path) -> None:
@@ -161,21 +195,6 @@ def test_processes_give_the_same(tmp_path: Path) -> None:
     assert again.results == together.results
 
 
-def test_processes_tell_how_far_they_are(toy: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "LOOK_SECONDS", 0.01)
-    told: dict[str, list[float]] = {}
-    recipe = Recipe(learning_rates=(1e-2,), epochs=50, patience=50)
-    compare(
-        toy, METHODS, seeds=1, recipe=recipe, workers=2, on_method=lambda name, share: told.setdefault(name, []).append(share)
-    )  # fmt: skip
-    assert set(told) == ROWS
-    for shares in told.values():
-        assert shares == sorted(shares)
-        assert shares.count(1.0) == 1
-    # the baseline is trained here; of the two that are not, each takes longer than a look
-    assert len(told["simpool"]) > 1
-
-
 def test_ctrl_c_in_processes_keeps_what_is_done(toy: TokenDataset, tmp_path: Path) -> None:
     finished: list[str] = []
 
@@ -190,19 +209,37 @@ def test_ctrl_c_in_processes_keeps_what_is_done(toy: TokenDataset, tmp_path: Pat
     assert compare(toy, METHODS, seeds=1, recipe=QUICK, out=tmp_path).complete
 
 
+def test_threads_of_one_process_give_the_same_and_leave_the_generator_as_it_was() -> None:
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+
+    def run(_: int) -> list[tuple[float, ...]]:
+        return [r.metric_per_seed for r in compare(make_dataset(), ["max", "simpool"], seeds=1, recipe=QUICK).results]
+
+    alone = run(0)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, range(2))) == [alone, alone]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+
+
+def test_a_saved_probe_leaves_the_generator_as_it_was(toy: TokenDataset, tmp_path: Path) -> None:
+    compare(toy, ["simpool"], seeds=1, recipe=QUICK, out=tmp_path)
+    before = torch.get_rng_state()
+    cenote.load(tmp_path / "best")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_two_do_not_write_to_one_folder(toy: TokenDataset, tmp_path: Path) -> None:
+    def second(name: str, share: float) -> None:
+        with pytest.raises(InputError, match="out: another comparison is writing to"):
+            compare(toy, ["mean"], seeds=1, recipe=QUICK, out=tmp_path)
+
+    compare(toy, ["mean"], seeds=1, recipe=QUICK, out=tmp_path, on_method=second)
+
+
 def test_what_a_dead_process_left_is_trained_here(toy: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "_run", lambda _number: os._exit(1))
     with pytest.warns(UserWarning, match="a process died"):
-        c = compare(toy, METHODS, seeds=1, recipe=QUICK, workers=2)
-    assert {r.method for r in c.results} == ROWS
-
-
-def test_without_room_for_the_data_methods_train_in_turn(toy: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.warns(UserWarning, match="No space left"):
         c = compare(toy, METHODS, seeds=1, recipe=QUICK, workers=2)
     assert {r.method for r in c.results} == ROWS
 
@@ -389,18 +426,24 @@ def test_wrong_saved_probes_are_named(tmp_path: Path, toy: TokenDataset) -> None
         ({"layers": None}, "layers: expected list, got None"),
     ]
     for change, told in changes:
-        (best / "probe.json").write_text(json.dumps({**card, **change}), "utf-8")
+        (best / "probe.json").write_text(json.dumps(sealed({**card, **change})), "utf-8")
         with pytest.raises(InputError, match=told) as caught:
             cenote.load(best)
         assert "\n" not in str(caught.value)
-    for text in ("", "[]", "null", "{}", json.dumps({k: v for k, v in card.items() if k != "task"})):
+    for text in (
+        "",
+        "[]",
+        "null",
+        json.dumps(sealed({})),
+        json.dumps(sealed({k: v for k, v in card.items() if k != "task"})),
+    ):
         (best / "probe.json").write_text(text, "utf-8")
         with pytest.raises(InputError, match=r"probe\.json: is damaged .*; run cenote probe again"):
             cenote.load(best)
-    (best / "probe.json").write_text(json.dumps({k: v for k, v in card.items() if k != "layers"}), "utf-8")
+    (best / "probe.json").write_text(json.dumps(sealed({k: v for k, v in card.items() if k != "layers"})), "utf-8")
     assert cenote.load(best).layers == ()
     (best / "probe.safetensors").write_bytes(b"broken")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"probe\.safetensors: is damaged .*; run cenote probe again"):
         cenote.load(best)
 
 
@@ -408,7 +451,10 @@ def test_the_sentence_says_who_wins_and_by_how_much(toy: TokenDataset) -> None:
     c = compare(toy, METHODS, seeds=1, recipe=QUICK)
     won = dataclasses.replace(
         c,
+        # what a clock said decides what to use
+        results=tuple(dataclasses.replace(r, latency_ms=0.5 if r.method == "mean" else 1.0) for r in c.results),
         winner="max",
+        recommended="max",
         metric_name="accuracy",
         against_baseline=tuple(
             dataclasses.replace(t, difference=0.061, interval=(0.042, 0.08), p_adjusted=0.001)
@@ -417,8 +463,11 @@ def test_the_sentence_says_who_wins_and_by_how_much(toy: TokenDataset) -> None:
         against_winner=(dataclasses.replace(c.pairs[0], first="simpool", second="max", p_adjusted=0.6),),
     )
     text = verdict.sentence(won)
-    assert text.startswith("max beats mean by 6.1 points (4.2 to 8.0) and costs ")
-    assert text.endswith("times the time; simpool is not distinguishable from it.")
+    assert text == (
+        "max beats mean by 6.1 points (4.2 to 8.0) and costs 2.0 times the time; simpool is not distinguishable from it."
+    )
+    advised = verdict.sentence(dataclasses.replace(won, recommended="mean"))
+    assert advised == f"{text} Use mean: it cannot be told from max, and takes 0.5 times the time."
     unsure = dataclasses.replace(
         won, against_baseline=tuple(dataclasses.replace(t, p_adjusted=0.3) for t in won.against_baseline)
     )

@@ -11,7 +11,7 @@ import cenote
 from cenote.compare.metrics import accuracy, auroc, mean_average_precision, r2
 from cenote.core import InputError
 from cenote.features.dataset import TokenDataset
-from cenote.jobs.probe import training
+from cenote.jobs.probe import compare, training
 from cenote.jobs.probe.module import Probe, build_probe
 from cenote.jobs.probe.recipe import Recipe
 
@@ -199,3 +199,29 @@ def test_a_probe_that_an_earlier_version_pickled_drops_what_it_dropped() -> None
     old.__setstate__(state)
     x = torch.randn(3, 5, 4)
     torch.testing.assert_close(old(x), probe(x))
+
+
+def test_logits_that_are_no_numbers_are_never_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = make_dataset(classes=2)
+    predict, calls = training._Ensemble.predict, []
+
+    def broken(ensemble: training._Ensemble, data: TokenDataset, items: Tensor, recipe: Recipe) -> Tensor:
+        logits = predict(ensemble, data, items, recipe)
+        calls.append(len(logits))
+        # all of one learning rate, and of the other those of the first epochs
+        logits[1] = float("nan")
+        logits[0] = float("nan") if len(calls) < 3 else logits[0]
+        return logits
+
+    monkeypatch.setattr(training._Ensemble, "predict", broken)
+    trained = training.train(lambda: build_probe("mean", toy), toy, auroc, (0,), QUICK)
+    assert trained.learning_rate == QUICK.learning_rates[0]
+    assert trained.epochs[0] >= 3
+    assert 0.5 < trained.validation[0] <= 1
+    assert trained.by_rate[1] == -float("inf")
+
+
+def test_features_whose_squares_overflow_are_told() -> None:
+    data = make_dataset(classes=2)
+    with pytest.raises(InputError, match="mean: gives NaN or infinity on 30 of 30 units"):
+        compare(dataclasses.replace(data, x=data.x * 1e30), ["mean"], seeds=1, recipe=QUICK, references=False)

@@ -793,6 +793,27 @@ def test_what_cannot_be_edited_is_refused() -> None:
         Branches([])
     with pytest.raises(InputError, match="needs 'named'"):
         Branches([Branch(ragged, edits=[Towards()])]).generate(model, **GREEDY)
+    wrong: list[tuple[Any, str]] = [
+        (lambda: Branches([ragged]), r"expected Branch\(inputs\), got dict as branch 0"),  # type: ignore[list-item]
+        (lambda: Branches(Branch(ragged)), "give a list"),  # type: ignore[arg-type]
+        (lambda: Branch(ragged["input_ids"]), "inputs: expected those of model.generate by name"),  # type: ignore[arg-type]
+        (lambda: Branch(ragged, "2"), "weight: expected a finite number, got '2'"),  # type: ignore[arg-type]
+        (lambda: Branch(ragged, float("nan")), "weight: expected a finite number, got nan"),
+        (lambda: Branch(ragged, edits=Towards()), "edits: expected a list of them, got Towards"),  # type: ignore[arg-type]
+        (lambda: Branches([Branch({"input_ids": torch.ones(1, 3)})]).generate(model, **GREEDY), "are torch.float32"),
+        (
+            lambda: Branches([Branch({"input_ids": words(1, 2, 1), "attention_mask": [[1, 1]]})]).generate(
+                model, **GREEDY
+            ),
+            "attention_mask of branch 0 is list",
+        ),
+    ]
+    for make, says in wrong:
+        with pytest.raises(InputError, match=says):
+            make()
+    recorder = RowRecorder()
+    with pytest.raises(InputError, match="this RowRecorder is given twice"):
+        Branches([Branch(ragged, edits=[recorder])] * 2).generate(model, **GREEDY)
     two = [Branch(ragged), Branch({"input_ids": words(4, 6, 2)}, edits=[Towards()], spans=spans)]
     with pytest.raises(InputError, match=r"of branch 1 is \(4, 9\)"):
         Branches(two).generate(model, **GREEDY)

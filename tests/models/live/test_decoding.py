@@ -103,7 +103,8 @@ def test_a_cache_changes_nothing(name: str, attention: str) -> None:
     words = cached.sequences[:, :-1]
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)
     positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    with torch.no_grad(), edited(model, TowardsBehind(8), spans=spans):
+    behind = {name: torch.nn.functional.pad(span, (0, 4)) for name, span in spans.items()}
+    with torch.no_grad(), edited(model, TowardsBehind(8), spans=behind):
         once = model(input_ids=words, attention_mask=mask, **positions).logits[:, 8:]
     for step, logits in enumerate(cached.logits):
         assert torch.allclose(logits, once[:, step], atol=2e-5)

@@ -28,6 +28,7 @@ from cenote.models.live import (
     DenoisingStep,
     Look,
     MapRecorder,
+    Place,
     RowEdit,
     RowRecorder,
     Where,
@@ -198,6 +199,12 @@ class Louder(RowEdit):
 
 
 CAT = torch.tensor([[False, True, False, False, False], [False, False, True, True, False]])
+
+
+def test_kinds_are_several() -> None:
+    place = Place(0, "cross", "blocks", "blocks.0.attn2", nn.Identity())
+    with pytest.raises(InputError, match="kinds: expected names"):
+        AttentionMaps({place: torch.full((1, 2, 16, 5), 0.2)}).mean(4, 4, kinds="cross")  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------------- what stays as it is

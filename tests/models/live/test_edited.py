@@ -26,6 +26,7 @@ from cenote.models.live import (
     Place,
     RowEdit,
     RowRecorder,
+    ScaledHeads,
     StateRecorder,
     Where,
     attentions,
@@ -33,6 +34,7 @@ from cenote.models.live import (
     edited,
     embeddings,
     final_norm,
+    of_part,
     recorded,
     stacks,
 )
@@ -111,6 +113,43 @@ def test_spans_of_other_tokens_are_an_error(wrong: Tensor, says: str) -> None:
     model, words = llama()
     with pytest.raises(InputError, match=says), edited(model, RowRecorder("a"), spans={"a": wrong}):
         logits(model, words)
+
+
+class Rereading(RowEdit):
+    """Looks at its span only where it edits rows, and chooses them without it."""
+
+    asks = ("a",)
+
+    def queries(self, call: AttentionCall) -> Tensor:
+        return call.last()
+
+    def rows(self, call: AttentionCall, weights: Tensor) -> Tensor:
+        return torch.where(call.keys_in("a")[:, None, None], 2 * weights, weights)
+
+
+def test_a_short_span_is_refused_where_rows_alone_look_at_it() -> None:
+    model, words = llama()
+    short = {"a": span(1, tokens=8)}
+    with pytest.raises(InputError, match=r"'a' is of 8 tokens.* reads 9"), edited(model, Rereading(), spans=short):
+        logits(model, words)
+    # a second prompt in the same context is no decoding of the first
+    with edited(model, Rereading(), spans=short):
+        logits(model, words[:, :8])
+        with pytest.raises(InputError, match=r"'a' is of 8 tokens.* reads 12"):
+            logits(model, words.repeat(1, 2)[:, :12])
+    with edited(model, Rereading(), spans=short):
+        # without a cache, one token more each time
+        logits(model, words[:, :8])
+        logits(model, words)
+
+
+def test_drafts_behind_a_prompt_are_named_where_a_span_is_asked_for() -> None:
+    model, _ = llama()
+    words = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
+    options = {"max_new_tokens": 20, "do_sample": False, "prompt_lookup_num_tokens": 3}
+    whole = {"a": span(1, batch=1, tokens=10)}
+    with pytest.raises(InputError, match=r"without drafts.*prompt_lookup"), edited(model, Rereading(), spans=whole):
+        model.generate(words, attention_mask=torch.ones_like(words), **options)
 
 
 def test_an_unknown_span_names_the_known_ones() -> None:
@@ -521,6 +560,70 @@ def test_blocks_that_are_named_must_be_there() -> None:
     assert {place.block for place in found["rows"]} == set(range(1, len(model.model.layers)))
     with pytest.raises(InputError, match=r"blocks: expected numbers.* got 1"):
         Where(blocks=1)  # type: ignore[arg-type]
+
+
+def test_one_text_is_no_list_of_names() -> None:
+    with pytest.raises(InputError, match=r"kinds: expected names, such as \['self'\], got the one text 'self'"):
+        Where(kinds="self")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"blocks: expected numbers.* got '12'"):
+        Where(blocks="12")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="stacks: expected names"):
+        of_part(Scaled(1.0), 0, 2, stacks="layers")
+    model, _ = llama()
+    edit = Scaled(1.0)
+    edit.asks = "image"
+    with pytest.raises(InputError, match="asks: expected names"), edited(model, edit):
+        pytest.fail("entered")
+
+
+@pytest.mark.parametrize("make", [RowRecorder, StateRecorder, HeadRecorder])
+def test_what_remembers_stands_in_one_place_at_a_time(make: Callable[[], Any]) -> None:
+    model, words = llama()
+    recorder = make()
+    with pytest.raises(InputError, match=f"this {make.__name__} is given twice"), edited(model, recorder, recorder):
+        pytest.fail("entered")
+    of_parts = [of_part(recorder, number, 2) for number in range(2)]
+    with pytest.raises(InputError, match=f"this {make.__name__} is given twice"), edited(model, *of_parts):
+        pytest.fail("entered")
+    with edited(model, recorder):
+        with pytest.raises(InputError, match="entered already"), edited(model, recorder):
+            pytest.fail("entered")
+        logits(model, words)
+    with edited(model, recorder):
+        logits(model, words)
+    found = recorder.written if isinstance(recorder, StateRecorder) else recorder.found
+    assert {len(kept) for kept in found.values()} == {1}
+
+
+def test_an_edit_without_memory_may_act_twice() -> None:
+    model, words = llama()
+    half, quarter = Scaled(0.5), Scaled(0.25)
+    with edited(model, quarter):
+        expected = logits(model, words)
+    with edited(model, half, half):
+        assert torch.allclose(logits(model, words), expected, atol=1e-6)
+    with edited(model, half), edited(model, half):
+        assert torch.allclose(logits(model, words), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: ScaledHeads([1.0]), "factors: expected a tensor for each block.* got list"),
+        (lambda: ScaledHeads({0: [1.0]}), "factors: expected a tensor for block 0, got list"),
+        (lambda: ScaledHeads({0: torch.full((4,), torch.nan)}), "factors: of block 0 hold NaN"),
+        (lambda: ScaledHeads({"0": torch.ones(4)}), "factors: expected numbers of blocks, got .0."),
+        (lambda: ScaledHeads({0: torch.ones(4)}, at=[0]), r"at: expected places.* got \[0\]"),
+        (lambda: AddedStates({0: 1.0}), "vectors: expected a tensor for block 0, got float"),
+        (lambda: AddedStates({0: torch.tensor([torch.inf])}), "vectors: of block 0 hold NaN or infinite"),
+        (lambda: AblatedHeads([0, 1]), r"heads: expected pairs.* got 0"),
+        (lambda: AblatedHeads([(0, 1.5)]), r"heads: expected pairs.* got \(0, 1.5\)"),
+        (lambda: RowRecorder(at="self"), "at: expected places"),
+    ],
+)
+def test_what_an_edit_is_made_of_is_checked(make: Callable[[], Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        make()
 
 
 def test_vectors_fit_the_states() -> None:

@@ -12,11 +12,30 @@ from typing import Any
 import pytest
 import torch
 from tests.models.live import zoo
+from torch import Tensor
 
 from cenote.core.interrupts import uninterrupted
-from cenote.models.live import AddedStates, RowRecorder, Shorten, edited, left, seats, shorten, swapped, transformers
+from cenote.models.live import (
+    AddedStates,
+    DenoisingStep,
+    RowRecorder,
+    Shorten,
+    Where,
+    denoising,
+    edited,
+    left,
+    seats,
+    shorten,
+    swapped,
+    transformers,
+)
+from cenote.models.live.edited import _REMEMBERING as remembering
 from cenote.models.live.sdpa import _before as forwards
 from cenote.testing.as_found import fingerprint
+
+FILES = tuple(
+    f"live/{name}.py" for name in ("denoise", "edited", "transformers", "sdpa", "seats", "left", "shorten", "swapped")
+)
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +79,19 @@ def test_other_threads_are_let_through() -> None:
     assert ran == [True]
 
 
+def left_over() -> tuple[object, ...]:
+    """What is kept of contexts while they are entered."""
+    return (
+        seats.SEATED,
+        transformers._entered,
+        transformers._taken,
+        forwards,
+        left._STANDING,
+        shorten._RUNNING,
+        remembering,
+    )
+
+
 def every_other(x: Any, sizes: Any, mask: Any) -> Any:
     from cenote.core.reduced import Reduced
 
@@ -87,6 +119,49 @@ def calls_of(files: tuple[str, ...], act: Callable[[], object], stop_at: int | N
     return count
 
 
+class Denoiser(zoo.OwnBlock):
+    def forward(self, sample: Tensor, timestep: int) -> Tensor:
+        return super().forward(sample) * timestep
+
+
+class Scheduler:
+    def scale_model_input(self, sample: Tensor, timestep: int) -> Tensor:
+        return sample
+
+    def step(self, model_output: Tensor, timestep: int, sample: Tensor) -> Tensor:
+        return sample - model_output
+
+
+def test_a_denoising_loop_is_as_it_was() -> None:
+    denoiser, scheduler, latents = Denoiser(8, 2).eval(), Scheduler(), torch.ones(1, 3, 8)
+
+    def painted() -> Tensor:
+        return scheduler.step(denoiser(scheduler.scale_model_input(latents, 1), 1), 1, latents)
+
+    def looks(step: DenoisingStep) -> None:
+        look = step.look()
+        step.latents = step.latents - look.gradient(look.prediction.square().sum())
+
+    def enter_and_leave() -> None:
+        with denoising(denoiser, RowRecorder(), scheduler=scheduler, on_step=looks, maps=Where()):
+            painted()
+
+    with torch.no_grad():
+        enter_and_leave()
+        before, plain = fingerprint(denoiser), painted()
+        interrupted = 0
+        for i in range(1, calls_of(FILES, enter_and_leave, None) + 1):
+            try:
+                calls_of(FILES, enter_and_leave, i)
+            except KeyboardInterrupt:
+                interrupted += 1
+            assert not any(left_over()), f"call {i}"
+            assert not vars(scheduler), f"call {i}"
+            assert fingerprint(denoiser) == before, f"call {i}"
+            assert torch.equal(painted(), plain), f"call {i}"
+        assert interrupted > 20
+
+
 @pytest.mark.parametrize("kind", ["registry", "fused", "shortened", "swapped"])
 def test_a_model_is_as_it_was(kind: str) -> None:
     case = zoo.MODELS["llama"]("sdpa") if kind != "fused" else zoo.MODELS["own"]("sdpa")
@@ -97,9 +172,6 @@ def test_a_model_is_as_it_was(kind: str) -> None:
         "shortened": lambda: edited(model, Shorten(every_other, 0)),
         "swapped": lambda: swapped(model, {"model.layers.0.mlp": lambda old: old}),
     }
-    files = tuple(
-        f"live/{name}.py" for name in ("edited", "transformers", "sdpa", "seats", "left", "shorten", "swapped")
-    )
 
     def enter_and_leave() -> None:
         with contexts[kind]():
@@ -109,19 +181,11 @@ def test_a_model_is_as_it_was(kind: str) -> None:
         enter_and_leave()
         before = fingerprint(model)
         interrupted = 0
-        for i in range(1, calls_of(files, enter_and_leave, None) + 1):
+        for i in range(1, calls_of(FILES, enter_and_leave, None) + 1):
             try:
-                calls_of(files, enter_and_leave, i)
+                calls_of(FILES, enter_and_leave, i)
             except KeyboardInterrupt:
                 interrupted += 1
-            left_over = (
-                seats.SEATED,
-                transformers._entered,
-                transformers._taken,
-                forwards,
-                left._STANDING,
-                shorten._RUNNING,
-            )
-            assert not any(left_over), f"call {i}"
+            assert not any(left_over()), f"call {i}"
             assert fingerprint(model) == before, f"call {i}"
         assert interrupted > 2

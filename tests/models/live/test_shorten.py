@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import weakref
 from collections.abc import Iterator
@@ -866,6 +867,22 @@ def test_an_option_that_fits_nothing_is_an_error() -> None:
     ):
         with pytest.raises(InputError, match=why), edited(model, Shorten(halves, **options)):  # type: ignore[arg-type]
             pytest.fail("entered")
+    odd: Any
+    for odd, why in (
+        ({"0": halves}, "block: expected the number of a block, got '0'"),
+        ({0: halves, "1": halves}, "block: expected the number of a block, got '1'"),
+        ({0.5: halves}, "block: expected"),
+        ({0: None}, "reducer: expected a function or module, got NoneType"),
+        ([halves], "reducers: give at least one, by the number"),
+    ):
+        with pytest.raises(InputError, match=why), shortened(model, odd):
+            pytest.fail("entered")
+    with pytest.raises(InputError, match="signals: expected a tensor for each name, got list for 'saliency'"):
+        Shorten(halves, 0, signals={"saliency": [1.0]})  # type: ignore[dict-item]
+    greedy = functools.partial(halves)
+    greedy.needs = "keys"  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="needs: expected names"):
+        Shorten(greedy, 0)
     with pytest.raises(InputError, match="protect: expected a bool tensor"):
         Shorten(halves, 0, protect=torch.ones(1, 3))
     short = torch.ones(1, 3, dtype=torch.bool)
@@ -885,7 +902,22 @@ def test_what_a_reducer_gives_is_checked() -> None:
     def nothing(x: Tensor, sizes: Tensor, mask: Tensor) -> Reduced:
         return Reduced(x, sizes, torch.full(x.shape[:2], -1))
 
-    for reducer, why in ((beyond, "numbers below 2"), (nothing, "left no token")):
+    def bare(x: Tensor, sizes: Tensor, mask: Tensor) -> Any:
+        return x[:, :2], sizes[:, :2]
+
+    def narrow(x: Tensor, sizes: Tensor, mask: Tensor) -> Reduced:
+        return Reduced(x[..., :3], sizes, torch.arange(x.shape[1]).expand(len(x), -1))
+
+    def halved(x: Tensor, sizes: Tensor, mask: Tensor) -> Any:
+        return Reduced._make((x, sizes, torch.arange(x.shape[1]).expand(len(x), -1) / 2, None))
+
+    for reducer, why in (
+        (beyond, "numbers below 2"),
+        (nothing, "left no token"),
+        (bare, r"gave tuple, expected Reduced\(tokens, sizes, assignment\)"),
+        (narrow, r"gave tokens \(2, 9, 3\), expected \[batch, left, 32\]"),
+        (halved, "an assignment of torch.float32"),
+    ):
         with pytest.raises(InputError, match=why), edited(case.model, Shorten(reducer, 0)):
             case.model(**case.inputs)
 

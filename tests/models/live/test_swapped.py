@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.models.live import zoo
@@ -62,4 +64,23 @@ def test_what_cannot_be_is_said() -> None:
     with pytest.raises(InputError, match="no module of Sequential"), swapped(model, {"7": nn.ReLU()}):
         pass
     with pytest.raises(InputError, match=r"expected a torch.nn.Module, got int"), swapped(model, {"0": 3}):  # type: ignore[dict-item]
+        pass
+    wrong: Any = ["0"]
+    with pytest.raises(InputError, match="expected a module for each place or path, got list"), swapped(model, wrong):
+        pass
+    wrong = {0: nn.ReLU()}
+    with pytest.raises(InputError, match=r"expected places or paths as keys.* got 0"), swapped(model, wrong):
+        pass
+
+
+def test_a_place_inside_of_a_swapped_one_is_refused() -> None:
+    model = nn.Sequential(zoo.OwnBlock(8, 2), zoo.OwnBlock(8, 2)).eval()
+    (place, _), before = attentions(model), list(model.modules())
+    for modules in ({"0": nn.Identity(), place: nn.Identity()}, {"0.attn.qkv": nn.Identity(), "0": nn.Identity()}):
+        with pytest.raises(InputError, match=r"'0.attn.*' stands inside of '0'"), swapped(model, modules):
+            pytest.fail("entered")
+    with pytest.raises(InputError, match="given twice"), swapped(model, {place: nn.Identity(), place.path: nn.ReLU()}):
+        pytest.fail("entered")
+    assert list(model.modules()) == before
+    with swapped(model, {place: nn.Identity(), "1": nn.Identity()}):
         pass

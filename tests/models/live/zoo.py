@@ -166,7 +166,19 @@ def own(_: str) -> Case:
 
 def timm(_: str) -> Case:
     torch.manual_seed(0)
-    model = tiny.timm().create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, pretrained=False)
+    model = tiny.timm_models().create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, pretrained=False
+    )
+    return Case(model.eval(), {"x": pixels()})
+
+
+def timm_swin(_: str) -> Case:
+    torch.manual_seed(0)
+    settings = {"window_size": 4, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16}
+    model = tiny.timm_models().create_model("swin_tiny_patch4_window7_224", img_size=32, pretrained=False, **settings)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = True
     return Case(model.eval(), {"x": pixels()})
 
 
@@ -292,12 +304,13 @@ MODELS: dict[str, Callable[[str], Case]] = {
     "qwen2_vl": qwen2_vl,
     "own": own,
     "timm": timm,
+    "timm_swin": timm_swin,
     "torch": torch_encoder,
     "unet": unet,
     "dit": dit,
     "flux": flux,
 }
-OF_ONE_KIND = ("own", "timm", "torch", "unet", "dit", "flux")
+OF_ONE_KIND = ("own", "timm", "timm_swin", "torch", "unet", "dit", "flux")
 """Not of transformers: they call torch's function themselves."""
 EAGER_ONLY = ("gemma2", "gpt_oss")
 WRITTEN_OUT = ("bloom",)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,12 +7,27 @@ from tests.pools import features, shaken
 from torch import nn
 
 from cenote.core import InputError
+from cenote.pool.attention.joint_attention.estimator import (
+    Group,
+    JointAttentionConfig,
+    JointAttentionEstimator,
+    SceneBranch,
+    drawn,
+)
 from cenote.pool.attention.joint_attention.field import FieldHead, coordinates, mean_map
 from cenote.pool.attention.joint_attention.fusion import JointAttentionFusion
-from cenote.pool.attention.joint_attention.measure import detection_curve, distance, gaze_cones, trivial_points
+from cenote.pool.attention.joint_attention.heads import MapHead
+from cenote.pool.attention.joint_attention.measure import (
+    detection_curve,
+    distance,
+    gaze_cones,
+    nearest_to_rays,
+    trivial_points,
+)
 from cenote.pool.attention.joint_attention.model import JointAttention
 from cenote.pool.attention.joint_attention.pool import JointAttentionPool
 from cenote.pool.attention.joint_attention.targets import best_point, gaussian_target
+from cenote.pool.attention.joint_attention.training import found_points, map_loss, train_in_stages
 
 SIZE = (4, 6)
 AGGREGATIONS = ["token_only", "ind_only", "ind_and_token_ind_based"]
@@ -281,3 +298,181 @@ def test_errors() -> None:
     ):
         with pytest.raises(InputError, match=name):
             call()
+
+
+def scenes(count: int, seed: int, dtype: torch.dtype = torch.float32) -> Group:
+    """People who look at a ball; the patch of the ball lights up, and another one with it."""
+    g = torch.Generator().manual_seed(seed)
+    position, ball = torch.rand(count, 4, 2, generator=g), torch.rand(count, 2, generator=g)
+    gaze = F.normalize((ball.unsqueeze(1) - position) * torch.tensor([2.0, 1.0]), dim=-1)
+    patches = torch.zeros(count, 3, 4, 8)
+    rows = torch.arange(count)
+    for point in (ball, torch.rand(count, 2, generator=g)):
+        patches[rows, 0, (point[:, 1] * 4).long(), (point[:, 0] * 8).long()] = 1
+    action = torch.zeros(count, 4, 2)
+    group = Group(
+        position,
+        gaze,
+        action,
+        scene=patches,
+        target=ball,
+        targets=ball.unsqueeze(1).expand(-1, 4, 2),
+    )
+    return Group(*(None if t is None else t.to(dtype) for t in group))
+
+
+def config(**settings: object) -> JointAttentionConfig:
+    return JointAttentionConfig(**{"actions": 2, "size": (8, 16), "patches": 3} | settings)
+
+
+@pytest.mark.parametrize("fusion", ["mid", "early", "scalar_weight", "simple_average"])
+def test_the_estimator_is_its_parts(fusion: str) -> None:
+    estimator, group = shaken(JointAttentionEstimator(config(fusion=fusion))), scenes(3, 0, dtype=torch.float64)
+    found = estimator(group)
+    maps = estimator.people(group.position, group.gaze, group.action, size=(8, 16))
+    scene = estimator.scene(group.scene, (8, 16))
+    torch.testing.assert_close(found.joint, maps.joint)
+    torch.testing.assert_close(found.fused, estimator.fusion(maps.joint, scene))
+    torch.testing.assert_close(found.weights(), maps.attention[:, :, -1, :-1].mean(1))
+    alone = estimator(group._replace(scene=None))
+    torch.testing.assert_close(alone.fused, maps.joint)
+    assert alone.scene is None
+    given = shaken(JointAttentionEstimator(config(fusion=fusion, patches=None)))
+    torch.testing.assert_close(given(group._replace(scene=scene)).scene, scene)
+
+
+def test_the_image_branch_is_the_mean_over_the_real_people() -> None:
+    branch = shaken(SceneBranch(3, 5))
+    scene, crops = features(1, 3 * 4, 8).unflatten(1, (3, 4)), features(1, 4, 5, seed=2)
+    mask = torch.tensor([[True, False, True, False]])
+    each = [branch(scene, (8, 16), crops[:, i : i + 1]) for i in (0, 2)]
+    torch.testing.assert_close(branch(scene, (8, 16), crops, mask), (each[0] + each[1]) / 2)
+    with pytest.raises(InputError, match="crops: this image branch was built for the heads"):
+        branch(scene, (8, 16))
+    with pytest.raises(InputError, match="scene: expected patches of width 3"):
+        branch(scene[:, :2], (8, 16), crops)
+
+
+def test_points_are_in_pixels_of_the_map() -> None:
+    estimator, group = shaken(JointAttentionEstimator(config())), scenes(3, 0, dtype=torch.float64)
+    found = estimator(group)
+    for (x, y), fused in zip(found.point().long().tolist(), found.fused[:, 0], strict=True):
+        assert fused[y, x] == fused.max()
+
+
+def test_estimators_are_saved_and_loaded(tmp_path: Path) -> None:
+    estimator, group = JointAttentionEstimator(config(head="fc", mixing="uniform")).eval(), scenes(2, 0)
+    estimator.save(tmp_path)
+    loaded = JointAttentionEstimator.load(tmp_path)
+    assert loaded.config == estimator.config
+    torch.testing.assert_close(loaded(group).fused, estimator(group).fused)
+    (tmp_path / "joint-attention.json").write_text('{"format": 1, "config": {"actions": 2}}')
+    with pytest.raises(InputError, match=r"joint-attention\.json is damaged"):
+        JointAttentionEstimator.load(tmp_path)
+    with pytest.raises(InputError, match="nowhere: holds no estimator"):
+        JointAttentionEstimator.load(tmp_path / "nowhere")
+
+
+def test_the_first_stage_trains_the_people_alone_and_the_second_both() -> None:
+    torch.manual_seed(0)
+    estimator = JointAttentionEstimator(config())
+    before = {k: v.clone() for k, v in estimator.state_dict().items()}
+    train, development = scenes(96, 1), scenes(48, 2)
+    train_in_stages(estimator, train._replace(scene=None), development._replace(scene=None), sigma=1.5, passes=(1, 1))
+    changed = {k.partition(".")[0] for k, v in estimator.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"people"}
+    start = found_points(estimator, development).mean_distance
+    stages = train_in_stages(estimator, train, development, sigma=1.5, passes=(6, 12), lr=5e-3, patience=4)
+    assert stages.people.losses[-1] < stages.people.losses[0]
+    assert stages.both.losses[-1] < stages.both.losses[0]
+    found = found_points(estimator, development)
+    assert found.mean_distance == pytest.approx(-max(stages.both.scores), rel=1e-5)
+    assert found.mean_distance < start
+    assert list(found.within) == [0.05, 0.1, 0.2]
+    changed = {k.partition(".")[0] for k, v in estimator.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"people", "scene", "fusion"}
+
+
+def test_losses_are_switched_on_by_name() -> None:
+    estimator, group = shaken(JointAttentionEstimator(config())), scenes(2, 0, dtype=torch.float64)
+    found = estimator(group)
+    hill = gaussian_target(group.target.unsqueeze(1), (8, 16), 1.5)
+    by_name = {
+        "joint": F.mse_loss(found.joint, hill),
+        "scene": F.mse_loss(found.scene, hill),
+        "fused": F.mse_loss(found.fused, hill),
+        "people": F.mse_loss(found.people, hill.expand(-1, 4, -1, -1)),
+    }
+    for name, expected in by_name.items():
+        torch.testing.assert_close(map_loss(found, group, (name,), 1.5), expected)
+    torch.testing.assert_close(map_loss(found, group, tuple(by_name), 1.5), sum(by_name.values()))
+    soft = shaken(JointAttentionEstimator(config(sigmoid=True)))(group)
+    torch.testing.assert_close(map_loss(soft, group, ("joint",), 1.5, True), F.binary_cross_entropy(soft.joint, hill))
+    with pytest.raises(InputError, match="losses: expected some of"):
+        map_loss(found, group, (), 1.5)
+    with pytest.raises(InputError, match="target: expected the point"):
+        map_loss(found, group._replace(target=None), ("joint",), 1.5)
+    with pytest.raises(InputError, match="targets: the loss of each"):
+        map_loss(found, group._replace(targets=None), ("people",), 1.5)
+    with pytest.raises(InputError, match="scene: the loss 'scene' needs an image"):
+        map_loss(found._replace(scene=None), group, ("scene",), 1.5)
+
+
+@pytest.mark.parametrize("head", ["fc", "deconv"])
+def test_rival_heads_have_as_many_parameters_as_the_field(head: str) -> None:
+    field, rival = (JointAttention(actions=3, head=kind) for kind in ("field", head))
+    counts = [sum(p.numel() for p in model.field.parameters()) for model in (field, rival)]
+    assert abs(counts[0] - counts[1]) < 0.1 * counts[0]
+    maps = rival.double()(*group(), size=(16, 32))
+    assert maps.joint.shape == (2, 1, 16, 32)
+    assert maps.people.shape == (2, 5, 16, 32)
+    with pytest.raises(InputError, match="grid: expected"):
+        MapHead(8, (6, 6), "deconv")
+
+
+def test_uniform_attention_has_the_same_parameters_and_sees_all_alike() -> None:
+    plain, uniform = JointAttentionPool(6, width=8), JointAttentionPool(6, width=8, mixing="uniform")
+    assert {k: v.shape for k, v in plain.state_dict().items()} == {k: v.shape for k, v in uniform.state_dict().items()}
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    attention = shaken(uniform).encode(features(2, 5, 6), mask).attention
+    torch.testing.assert_close(attention[0], torch.full_like(attention[0], 1 / 6))
+    torch.testing.assert_close(attention[1, :, :, -1, :3], torch.full_like(attention[1, :, :, -1, :3], 1 / 4))
+    assert not attention[1, :, :, -1, 3:5].any()
+
+
+def test_without_a_transformer_the_mean_of_the_people_is_painted() -> None:
+    pool, x = shaken(JointAttentionPool(6, width=8, mixing="none")), features(2, 5, 6)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    encoded = pool.encode(x, mask)
+    torch.testing.assert_close(encoded.joint[1], pool.norm(pool.embedding(x[1, :3]).mean(0) + pool.joint_token))
+    torch.testing.assert_close(encoded.attention[1, 0, 0, -1], torch.tensor([1, 1, 1, 0, 0, 0], dtype=x.dtype) / 3)
+    assert not [name for name, _ in pool.named_parameters() if name.startswith("layers")]
+
+
+@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (4, 4)])
+def test_numbers_of_layers_and_heads(layers: int, heads: int) -> None:
+    pool = shaken(JointAttentionPool(6, width=8, layers=layers, heads=heads))
+    assert pool.encode(features(2, 5, 6)).attention.shape == (2, layers, heads, 6, 6)
+
+
+def test_the_point_nearest_to_all_rays() -> None:
+    group = scenes(4, 3, dtype=torch.float64)
+    found = nearest_to_rays(group.position, group.gaze, (32, 64))
+    torch.testing.assert_close(found, group.target)
+    mask = torch.tensor([[True, True, False, True]] * 4)
+    wrong = group.gaze.clone()
+    wrong[:, 2] = 1.0
+    torch.testing.assert_close(nearest_to_rays(group.position, wrong, (32, 64), mask), group.target)
+    parallel = nearest_to_rays(torch.tensor([[[0.2, 0.2], [0.4, 0.4]]]), torch.tensor([[[1.0, 0.0]] * 2]), (32, 64))
+    torch.testing.assert_close(parallel, torch.tensor([[0.3, 0.3]]))
+
+
+def test_weights_are_drawn_on_the_scene() -> None:
+    position, weights = torch.tensor([[0.25, 0.5], [0.75, 0.5], [0.5, 0.1]]), torch.tensor([0.2, 0.4, 0.9])
+    mask = torch.tensor([True, True, False])
+    picture = drawn(torch.zeros(3, 40, 80), position, weights, torch.tensor([10.0, 5.0]), mask)
+    red = (picture[0] == 1) & (picture[1] == 0)
+    halves = red[:, :40].sum(), red[:, 40:].sum()
+    assert halves[1] > 2 * halves[0] > 0
+    assert picture[:, 5, 10].tolist() == [0.0, 1.0, 0.0]
+    assert not red[:10].any()

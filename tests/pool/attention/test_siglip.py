@@ -29,7 +29,7 @@ def test_is_multi_head_attention_and_an_mlp(norm: bool) -> None:
 @pytest.mark.parametrize("pool_type", ["token", "avg", ""])
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_weights_of_timm_load(pool_type: str, qk_norm: bool) -> None:
-    layers = tiny.timm().layers
+    layers = tiny.timm_models().layers
     latents = 1 if pool_type == "token" else 3
     theirs = layers.AttentionPoolLatent(
         16, num_heads=4, latent_len=latents, pool_type=pool_type, qk_norm=qk_norm, norm_layer=nn.LayerNorm

@@ -258,3 +258,15 @@ def test_imagination_loss_at_its_edges() -> None:
         imagination_loss(v, v[:2])
     with pytest.raises(InputError, match="reduction"):
         imagination_loss(v, v, reduction="max")
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_kept_memories_are_read_as_they_are(layer: type[Memories]) -> None:
+    module, (q, text, image) = shaken(layer(DIM, heads=HEADS, bias=True)), inputs()
+    nothing = torch.tensor([[True] * 7, [False] * 7])
+    masks = [TEXT_MASK, nothing]
+    kept = module.keep([text.masked_fill(~TEXT_MASK.unsqueeze(-1), float("nan")), image], masks)
+    for found, expected in zip(module.attend(q, kept), module.attend(q, [text, image], masks), strict=True):
+        torch.testing.assert_close(found, expected)
+    twice = module.attend(q.repeat_interleave(2, 0), kept.repeated(2)).output
+    torch.testing.assert_close(twice[::2], module(q, [text, image], masks))

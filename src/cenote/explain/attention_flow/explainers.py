@@ -6,7 +6,7 @@ Source: Abnar and Zuidema, "Quantifying Attention Flow in Transformers" (2020), 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,9 +17,8 @@ from cenote.core.chain import BLOCK, Rows, chained
 from cenote.core.requirements import require_one_of
 from cenote.explain.attention_flow.matrices import augmented, max_flow
 from cenote.explain.base import Attribution, Explainer
-from cenote.models.live import AttentionCall, Where, attentions, recorded
-
-Query = Literal["first", "last"]
+from cenote.explain.queried import Query, one_hot, real_tokens
+from cenote.models.live import AttentionCall, few_logits, one_stack, recorded
 
 
 class AttentionRollout(Explainer):
@@ -46,6 +45,7 @@ class AttentionRollout(Explainer):
     """
 
     class_agnostic = True
+    family = "attention"
 
     def __init__(
         self, query: Query = "first", residual: float = 0.5, stack: str | None = None, block: int = BLOCK
@@ -65,15 +65,19 @@ class AttentionRollout(Explainer):
         target: Int[Tensor, "batch"] | None = None,  # noqa: ARG002
     ) -> Attribution:
         """Explain; it speaks of no target, see `Explainer.explain`."""
-        with recorded(model, "inputs", at=_places(model, self.stack)) as found:
-            model(**inputs)
-        calls = [steps[0] for steps in found["inputs"].values()]
-        mask = _real(inputs, calls[0])
+        calls = self._calls(model, inputs)
+        mask = real_tokens(inputs, calls[0])
         return Attribution(self._scores(calls, mask), mask)
+
+    def _calls(self, model: nn.Module, inputs: Mapping[str, Any]) -> list[AttentionCall]:
+        """Attention of every block, from the lowest, without values: nobody asks for them again."""
+        with recorded(model, "inputs", at=one_stack(model, self.stack)) as found:
+            model(**few_logits(model, inputs))
+        return [call.replace(v=call.v.new_empty((*call.v.shape[:3], 0))) for (call, *_) in found["inputs"].values()]
 
     def _scores(self, calls: list[AttentionCall], mask: Bool[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:
         """From the attention of every block, and which tokens are real."""
-        row = _one_hot(mask, self.query).to(torch.promote_types(calls[0].q.dtype, torch.float32))
+        row = one_hot(mask, self.query).to(torch.promote_types(calls[0].q.dtype, torch.float32))
         return chained(row, [self._rows_of(call) for call in calls], self.block) * mask
 
     def _rows_of(self, call: AttentionCall) -> Rows:
@@ -115,36 +119,3 @@ class AttentionFlow(AttentionRollout):
             query = 0 if self.query == "first" else len(at) - 1
             scores[item, at] = max_flow(own, 0.0, queries=[query], layers=[len(own) - 1])[0, 0]
         return scores
-
-
-def _places(model: nn.Module, stack: str | None) -> Where:
-    found = {place.stack for place in attentions(model) if place.kind == "self" and stack in (None, place.stack)}
-    if len(found) != 1:
-        there = ", ".join(repr(s) for s in sorted({p.stack for p in attentions(model)})) or "none"
-        raise InputError(
-            f"stack: {len(found)} lists of blocks with self-attention are called {stack!r}; there are: {there}"
-            if stack is not None
-            else f"stack: the model has {len(found)} lists of blocks with self-attention; name one of: {there}"
-        )
-    return Where(kinds=["self"], stack=found.pop())
-
-
-def _real(inputs: Mapping[str, Any], call: AttentionCall) -> Bool[Tensor, "batch tokens"]:
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        return torch.ones(call.batch, call.keys, dtype=torch.bool, device=call.q.device)
-    if mask.shape != (call.batch, call.keys):
-        raise InputError(
-            f"attention_mask: expected [{call.batch}, {call.keys}], as attention reads, got {list(mask.shape)}"
-        )
-    real = mask.to(call.q.device) != 0
-    if not bool(real.any(1).all()):
-        raise InputError("attention_mask: an item has no token")
-    return real
-
-
-def _one_hot(mask: Bool[Tensor, "batch tokens"], query: Query) -> Float[Tensor, "batch tokens"]:
-    numbers = torch.arange(mask.shape[1], device=mask.device)
-    first = query == "first"
-    at = numbers.masked_fill(~mask, mask.shape[1]).amin(1) if first else numbers.masked_fill(~mask, -1).amax(1)
-    return nn.functional.one_hot(at, mask.shape[1]).float()

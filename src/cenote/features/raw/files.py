@@ -6,13 +6,15 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cenote.core import InputError
-from cenote.features.folder import matched
-from cenote.features.raw.decode import check_image, decode_audio, decode_image
+from cenote.core.files import read_regular
+from cenote.core.memory import MAX_ITEM_SIZE
+from cenote.features.folder import is_output, matched
+from cenote.features.raw.decode import check_image, decode_audio, decode_image, require_affordable
 from cenote.features.raw.items import Item, Kind, RawItems, Read, UnreadableError, digest_of
 from cenote.features.splits import WORDS
 from cenote.features.table import ID_NAMES, Column, find, read_csv
@@ -23,28 +25,33 @@ SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "image": (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
     "audio": (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif"),
 }
-DECODE: dict[Kind, Callable[[bytes], Any]] = {"image": decode_image, "audio": decode_audio}
-CHECK: dict[Kind, Callable[[bytes], Any]] = {"image": check_image, "audio": decode_audio}
+DECODE: dict[Kind, Callable[[bytes, int], Any]] = {"image": decode_image, "audio": decode_audio}
+CHECK: dict[Kind, Callable[[bytes, int], Any]] = {"image": check_image, "audio": decode_audio}
 
 
 @dataclass(frozen=True)
 class FileItem(Item):
-    """An image or a sound in a file of its own."""
+    """An image or a sound in a file of its own, which may take so many bytes."""
 
     id: str
     path: Path
     kind: Kind
+    most: int = MAX_ITEM_SIZE
 
     def read(self) -> Read:
         data = self._bytes()
-        return Read(DECODE[self.kind](data), digest_of(data))
+        return Read(DECODE[self.kind](data, self.most), digest_of(data))
 
     def check(self) -> None:
-        CHECK[self.kind](self._bytes())
+        CHECK[self.kind](self._bytes(), self.most)
+
+    def limited(self, most: int) -> Item:
+        return replace(self, most=most)
 
     def _bytes(self) -> bytes:
         try:
-            return self.path.read_bytes()
+            require_affordable(self.path.stat().st_size, self.most, "is a large file")
+            return read_regular(self.path)
         except OSError as error:
             raise UnreadableError(f"cannot be read: {error.strerror or error}") from error
 
@@ -57,17 +64,15 @@ class FileItem(Item):
     def location(self) -> str:
         return str(self.path.absolute())
 
-    def changed_since(self, time: float, digest: bytes) -> bool:
+    def changed(self, digest: bytes) -> bool:
         try:
-            if self.path.stat().st_mtime <= time:
-                return False
-            return digest_of(self.path.read_bytes()) != digest
-        except OSError:
+            return digest_of(self._bytes()) != digest
+        except UnreadableError:
             return True
 
 
 def files_below(folder: Path) -> list[Path]:
-    """The files in a folder and its subfolders, hidden ones left out, in the order of their names.
+    """The files in a folder and its subfolders, hidden ones and outputs left out, in the order of their names.
 
     Links to folders are followed, but for those that lead back to a folder that they lie in.
 
@@ -91,7 +96,8 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
     for entry in found:
         mode = _mode(entry)
         if mode == stat.S_IFDIR:
-            yield from _walk(Path(entry.path), (*above, real))
+            if not is_output(Path(entry.path)):
+                yield from _walk(Path(entry.path), (*above, real))
         # a link that leads nowhere is an item that cannot be read, and told as such
         elif mode in (stat.S_IFREG, None):
             yield Path(entry.path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -59,13 +59,18 @@ class Item(ABC):
     def stamp(self) -> str:
         """What tells its content from another without reading a file: a file's size, a text's digest."""
 
+    def limited(self, most: int) -> Item:
+        """The same, which may take so many bytes in memory; what is there already takes no more."""
+        del most
+        return self
+
     def location(self) -> str | None:
         """Where its bytes lie, for those who want to show it (see `bytes_at`, `text_at`): a file, or `table#column/row`."""
         return None
 
-    def changed_since(self, time: float, digest: bytes) -> bool:
-        """Whether its content is no longer what had this digest; a file that was not written since `time` is not read."""
-        del time, digest  # a text is its own content: the stamp has told
+    def changed(self, digest: bytes) -> bool:
+        """Whether its content is no longer what had this digest. It is read: neither size nor time tells a content."""
+        del digest  # a text is its own content: the stamp has told
         return False
 
 
@@ -91,6 +96,10 @@ class RawItems:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def limited(self, most: int) -> RawItems:
+        """The same, of which none may take more than so many bytes; a text takes what it takes already."""
+        return replace(self, items=[item.limited(most) for item in self.items])
 
     def sha256(self) -> str:
         """Over names and stamps of the items, in their order."""

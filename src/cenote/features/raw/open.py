@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import get_args
 
 from cenote.core import InputError
-from cenote.core.requirements import require_one_of
+from cenote.core.memory import MAX_ITEM_SIZE
+from cenote.core.requirements import require_one_of, require_positive, require_several
 from cenote.features import arrow
 from cenote.features.raw.files import SUFFIXES, files_below, kinds_of_files, media_files, open_media
 from cenote.features.raw.items import Kind, RawItems
@@ -26,6 +27,7 @@ def open_raw(
     names: Sequence[str] | None = None,
     id_column: str | None = None,
     limit: int | None = None,
+    max_item_size: int = MAX_ITEM_SIZE,
 ) -> RawItems:
     """List raw items; nothing but names, sizes and, of texts, the texts is read.
 
@@ -38,6 +40,7 @@ def open_raw(
         names: of the columns of CSV files that have no header line.
         id_column: default `id`, `file`, ...
         limit: only so many items, the first ones.
+        max_item_size: bytes that an image or a sound may take in memory, by its header; one that takes more cannot be read.
 
     Raises:
         InputError: naming what cannot be used.
@@ -47,8 +50,11 @@ def open_raw(
         raise InputError(f"data: there is no file or folder {where}")
     if kind is not None:
         require_one_of(get_args(Kind), kind=kind)
+    if names is not None:
+        require_several(names=names)
     if limit is not None and limit < 1:
         raise InputError(f"limit: expected at least 1 item, got {limit}")
+    require_positive(max_item_size=max_item_size)
     csv = None if labels is None else Path(labels)
     if where.is_dir() and (where / "manifest.json").is_file() and (where / "shards").is_dir():
         raise InputError(f"data: {where} is a feature store already; probe it as it is, without a model")
@@ -84,7 +90,8 @@ def open_raw(
     problems = Problems(str(where))
     check_ids([item.id for item in items.items], problems)
     problems.raise_any()
-    return items if limit is None else _first(items, limit)
+    items = items if limit is None else _first(items, limit)
+    return items if max_item_size == MAX_ITEM_SIZE else items.limited(max_item_size)
 
 
 def _unreadable(where: Path, below: Sequence[Path], kind: str | None) -> str:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from cenote.core import InputError
+from cenote.core.files import inside, read_regular
+from cenote.core.memory import MAX_ITEM_SIZE
 from cenote.features import arrow
+from cenote.features.raw.decode import require_affordable
 from cenote.features.raw.files import CHECK, DECODE
 from cenote.features.raw.items import Item, Kind, RawItems, Read, UnreadableError, digest_of
 from cenote.features.splits import WORDS
@@ -53,36 +56,47 @@ class TextItem(Item):
 
 @dataclass(frozen=True)
 class CellItem(Item):
-    """An image or a sound that lies, as a file's bytes, in a cell of an Arrow or Parquet file."""
+    """An image or a sound that lies, as a file's bytes, in a cell of an Arrow or Parquet file; it may take so many bytes."""
 
     id: str
     path: Path
     column: str
     row: int
     kind: Kind
+    most: int = MAX_ITEM_SIZE
 
     def _bytes(self) -> bytes:
         try:
+            if not self.path.is_file():
+                raise FileNotFoundError(2, "there is no such table")
             cell = _cell(self.path, self.column, self.row)
         except OSError as error:
             raise UnreadableError(f"lies in {self.path}, which cannot be read: {error.strerror or error}") from error
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if data is None and isinstance(cell, dict) and cell.get("path"):
-            file = self.path.parent / cell["path"]
             try:
-                return file.read_bytes()
+                file = inside(self.path.parent, cell["path"])
+                require_affordable(file.stat().st_size, self.most, "is a large file")
+                return read_regular(file)
+            except ValueError as error:
+                raise UnreadableError(f"lies elsewhere: {error}; store its bytes in the table") from error
             except OSError as error:
-                raise UnreadableError(f"lies in {cell['path']}, which cannot be read: {error.strerror}") from error
+                raise UnreadableError(
+                    f"lies in {cell['path']}, which cannot be read: {error.strerror or error}"
+                ) from error
         if data is None:
             raise UnreadableError("is missing: its cell is empty")
         return bytes(data)
 
     def read(self) -> Read:
         data = self._bytes()
-        return Read(DECODE[self.kind](data), digest_of(data))
+        return Read(DECODE[self.kind](data, self.most), digest_of(data))
 
     def check(self) -> None:
-        CHECK[self.kind](self._bytes())
+        CHECK[self.kind](self._bytes(), self.most)
+
+    def limited(self, most: int) -> Item:
+        return replace(self, most=most)
 
     def stamp(self) -> str:
         try:
@@ -93,25 +107,37 @@ class CellItem(Item):
     def location(self) -> str:
         return f"{self.path.absolute()}#{self.column}/{self.row}"
 
-    def changed_since(self, time: float, digest: bytes) -> bool:
-        return self.path.stat().st_mtime > time and digest_of(self._bytes()) != digest
+    def changed(self, digest: bytes) -> bool:
+        try:
+            return digest_of(self._bytes()) != digest
+        except UnreadableError:
+            return True
 
 
-def bytes_at(location: str) -> bytes:
+def bytes_at(location: str, size: int | None = None) -> bytes:
     """What lies where an item says that it does, in a file of its own or in a cell of a table.
 
+    Args:
+        location: as the item gave it.
+        size: that the bytes had; of a file that has another, none are read.
+
     Raises:
-        UnreadableError: where nothing lies there any more.
+        UnreadableError: where nothing lies there any more, or no file.
     """
-    file = Path(location)
+    table, column, row = _place(location)
+    try:
+        if Path(location).is_file() or row is None:
+            return read_regular(Path(location), size)
+        return CellItem(location, table, column, row, "image")._bytes()
+    except (OSError, InputError, KeyError, IndexError, ValueError) as error:
+        raise UnreadableError(f"cannot be read: {error}") from error
+
+
+def _place(location: str) -> tuple[Path, str, int | None]:
+    """Table, column and row; no row where the location is that of a file."""
     table, _, cell = location.rpartition("#")
     column, _, row = cell.rpartition("/")
-    try:
-        if file.is_file() or not row.isdecimal():
-            return file.read_bytes()
-        return CellItem(location, Path(table), column, int(row), "image")._bytes()
-    except (OSError, InputError, KeyError, IndexError) as error:
-        raise UnreadableError(f"cannot be read: {error}") from error
+    return Path(table), column, int(row) if row.isdecimal() and len(row) < 19 else None
 
 
 def text_at(location: str) -> str:
@@ -120,13 +146,13 @@ def text_at(location: str) -> str:
     Raises:
         UnreadableError: where no text stands there any more.
     """
-    table, _, cell = location.rpartition("#")
-    column, _, row = cell.rpartition("/")
-    file = Path(table)
+    file, column, row = _place(location)
     try:
+        if row is None or not file.is_file() or file.suffix.lower() not in SUFFIXES:
+            raise ValueError("there is no such table")
         if file.suffix.lower() in arrow.SUFFIXES:
-            return str(_cell(file, column, int(row)))
-        return str(_texts(file, column, file.stat().st_mtime_ns)[int(row)])
+            return str(_cell(file, column, row))
+        return str(_texts(file, column, file.stat().st_mtime_ns)[row])
     except (OSError, InputError, KeyError, IndexError, ValueError) as error:
         raise UnreadableError(f"{location} cannot be read: {error}") from error
 
@@ -292,7 +318,7 @@ def _json_lines(file: Path) -> dict[str, Column]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{file}, line {number}: is not JSON ({error}); expected an object on each line: correct it or take it out"
             ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -9,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cenote.core.files as files
 from cenote.core import InputError
 from cenote.features.raw.items import RawItems
 from cenote.features.table import Column
 from cenote.features.validate import some
 
 LISTING = "items.parquet"
+DIGEST = "cenote.sha256"
 ID, STAMP, FILE = "id", "stamp", "cenote.file"
 
 
@@ -50,7 +53,8 @@ def write_listing(store: Path, items: RawItems) -> None:
     arrays = {name: pa.array(cells, pa.string()) for name, cells in columns.items()}
     arrays |= {name: _array(cells) for name, cells in kept.items()}
     about = {"cenote.class_names": json.dumps(dict(items.class_names)), "cenote.used": json.dumps(sorted(items.used))}
-    table = pa.table(arrays).replace_schema_metadata(about)
+    table = pa.table(arrays)
+    table = table.replace_schema_metadata({**about, DIGEST: _digest(table, about)})
     store.mkdir(parents=True, exist_ok=True)
     temporary = store / f".{LISTING}-{os.getpid()}"
     try:
@@ -73,19 +77,26 @@ def read_listing(store: Path) -> Listing:
 
     path = store / LISTING
     try:
-        table = pq.read_table(path)
-        about = table.schema.metadata or {}
+        with path.open("rb") as file:
+            table = pq.read_table(file)
+        about = {str(k, "utf-8"): str(v, "utf-8") for k, v in (table.schema.metadata or {}).items()}
+        digest = about.pop(DIGEST, None)
+        if digest is None:
+            files.unchecked(path)
+        elif digest != _digest(table, about):
+            raise ValueError("it was changed after it was written: its digest is another one")
         columns = {name: table.column(name).to_pylist() for name in table.column_names}
         return Listing(
             columns.pop(ID),
             columns.pop(STAMP),
             columns.pop(FILE, None),
             columns,
-            json.loads(about[b"cenote.class_names"]),
-            frozenset(json.loads(about[b"cenote.used"])).intersection(columns),
+            json.loads(about["cenote.class_names"]),
+            frozenset(json.loads(about["cenote.used"])).intersection(columns),
         )
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        why = "is lost" if isinstance(error, FileNotFoundError) else f"is damaged ({str(error).splitlines()[0]})"
+    except (pa.ArrowException, OSError, KeyError, ValueError, OverflowError, TypeError, RecursionError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        why = "is lost" if isinstance(error, FileNotFoundError) else f"is damaged ({said})"
         raise InputError(f"{path}: {why}; run the same cenote extract again: finished shards are kept") from error
 
 
@@ -103,6 +114,14 @@ def changes(before: Listing, items: RawItems) -> str:
     if not parts and before.ids != [item.id for item in items.items]:
         parts.append("in another order")
     return ", ".join(parts)
+
+
+def _digest(table: Any, about: Mapping[str, str]) -> str:
+    """Over all cells, their types, and what is said of them."""
+    digest = hashlib.sha256(json.dumps([dict(about), [str(kind) for kind in table.schema.types]]).encode())
+    for name in table.column_names:
+        digest.update(json.dumps([name, table.column(name).to_pylist()], default=str).encode())
+    return digest.hexdigest()
 
 
 def _array(cells: Column) -> Any:

@@ -36,7 +36,8 @@ class Manifest:
 
     Attributes:
         kind: image, audio or text.
-        model: `name` (for people), `revision`, `library`, `model_class`, `weights_sha256`, `config_sha256`.
+        model: `name` (for people), `revision`, `library`, `model_class`, `weights_sha256`, `config_sha256`, and
+            `code_sha256` where code of its own was run.
         preprocessing: the settings of the preprocessing as the model's own files give them.
         layers: which hidden states: 0 = the embeddings, then one per block; the last one is the model's output.
         dim: width of a token.
@@ -99,48 +100,69 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` in one step."""
-        content = {"format": FORMAT, "version": VERSION, "key": self.key(), **asdict(self)}
-        files.write_whole(folder / MANIFEST, json.dumps(content, indent=1, sort_keys=True) + "\n")
+        content = files.sealed({"format": FORMAT, "version": VERSION, "key": self.key(), **asdict(self)})
+        files.write_whole(folder / MANIFEST, files.json_text(content, indent=1, sort_keys=True) + "\n")
+
+
+class DamagedManifest(InputError):
+    """A manifest that is not as it was written. What it said can be found out again from the shards, by the same extraction."""
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a store.
 
     Raises:
-        InputError: where there is none, it is damaged, or a later version of cenote wrote it.
+        InputError: where there is none, it is damaged (`DamagedManifest`), or a later version of cenote wrote it.
     """
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = files.read_json(path)
         if content["format"] != FORMAT:
             raise KeyError("format")
         if content["version"] != VERSION:
             raise InputError(
                 f"{path}: version {content['version']} of the format; this cenote reads version {VERSION}; update it"
             )
+        content = files.opened(content, path)
         key = content["key"]
         fields = {k: v for k, v in content.items() if k not in ("format", "version", "key")}
         shards = fields.pop("shards")
         fields["layers"] = tuple(fields["layers"])
         fields["grid"] = None if fields["grid"] is None else tuple(fields["grid"])
         found = Manifest(**fields, shards=None if shards is None else tuple(ShardEntry(**s) for s in shards))
+        _check(found, key)
     except FileNotFoundError as error:
         raise InputError(
             f"{folder}: is no feature store, for it has no {MANIFEST}; run cenote extract, again if it was one: "
             f"finished shards are kept"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, OSError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(
-            f"{path}: is damaged ({error}); delete it and run the same cenote extract again: finished shards are kept"
+        raise DamagedManifest(
+            f"{path}: is damaged ({error}); run the same cenote extract again: it writes it again, finished shards are kept"
         ) from error
-    if found.dtype not in get_args(Dtype) or found.key() != key:
-        raise InputError(
-            f"{path}: was changed after it was written; delete it and run the same cenote extract again: "
-            f"finished shards are kept"
-        )
     return found
+
+
+def _check(found: Manifest, key: object) -> None:
+    """That a manifest says nothing that no extraction writes.
+
+    Raises:
+        ValueError, TypeError: where it does.
+    """
+    if found.dtype not in get_args(Dtype) or found.key() != key:
+        raise ValueError("it was changed after it was written: its key is another one")
+    if found.shards is None:
+        return
+    if len(found.shards) != found.shard_count:
+        raise ValueError(f"it names {len(found.shards)} of {found.shard_count} shards")
+    for number, shard in enumerate(found.shards):
+        if not str(shard.file).startswith(f"part-{number:06d}-{shard.sha256[:16]}."):
+            raise ValueError(f"it calls {shard.file} shard {number}")
+        items = min(found.items_per_shard, found.items - number * found.items_per_shard)
+        if shard.rows + shard.skipped != items:
+            raise ValueError(f"shard {number} has {shard.rows} + {shard.skipped} items, expected {items}")
 
 
 def is_store(folder: Path) -> bool:
@@ -148,7 +170,7 @@ def is_store(folder: Path) -> bool:
     if next((folder / "shards").glob("part-*.arrow"), None) is not None:
         return True
     try:
-        return json.loads((folder / MANIFEST).read_text("utf-8")).get("format") == FORMAT
+        return bool(files.read_json(folder / MANIFEST).get("format") == FORMAT)
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -165,6 +187,7 @@ def _worded(name: str) -> str:
     return {
         "model.weights_sha256": "the model's weights",
         "model.config_sha256": "the model's configuration",
+        "model.code_sha256": "the model's own code",
         "model.revision": "the model's revision",
         "items": "number of items",
         "items_sha256": "the items",

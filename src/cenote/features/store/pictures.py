@@ -13,15 +13,25 @@ UNDERSTOOD = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_c
 
 
 class StoredPictures:
-    """A picture per item, small; `None` where its file is gone, is no image any more, or was prepared in an unknown way.
+    """A picture per item, small; `None` where its file is gone, is another one now, or was prepared in an unknown way.
 
     Args:
         files: where the images lie, in files of their own or in cells of tables.
+        digests: of their bytes, when they were extracted: no other picture is shown.
+        sizes: of these bytes, where the store knows them.
         preprocessing: of the model, as the manifest has it: patches lie on what it left of an image.
     """
 
-    def __init__(self, files: Sequence[str], preprocessing: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        files: Sequence[str],
+        digests: Sequence[bytes],
+        sizes: Sequence[int | None],
+        preprocessing: Mapping[str, Any],
+    ) -> None:
         self.files = files
+        self.digests = digests
+        self.sizes = sizes
         self.preprocessing = preprocessing
 
     def __len__(self) -> int:
@@ -29,15 +39,28 @@ class StoredPictures:
 
     def __getitem__(self, item: int) -> NDArray[np.uint8] | None:
         """`[height, width, 3]`."""
-        from cenote.features.raw import UnreadableError, bytes_at
-        from cenote.features.raw.decode import decode_image
+        from cenote.features.raw import UnreadableError
 
         try:
-            image = as_seen(decode_image(bytes_at(self.files[item])), self.preprocessing)
+            return self.shown(item)
         except UnreadableError:
             return None
+
+    def shown(self, item: int) -> NDArray[np.uint8]:
+        """`[height, width, 3]`.
+
+        Raises:
+            UnreadableError: saying why there is no picture.
+        """
+        from cenote.features.raw import UnreadableError, bytes_at, digest_of
+        from cenote.features.raw.decode import decode_image
+
+        data = bytes_at(self.files[item], self.sizes[item])
+        if digest_of(data) != self.digests[item]:
+            raise UnreadableError("another file lies where its image lay")
+        image = as_seen(decode_image(data), self.preprocessing)
         if image is None:
-            return None
+            raise UnreadableError("the model's way of cutting images is not known")
         image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
         return np.asarray(image, dtype=np.uint8)
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cenote.core import InputError
-from cenote.features.store.manifest import Manifest, read_manifest
+from cenote.features.store.manifest import Manifest, ShardEntry, read_manifest
 from cenote.features.store.shards import DTYPES, ShardFile, damaged, finished_shards, open_shard, vectors_of
 
 
@@ -59,6 +60,11 @@ class StoredTokens:
     def ids(self) -> list[str]:
         """Names of the items, skipped ones left out."""
         return [name for shard in self._shards for name in shard.ids()]
+
+    @cached_property
+    def inputs(self) -> list[bytes]:
+        """Digests of the raw bytes that the items were computed from, see `cenote.features.raw.digest_of`."""
+        return [digest for shard in self._shards for digest in shard.inputs()]
 
     @cached_property
     def lengths(self) -> Int[Tensor, "items"]:
@@ -116,29 +122,63 @@ class _Shard:
             raise InputError(f"{self.path}: is lost; run the same cenote extract again: it makes this shard anew")
 
     def ids(self) -> list[str]:
-        return [str(name) for name in self._batch.column("id").to_pylist()]
+        return [str(name) for name in self._cells("id")]
+
+    def inputs(self) -> list[bytes]:
+        return [bytes(digest) for digest in self._cells("input")]
+
+    @cached_property
+    def _entry(self) -> ShardEntry:
+        assert self.manifest.shards is not None
+        return self.manifest.shards[self.number]
 
     @cached_property
     def _batch(self):  # type: ignore[no-untyped-def]
         batch, about = open_shard(self.path)
-        if about.get(b"cenote.key", b"").decode() != self.manifest.key():
+        if about.get(b"cenote.key", b"") != self.manifest.key().encode():
             raise InputError(f"{self.path}: is a shard of another store; take it out and run cenote extract again")
+        if about.get(b"cenote.shard") != str(self.number).encode():
+            raise InputError(f"{self.path}: is no shard {self.number}; take it out and run cenote extract again")
+        if len(batch) != self._entry.rows:
+            raise InputError(f"{self.path}: {damaged(f'it holds {len(batch)} of {self._entry.rows} items')}")
         return batch
+
+    def _cells(self, name: str) -> list[Any]:
+        import pyarrow as pa
+
+        try:
+            column = self._batch.column(name)
+            column.validate(full=True)
+            return list(column.to_pylist())
+        except (pa.ArrowException, KeyError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{self.path}: {damaged(str(error).splitlines()[0])}") from error
 
     @cached_property
     def offsets(self) -> NDArray[np.int64]:
-        offsets, _ = vectors_of(self._batch, self.manifest.layers[0], self.manifest.dtype)
-        return np.array(offsets, dtype=np.int64)
+        offsets = np.array(self._vectors(self.manifest.layers[0])[0], dtype=np.int64)
+        # before they are asked for tokens, which lie in the same file
+        whole = offsets[0] == 0 and offsets[-1] == self._entry.tokens and bool((np.diff(offsets) >= 0).all())
+        if len(offsets) != self._entry.rows + 1 or not whole:
+            raise InputError(f"{self.path}: {damaged('its items do not fill it')}")
+        return offsets
+
+    def _vectors(self, layer: int) -> tuple[NDArray[np.int64], Tensor]:
+        try:
+            return vectors_of(self._batch, layer, self.manifest.dtype)
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{self.path}: {damaged(str(error).splitlines()[0])}") from error
 
     def tokens(self, layer: int) -> Float[Tensor, "total dim"]:
         if not self._tokens:
             self._check()
         if layer not in self._tokens:
-            self._tokens[layer] = vectors_of(self._batch, layer, self.manifest.dtype)[1]
+            self._tokens[layer] = self._vectors(layer)[1]
         return self._tokens[layer]
 
     def _check(self) -> None:
-        assert self.manifest.shards is not None
-        expected = self.manifest.shards[self.number].sha256
-        if not ShardFile(self.path, self.number, expected).whole():
+        if not ShardFile(self.path, self.number, self._entry.sha256).whole():
             raise InputError(f"{self.path}: {damaged('its bytes do not match its checksum')}")

@@ -72,10 +72,14 @@ def extract(
     on_model(backbone.layout)
     for note in backbone.layout.notes:
         on_message(f"{backbone.identity.name}: {note}")
-    before = begun(store)
+    before = begun(store, on_message)
     options = continued(options, before)
     manifest = planned(items, backbone, options)
     with writing(store):
+        if (now := begun(store)) != before:
+            # another call ended after the folder was looked at
+            before, options = now, continued(options, now)
+            manifest = planned(items, backbone, options)
         require_same(store, before, manifest, items)
         remove_unfinished(store)
         if before is None:

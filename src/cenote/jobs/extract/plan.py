@@ -70,7 +70,7 @@ def planned(items: RawItems, backbone: Backbone, options: Options) -> Manifest:
     pooled = options.pool is not None
     return Manifest(
         kind=items.kind,
-        model={**asdict(backbone.identity), "precision": str(backbone.precision).removeprefix("torch.")},
+        model={**_identified(backbone), "precision": str(backbone.precision).removeprefix("torch.")},
         preprocessing=dict(layout.preprocessing),
         layers=layers,
         dim=dim,
@@ -82,8 +82,14 @@ def planned(items: RawItems, backbone: Backbone, options: Options) -> Manifest:
         items_sha256=items.sha256(),
         items_per_shard=options.items_per_shard or _fitting(items, backbone, layout, layers, options),
         batch=options.batch,
-        versions=versions(),
+        versions=versions(*backbone.libraries),
     )
+
+
+def _identified(backbone: Backbone) -> dict[str, Any]:
+    """Which model, without a word of code of its own where it has none: stores of before there was one stay good."""
+    found = asdict(backbone.identity)
+    return found if found["code_sha256"] is not None else {k: v for k, v in found.items() if k != "code_sha256"}
 
 
 def _fitting(items: RawItems, backbone: Backbone, layout: Layout, layers: tuple[int, ...], options: Options) -> int:

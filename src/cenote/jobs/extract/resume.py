@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import cenote.core.files as files
 from cenote.core import InputError
-from cenote.features.raw import RawItems
+from cenote.features.raw import Item, RawItems
 from cenote.features.store import Manifest, ShardFile, changes, finished_shards, is_store, read_listing, read_manifest
-from cenote.features.store.manifest import MANIFEST
+from cenote.features.store.manifest import MANIFEST, DamagedManifest
 from cenote.features.store.shards import open_shard
 from cenote.features.validate import Problems
 from cenote.jobs.extract.plan import Options
 
-LOCK, TIMES = ".lock", "times.json"
+TIMES = "times.json"
+READERS = 4
 
 
 def require_usable(store: Path) -> None:
@@ -40,13 +42,17 @@ def lowest(path: Path) -> Path:
 
 def _foreign(store: Path) -> bool:
     """Whether a folder without a manifest holds anything that is not a store's."""
-    own = (LOCK, TIMES, "shards", "items.parquet")
+    own = (files.LOCK, TIMES, "shards", "items.parquet")
     return any(path.name not in own and not path.name.startswith(".") for path in store.iterdir())
 
 
-def begun(store: Path) -> Manifest | None:
-    """The manifest of an earlier call."""
-    return read_manifest(store) if (store / MANIFEST).exists() else None
+def begun(store: Path, on_message: Callable[[str], None] = lambda _: None) -> Manifest | None:
+    """The manifest of an earlier call; `None` where there is none, or it is damaged: it is written again."""
+    try:
+        return read_manifest(store) if (store / MANIFEST).exists() else None
+    except DamagedManifest:
+        on_message(f"{MANIFEST} is damaged: written again")
+        return None
 
 
 def continued(options: Options, before: Manifest | None) -> Options:
@@ -100,21 +106,28 @@ def whole_shards(
 
 
 def require_unchanged(items: RawItems, manifest: Manifest, kept: dict[int, ShardFile]) -> None:
-    """No file of a finished shard was written to since, unless its bytes are still the same."""
+    """The bytes of every item of a finished shard are still those that it was made from."""
     problems = Problems("data")
     size = manifest.items_per_shard
-    for number, shard in kept.items():
-        batch, _ = open_shard(shard.path)
-        made = shard.path.stat().st_mtime
-        digests = dict(zip(batch.column("id").to_pylist(), batch.column("input").to_pylist(), strict=True))
-        for item in items.items[number * size : (number + 1) * size]:
-            if item.id in digests and item.changed_since(made, digests[item.id]):
-                problems.add(
-                    "changed",
-                    f"item {item.id!r} has changed since it was extracted; name another folder, or delete "
-                    f"{shard.path.name} to extract its {size} items again",
-                )
+    with ThreadPoolExecutor(READERS) as readers:
+        # a text lies in memory: asking other threads would take longer than to look
+        ask = map if items.kind == "text" else readers.map
+        for number, shard in kept.items():
+            batch, _ = open_shard(shard.path)
+            digests = dict(zip(batch.column("id").to_pylist(), batch.column("input").to_pylist(), strict=True))
+            made = [item for item in items.items[number * size : (number + 1) * size] if item.id in digests]
+            for item, changed in zip(made, ask(_changed, made, [digests[item.id] for item in made]), strict=True):
+                if changed:
+                    problems.add(
+                        "changed",
+                        f"item {item.id!r} has changed since it was extracted; name another folder, or delete "
+                        f"{shard.path.name} to extract its {size} items again",
+                    )
     problems.raise_any()
+
+
+def _changed(item: Item, digest: bytes) -> bool:
+    return item.changed(digest)
 
 
 def left_out(shard: ShardFile) -> list[tuple[str, str]]:
@@ -127,7 +140,7 @@ def left_out(shard: ShardFile) -> list[tuple[str, str]]:
 def writing(store: Path) -> Iterator[None]:
     """The folder is there, nobody else writes to it, and a full disk is told in words."""
     _make(store)
-    with _told_of_full_disks(store), _alone(store):
+    with _told_of_full_disks(store), files.alone(store, "cenote extract"):
         yield
 
 
@@ -149,22 +162,3 @@ def _told_of_full_disks(store: Path) -> Iterator[None]:
             f"out: cannot write to {store} ({error.strerror}); finished shards are kept: make room and run the same command "
             f"again"
         ) from error
-
-
-@contextmanager
-def _alone(store: Path) -> Iterator[None]:
-    """Holds the store's lock; it goes with the process, however that ends."""
-    handle = os.open(store / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = os.read(handle, 200).decode(errors="replace").strip()
-            raise InputError(
-                f"out: another cenote extract is writing to {store} ({owner or 'unknown process'}); wait for it, or stop it"
-            ) from error
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {os.uname().nodename}".encode())
-        yield
-    finally:
-        os.close(handle)

@@ -16,10 +16,10 @@ from cenote.features.store.shards import open_shard
 from cenote.features.validate import Problems
 from cenote.jobs.extract.engine import Engine
 from cenote.jobs.extract.result import OnProgress, Progress
-from cenote.jobs.extract.resume import TIMES
+from cenote.jobs.extract.resume import READERS, TIMES
 from cenote.jobs.extract.spec import Job, shards
 
-READERS, READ_AT_ONCE = 4, 256
+READ_AT_ONCE = 256
 
 
 def require_readable(items: RawItems, manifest: Manifest, kept: set[int], old_bad: list[tuple[str, str]]) -> None:
@@ -100,8 +100,8 @@ def write_times(store: Path, computed: int, seconds: float) -> None:
     """Add what this call took to what others took."""
     path = store / TIMES
     try:
-        runs = json.loads(path.read_text("utf-8"))["runs"]
-    except (OSError, ValueError, KeyError, TypeError):
+        runs = list(files.opened(files.read_json(path), path)["runs"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         runs = []
     runs.append({"finished": time.time(), "items": computed, "seconds": seconds})
-    files.write_whole(path, json.dumps({"runs": runs}, indent=1) + "\n")
+    files.write_whole(path, files.json_text(files.sealed({"runs": runs}), indent=1) + "\n")

@@ -43,12 +43,12 @@ class Worker:
     def __init__(self, job: Job, backbone: Backbone | None = None) -> None:
         self.job = job
         self.backbone = backbone or job.model.load()
-        expected = job.manifest.model["weights_sha256"]
-        if self.backbone.identity.weights_sha256 != expected:
-            raise InputError(
-                f"backbone: {job.model.name} has other weights here than where the job was started; "
-                f"give every machine the same model"
-            )
+        for name, what in (("weights", "weights"), ("config", "settings"), ("code", "code")):
+            if getattr(self.backbone.identity, f"{name}_sha256") != job.manifest.model.get(f"{name}_sha256"):
+                raise InputError(
+                    f"backbone: {job.model.name} has other {what} here than where the job was started; "
+                    f"give every machine the same model"
+                )
         self.key = job.manifest.key()
         self.dtype = DTYPES[job.manifest.dtype]
         self.pages = Pages(job.manifest.dim, self.dtype)

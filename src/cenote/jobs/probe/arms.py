@@ -16,6 +16,7 @@ from cenote.compare.arms import Arm, OnShare, unheard
 from cenote.compare.cells import Cell
 from cenote.compare.metrics import METRICS
 from cenote.core import InputError
+from cenote.core.seeded import seeded
 from cenote.features.dataset import TokenDataset
 from cenote.jobs.probe import cost, module, training
 from cenote.jobs.probe.module import Probe, build_probe
@@ -177,7 +178,8 @@ class Trial(Arm):
     def probe(self, cell: Cell, seed_number: int) -> Probe:
         """The trained probe of one seed."""
         prefix = f"state.{seed_number}."
-        probe = self.build()
+        with seeded(0):
+            probe = self.build()
         probe.load_state_dict({k.removeprefix(prefix): v for k, v in cell.tensors.items() if k.startswith(prefix)})
         return probe.eval()
 

@@ -6,12 +6,15 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from cenote.compare.cells import Cell, cell_key, load_cell, save_cell
+from cenote.compare.sources import source_digest
 from cenote.features.dataset import TokenDataset
 from cenote.jobs.probe.recipe import Recipe
 from cenote.jobs.probe.result import Comparison, MethodResult
@@ -33,6 +36,9 @@ CONSTANT_SHARE = 0.05
 
 FLOAT16_LARGEST = torch.finfo(torch.float16).max
 
+COARSE = 1000
+"""Steps of a number of 32 bits below which what varies has too few of them."""
+
 GAIN = 0.005
 """Half a point of validation: what more could be had beyond the last epoch, or the edge of the grid, is worth a second run."""
 
@@ -41,15 +47,23 @@ LATE = 0.8
 
 
 def cautions(
-    data: TokenDataset, comparison: Comparison, recipe: Recipe, tested: Int[Tensor, "tested"] | None = None
+    data: TokenDataset,
+    comparison: Comparison,
+    recipe: Recipe,
+    tested: Int[Tensor, "tested"] | None = None,
+    seen: Seen | None = None,
 ) -> tuple[str, ...]:
-    """All that apply, those of the data first; of `tested` items, by default those of the test split."""
+    """All that apply, those of the data first; of `tested` items, by default those of the test split. What was `seen` in all
+    tokens is looked for where it is not given."""
+    seen = seen or Seen.of(data, tests_more(data, tested))
     looked_at = {comparison.winner, comparison.baseline}
     results = [r for r in comparison.results if r.method in looked_at]
     return (
         *data.cautions,
         *small_test(data, comparison.metric_name, tested),
-        *odd_features(data),
+        *odd_features(data, seen),
+        *odd_targets(data),
+        *(text for r in comparison.results for text in diverged(r)),
         *(text for r in results for text in (*at_the_edge(r, recipe), *still_improving(r, recipe))),
     )
 
@@ -80,16 +94,23 @@ def small_test(data: TokenDataset, metric: str, tested: Int[Tensor, "tested"] | 
     return tuple(found)
 
 
-def odd_features(data: TokenDataset) -> tuple[str, ...]:
-    """Items that stand on both sides of the split, constant features, and features beyond float16's range."""
-    seen = Seen.of(data)
+def tests_more(data: TokenDataset, tested: Int[Tensor, "tested"] | None) -> bool:
+    """Whether more items are tested than those of the data's own test split."""
+    return tested is not None and len(tested) > len(data.indices("test"))
+
+
+def odd_features(data: TokenDataset, seen: Seen | None = None) -> tuple[str, ...]:
+    """Items that stand on both sides of a split, constant features, and features beyond float16's range."""
+    seen = seen or Seen.of(data)
     found = []
     if seen.copies:
         test, other = seen.copies[0]
+        what, where = len(data.indices("test")), "an item of train or val"
+        if seen.in_folds:
+            what, where = len(data), "another item, which is trained on in some fold"
         found.append(
-            f"{len(seen.copies)} of {len(data.indices('test')):,} test items have the same features as an item of train or "
-            f"val ({test!r} as {other!r}): what was learned by heart scores there; take copies out, or keep them together "
-            f"with --group"
+            f"{len(seen.copies)} of {what:,} test items have the same features as {where} ({test!r} as {other!r}): what was "
+            f"learned by heart scores there; take copies out, or keep them together with --group"
         )
     constant = int(seen.constant.sum())
     if constant >= CONSTANT_SHARE * data.dim:
@@ -106,23 +127,67 @@ def odd_features(data: TokenDataset) -> tuple[str, ...]:
     return tuple(found)
 
 
+def odd_targets(data: TokenDataset) -> tuple[str, ...]:
+    """Targets that vary so little, beside how large they are, that 32 bits hardly tell them apart."""
+    if data.task != "regression":
+        return ()
+    y = data.y.double()
+    coarse = y.std(0, correction=0) < COARSE * torch.finfo(torch.float32).eps * y.abs().amax(0)
+    return tuple(
+        f"{name} varies by {float(y[:, k].std(correction=0)):.3g} around {float(y[:, k].mean()):.3g}, which numbers of 32 bits "
+        f"hardly resolve: take its mean away first"
+        for k, name in enumerate(data.classes)
+        if bool(coarse[k])
+    )
+
+
+def diverged(result: MethodResult) -> tuple[str, ...]:
+    """The loss of training was no number any more."""
+    ends = [
+        next((e for e, loss in enumerate(losses, 1) if not math.isfinite(loss)), None) for losses in result.train_loss
+    ]
+    first = min((e for e in ends if e is not None), default=None)
+    if first is None:
+        return ()
+    return (
+        f"the loss of {result.method} was no finite number from epoch {first} on: what is reported is the best state before; "
+        f"see whether features or targets are very large",
+    )
+
+
 @dataclass(frozen=True)
 class Seen:
     """What one pass over all tokens showed.
 
     Attributes:
-        copies: ids of test items, each with that of an item of train or val that has the same tokens (and edges).
+        copies: ids of test items, each with that of an item of train or val that has the same tokens (and edges); of folds,
+            which test all, of items that are not kept together.
         constant: per feature, whether it has one value in all tokens.
         largest: absolute value of a feature.
+        in_folds: whether every item is tested, each in a fold of its own.
     """
 
     copies: tuple[tuple[str, str], ...]
     constant: Bool[Tensor, "dim"]
     largest: float
+    in_folds: bool = False
 
     @classmethod
-    def of(cls, data: TokenDataset) -> Seen:
-        """That of these data."""
+    def kept(cls, data: TokenDataset, fingerprint: str, file: Path, in_folds: bool) -> Seen:
+        """That of these data, kept in a file; found there again where data and code are the same."""
+        key = cell_key({"data": fingerprint, "in_folds": in_folds, "source": source_digest(cls)})
+        cell = load_cell(file, key)
+        if cell is not None:
+            copies = tuple((test, other) for test, other in cell.record["copies"])
+            return cls(copies, cell.tensors["constant"], cell.record["largest"], in_folds)
+        seen = cls.of(data, in_folds)
+        record = {"copies": seen.copies, "largest": seen.largest}
+        save_cell(file, key, Cell(file.stem, record, {"constant": seen.constant}))
+        return seen
+
+    @classmethod
+    def of(cls, data: TokenDataset, in_folds: bool = False) -> Seen:
+        """That of these data, under their split, or in folds that test every item."""
         low, high = torch.full((data.dim,), math.inf), torch.full((data.dim,), -math.inf)
         learned: dict[bytes, int] = {}
         copies = []
@@ -130,13 +195,15 @@ class Seen:
         for i in order:
             tokens = data.item(i)
             digest = _digest(data, i, tokens)
-            if data.split[i] != 2:
+            other = learned.get(digest)
+            together = other is not None and data.groups is not None and data.groups[i] == data.groups[other]
+            if other is not None and not together and (in_folds or data.split[i] == 2):
+                copies.append((data.ids[i], data.ids[other]))
+            elif in_folds or data.split[i] != 2:
                 learned.setdefault(digest, i)
-            elif digest in learned:
-                copies.append((data.ids[i], data.ids[learned[digest]]))
             rows = tokens.float().flatten(0, -2)
             low, high = torch.minimum(low, rows.amin(0)), torch.maximum(high, rows.amax(0))
-        return cls(tuple(copies), low == high, float(torch.maximum(-low, high).max()))
+        return cls(tuple(copies), low == high, float(torch.maximum(-low, high).max()), in_folds)
 
 
 def at_the_edge(result: MethodResult, recipe: Recipe) -> tuple[str, ...]:

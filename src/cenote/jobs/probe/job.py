@@ -10,20 +10,19 @@ from typing import get_args
 
 import numpy as np
 
-import cenote.core.files as files
 from cenote.compare.arms import OnShare, unheard
-from cenote.compare.engine import Engine, prepared
+from cenote.compare.engine import CELLS, Engine, prepared
 from cenote.compare.inference import SeedEffects
 from cenote.compare.judge import judge
 from cenote.compare.provenance import provenance
 from cenote.compare.statistics import Significance
-from cenote.core import InputError
+from cenote.core import InputError, files
 from cenote.core.memory import return_freed_blocks
 from cenote.core.requirements import require_one_of
 from cenote.features import facts
 from cenote.features.dataset import SPLITS, TokenDataset
 from cenote.jobs.probe.arms import Layers, Trial, columns_of, remembered
-from cenote.jobs.probe.cautions import cautions
+from cenote.jobs.probe.cautions import Seen, cautions, tests_more
 from cenote.jobs.probe.folds import planned
 from cenote.jobs.probe.looks import save_looks
 from cenote.jobs.probe.measure import judged_by
@@ -107,55 +106,64 @@ def compare(
         if not len(data.indices(split)):
             raise InputError(f"data: no item is in the {split} split; it needs train, val and test items")
     plan = planned(data, folds, repeats, significance)
-    folder = None if out is None else prepared(Path(out))
-
-    if int(data.lengths().max()) * data.dim * 4 >= HUGE_ITEM_BYTES:
-        return_freed_blocks()
-    fingerprint = remembered()
-    of_folds = [
-        {
-            c.name: Trial(
-                plan.seen(c, fold), name_of_metric, seed_numbers, recipe, plan.fingerprinted(fingerprint, c, fold)
-            )
-            for c in columns
-        }
-        for fold in range(len(plan))
-    ]
-    trials, cells_folder = of_folds[0], None if folder is None else folder / "cells"
-    arms = [[*of_fold.values(), *(references_of(of_fold[baseline]) if references else ())] for of_fold in of_folds]
-    measured = plan.measured(arms, baseline, folder=cells_folder, workers=workers, engine=engine, on_share=on_method)
-    measured = dataclasses.replace(measured, skipped={**skipped, **measured.skipped})
-    units, by, in_folds = plan.judged_on(name_of_metric)
-    comparison = judge(
-        Comparison,
-        measured,
-        units,
-        by,
-        baseline=baseline,
-        significance=significance,
-        seed_effects=seed_effects,
-        folds=in_folds,
-        provenance=provenance(
-            "cenote.jobs.probe.compare",
-            seeds=list(seed_numbers),
-            recipe=json.loads(json.dumps(dataclasses.asdict(recipe))),
-            data_sha256=fingerprint(data),
-            **plan.provenance(),
-        ),
-        dataset={**facts(plan.view(data, 0)), "classes": list(data.classes)},
-    )
-    comparison = dataclasses.replace(comparison, cautions=cautions(data, comparison, recipe, plan.tested()))
-    if folder is not None:
-        judged = {r.method for r in comparison.results}
-        done = {name: trial for name, trial in trials.items() if name in judged}
-        probes = {name: trial.probe(measured.cells[name], 0) for name, trial in done.items()}
-        views = {name: trial.column.data for name, trial in done.items()}
-        comparison = save_looks(folder, comparison, plan.view(data, 0), probes, views)
-        for place, name in ((BEST, comparison.winner), (RECOMMENDED, comparison.recommended)):
-            if place == RECOMMENDED and name == comparison.winner:
-                save_same(folder / place, BEST)
-                continue
-            best_seed = int(np.argmax(comparison[name].validation_per_seed))
-            save_probe(folder / place, comparison, done[name].column, done[name].probe(measured.cells[name], best_seed))
-        files.write_whole(folder / "comparison.json", comparison.to_json())
+    with prepared(None if out is None else Path(out)) as folder:
+        if int(data.lengths().max()) * data.dim * 4 >= HUGE_ITEM_BYTES:
+            return_freed_blocks()
+        fingerprint = remembered()
+        of_folds = [
+            {
+                c.name: Trial(
+                    plan.seen(c, fold), name_of_metric, seed_numbers, recipe, plan.fingerprinted(fingerprint, c, fold)
+                )
+                for c in columns
+            }
+            for fold in range(len(plan))
+        ]
+        trials, cells_folder = of_folds[0], None if folder is None else folder / CELLS
+        arms = [[*of_fold.values(), *(references_of(of_fold[baseline]) if references else ())] for of_fold in of_folds]
+        measured = plan.measured(
+            arms, baseline, folder=cells_folder, workers=workers, engine=engine, on_share=on_method
+        )
+        measured = dataclasses.replace(measured, skipped={**skipped, **measured.skipped})
+        units, by, in_folds = plan.judged_on(name_of_metric)
+        comparison = judge(
+            Comparison,
+            measured,
+            units,
+            by,
+            baseline=baseline,
+            significance=significance,
+            seed_effects=seed_effects,
+            folds=in_folds,
+            provenance=provenance(
+                "cenote.jobs.probe.compare",
+                seeds=list(seed_numbers),
+                recipe=json.loads(json.dumps(dataclasses.asdict(recipe))),
+                data_sha256=fingerprint(data),
+                **plan.provenance(),
+            ),
+            dataset={**facts(plan.view(data, 0)), "classes": list(data.classes)},
+        )
+        tested, seen = plan.tested(), None
+        if folder is not None:
+            seen = Seen.kept(data, fingerprint(data), folder / "seen.safetensors", tests_more(data, tested))
+        told = cautions(data, comparison, recipe, tested, seen)
+        comparison = dataclasses.replace(comparison, cautions=told)
+        if folder is not None:
+            for place in (BEST, RECOMMENDED):
+                files.remove_unfinished(folder / place)
+            judged = {r.method for r in comparison.results}
+            done = {name: trial for name, trial in trials.items() if name in judged}
+            probes = {name: trial.probe(measured.cells[name], 0) for name, trial in done.items()}
+            views = {name: trial.column.data for name, trial in done.items()}
+            comparison = save_looks(folder, comparison, plan.view(data, 0), probes, views)
+            for place, name in ((BEST, comparison.winner), (RECOMMENDED, comparison.recommended)):
+                if place == RECOMMENDED and name == comparison.winner:
+                    save_same(folder / place, BEST)
+                    continue
+                best_seed = int(np.argmax(comparison[name].validation_per_seed))
+                save_probe(
+                    folder / place, comparison, done[name].column, done[name].probe(measured.cells[name], best_seed)
+                )
+            comparison.save(folder)
     return comparison

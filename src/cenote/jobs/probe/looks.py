@@ -5,19 +5,18 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors.torch import save
 from torch import Tensor
 
 import cenote.core.files as files
 from cenote.features.dataset import TokenDataset
 from cenote.features.raw import UnreadableError
+from cenote.features.store import StoredPictures
 from cenote.jobs.probe.module import Probe
 from cenote.jobs.probe.result import Comparison
 
@@ -54,7 +53,7 @@ def save_looks(
                 "id": data.ids[item],
                 "label": _label(data, item),
                 "tokens": int(data.lengths()[item]) - data.prefix_tokens,
-                "image": _picture(data, item),
+                **_picture(data, item),
                 **_words(data, item),
                 "predictions": predictions[i],
             }
@@ -65,8 +64,7 @@ def save_looks(
         "methods": [r.method for r in comparison.results if r.method in probes],
         "token_labels": None if data.token_labels is None else [data.labels_of(i).tolist() for i in items],
     }
-    files.write_whole(folder / "attention.safetensors", save(tensors))
-    files.write_whole(folder / "attention.json", json.dumps(card))
+    files.write_saved(folder / "attention.json", folder / "attention.safetensors", card, tensors)
     if data.token_labels is None:
         return comparison
     return dataclasses.replace(comparison, localisation=localisation(data, probes, views))
@@ -133,10 +131,16 @@ def _worded(logits: Tensor, data: TokenDataset) -> str:
     return ", ".join(f"{v:.3g}" for v in logits.tolist())
 
 
-def _picture(data: TokenDataset, item: int) -> str | None:
-    # of a feature store, the file of an item may be gone
+def _picture(data: TokenDataset, item: int) -> dict[str, Any]:
+    """The picture that the tokens came from, or why it is not shown."""
+    try:
+        # of a feature store, the file of an item may be gone, or be another one now
+        if isinstance(data.images, StoredPictures):
+            return {"image": _png(data.images.shown(item))}
+    except UnreadableError as error:
+        return {"image": None, "unpictured": str(error)}
     image = None if data.images is None else data.images[item]
-    return None if image is None else _png(image)
+    return {"image": None if image is None else _png(image)}
 
 
 def _words(data: TokenDataset, item: int) -> dict[str, Any]:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 import cenote.core.files as files
 from cenote.catalog import create
 from cenote.core import Bags, InputError
 from cenote.core.requirements import require_one_of
+from cenote.core.seeded import seeded
 from cenote.features.dataset import Task, TokenDataset
 from cenote.jobs.probe.arms import Column
 from cenote.jobs.probe.module import Probe, sized_arguments
@@ -131,24 +129,25 @@ def save_probe(folder: Path, comparison: Comparison, column: Column, probe: Prob
         "versions": comparison.provenance.get("versions"),
         "pool": type(pool).__name__,
     }
-    state = {k: v.contiguous() for k, v in probe.state_dict().items()}
-    files.write_whole(folder / "probe.safetensors", save(state, metadata={"card": json.dumps(card)}))
-    files.write_whole(folder / "probe.json", json.dumps(card, indent=1))
+    files.write_saved(folder / "probe.json", folder / "probe.safetensors", card, probe.state_dict())
 
 
 def save_same(folder: Path, other: str) -> None:
     """Write that the probe of a folder is the one of another folder beside it, where `load` finds it."""
     (folder / "probe.safetensors").unlink(missing_ok=True)
-    files.write_whole(folder / "probe.json", json.dumps({"format": FORMAT, "same_as": other}, indent=1))
+    files.write_whole(
+        folder / "probe.json", files.json_text(files.sealed({"format": FORMAT, "same_as": other}), indent=1)
+    )
 
 
 def _same_as(folder: Path) -> str | None:
     """Of a folder that only says whose probe it has."""
     try:
-        card = json.loads((folder / "probe.json").read_text("utf-8"))
+        card = files.read_json(folder / "probe.json")
     except (OSError, ValueError):
         return None
-    return card.get("same_as") if isinstance(card, dict) else None
+    same = card.get("same_as") if isinstance(card, dict) else None
+    return same if isinstance(same, str) else None
 
 
 def load(folder: str | Path) -> SavedProbe:
@@ -166,26 +165,29 @@ def load(folder: str | Path) -> SavedProbe:
         if folder.name != BEST and _same_as(folder) == BEST:
             return load(folder.resolve().parent / BEST)
         # cards of before there were several layers do not speak of them
-        card = files.read_card(folder / "probe.json", AGAIN, optional=("layers",), **FIELDS)
-        state = load_file(folder / "probe.safetensors")
+        card, state = files.read_saved(
+            folder / "probe.json", folder / "probe.safetensors", AGAIN, optional=("layers",), **FIELDS
+        )
     except FileNotFoundError as error:
         raise InputError(
             f"{folder}: holds no saved probe ({Path(error.filename).name} is missing); name OUT/best or OUT/recommended"
         ) from None
-    except InputError:
-        raise
-    except (SafetensorError, ValueError, OSError) as error:
+    except OSError as error:
         raise InputError(f"{folder}: the saved probe cannot be read ({error}); {AGAIN}") from None
     files.require_format(folder, card, FORMAT)
     require_one_of(get_args(Task), task=card["task"])
+    layers = card.get("layers", [])
+    if not all(type(n) is int for n in layers) or not all(isinstance(name, str) for name in card["classes"]):
+        raise InputError(f"{folder}: probe.json: expected classes as texts and layers as numbers; {AGAIN}")
     named = 2 if card["task"] == "binary" else card["outputs"]
     if len(card["classes"]) != named:
         raise InputError(f"{folder}: probe.json names {len(card['classes'])} classes, expected {named}; {AGAIN}")
     try:
-        pool = create(card["method"], **{**card["arguments"], "dim": card["dim"]})
-        probe = Probe(pool, card["outputs"], card["prefix_tokens"])
+        with seeded(0):
+            pool = create(card["method"], **{**card["arguments"], "dim": card["dim"]})
+            probe = Probe(pool, card["outputs"], card["prefix_tokens"])
         probe.load_state_dict(state)
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{folder}: probe.safetensors does not fit probe.json ({_line(error)}); {AGAIN}") from None
     return SavedProbe(
         probe.eval(),
@@ -194,7 +196,7 @@ def load(folder: str | Path) -> SavedProbe:
         tuple(card["classes"]),
         card["dim"],
         card["prefix_tokens"],
-        tuple(card.get("layers", ())),
+        tuple(layers),
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -18,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cenote.compare.metrics import Metric
 from cenote.core.binding import bind
 from cenote.core.graphs import Graphs
+from cenote.core.seeded import seeded
 from cenote.core.sets import Tokens
 from cenote.core.tokenwise import ROWS_AT_ONCE
 from cenote.features.dataset import Task, TokenDataset
@@ -82,17 +84,16 @@ def train(
         recipe: see `Recipe`.
         progress: called with the share of the work that is done.
 
-    Small steps run on one thread.
+    Small steps run on one thread. Of several threads that train, one does at a time: they share a generator.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if steps_are_small(data, recipe) else threads)
-    try:
-        with torch.random.fork_rng():
-            # dropout must not depend on what was trained before
-            torch.manual_seed(seeds[0])
+    # dropout must not depend on what was trained before
+    with seeded(seeds[0]):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1 if steps_are_small(data, recipe) else threads)
+        try:
             return _train(build, data, metric, seeds, recipe, progress)
-    finally:
-        torch.set_num_threads(threads)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def steps_are_small(data: TokenDataset, recipe: Recipe) -> bool:
@@ -149,7 +150,8 @@ def _train(
             total += loss.detach() * len(items)
         losses.append((total / (passes * len(train_items))).tolist())
         logits = ensemble.predict(data, val_items, recipe)
-        now = [float(metric(s, y_val, ones)[0]) for s in logits.numpy()]
+        # of logits that are no numbers a metric may be anything
+        now = [float(metric(s, y_val, ones)[0]) if np.isfinite(s).all() else -math.inf for s in logits.numpy()]
         curves.append(now)
         # of epochs that are equally good, the one whose scores can be believed most: a ranking may be right long before
         now_loss = _losses(logits, y[val_items], data.task).tolist()
@@ -418,8 +420,7 @@ def _mean_by_rate(best: list[float], seeds: int) -> Float[Tensor, "rates"]:
 
 
 def _seeded(build: Callable[[], Probe], seed: int) -> Probe:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         return build()
 
 

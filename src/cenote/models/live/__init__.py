@@ -32,6 +32,7 @@ from cenote.models.live.edits import (
 from cenote.models.live.heads import AblatedHeads, AddedStates, ScaledHeads
 from cenote.models.live.parts import of_part
 from cenote.models.live.places import attentions, blocks, embeddings, final_norm, stacks
+from cenote.models.live.ran import Frozen, Layer, Normed, few_logits, frozen, layers, of_heads, one_stack
 from cenote.models.live.reachable import Reach, reach
 from cenote.models.live.shorten import Shorten, shortened
 from cenote.models.live.shortening import Shortening
@@ -51,10 +52,13 @@ __all__ = [
     "Denoising",
     "DenoisingStep",
     "Edit",
+    "Frozen",
     "HeadRecorder",
     "InputsRecorder",
+    "Layer",
     "Look",
     "MapRecorder",
+    "Normed",
     "Place",
     "Reach",
     "Recorder",
@@ -73,8 +77,13 @@ __all__ = [
     "denoising",
     "edited",
     "embeddings",
+    "few_logits",
     "final_norm",
+    "frozen",
+    "layers",
+    "of_heads",
     "of_part",
+    "one_stack",
     "plausible",
     "reach",
     "recorded",

@@ -49,6 +49,7 @@ class AttentionCall:
         spans: of the prompt's tokens, `[batch, tokens]`.
         step: of decoding: 0 for the prompt; of denoising.
         query_start, key_start: number of the first query, and key, among all tokens so far.
+        prompt: how many tokens the prompt has at this place, where that is known: of these spans are.
         rows: numbers of the queries, where only some of them are computed, `[batch, rows]`.
         real: False where a row only fills up, `[batch, rows]`.
         conditional: which items read the prompt, where guidance has others beside them, `[batch]`; None for all.
@@ -67,6 +68,7 @@ class AttentionCall:
     step: int = 0
     query_start: int = 0
     key_start: int = 0
+    prompt: int | None = None
     rows: Int[Tensor, "batch rows"] | None = None
     real: Bool[Tensor, "batch rows"] | None = None
     conditional: Bool[Tensor, "batch"] | None = None
@@ -179,16 +181,12 @@ class AttentionCall:
             raise InputError(
                 f"spans: {name!r} is of {where.shape[0]} items, and {self.place.path} computes {self.batch}"
             )
-        if self.place.kind == "cross":
-            fits = not keys or where.shape[1] == self.keys
-        else:
-            so_far = self.query_start + (self.queries if self.rows is None else 0)
-            fits = where.shape[1] <= max(so_far, self.key_start + self.keys)
-            fits = fits and (self.step > 0 or self.rows is not None or where.shape[1] >= min(so_far, self.keys))
-        if not fits:
+        tokens = self.keys if keys and self.place.kind == "cross" else self.prompt
+        if where.shape[1] != (self.keys if tokens is None else tokens):
             raise InputError(
-                f"spans: {name!r} is of {where.shape[1]} tokens, and {self.place.path} reads {self.keys}; give the edit the "
-                f"places that read these tokens (at=Where(stack=...))"
+                f"spans: {name!r} is of {where.shape[1]} tokens, and {self.place.path} reads {tokens or self.keys}; give spans "
+                f"of the whole prompt, to edits of the places that read it (at=Where(stack=...)), and decode without drafts "
+                f"(assistant_model, prompt_lookup_num_tokens), which stand behind the prompt from the first call on"
             )
         return where.repeat_interleave(self.batch // where.shape[0], 0)
 

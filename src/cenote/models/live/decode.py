@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cenote.core import InputError
+from cenote.core.requirements import require_finite
 from cenote.models.live import places, seats
 from cenote.models.live.calls import Place
 from cenote.models.live.edited import check_spans, edited
@@ -65,6 +66,16 @@ class Branch:
     weight: float = 1.0
     edits: Sequence[Edit] = ()
     spans: Mapping[str, Bool[Tensor, "items tokens"]] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inputs, Mapping):
+            raise InputError(
+                f"inputs: expected those of model.generate by name, such as {{'input_ids': tokens}}, got "
+                f"{type(self.inputs).__name__}"
+            )
+        require_finite(weight=self.weight)
+        if not isinstance(self.edits, Sequence) or isinstance(self.edits, str):
+            raise InputError(f"edits: expected a list of them, got {type(self.edits).__name__}")
 
 
 class DecodingStep(NamedTuple):
@@ -151,8 +162,11 @@ class Branches:
     """
 
     def __init__(self, branches: Sequence[Branch], combine: Combine | Named = "sum", of: Scale = "logits") -> None:
-        if not branches:
-            raise InputError("branches: give at least one")
+        if isinstance(branches, Branch) or not branches:
+            raise InputError("branches: give a list of at least one")
+        for number, branch in enumerate(branches):
+            if not isinstance(branch, Branch):
+                raise InputError(f"branches: expected Branch(inputs), got {type(branch).__name__} as branch {number}")
         if not callable(combine) and combine not in ("sum", "mixture", "lowest"):
             raise InputError(f"combine: {combine!r}; there are 'sum', 'mixture', 'lowest', or give a function")
         if of not in ("logits", "log-probabilities"):
@@ -531,6 +545,15 @@ def _prompts(model: Any, branches: Sequence[Mapping[str, Any]]) -> tuple[str, li
     sizes: list[tuple[int, int]] = []
     for number, inputs in enumerate(branches):
         prompt = inputs[key]
+        for name, value in inputs.items():
+            if name.endswith(("_ids", "_mask")) and not isinstance(value, Tensor):
+                raise InputError(
+                    f"branches: {name} of branch {number} is {type(value).__name__}, expected a tensor [items, tokens]"
+                )
+        if key == "input_ids" and (prompt.is_floating_point() or prompt.dtype == torch.bool):
+            raise InputError(
+                f"branches: input_ids of branch {number} are {prompt.dtype}, expected whole numbers; vectors are inputs_embeds"
+            )
         dims = {"input_ids": 2, "inputs_embeds": 3}.get(key)
         if (dims is not None and prompt.dim() != dims) or not prompt.numel():
             raise InputError(

@@ -18,15 +18,18 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from cenote.core import InputError
+from cenote.core.interrupts import uninterrupted
+from cenote.core.requirements import require_several
 from cenote.models.live.calls import AttentionCall, Kind, Place
 from cenote.models.live.edited import Placed, Run, entered, placed, require_module
 from cenote.models.live.edits import Edit, RowRecorder, Trace, Where
@@ -72,6 +75,7 @@ class AttentionMaps:
         Raises:
             InputError: where no place has this resolution, or their keys differ in number.
         """
+        require_several(kinds=kinds)
         chosen: list[Tensor] = []
         sizes: set[int] = set()
         for place, weights in self.weights.items():
@@ -421,7 +425,14 @@ class Denoising(Run):
         if call.batch % len(self._conditional) == 0:
             each = call.batch // len(self._conditional)
             conditional = self._conditional.to(call.q.device).repeat_interleave(each)
-        return {"spans": self._spans, "step": self.step, "query_start": 0, "key_start": 0, "conditional": conditional}
+        return {
+            "spans": self._spans,
+            "step": self.step,
+            "query_start": 0,
+            "key_start": 0,
+            "prompt": call.queries,
+            "conditional": conditional,
+        }
 
     def counts(self, edit: Edit, place: Place, number: int) -> None:
         if not self._looking:
@@ -508,18 +519,19 @@ class Denoising(Run):
         before = self._spans, self._conditional
         lengths = [(trace, {place: len(kept) for place, kept in trace.items()}) for trace in self._traces()]
         read = self._conditional
-        self._spans = {name: span[read.to(span.device)] for name, span in self._spans.items()}
-        self._conditional = read[read]
-        self._looking = True
         try:
-            with ExitStack() as stack:
-                if recorder is not None and where is not None:
-                    if getattr(self.model, "is_gradient_checkpointing", False):
-                        raise InputError(
-                            "model: with gradient checkpointing maps have no gradient; call disable_gradient_checkpointing()"
-                        )
-                    recorder.wanted = lambda call: _all_queries(call, queries)
-                    stack.enter_context(entered(_Beside(self, recorder), where))
+            self._spans = {name: span[read.to(span.device)] for name, span in self._spans.items()}
+            self._conditional = read[read]
+            self._looking = True
+            beside: AbstractContextManager[object] = nullcontext()
+            if recorder is not None and where is not None:
+                if getattr(self.model, "is_gradient_checkpointing", False):
+                    raise InputError(
+                        "model: with gradient checkpointing maps have no gradient; call disable_gradient_checkpointing()"
+                    )
+                recorder.wanted = lambda call: _all_queries(call, queries)
+                beside = entered(_Beside(self, recorder), where)
+            with beside:
                 output = self.model(*args, **kwargs)
             found = {place: kept[-1] for place, kept in recorder.found.items()} if recorder is not None else {}
         finally:
@@ -642,6 +654,8 @@ class _Replaced:
 
     def __init__(self, scheduler: Any, name: str, act: Callable[..., Any]) -> None:
         self.scheduler, self.name, self.act = scheduler, name, act
+        # an attribute of the scheduler itself, where its class was overridden before
+        self.before = vars(scheduler).get(name)
         self.method = getattr(scheduler, name)
         functools.update_wrapper(self, self.method)
 
@@ -706,6 +720,8 @@ def denoising(
         tensor(0.)
     """
     denoiser, scheduler, pipeline = _parts(model, scheduler)
+    if on_step is not None and not callable(on_step):
+        raise InputError(f"on_step: expected a function of a DenoisingStep, got {type(on_step).__name__}")
     if not edits and on_step is None:
         raise InputError("edits: give at least one, or on_step")
     if copies is not None and copies < 1:
@@ -720,24 +736,41 @@ def denoising(
     where = placed(denoiser, edits, spans) if edits else None
     acting = () if where is None else where.parts
     run = Denoising(denoiser, acting, spans, scheduler, pipeline, on_step, maps, copies, conditional)
-    with ExitStack() as stack:
-        if where is not None:
-            stack.enter_context(entered(run, where))
-        for name, act in {"step": run.steps, "scale_model_input": run.scales}.items():
-            if hasattr(scheduler, name):
-                stack.callback(_put_back, scheduler, name, vars(scheduler).get(name))
-                vars(scheduler)[name] = _Replaced(scheduler, name, act)
-        stack.callback(denoiser.register_forward_pre_hook(run.enters, with_kwargs=True).remove)
-        # whoever keeps the run keeps no step, and with it no latents
-        stack.callback(run.forgets)
-        yield run
-        run.require_effect()
+    with nullcontext() if where is None else entered(run, where):
+        handles: list[RemovableHandle] = []
+        try:
+            with uninterrupted():
+                _enter(run, handles)
+            yield run
+            run.require_effect()
+        finally:
+            try:
+                _leave(run, handles)
+            except BaseException:
+                # interrupted: what was left already is left once more
+                _leave(run, handles)
+                raise
 
 
-def _put_back(scheduler: Any, name: str, before: Any) -> None:
-    vars(scheduler).pop(name, None)
-    if before is not None:
-        vars(scheduler)[name] = before
+def _enter(run: Denoising, handles: list[RemovableHandle]) -> None:
+    for name, act in {"step": run.steps, "scale_model_input": run.scales}.items():
+        if hasattr(run.scheduler, name):
+            vars(run.scheduler)[name] = _Replaced(run.scheduler, name, act)
+    handles.append(run.model.register_forward_pre_hook(run.enters, with_kwargs=True))
+
+
+def _leave(run: Denoising, handles: Sequence[RemovableHandle]) -> None:
+    own = vars(run.scheduler)
+    for name in ("step", "scale_model_input"):
+        replaced = own.get(name)
+        if isinstance(replaced, _Replaced) and replaced.before is None:
+            del own[name]
+        elif isinstance(replaced, _Replaced):
+            own[name] = replaced.before
+    for handle in handles:
+        handle.remove()
+    # whoever keeps the run keeps no step, and with it no latents
+    run.forgets()
 
 
 def _is_entered(hook: object) -> bool:

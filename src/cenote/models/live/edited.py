@@ -28,7 +28,11 @@ from cenote.models.live.edits import (
     StateRecorder,
     Where,
     name_of,
+    original,
     overrides,
+    remembers,
+    require_spans,
+    require_where,
     whole,
 )
 from cenote.models.live.reachable import why_not
@@ -43,6 +47,8 @@ Entered = TypeVar("Entered", bound="Run")
 
 NOBODY = 0
 """No thread has this number."""
+_REMEMBERING: dict[int, Run] = {}
+"""Of an edit that remembers, by its identity: where it is entered."""
 
 
 class Run:
@@ -61,6 +67,7 @@ class Run:
         self._forwards = 0
         self._acted: set[int] = set()
         self._so_far: dict[Place, int] = {}
+        self._prompts: dict[Place, int] = {}
         # tokens in the cache before this forward, where there is one that tells, and behind the last
         self._before: int | None = None
         self._behind = 0
@@ -76,8 +83,7 @@ class Run:
         before = self._so_far.get(place)
         if place.kind == "cross":
             so_far = (before or 0) + queries if queries == 1 else queries
-            self._so_far[place] = so_far
-            return {"spans": spans, "step": self.step, "query_start": so_far - queries, "key_start": 0}
+            return {**self._read(place, so_far, queries), "spans": spans, "key_start": 0}
         if queries == keys:
             so_far = keys
         elif before is None and self._before is not None:
@@ -87,10 +93,18 @@ class Run:
             so_far = keys if any(span.shape[1] == keys for span in spans.values()) else queries
         else:
             so_far = before + queries
-        self._so_far[place] = so_far
         # a cache of a sliding window holds the last keys only
-        key_start = max(0, so_far - keys)
-        return {"spans": spans, "step": self.step, "query_start": so_far - queries, "key_start": key_start}
+        return {**self._read(place, so_far, queries), "spans": spans, "key_start": max(0, so_far - keys)}
+
+    def _read(self, place: Place, so_far: int, queries: int) -> dict[str, object]:
+        """What follows from how many tokens a place has read so far, these queries the last."""
+        before = self._so_far.get(place)
+        # all tokens anew, and one more than before, is decoding without a cache
+        decodes = queries < so_far or so_far == (before or 0) + 1
+        if before is None or not decodes:
+            self._prompts[place] = so_far
+        self._so_far[place] = so_far
+        return {"step": self.step, "query_start": so_far - queries, "prompt": self._prompts[place]}
 
     def counts(self, edit: Edit, place: Place, number: int) -> None:
         """This edit acted, on that many."""
@@ -194,6 +208,7 @@ def entered(run: Entered, where: Placed) -> Iterator[Entered]:
 
 def _enter(run: Run, where: Placed, handles: list[RemovableHandle]) -> None:
     parts, acting, hooked, ways = where
+    _REMEMBERING.update({id(original(edit)): run for edit in parts if remembers(edit)})
     for edit in parts:
         edit.begins()
         edit.joins(run)
@@ -219,6 +234,8 @@ def _leave(run: Run, where: Placed, handles: Sequence[RemovableHandle]) -> None:
         transformers.leave(run)
     for edit in where.parts:
         edit.ends()
+        if _REMEMBERING.get(id(original(edit))) is run:
+            del _REMEMBERING[id(original(edit))]
 
 
 @contextmanager
@@ -306,16 +323,19 @@ def placed(model: nn.Module, edits: Sequence[Edit], spans: Mapping[str, Tensor])
         if not isinstance(edit, (AttentionEdit, BlockEdit)):
             raise InputError(f"edits: expected AttentionEdit or BlockEdit, got {type(edit).__name__}")
     parts = [part for edit in edits for part in edit.parts(model)]
+    _check_once(parts)
     for edit in parts:
-        for name in edit.asks:
-            if name not in spans:
-                raise InputError(
-                    f"spans: {type(edit).__name__} needs {name!r}, and there are: {', '.join(spans) or 'none'}"
-                )
+        require_where(edit.at)
+        require_spans(edit, spans)
         everywhere = attention if isinstance(edit, AttentionEdit) else blocks
         chosen = [place for place in everywhere if place in edit.at]
+        if not everywhere:
+            raise InputError(
+                f"edits: {name_of(edit)} acts in attention or in a list of blocks that hold some, and {type(model).__name__} "
+                f"has none"
+            )
         if not chosen:
-            there = sorted({f"{kind} in {stack!r}" for _, kind, stack, *_ in everywhere}) or ["none"]
+            there = sorted({f"{kind} in {stack!r}" for _, kind, stack, *_ in everywhere})
             raise InputError(
                 f"edits: {name_of(edit)} has no place {edit.at} in {type(model).__name__}; there are: {', '.join(there)}"
             )
@@ -327,6 +347,18 @@ def placed(model: nn.Module, edits: Sequence[Edit], spans: Mapping[str, Tensor])
         _check_blocks(edit, chosen)
     _check_reach(acting, ways)
     return Placed(parts, acting, hooked, ways)
+
+
+def _check_once(parts: Sequence[Edit]) -> None:
+    """What remembers stands in one place at a time: two runs would write into one memory."""
+    seen = set(_REMEMBERING)
+    for edit in parts:
+        if remembers(edit):
+            if id(original(edit)) in seen:
+                raise InputError(
+                    f"edits: this {name_of(edit)} is given twice, or entered already, and would mix what it finds; make another"
+                )
+            seen.add(id(original(edit)))
 
 
 def _check_blocks(edit: Edit, chosen: Sequence[Place]) -> None:

@@ -6,6 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cenote.core import InputError
+from cenote.core.requirements import require_several
 from cenote.models.live.calls import AttentionCall, Kind, Place
 
 
@@ -34,8 +36,11 @@ class Where:
     stack: str | None = None
 
     def __post_init__(self) -> None:
-        if self.blocks is not None and not isinstance(self.blocks, Collection):
+        numbers = self.blocks if isinstance(self.blocks, Collection) else ["none"]
+        if self.blocks is not None and not all(isinstance(number, Integral) for number in numbers):
             raise InputError(f"blocks: expected numbers, such as [1] or range(4, 8), got {self.blocks!r}")
+        if self.kinds is not None:
+            require_several(kinds=self.kinds)
 
     def __contains__(self, place: Place) -> bool:
         return (
@@ -43,6 +48,13 @@ class Where:
             and (self.kinds is None or place.kind in self.kinds)
             and (self.stack is None or place.stack == self.stack)
         )
+
+
+def require_where(at: Where | None) -> Where:
+    """These places, all by default; raise where it says none."""
+    if at is not None and not isinstance(at, Where):
+        raise InputError(f"at: expected places, such as Where(blocks=[1]), got {at!r}")
+    return at or Where()
 
 
 class Edit:
@@ -148,14 +160,34 @@ class Attended(NamedTuple):
     weights: Float[Tensor, "batch heads queries keys"] | None
 
 
+def original(edit: Edit) -> Edit:
+    """The edit that a person made, of one that passes on to it."""
+    while edit.stands_for is not None:
+        edit = edit.stands_for
+    return edit
+
+
 def name_of(edit: Edit) -> str:
     """Of the class that a person wrote."""
-    return type(edit.stands_for or edit).__name__
+    return type(original(edit)).__name__
+
+
+def remembers(edit: Edit) -> bool:
+    """Whether it forgets something when a model is entered: what one run leaves in it would mix with that of another."""
+    return type(original(edit)).begins is not Edit.begins
+
+
+def require_spans(edit: Edit, spans: Mapping[str, Tensor]) -> None:
+    """Raise where an edit asks for a span that is not there."""
+    require_several(asks=edit.asks)
+    for name in edit.asks:
+        if name not in spans:
+            raise InputError(f"spans: {name_of(edit)} needs {name!r}, and there are: {', '.join(spans) or 'none'}")
 
 
 def overrides(edit: Edit, name: str) -> bool:
     """Whether the edit's class has its own method of that name."""
-    edit = edit.stands_for or edit
+    edit = original(edit)
     base = next(cls for cls in (AttentionEdit, BlockEdit) if isinstance(edit, cls))
     return getattr(type(edit), name) is not getattr(base, name)
 
@@ -341,7 +373,7 @@ class Recorder(AttentionEdit):
     """
 
     def __init__(self, at: Where | None = None, detach: bool = True) -> None:
-        self.at = at or Where()
+        self.at = require_where(at)
         self.detach = detach
         self.found = Trace()
 
@@ -413,7 +445,7 @@ class StateRecorder(BlockEdit):
     """Hidden states: what each block wrote, and before the first of a stack what it read."""
 
     def __init__(self, at: Where | None = None, detach: bool = True) -> None:
-        self.at = at or Where()
+        self.at = require_where(at)
         self.detach = detach
         self.read, self.written = Trace(), Trace()
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 
 from jaxtyping import Float
 from torch import Tensor
 
 from cenote.core import InputError
 from cenote.models.live.calls import AttentionCall, Place
-from cenote.models.live.edits import AttentionEdit, BlockEdit, Where
+from cenote.models.live.edits import AttentionEdit, BlockEdit, Where, require_where
 
 
 class ScaledHeads(AttentionEdit):
@@ -21,7 +22,7 @@ class ScaledHeads(AttentionEdit):
     """
 
     def __init__(self, factors: Mapping[int, Float[Tensor, "heads"]], at: Where | None = None) -> None:
-        self.factors = dict(factors)
+        self.factors = _tensors("factors", factors)
         self.at = _in_blocks(at, self.factors)
 
     def context(
@@ -45,7 +46,10 @@ class AblatedHeads(AttentionEdit):
 
     def __init__(self, heads: Iterable[tuple[int, int]], at: Where | None = None) -> None:
         self.heads: dict[int, list[int]] = {}
-        for block, head in heads:
+        for pair in heads:
+            if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(n, Integral) for n in pair):
+                raise InputError(f"heads: expected pairs of block and head, such as [(0, 3)], got {pair!r} among them")
+            block, head = pair
             self.heads.setdefault(block, []).append(head)
         self.at = _in_blocks(at, self.heads)
 
@@ -69,7 +73,7 @@ class AddedStates(BlockEdit):
     """
 
     def __init__(self, vectors: Mapping[int, Float[Tensor, "*any dim"]], at: Where | None = None) -> None:
-        self.vectors = dict(vectors)
+        self.vectors = _tensors("vectors", vectors)
         self.at = _in_blocks(at, self.vectors)
 
     def leaves(self, place: Place, h: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
@@ -82,8 +86,22 @@ class AddedStates(BlockEdit):
         return h + vector.to(h)
 
 
+def _tensors(name: str, given: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Of each block a tensor of finite numbers."""
+    if not isinstance(given, Mapping):
+        raise InputError(f"{name}: expected a tensor for each block, such as {{0: tensor}}, got {type(given).__name__}")
+    for block, tensor in given.items():
+        if not isinstance(block, Integral):
+            raise InputError(f"{name}: expected numbers of blocks, got {block!r}")
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{name}: expected a tensor for block {block!r}, got {type(tensor).__name__}")
+        if not tensor.isfinite().all():
+            raise InputError(f"{name}: of block {block!r} hold NaN or infinite numbers; see where they were computed")
+    return dict(given)
+
+
 def _in_blocks(at: Where | None, blocks: Iterable[int]) -> Where:
     """These places, of these blocks alone."""
-    at = at or Where()
+    at = require_where(at)
     named = set(blocks)
     return Where(named if at.blocks is None else named & set(at.blocks), at.kinds, at.stack)

@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cenote.core import InputError
+from cenote.core.requirements import require_several
 from cenote.models.live.calls import Allowed, AttentionCall, Place
-from cenote.models.live.edits import AttentionEdit, BlockEdit, Edit, RowEdit, Where
+from cenote.models.live.edits import AttentionEdit, BlockEdit, Edit, RowEdit, Where, require_spans
 
 
 def of_part(
@@ -44,11 +45,10 @@ def of_part(
         raise InputError(
             f"edits: {type(edit).__name__} acts on a batch as a whole, and not on one part of it; give it around all of them"
         )
-    for name in edit.asks:
-        if spans is not None and name not in spans:
-            raise InputError(
-                f"spans: {type(edit).__name__} needs {name!r}, and there are: {', '.join(spans) or 'none'}"
-            )
+    if spans is not None:
+        require_spans(edit, spans)
+    if stacks is not None:
+        require_several(stacks=stacks)
     if isinstance(edit, RowEdit):
         return _RowsOfPart(edit, number, parts, spans, stacks)
     if isinstance(edit, AttentionEdit):

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from cenote.core import InputError
 from cenote.models.live import seats
-from cenote.models.live.calls import Allowed, AttentionCall, causal, dense
+from cenote.models.live.calls import Allowed, AttentionCall, Place, causal, dense
 
 _before: dict[nn.Module, Callable[..., Any] | None] = {}
 
@@ -73,7 +73,8 @@ class _Seen:
         seated = seats.at(self.module)
         if not seated:
             return self.forward(*args, **kwargs)
-        with _Mode(seated):
+        read = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        with _Mode(seated, read):
             return self.forward(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
@@ -82,13 +83,14 @@ class _Seen:
 
 
 class _Mode(TorchFunctionMode):
-    def __init__(self, seated: list[seats.Seated]) -> None:
+    def __init__(self, seated: list[seats.Seated], read: Tensor | None) -> None:
         super().__init__()
-        self.seated = seated
+        self.seated, self.read = seated, read
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
+            _require_tokens(self.seated[0].place, self.read, args[0] if args else kwargs["query"])
             return _attended(self.seated, *args, **kwargs)
         if function is F.multi_head_attention_forward:
             return _multi_head(self.seated)(*args, **kwargs)
@@ -114,6 +116,18 @@ def _multi_head(seated: list[seats.Seated]) -> Callable[..., Any]:
         return body(*args, **kwargs)
 
     return no_weights
+
+
+def _require_tokens(place: Place, read: Tensor | None, query: Tensor) -> None:
+    """Raise where queries are channels of what the module reads, `[batch, tokens, dim]`, as in cross-covariance attention."""
+    if read is None or read.dim() != 3 or query.dim() != 4:
+        return
+    _, heads, queries, width = query.shape
+    if width == read.shape[1] != queries and heads * queries == read.shape[2]:
+        raise InputError(
+            f"model: {place.path} attends among its {heads * queries} channels, not among tokens; give other places, or edit "
+            f"its blocks (BlockEdit)"
+        )
 
 
 def _attended(

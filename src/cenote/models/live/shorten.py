@@ -14,6 +14,7 @@ import inspect
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core import InputError
+from cenote.core.requirements import require_several
 from cenote.models.live import left
 from cenote.models.live.calls import AttentionCall, Place
 from cenote.models.live.edited import edited
@@ -97,6 +99,11 @@ class Shorten(BlockEdit):
         restore: int | None = None,
         uneven: bool = False,
     ) -> None:
+        if not callable(reducer):
+            raise InputError(f"reducer: expected a function or module, got {type(reducer).__name__}")
+        for name, number in (("block", block), ("restore", 0 if restore is None else restore)):
+            if not isinstance(number, Integral):
+                raise InputError(f"{name}: expected the number of a block, got {number!r}")
         for name, given in (("span", span), ("protect", protect)):
             if isinstance(given, Tensor) and (given.dtype != torch.bool or given.dim() != 2):
                 raise InputError(
@@ -105,7 +112,7 @@ class Shorten(BlockEdit):
         self.reducer, self.block, self.stack = reducer, block, stack
         self.span, self.protect = span, [protect] if isinstance(protect, str) else protect
         self.proportional, self.rows, self.uneven, self.restore = proportional, rows, uneven, restore
-        self.signals = dict(signals or {})
+        self.signals = _signals(signals)
         self.needs = _needs(reducer, self.signals)
         named = [span] if isinstance(span, str) else []
         named += list(self.protect) if isinstance(self.protect, Sequence) else []
@@ -284,12 +291,25 @@ def shortened(
     Raises:
         InputError: as `Shorten`.
     """
-    if not reducers:
+    if not isinstance(reducers, Mapping) or not reducers:
         raise InputError("reducers: give at least one, by the number of the block that it stands behind")
-    cuts = [Shorten(reducer, block, **options) for block, reducer in sorted(reducers.items())]
+    cuts = [Shorten(reducer, block, **options) for block, reducer in reducers.items()]
+    cuts.sort(key=lambda cut: cut.block)
     with edited(model, *cuts, spans=spans):
         assert cuts[0].found is not None
         yield cuts[0].found
+
+
+def _signals(given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """What the user gives of the prompt's tokens, by name."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise InputError(f"signals: expected a tensor for each name, got {type(given).__name__}")
+    for name, value in given.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise InputError(f"signals: expected a tensor for each name, got {type(value).__name__} for {name!r}")
+    return dict(given)
 
 
 def _needs(reducer: Reducer, signals: Mapping[str, Tensor]) -> set[str]:
@@ -305,6 +325,7 @@ def _needs(reducer: Reducer, signals: Mapping[str, Tensor]) -> set[str]:
         unknown = {p.name for p in named if p.default is p.empty} - known
         asked = {p.name for p in named} & known
     else:
+        require_several(needs=asked)
         unknown = set(asked) - known
     if unknown:
         raise InputError(

@@ -216,7 +216,7 @@ class Shortening:
         """The tokens of the reducer, and those that it must not touch, in the order of the prompt."""
         assert self.now is not None
         now, block = self.now, cut.block
-        batch, tokens, _ = h.shape
+        batch, tokens, dim = h.shape
         everything = torch.arange(tokens, device=h.device).expand(batch, -1)
         kept = now.mask & self._followed(cut.untouched(self._real())).bool()
         asked = now.mask & ~kept
@@ -224,7 +224,7 @@ class Shortening:
         reduced = cut.reducer(
             h, sizes=now.sizes, mask=asked, **{name: value for name, value in signals.items() if name in cut.needs}
         )
-        number = self._fits(block, reduced, batch, tokens)
+        number = self._fits(block, reduced, batch, tokens, dim)
         to = reduced.assignment.masked_fill(~asked, -1)
         # tokens of the reducer first, then those that it must not touch
         to = torch.where(kept, number + everything, to)
@@ -310,9 +310,20 @@ class Shortening:
         value = value.to(self.now.origin.device).repeat_interleave(batch // len(value), 0)
         return value[torch.arange(batch, device=value.device)[:, None], self.now.origin]
 
-    def _fits(self, block: int, reduced: Reduced, batch: int, tokens: int) -> int:
+    def _fits(self, block: int, reduced: object, batch: int, tokens: int, dim: int) -> int:
         """How many tokens the reducer gave, where what it gave is of one piece."""
+        if not isinstance(reduced, Reduced) or not all(isinstance(part, Tensor) for part in reduced[:3]):
+            raise InputError(
+                f"reducer: of block {block} gave {type(reduced).__name__}, expected Reduced(tokens, sizes, assignment) of "
+                f"tensors"
+            )
+        if reduced.tokens.dim() != 3 or reduced.tokens.shape[2] != dim:
+            raise InputError(
+                f"reducer: of block {block} gave tokens {tuple(reduced.tokens.shape)}, expected [batch, left, {dim}]"
+            )
         number, to = reduced.tokens.shape[1], reduced.assignment
+        if to.is_floating_point() or to.dtype == torch.bool:
+            raise InputError(f"reducer: of block {block} gave an assignment of {to.dtype}, expected whole numbers")
         if to.shape != (batch, tokens) or int(to.max()) >= number or int(to.min()) < -1:
             raise InputError(
                 f"reducer: of block {block} gave an assignment {tuple(to.shape)} onto {number} tokens; expected "

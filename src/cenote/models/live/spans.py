@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from cenote.core import InputError
+from cenote.core.requirements import require_several
 
 Range = tuple[int, int]
 
@@ -71,8 +72,10 @@ def of_texts(
         raise InputError(
             f"tokenizer: {type(tokenizer).__name__} gives no offsets of characters; load it with use_fast=True"
         )
+    require_several(texts=texts)
     ranges: dict[str, list[list[Range]]] = {}
     for name, found in parts.items():
+        require_several(parts=found)
         if len(found) != len(texts):
             raise InputError(f"parts: {name!r} is of {len(found)} items, and there are {len(texts)} texts")
         ranges[name] = [[_found(text, part, name)] for text, part in zip(texts, found, strict=True)]

@@ -66,14 +66,17 @@ def swapped(
             one, as `as_mixer(mixer)`.
 
     Raises:
-        InputError: for a place that is not in the model, or what is no module.
+        InputError: for a place that is not in the model, one inside of another, or what is no module.
     """
     require_module(model)
     if not modules:
         raise InputError("modules: give at least one")
+    if not isinstance(modules, Mapping):
+        raise InputError(f"modules: expected a module for each place or path, got {type(modules).__name__}")
+    seats = {_seat(model, place): place for place in modules}
+    _check_apart(seats, len(modules))
     new: dict[tuple[nn.Module, str], nn.Module] = {}
-    for place, given in modules.items():
-        parent, name = _seat(model, place)
+    for ((parent, name), _), given in zip(seats.items(), modules.values(), strict=True):
         old = parent.get_submodule(name)
         module = given if isinstance(given, nn.Module) or not callable(given) else given(old)
         if not isinstance(module, nn.Module):
@@ -112,8 +115,25 @@ def _leave(run: object, seats: Iterable[tuple[nn.Module, str]]) -> None:
                 del _STANDING[seat]
 
 
+def _check_apart(seats: Mapping[tuple[nn.Module, str], Place | str], given: int) -> None:
+    """What stands inside of a module that goes would go with it, and nobody would notice."""
+    if len(seats) < given:
+        raise InputError("modules: one place is given twice; name each once, by its place or by its path")
+    paths = {seat: place.path if isinstance(place, Place) else place for seat, place in seats.items()}
+    for (parent, name), path in paths.items():
+        below = set(parent.get_submodule(name).modules())
+        inside = next((other for (above, _), other in paths.items() if above in below), None)
+        if inside is not None:
+            raise InputError(
+                f"modules: {inside!r} stands inside of {path!r}, which is swapped too; give one of them, or put the inner one "
+                f"into what takes the place of the outer"
+            )
+
+
 def _seat(model: nn.Module, place: Place | str) -> tuple[nn.Module, str]:
     path = place.path if isinstance(place, Place) else place
+    if not isinstance(path, str):
+        raise InputError(f"modules: expected places or paths as keys, such as 'layers.0.attn', got {path!r}")
     above, _, name = path.rpartition(".")
     try:
         parent, module = model.get_submodule(above), model.get_submodule(path)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import sys
 import tomllib
@@ -15,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import tomli_w
 
 from cenote.core import InputError, files
 from cenote.study.harness.checks import Check, bounds, effect
@@ -153,18 +154,8 @@ def numbers(constants: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_toml(entry: Entry) -> str:
     """An entry as text."""
-    lines = ["[[entry]]"]
-    for name, value in dataclasses.asdict(entry).items():
-        if name not in ("seeds", "settings") and (value or name in ("bounds", "reason")):
-            if isinstance(value, tuple):
-                lines += [f"{name} = [", *(f"    {_toml(item)}," for item in value), "]"]
-            else:
-                lines.append(f"{name} = {_toml(value)}")
-    for name in ("seeds", "settings"):
-        table = getattr(entry, name)
-        if table:
-            lines += ["", f"[entry.{name}]", *(f"{_key(k)} = {_toml(v)}" for k, v in table.items())]
-    return "\n".join(lines) + "\n"
+    told = {name: value for name, value in dataclasses.asdict(entry).items() if value or name in ("bounds", "reason")}
+    return tomli_w.dumps({"entry": [told]})
 
 
 def _plain(value: Any) -> bool:
@@ -186,15 +177,3 @@ def _gate(g: Gate) -> str:
     level = "may lie at any level" if g.beats is None else f"{g.beats.what}: {bounds(g.beats, repr)}"
     stops = "" if g.last_fifth is None else f"; the last fifth brings at most {g.allowed!r} of the gain"
     return f"{g.arm}: {level}{stops}"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"{{ {', '.join(f'{_key(k)} = {_toml(v)}' for k, v in value.items())} }}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_toml, value))}]"
-    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
-
-
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)

@@ -76,7 +76,7 @@ def read(out: Path) -> dict[str, Verdict]:
         if file.is_file():
             try:
                 kept[system.slug] = Verdict.from_json(file.read_text("utf-8"))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise InputError(
                     f"{file}: is not a result of this version ({error}); delete it and run again"
                 ) from error

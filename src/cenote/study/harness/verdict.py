@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+import cenote.core.files as files
 from cenote.compare.sources import source_digest
 from cenote.core import InputError
 from cenote.core.requirements import require_one_of
@@ -89,6 +90,7 @@ class Verdict:
         knocked_out: the same rule with each knock-out in the method's place; none where the study names none yet.
         gates: whether each arm was trained.
         unregistered: what was otherwise than the rule that is registered.
+        sealed: whether it carries its digest when it is stored, which older results lack.
     """
 
     slug: str
@@ -109,6 +111,7 @@ class Verdict:
     knocked_out: tuple[KnockedOut, ...] = ()
     gates: tuple[Gate, ...] = ()
     unregistered: tuple[str, ...] = ()
+    sealed: bool = True
 
     @property
     def said(self) -> str:
@@ -126,14 +129,21 @@ class Verdict:
         """The verdict as text; `from_json` reads it back."""
         stored = dataclasses.replace(self, figure=self.figure if isinstance(self.figure, str) else f"{self.slug}.svg")
         raw = dataclasses.asdict(stored)
+        del raw["sealed"]
         # a result from before there were knock-outs stays as it was written
         kept = {name: value for name, value in raw.items() if value or name not in SINCE_KNOCK_OUTS}
-        return json.dumps(kept, indent=1, allow_nan=False) + "\n"
+        return json.dumps(files.sealed(kept) if self.sealed else kept, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Verdict:
-        """Inverse of `to_json`."""
+        """Inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: where the text is something else, or was changed.
+        """
         raw = json.loads(text)
+        sealed = files.DIGEST in raw
+        raw = {**(files.opened(raw) if sealed else raw), "sealed": sealed}
         raw["checks"] = tuple(_check_from(c) for c in raw["checks"])
         raw["knocked_out"] = tuple(
             KnockedOut(k["arm"], k["holds"], tuple(map(_check_from, k["checks"]))) for k in raw.get("knocked_out", ())

@@ -60,6 +60,43 @@ def gaze_cones(
     return mean_map(torch.exp(-cosine.acos().square() / spread).unflatten(2, size), mask)
 
 
+def nearest_to_rays(
+    position: Float[Tensor, "batch people 2"],
+    gaze: Float[Tensor, "batch people 2"],
+    size: tuple[int, int],
+    mask: Bool[Tensor, "batch people"] | None = None,
+) -> Float[Tensor, "batch 2"]:
+    """The point `(x, y)` nearest to all lines of sight, by least squares, brought into the image; an untrained rival.
+
+    `(sum_p I - g_p g_p^T) q = sum_p (I - g_p g_p^T) c_p` in pixels; where the lines are parallel, the least solution about the
+    mean position.
+
+    Args:
+        position, gaze, size, mask: as in `gaze_cones`.
+
+    Example:
+        >>> position = torch.tensor([[[0.0, 0.5], [0.5, 0.0]]])
+        >>> gaze = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+        >>> nearest_to_rays(position, gaze, (32, 64)).tolist()
+        [[0.5, 0.5]]
+    """
+    height, width = size
+    pixels = torch.tensor([width, height], dtype=position.dtype, device=position.device)
+    people = as_tokens(position * pixels, mask)
+    # about their mean, so that what no line decides stays there
+    middle = people.mean()
+    away = people.values - middle.unsqueeze(1)
+    direction = F.normalize(gaze, dim=-1)
+    across = torch.eye(2, dtype=position.dtype, device=position.device) - direction.unsqueeze(-1) * direction.unsqueeze(
+        -2
+    )
+    if mask is not None:
+        across = across.masked_fill(~mask[..., None, None], 0)
+    sums = (across @ away.unsqueeze(-1)).sum(1)
+    found = middle + (torch.linalg.pinv(across.sum(1)) @ sums).squeeze(-1)
+    return (found / pixels).clamp(0, 1)
+
+
 def trivial_points(
     position: Float[Tensor, "batch people 2"],
     gaze: Float[Tensor, "batch people 2"],

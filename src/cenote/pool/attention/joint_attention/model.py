@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_one_of
 from cenote.pool.attention.joint_attention.field import Depth, FieldHead, mean_map
-from cenote.pool.attention.joint_attention.pool import Embedding, Encoded, JointAttentionPool
+from cenote.pool.attention.joint_attention.heads import MapHead, equally_large
+from cenote.pool.attention.joint_attention.pool import Embedding, Encoded, JointAttentionPool, Mixing
 
 Aggregation = Literal["token_only", "ind_only", "ind_and_token_ind_based", "token_only_concat"]
 Attribute = Literal["position", "gaze", "action"]
+Head = Literal["field", "fc", "deconv"]
 
 
 class JointMaps(NamedTuple):
@@ -37,7 +39,7 @@ class JointAttention(nn.Module):
 
     Args:
         actions: number of action scores.
-        width, layers, heads, embedding: see `JointAttentionPool`.
+        width, layers, heads, embedding, mixing: see `JointAttentionPool`.
         depth: see `FieldHead`.
         aggregation: what becomes the joint map: `"token_only"`, that of the joint token; `"ind_only"`, the mean of the maps
             of the people; `"ind_and_token_ind_based"`, the same with the joint token added to each of theirs;
@@ -45,6 +47,10 @@ class JointAttention(nn.Module):
         use: which attributes are read.
         people: number of people of `"token_only_concat"`.
         sigmoid: whether maps pass a sigmoid, for training with binary cross-entropy.
+        mixing: see `JointAttentionPool`.
+        head: `"field"`, or the small map at once that it is compared with: `"fc"`, `"deconv"`, see `MapHead`; of these the one
+            that has as many parameters as the field.
+        grid: of such a small map.
 
     Raises:
         InputError: where settings do not fit or inputs have another shape.
@@ -76,8 +82,12 @@ class JointAttention(nn.Module):
         use: tuple[Attribute, ...] = ("position", "gaze", "action"),
         people: int = 12,
         sigmoid: bool = False,
+        mixing: Mixing = "attention",
+        head: Head = "field",
+        grid: tuple[int, int] = (8, 16),
     ) -> None:
         super().__init__()
+        require_one_of(get_args(Head), head=head)
         require_one_of(get_args(Aggregation), aggregation=aggregation)
         if not use or not set(use) <= set(get_args(Attribute)):
             raise InputError(f"use: expected some of {', '.join(get_args(Attribute))}, got {use}")
@@ -89,10 +99,12 @@ class JointAttention(nn.Module):
         self.count = people
         self.sigmoid = sigmoid
         sizes = {"position": 2, "gaze": 2, "action": actions}
-        self.group = JointAttentionPool(sum(sizes[name] for name in self.use), width, layers, heads, embedding)
+        read = sum(sizes[name] for name in self.use)
+        self.group = JointAttentionPool(read, width, layers, heads, embedding, mixing)
         joined = aggregation == "token_only_concat"
-        self.field = FieldHead(width, depth=depth)
-        self.joined_field = FieldHead((people + 1) * width, width, depth) if joined else None
+        self.field = _head(head, FieldHead(width, depth=depth), width, grid)
+        whole = (people + 1) * width
+        self.joined_field = _head(head, FieldHead(whole, width, depth), whole, grid) if joined else None
 
     def forward(
         self,
@@ -152,7 +164,14 @@ class JointAttention(nn.Module):
         return self._painted(self.joined_field, tokens.flatten(1).unsqueeze(1), size)
 
     def _painted(
-        self, field: FieldHead, z: Float[Tensor, "batch vectors dim"], size: tuple[int, int]
+        self, field: nn.Module, z: Float[Tensor, "batch vectors dim"], size: tuple[int, int]
     ) -> Float[Tensor, "batch vectors height width"]:
         maps = field(z, size)
         return maps.sigmoid() if self.sigmoid else maps
+
+
+def _head(kind: Head, field: FieldHead, dim: int, grid: tuple[int, int]) -> nn.Module:
+    if kind == "field":
+        return field
+    count = sum(p.numel() for p in field.parameters())
+    return equally_large(lambda hidden: MapHead(dim, grid, kind, hidden), count)

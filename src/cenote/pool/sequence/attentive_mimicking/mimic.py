@@ -5,7 +5,6 @@ Source: Schick, Schütze, "Attentive Mimicking: Better Word Embeddings by Attend
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Int
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cenote.core import files
 from cenote.core.errors import InputError
-from cenote.core.requirements import require_rate
+from cenote.core.requirements import require_rate, require_several
+from cenote.core.seeded import seeded
 from cenote.pool.sequence.attentive_mimicking.letter_ngrams import LetterNgrams
 from cenote.pool.sequence.attentive_mimicking.model import AttentiveMimicking, Combinator, Mimicked
 from cenote.pool.sequence.attentive_mimicking.word_contexts import AROUND, Context, contexts_of, count_words
@@ -115,6 +114,7 @@ class Mimic:
             contexts: read at most so many of each word.
             seed: of the sample where a word has more.
         """
+        require_several(words=words)
         wanted = list(dict.fromkeys(w.lower() for w in words))
         return self.infer(contexts_of(wanted, text, self.known.number, contexts, seed=seed))
 
@@ -163,9 +163,9 @@ class Mimic:
             "words": self.known.words,
             "losses": list(self.losses),
         }
-        state = {f"model.{k}": v.contiguous() for k, v in self.model.state_dict().items()}
-        files.write_whole(folder / "mimic.safetensors", save({**state, "vectors": self.known.vectors.contiguous()}))
-        files.write_whole(folder / "mimic.json", json.dumps(card))
+        state = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors = {**state, "vectors": self.known.vectors}
+        files.write_saved(folder / "mimic.json", folder / "mimic.safetensors", card, tensors)
 
     @classmethod
     def load(cls, folder: str | Path) -> Mimic:
@@ -176,8 +176,9 @@ class Mimic:
         """
         folder = Path(folder)
         try:
-            card = files.read_card(folder / "mimic.json", "train it again", **FIELDS)
-            state = load_file(folder / "mimic.safetensors")
+            card, state = files.read_saved(
+                folder / "mimic.json", folder / "mimic.safetensors", "train it again", **FIELDS
+            )
             files.require_format(folder, card, FORMAT)
             known = WordVectors(card["words"], state.pop("vectors"))
             ngrams = LetterNgrams(card["ngrams"], card["shortest"], card["longest"])
@@ -254,7 +255,8 @@ def train_mimic(
     """
     require_rate(ngram_dropout=ngram_dropout)
     counts = count_words(text)
-    left_out = set(leave_out)
+    left_out = leave_out if isinstance(leave_out, str) else set(leave_out)
+    require_several(leave_out=left_out)
     targets = [w for w in known.words if counts[w] >= least_count and w not in left_out]
     if not targets:
         raise InputError(
@@ -263,8 +265,7 @@ def train_mimic(
         )
     found = contexts_of(targets, text, known.number, kept_contexts, around, seed)
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         ngrams = LetterNgrams.count((w for w in known.words if w not in left_out), least_ngram)
         mimic = Mimic(AttentiveMimicking(known.dim, len(ngrams), combinator, attentive, distances), ngrams, known)
     optimiser = torch.optim.Adam(mimic.model.parameters(), lr=learning_rate)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cenote.core.errors import InputError
+from cenote.core.requirements import require_several
 
 WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 AROUND = 25
@@ -88,6 +89,7 @@ def contexts_of(
     Note:
         Every occurrence of the word itself is left out of its context: a model that may read it need not learn anything.
     """
+    require_several(words=words)
     wanted = set(words)
     kept: dict[str, list[Context]] = {word: [] for word in words}
     seen: Counter[str] = Counter()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,48 @@ from cenote.core.sets import PaddedTokens
 from cenote.core.widths import require_divides
 
 Masks = Sequence[Bool[Tensor, "batch tokens"] | None]
+
+
+class Kept(NamedTuple):
+    """A memory whose keys and values one attention has made, for as many queries as will come.
+
+    Attributes:
+        keys: with the mask of the memory.
+        values: `[batch, tokens, dim]`.
+    """
+
+    keys: PaddedTokens
+    values: Float[Tensor, "batch tokens dim"]
+
+    @property
+    def mask(self) -> Bool[Tensor, "batch tokens"] | None:
+        """True on real slots; `None` where all are."""
+        return self.keys.mask
+
+    def repeated(self, times: int) -> Kept:
+        """Each item of the batch so many times, one after the other."""
+        keys, values = (t.repeat_interleave(times, 0) for t in (self.keys.values, self.values))
+        mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
+        return Kept(PaddedTokens(keys, mask), values)
+
+
+Seen = PaddedTokens | Kept
+
+
+class KeptMemories(NamedTuple):
+    """What a layer keeps of its memories while words come one after the other; see `Memories.keep`.
+
+    Attributes:
+        kept: one for each attention of the layer that reads memories.
+        sizes: slots of each memory.
+    """
+
+    kept: tuple[Kept, ...]
+    sizes: tuple[int, ...]
+
+    def repeated(self, times: int) -> KeptMemories:
+        """Each item of the batch so many times, one after the other: for the hypotheses of a beam."""
+        return self._replace(kept=tuple(kept.repeated(times) for kept in self.kept))
 
 
 class MemoriesAttended(NamedTuple):
@@ -73,19 +115,47 @@ class MemoryAttention(nn.Module):
         mask: Bool[Tensor, "batch tokens"] | None = None,
     ) -> tuple[Float[Tensor, "batch queries dim"], Float[Tensor, "batch heads queries tokens"]]:
         """`(y, weights)`; `mask` is True on real slots."""
-        tokens = PaddedTokens(memory, mask)
+        return self.read(query, PaddedTokens(memory, mask))
+
+    def keep(self, tokens: PaddedTokens) -> Kept:
+        """Keys and values of a memory, made once."""
+        keys, values = (tokens.values if m is None else m(tokens.values) for m in (self.to_k, self.to_v))
+        return Kept(PaddedTokens(keys, tokens.mask), values)
+
+    def read(
+        self, query: Float[Tensor, "batch queries dim"], memory: Seen
+    ) -> tuple[Float[Tensor, "batch queries dim"], Float[Tensor, "batch heads queries tokens"]]:
+        """`(y, weights)` of a memory as it is, or as it was kept."""
+        q = query if self.to_q is None else self.to_q(query)
+        output, weights = self._by_head(q, memory) if isinstance(memory, Kept) else self._absorbed(q, memory)
+        if self.to_out is not None:
+            # the bias too belongs to a memory that is there
+            lengths = (memory.keys if isinstance(memory, Kept) else memory).lengths()
+            output = self.to_out(output).masked_fill((lengths == 0).view(-1, 1, 1), 0)
+        return output, weights
+
+    def _absorbed(self, q: Float[Tensor, "batch queries dim"], tokens: PaddedTokens) -> tuple[Tensor, Tensor]:
         output, weights = cross_attention(
             tokens,
-            query if self.to_q is None else self.to_q(query),
+            q,
             key=self.to_k,
             value=self.to_v,
             heads=self.heads,
             map_weights=self.dropout,
         )
-        if self.to_out is not None:
-            # the bias too belongs to a memory that is there
-            output = self.to_out(output).masked_fill((tokens.lengths() == 0).view(-1, 1, 1), 0)
-        return output, weights.transpose(1, 2).unflatten(1, (self.heads, query.shape[1]))
+        return output, weights.transpose(1, 2).unflatten(1, (self.heads, q.shape[1]))
+
+    def _by_head(self, q: Float[Tensor, "batch queries dim"], kept: Kept) -> tuple[Tensor, Tensor]:
+        q, keys, values = (split_heads(t, self.heads) for t in (q, kept.keys.values, kept.values))
+        scores = (q * q.shape[-1] ** -0.5) @ keys.mT
+        weights = kept.keys.softmax(scores.flatten(1, 2).transpose(1, 2))
+        weights = weights.transpose(1, 2).unflatten(1, scores.shape[1:3])
+        return (self.dropout(weights) @ values).transpose(1, 2).flatten(2), weights
+
+
+def split_heads(t: Float[Tensor, "batch tokens dim"], heads: int) -> Float[Tensor, "batch heads tokens head_dim"]:
+    """What each head owns."""
+    return t.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 class Memories(nn.Module, ABC):
@@ -149,12 +219,33 @@ class Memories(nn.Module, ABC):
     def attend(
         self,
         queries: Float[Tensor, "batch queries dim"],
-        memories: Sequence[Float[Tensor, "batch _ dim"]],
+        memories: Sequence[Float[Tensor, "batch _ dim"]] | KeptMemories,
         masks: Masks | None = None,
     ) -> MemoriesAttended:
-        """As calling the layer, and also the weights on each memory."""
+        """As calling the layer, and also the weights on each memory; memories may be kept ones."""
         if queries.dim() != 3 or queries.shape[-1] != self.dim:
             raise InputError(f"queries: expected [batch, queries, {self.dim}], got shape {tuple(queries.shape)}")
+        if isinstance(memories, KeptMemories):
+            return self.combine(queries, memories.kept, memories.sizes)
+        given = self._checked(queries.shape[0], memories, masks)
+        return self.combine(queries, self.seen(given), [tokens.values.shape[1] for tokens in given])
+
+    def keep(self, memories: Sequence[Float[Tensor, "batch _ dim"]], masks: Masks | None = None) -> KeptMemories:
+        """What all later queries need of the memories: keys and values, made once. `attend` takes them in their place."""
+        batch = 0 if isinstance(memories, Tensor) or not len(memories) else memories[0].shape[0]
+        given = self._checked(batch, memories, masks)
+        pairs = zip(self.readers(), self.seen(given), strict=True)
+        return KeptMemories(tuple(r.keep(t) for r, t in pairs), tuple(t.values.shape[1] for t in given))
+
+    def seen(self, memories: Sequence[PaddedTokens]) -> Sequence[PaddedTokens]:
+        """What each of `readers` reads."""
+        return memories
+
+    @abstractmethod
+    def readers(self) -> Sequence[MemoryAttention]:
+        """The attentions that read memories."""
+
+    def _checked(self, batch: int, memories: Sequence[Tensor], masks: Masks | None) -> list[PaddedTokens]:
         if isinstance(memories, Tensor) or len(memories) != self.memories:
             got = "one tensor" if isinstance(memories, Tensor) else f"{len(memories)} memories"
             raise InputError(f"memories: expected a list of {self.memories}, got {got}")
@@ -164,9 +255,9 @@ class Memories(nn.Module, ABC):
                 f"masks: expected {self.memories}, one per memory, None where all is real, got {len(given)}"
             )
         for i, (memory, mask) in enumerate(zip(memories, given, strict=True)):
-            if memory.dim() != 3 or memory.shape[0] != queries.shape[0] or memory.shape[-1] != self.dim:
+            if memory.dim() != 3 or memory.shape[0] != batch or memory.shape[-1] != self.dim:
                 raise InputError(
-                    f"memories: expected [{queries.shape[0]}, tokens, {self.dim}], got shape {tuple(memory.shape)} in "
+                    f"memories: expected [{batch}, tokens, {self.dim}], got shape {tuple(memory.shape)} in "
                     f"memory {i}; ImageMemory brings another width to dim"
                 )
             if mask is not None and (mask.dtype != torch.bool or mask.shape != memory.shape[:2]):
@@ -174,13 +265,13 @@ class Memories(nn.Module, ABC):
                     f"masks: expected bool of shape {tuple(memory.shape[:2])} for memory {i}, "
                     f"got {mask.dtype} of shape {tuple(mask.shape)}"
                 )
-        return self.combine(queries, memories, given)
+        return [PaddedTokens(memory, mask) for memory, mask in zip(memories, given, strict=True)]
 
     @abstractmethod
     def combine(
-        self, queries: Float[Tensor, "batch queries dim"], memories: Sequence[Tensor], masks: Masks
+        self, queries: Float[Tensor, "batch queries dim"], memories: Sequence[Seen], sizes: Sequence[int]
     ) -> MemoriesAttended:
-        """`attend` on checked input."""
+        """`attend` on checked input: what each of `readers` reads, and the slots of each memory."""
 
 
 class SerialMemories(Memories):
@@ -208,12 +299,18 @@ class SerialMemories(Memories):
         self.norms = nn.ModuleList(self.norm_layer() for _ in self.head_counts)
         self.attentions = nn.ModuleList(self.attention(h) for h in self.head_counts)
 
+    def readers(self) -> Sequence[MemoryAttention]:
+        return cast(list[MemoryAttention], list(self.attentions))
+
     def combine(
-        self, queries: Float[Tensor, "batch queries dim"], memories: Sequence[Tensor], masks: Masks
+        self,
+        queries: Float[Tensor, "batch queries dim"],
+        memories: Sequence[Seen],
+        sizes: Sequence[int],  # noqa: ARG002
     ) -> MemoriesAttended:
         c, weights = queries, []
-        for norm, attention, memory, mask in zip(self.norms, self.attentions, memories, masks, strict=True):
-            found, w = attention(norm(c), memory, mask)
+        for norm, attention, memory in zip(self.norms, self.readers(), memories, strict=True):
+            found, w = attention.read(norm(c), memory)
             c = c + self.dropout(found)
             weights.append(w)
         return MemoriesAttended(c, tuple(weights))
@@ -239,12 +336,18 @@ class ParallelMemories(Memories):
         self.norm = self.norm_layer()
         self.attentions = nn.ModuleList(self.attention(h) for h in self.head_counts)
 
+    def readers(self) -> Sequence[MemoryAttention]:
+        return cast(list[MemoryAttention], list(self.attentions))
+
     def combine(
-        self, queries: Float[Tensor, "batch queries dim"], memories: Sequence[Tensor], masks: Masks
+        self,
+        queries: Float[Tensor, "batch queries dim"],
+        memories: Sequence[Seen],
+        sizes: Sequence[int],  # noqa: ARG002
     ) -> MemoriesAttended:
         y, n, weights = queries, self.norm(queries), []
-        for attention, memory, mask in zip(self.attentions, memories, masks, strict=True):
-            found, w = attention(n, memory, mask)
+        for attention, memory in zip(self.readers(), memories, strict=True):
+            found, w = attention.read(n, memory)
             y = y + self.dropout(found)
             weights.append(w)
         return MemoriesAttended(y, tuple(weights))
@@ -273,12 +376,18 @@ class FlatMemories(Memories):
         self.norm = self.norm_layer()
         self.joint_attention = self.attention(self.head_counts[0])
 
+    def readers(self) -> Sequence[MemoryAttention]:
+        return [self.joint_attention]
+
+    def seen(self, memories: Sequence[PaddedTokens]) -> Sequence[PaddedTokens]:
+        real = [real_tokens(tokens.values, tokens.mask) for tokens in memories]
+        return [PaddedTokens(torch.cat([tokens.values for tokens in memories], 1), torch.cat(real, 1))]
+
     def combine(
-        self, queries: Float[Tensor, "batch queries dim"], memories: Sequence[Tensor], masks: Masks
+        self, queries: Float[Tensor, "batch queries dim"], memories: Sequence[Seen], sizes: Sequence[int]
     ) -> MemoriesAttended:
-        real = [real_tokens(memory, mask) for memory, mask in zip(memories, masks, strict=True)]
-        found, weights = self.joint_attention(self.norm(queries), torch.cat(list(memories), 1), torch.cat(real, 1))
-        by_memory = weights.split([memory.shape[1] for memory in memories], -1)
+        found, weights = self.joint_attention.read(self.norm(queries), memories[0])
+        by_memory = weights.split(list(sizes), -1)
         return MemoriesAttended(queries + self.dropout(found), tuple(by_memory))
 
 
@@ -318,15 +427,15 @@ class HierarchicalMemories(ParallelMemories):
         self.choice = self.attention(self.head_counts[0] if hierarchical_heads is None else hierarchical_heads)
 
     def combine(
-        self, queries: Float[Tensor, "batch queries dim"], memories: Sequence[Tensor], masks: Masks
+        self, queries: Float[Tensor, "batch queries dim"], memories: Sequence[Seen], sizes: Sequence[int]
     ) -> MemoriesAttended:
         n, found, weights, seen = self.norm(queries), [], [], []
-        for attention, memory, mask in zip(self.attentions, memories, masks, strict=True):
-            c, w = attention(n, memory, mask)
+        for attention, memory, size in zip(self.readers(), memories, sizes, strict=True):
+            c, w = attention.read(n, memory)
             found.append(self.dropout(c))
             weights.append(w)
-            real = torch.full((memory.shape[0],), memory.shape[1] > 0, device=memory.device)
-            seen.append(real if mask is None else mask.any(1))
+            real = torch.full((queries.shape[0],), size > 0, device=queries.device)
+            seen.append(real if memory.mask is None else memory.mask.any(1))
         batch, positions, _ = queries.shape
         # every query is a set of its own, whose tokens are its contexts
         contexts = torch.stack(found, 2).flatten(0, 1)

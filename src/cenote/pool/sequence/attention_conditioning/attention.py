@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
-from cenote.core.requirements import require_at_least, require_one_of, require_rate
+from cenote.core.requirements import require_at_least, require_one_of, require_rate, require_several
 from cenote.core.sets import Tokens, as_tokens
 from cenote.pool.base import Pool, Pooled
 
@@ -260,6 +260,7 @@ class Lexicon:
 
     def lookup(self, words: Sequence[str]) -> Float[Tensor, "words features"]:
         """The features of each word."""
+        require_several(words=words)
         rows = [
             [number for known, width in self._parts for number in (self._found(known, word) or (0.0,) * width)]
             for word in words

@@ -5,7 +5,8 @@ Source: Tang, Yang, "Pooling And Attention: What Are Effective Designs For LLM-B
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core.attention import cross_attention
+from cenote.core.errors import InputError
 from cenote.core.requirements import require_at_least, require_one_of
 from cenote.core.sets import PaddedTokens, Tokens
 from cenote.pool.attention.blocks import split_projection
@@ -82,6 +84,10 @@ class MultiLayerTrainable(LayerPool):
         heads: number of heads.
         head_dim: width of a head; default half of `dim`. With the defaults and 4096 channels there are 1.3 billion
             parameters: give less to small models.
+        use: numbers of the layers that are looked up, from 0; default all.
+
+    Raises:
+        InputError: where such a layer is not there.
 
     Example:
         >>> pool = MultiLayerTrainable(16, layers=6, latents=8, heads=2)
@@ -109,9 +115,14 @@ class MultiLayerTrainable(LayerPool):
         latents: int = 768,
         heads: int = 32,
         head_dim: int | None = None,
+        use: Sequence[int] | None = None,
     ) -> None:
         super().__init__(dim, layers)
         require_one_of(("last", "mean"), tokens=tokens)
+        self.use = None if use is None else list(use)
+        if self.use is not None and not (self.use and set(self.use) <= set(range(layers))):
+            raise InputError(f"use: expected numbers of layers from 0 to {layers - 1}, got {self.use}")
+        layers = layers if self.use is None else len(self.use)
         self.tokens = tokens
         self.permutation_invariant = tokens == "mean"
         self.layer_embedding = nn.Parameter(torch.randn(layers, dim))
@@ -119,12 +130,20 @@ class MultiLayerTrainable(LayerPool):
         # over one layer the softmax is 1, whatever the scores
         self.inert_parameters = WITHOUT_A_CHOICE if layers == 1 else ()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # pickled by a version without the choice
+        state.setdefault("use", None)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
     def pool(
         self, x: Float[Tensor, "batch layers tokens dim"], mask: Bool[Tensor, "batch tokens"] | None
     ) -> LayersPooled:
         output, by_layer = self._looked_up(x, mask)
         assert by_layer is not None
         by_token = self.token_weights(x, mask)
+        if self.use is not None:
+            every = by_layer.new_zeros((len(x), x.shape[1], by_layer.shape[-1]))
+            by_layer = every.index_add(1, torch.tensor(self.use, device=x.device), by_layer)
         return LayersPooled(output, torch.einsum("blh,bn->bhln", by_layer, by_token))
 
     def pool_only(
@@ -142,6 +161,7 @@ class MultiLayerTrainable(LayerPool):
     def _looked_up(
         self, x: Float[Tensor, "batch layers tokens dim"], mask: Bool[Tensor, "batch tokens"] | None
     ) -> Pooled:
+        x = x if self.use is None else x[:, self.use]
         per_layer = layer_tokens(x, mask)
         vectors = per_layer.mean() if self.tokens == "mean" else per_layer.token(-1)
         return self.look_up(PaddedTokens(vectors.unflatten(0, x.shape[:2]) + self.layer_embedding))

@@ -1,0 +1,1 @@
+"""Adversarial training on attention scores, and what it does to attention as an explanation."""

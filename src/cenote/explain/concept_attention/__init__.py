@@ -1,0 +1,1 @@
+"""ConceptAttention: where in its image a diffusion transformer sees a word."""

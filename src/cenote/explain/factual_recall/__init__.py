@@ -1,0 +1,1 @@
+"""Logits as sums of what heads, source tokens and feed-forward parts give, and how facts are recalled by such sums."""
