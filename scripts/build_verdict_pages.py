@@ -22,11 +22,16 @@ def false_alarms(drawn: dict[str, Any], folded: dict[str, Any]) -> str:
         "",
         "# False alarms, coverage and power",
         "",
-        "How often a comparison of equally good methods calls any two of them different (alarms, at level 0.05, after all "
-        "corrections), how often 95 % intervals hold the truth, and how often a gain of five points is found. Scores are drawn, "
-        "not trained, but for those of folds; each run goes through `cenote.compare.judge`, as results of `cenote probe` do. "
-        "Bounds: alarms at most 0.07, coverage at least 0.93; intervals wider than 0.97 are named *wider*. A case that missed a "
-        "bound was drawn again, five times as often from another seed; what it gave at first stands beside it. Written by",
+        "How often a comparison of equally good methods calls any two of them different (alarms, at level 0.05, "
+        "after all "
+        "corrections), how often 95 % intervals hold the truth, and how often a gain of five points is found. "
+        "Scores are drawn, "
+        "not trained, but for those of folds; each run goes through `cenote.compare.judge`, as results of `cenote "
+        "probe` do. "
+        "Bounds: alarms at most 0.07, coverage at least 0.93; intervals wider than 0.97 are named *wider*. A case "
+        "that missed a "
+        "bound was drawn again, five times as often from another seed; what it gave at first stands beside it. "
+        "Written by",
         "",
         "```bash",
         "python -m benchmarks.false_alarms --without folds --json benchmarks/results/false_alarms.json",
@@ -55,7 +60,8 @@ def false_alarms(drawn: dict[str, Any], folded: dict[str, Any]) -> str:
         lines += [
             "## Power",
             "",
-            "Of a planted gain of five points over the baseline, beside the paired percentile bootstrap over groups, which decided "
+            "Of a planted gain of five points over the baseline, beside the paired percentile bootstrap over "
+            "groups, which decided "
             "before. Where the bootstrap raises more than 0.07 alarms, its power counts for nothing.",
             "",
             "| case | power | of the bootstrap | alarms of the bootstrap | |",
@@ -77,7 +83,8 @@ def known_answers(found: dict[str, Any]) -> str:
         "",
         "# Data whose answer is known",
         "",
-        "Four kinds of data on which a verdict of this program once was wrong, through `cenote.jobs.probe.compare` with the recipe "
+        "Four kinds of data on which a verdict of this program once was wrong, through `cenote.jobs.probe.compare` "
+        "with the recipe "
         "as it is. Written by",
         "",
         "```bash",
@@ -87,7 +94,8 @@ def known_answers(found: dict[str, Any]) -> str:
         "",
         "## Targets far from zero",
         "",
-        "200 items; the mean of the tokens decides. `ridge` is ridge regression on the same means. An untransformed target gave "
+        "200 items; the mean of the tokens decides. `ridge` is ridge regression on the same means. An "
+        "untransformed target gave "
         "the linear probe on the mean an R2 of -12.07 on the first and -1311 on the second.",
         "",
     ]
@@ -95,7 +103,8 @@ def known_answers(found: dict[str, Any]) -> str:
     lines += [
         "## Noise in groups",
         "",
-        "200 items without any signal, four poolings: every winner is a false alarm. The percentile bootstrap over groups called one "
+        "200 items without any signal, four poolings: every winner is a false alarm. The percentile bootstrap over "
+        "groups called one "
         "in 20 of 20 runs with 5 or 6 groups, 13 of 20 with 10, 9 of 40 with 15.",
         "",
         "| groups | runs | winners called | said that no verdict can be given |",
