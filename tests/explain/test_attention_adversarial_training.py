@@ -22,7 +22,7 @@ from cenote.explain import (
     word_perturbation,
 )
 from cenote.explain.attention_adversarial_training.objective import area_under_roc, balanced
-from cenote.explain.attention_classifier import AttentionClassifier, attention_classifier
+from cenote.explain.attention_classifiers import AttentionClassifier, attention_classifier
 from cenote.pool import ABMIL, PMA, AttSets, EfficientProbing, MeanPool, SimPool
 from tests.explain.texts import PADDED
 

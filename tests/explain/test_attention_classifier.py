@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cenote.core import InputError
 from cenote.explain import AttentionClassifier, BiLSTM, ClassifierAttention, InputGradients, Occlusion
-from cenote.explain.attention_classifier import attention_classifier
+from cenote.explain.attention_classifiers import attention_classifier
 from cenote.explain.fitting import fit
 from cenote.explain.input_gradients import input_gradients
 from cenote.testing import check_explainer

@@ -18,7 +18,7 @@ from cenote.explain import (
     self_attribution,
     train_with_priors,
 )
-from cenote.explain.attention_classifier import attention_classifier
+from cenote.explain.attention_classifiers import attention_classifier
 from cenote.explain.attribution_priors.priors import (
     as_prior,
     contrast,

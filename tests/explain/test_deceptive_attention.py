@@ -27,7 +27,7 @@ from cenote.explain import (
     train_deceptive,
     train_seq2seq,
 )
-from cenote.explain.attention_classifier import attention_classifier
+from cenote.explain.attention_classifiers import attention_classifier
 from cenote.explain.base import Attribution
 from cenote.explain.deceptive_attention.bench import frontier, small_classifier
 from cenote.explain.fitting import Texts

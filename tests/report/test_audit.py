@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from cenote.core import InputError
+from cenote.core import InputError, files
 from cenote.jobs.explain import Audit, audit, digits
 from cenote.report import write
 from cenote.report.audit import render_audit
@@ -66,7 +67,9 @@ def test_an_interrupted_audit_says_so(found: Audit) -> None:
 
 
 def test_a_damaged_file_is_named(found: Audit, tmp_path: Path) -> None:
-    (tmp_path / "comparison.json").write_text(found.to_json().replace('"metric_name"', '"other"'))
+    content = json.loads(found.to_json())
+    content["other"] = content.pop("metric_name")
+    (tmp_path / "comparison.json").write_text(json.dumps(files.sealed(content)))
     with pytest.raises(InputError, match="run `cenote explain --out"):
         write(tmp_path)
     (tmp_path / "comparison.json").write_text("no JSON")

@@ -25,9 +25,9 @@ from cenote.explain.attention_adversarial_training.perturbations import iat_pert
 from cenote.explain.attention_adversarial_training.perturbations import random_perturbation as random_perturbation
 from cenote.explain.attention_adversarial_training.perturbations import word_iat_perturbation as word_iat_perturbation
 from cenote.explain.attention_adversarial_training.perturbations import word_perturbation as word_perturbation
-from cenote.explain.attention_classifier import AttentionClassifier as AttentionClassifier
-from cenote.explain.attention_classifier import BiLSTM as BiLSTM
-from cenote.explain.attention_classifier import attention_classifier as attention_classifier
+from cenote.explain.attention_classifiers import AttentionClassifier as AttentionClassifier
+from cenote.explain.attention_classifiers import BiLSTM as BiLSTM
+from cenote.explain.attention_classifiers import attention_classifier as attention_classifier
 from cenote.explain.attention_flow.explainers import AttentionFlow as AttentionFlow
 from cenote.explain.attention_flow.explainers import AttentionRollout as AttentionRollout
 from cenote.explain.attention_flow.matrices import augmented as augmented
@@ -151,6 +151,6 @@ from cenote.explain.saliency_verbalization.verbalizer import SaliencyVerbalizer 
 from cenote.explain.saliency_verbalization.verbalizer import Verbalized as Verbalized
 from cenote.explain.saliency_verbalization.verbalizer import ask as ask
 from cenote.explain.saliency_verbalization.verbalizer import instruction_prompt as instruction_prompt
-from cenote.explain.shown import ClassifierAttention as ClassifierAttention
-from cenote.explain.shown import KeptApart as KeptApart
-from cenote.explain.shown import shown as shown
+from cenote.explain.shown_attention import ClassifierAttention as ClassifierAttention
+from cenote.explain.shown_attention import KeptApart as KeptApart
+from cenote.explain.shown_attention import shown as shown

@@ -20,7 +20,7 @@ import torch
 
 from cenote.explain.attention_adversarial_training.measures import attacked_accuracy, attention_gradient_correlation
 from cenote.explain.attention_adversarial_training.objective import Training, train_adversarial
-from cenote.explain.attention_classifier import attention_classifier
+from cenote.explain.attention_classifiers import attention_classifier
 from cenote.explain.fitting import Texts
 from cenote.study.harness import Arms, Check, Findings, Part, Size, above, between, draw_arms, gate, seeds_of, study
 

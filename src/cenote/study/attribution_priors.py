@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cenote.explain.attention_classifier import attention_classifier
+from cenote.explain.attention_classifiers import attention_classifier
 from cenote.explain.attribution_priors.priors import class_aware_prior, hybrid_prior, random_prior
 from cenote.explain.attribution_priors.training import attribution_mass, train_with_priors
 from cenote.explain.deceptive_attention.training import accuracy

@@ -31,7 +31,7 @@ from cenote.explain.deceptive_attention.bench import (
 from cenote.explain.deceptive_attention.training import accuracy, train_deceptive
 from cenote.explain.fitting import Texts
 from cenote.explain.input_gradients import InputGradients
-from cenote.explain.shown import ClassifierAttention
+from cenote.explain.shown_attention import ClassifierAttention
 from cenote.study.harness import Arms, Check, Findings, Part, Size, above, below, draw_arms, gate, seeds_of, study
 
 TRAIN = 1000

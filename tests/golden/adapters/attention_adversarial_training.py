@@ -3,7 +3,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cenote.explain.attention_adversarial_training.perturbations import at_perturbation, iat_code_perturbation
-from cenote.explain.attention_classifier import AdditiveScorer, AttentionClassifier, DotScorer
+from cenote.explain.attention_classifiers import AdditiveScorer, AttentionClassifier, DotScorer
 from tests.golden.cases import Case, adapter
 
 

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cenote.explain.attention_classifier import AttentionClassifier, BiLSTM, LinearScorer
+from cenote.explain.attention_classifiers import AttentionClassifier, BiLSTM, LinearScorer
 from cenote.explain.deceptive_attention.penalty import attention_mass_penalty
 from tests.golden.cases import Case, adapter, load_parameters
 

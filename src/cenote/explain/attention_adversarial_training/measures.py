@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cenote.core.requirements import require_one_of
 from cenote.explain.attention_adversarial_training.perturbations import at_perturbation
-from cenote.explain.attention_classifier import AttentionClassifier
+from cenote.explain.attention_classifiers import AttentionClassifier
 from cenote.explain.fitting import Texts, cross_entropy
 from cenote.explain.input_gradients import chosen_targets, input_gradients
 

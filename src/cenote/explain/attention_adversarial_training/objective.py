@@ -24,7 +24,7 @@ from cenote.explain.attention_adversarial_training.perturbations import (
     word_iat_perturbation,
     word_perturbation,
 )
-from cenote.explain.attention_classifier import AttentionClassifier, Classified
+from cenote.explain.attention_classifiers import AttentionClassifier, Classified
 from cenote.explain.fitting import Fitted, Texts, cross_entropy, fit
 from cenote.explain.input_gradients import logits_of
 

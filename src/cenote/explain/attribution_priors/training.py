@@ -20,7 +20,7 @@ from cenote.core.requirements import require_at_least, require_one_of
 from cenote.explain.deceptive_attention.training import accuracy
 from cenote.explain.fitting import Fitted, Texts, cross_entropy, fit
 from cenote.explain.input_gradients import input_gradients, logits_of, real_of
-from cenote.explain.shown import shown
+from cenote.explain.shown_attention import shown
 
 Form = Literal["gradient", "attention", "integrated"]
 Distance = Literal["kl", "mse", "cosine"]
@@ -130,9 +130,18 @@ def alignment_loss(
 ) -> Float[Tensor, ""]:
     """How far an attribution is from a prior, mean over the texts: `KL(prior, attribution)`, squared, or `1 - cosine`.
 
-    >>> p = torch.tensor([[0.25, 0.75]])
-    >>> [round(float(alignment_loss(p, p, d)), 6) + 0.0 for d in ("kl", "mse", "cosine")]
-    [0.0, 0.0, 0.0]
+    Args:
+        prior: of each text, its scores sum to one; zeros in padding.
+        attribution: likewise, of the model.
+        distance: `"kl"`, `"mse"` or `"cosine"`.
+
+    Raises:
+        InputError: for two shapes, or another distance.
+
+    Example:
+        >>> p = torch.tensor([[0.25, 0.75]])
+        >>> [round(float(alignment_loss(p, p, d)), 6) + 0.0 for d in ("kl", "mse", "cosine")]
+        [0.0, 0.0, 0.0]
     """
     require_one_of(get_args(Distance), distance=distance)
     if prior.shape != attribution.shape:

@@ -100,6 +100,14 @@ def pretrain_detector(
 ) -> tuple[float, Fitted]:
     """Train a detector (or a predictor, or a black box) on whole images.
 
+    Args:
+        detector: images to scores of the classes; trained in place.
+        images: all of them; the last share is held out.
+        labels: their classes.
+        epochs, batch, lr: of Adam.
+        held_out: share of the images that is not trained on.
+        random_state: of the order of the images.
+
     Returns:
         Its accuracy on the held-out share, and how the training went.
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from cenote.core import InputError
 from cenote.core.requirements import require_one_of
-from cenote.explain.attention_classifier import AttentionClassifier, attention_classifier
+from cenote.explain.attention_classifiers import AttentionClassifier, attention_classifier
 from cenote.explain.base import Attribution, Explainer
 from cenote.explain.deceptive_attention.penalty import attention_mass_penalty
 from cenote.explain.deceptive_attention.training import accuracy, train_deceptive
 from cenote.explain.fitting import Texts
 from cenote.explain.input_gradients import chosen_targets, logits_of, real_of, target_logits, token_embeddings
-from cenote.explain.shown import shown
+from cenote.explain.shown_attention import shown
 
 Kind = Literal["embedding", "bilstm"]
 WORDS = 200

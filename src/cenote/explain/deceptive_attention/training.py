@@ -15,7 +15,7 @@ from cenote.core import InputError
 from cenote.explain.deceptive_attention.penalty import Reduce, attention_mass_penalty, distance_reward, entropy_reward
 from cenote.explain.fitting import Fitted, Texts, cross_entropy, fit
 from cenote.explain.input_gradients import chosen_targets, logits_of
-from cenote.explain.shown import shown
+from cenote.explain.shown_attention import shown
 
 
 def deceptive_loss(

@@ -120,7 +120,9 @@ def _own_columns(x: Tensor, head: nn.Linear | None) -> Tensor:
 def pair_map(a: Terms, b: Terms) -> PairMap:
     """The map of each pair: `<a_i, b> / (|a| |b|)` and `<b_j, a> / (|a| |b|)`, never the matrix between them.
 
-    Pairs are items of the same number; one item of either side goes with all of the other.
+    Args:
+        a: terms of one side, which sum to its embeddings.
+        b: of the other. Pairs are items of the same number; one item of either side goes with all of the other.
     """
     ea, eb = a.embedding, b.embedding
     scale = _inverse(ea.norm(dim=1) * eb.norm(dim=1))
@@ -208,7 +210,15 @@ def region_search(
     k: int = 5,
     normalise: Normalising = "whole",
 ) -> Int[Tensor, "k"]:
-    """The numbers of the gallery's items most similar to a part of the query, the first most."""
+    """The numbers of the gallery's items most similar to a part of the query, the first most.
+
+    Args:
+        query: terms of one item.
+        region: True = a place that is searched for.
+        gallery: embeddings.
+        k: how many, at most.
+        normalise: what the part's embedding is divided by, see `region_scores`.
+    """
     scores = region_scores(query, region, gallery, normalise)
     return scores.sort(descending=True, stable=True).indices[: min(k, len(scores))]
 

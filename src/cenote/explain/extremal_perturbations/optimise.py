@@ -1,4 +1,7 @@
-"""The search for an extremal mask: of pixels, or of the channels of an inner layer."""
+"""The search for an extremal mask: of pixels, or of the channels of an inner layer.
+
+Source: Fong, Patrick and Vedaldi, "Understanding Deep Networks via Extremal Perturbations and Smooth Masks", ICCV 2019.
+"""
 
 from __future__ import annotations
 

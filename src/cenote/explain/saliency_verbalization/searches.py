@@ -99,7 +99,11 @@ def span_search(
     sign: Sign | None = None,
     legacy: bool = False,
 ) -> list[Snippet]:
-    """All runs of 3, 5, ... up to `length` words whose mean passes the threshold; arguments as of `convolution_search`.
+    """All runs of 3, 5, ... up to `length` words whose mean passes the threshold.
+
+    Args:
+        scores: of the words.
+        length, metric, value, sign, legacy: as of `convolution_search`.
 
     A run shorter than the window is searched for in its middle in the authors' code, which never looks at the first and last
     words (`legacy`); here wherever it fits.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cenote.core import InputError
 from cenote.core.masks import first_tokens
 from cenote.core.requirements import require_one_of
-from cenote.explain.attention_classifier import AttentionClassifier
+from cenote.explain.attention_classifiers import AttentionClassifier
 from cenote.explain.base import Attribution, Explainer
 from cenote.explain.input_gradients import logits_of, real_of
 from cenote.models.live import AttentionCall, AttentionEdit, Edit, RowEdit, RowRecorder, Where, attentions, edited
