@@ -182,3 +182,27 @@ def test_a_subject_of_one_class_is_named() -> None:
     subject.labels = ("only",)
     with pytest.raises(InputError, match="has 1 class"):
         audit(subject, methods=(), explainers={"truth": Truth()})
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_texts_of_other_lengths_beside_them_change_nothing(classifier: TextClassifier, kind: str) -> None:
+    sizes = {"vocab_size": 40, "num_labels": 2}
+    if kind == "gpt2":
+        from transformers import GPT2Config, GPT2ForSequenceClassification
+
+        config = GPT2Config(n_embd=8, n_layer=1, n_head=2, **sizes)
+        model = GPT2ForSequenceClassification(config).eval()
+    else:
+        from transformers import LlamaConfig, LlamaForSequenceClassification
+
+        config = LlamaConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0, **sizes
+        )
+        model = LlamaForSequenceClassification(config).eval()
+    subject = Texts(classifier, TEXTS)
+    subject.model = model
+    keep = torch.ones(len(TEXTS), subject._ids.shape[1], dtype=torch.bool)
+    with torch.no_grad():
+        found = subject.outputs(torch.arange(len(TEXTS)), keep, "drop")
+        alone = torch.cat([model(**subject.inputs(item)).logits for item in range(len(TEXTS))])
+    torch.testing.assert_close(found, alone)

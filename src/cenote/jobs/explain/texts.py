@@ -66,8 +66,19 @@ class Texts(Subject):
             longest = int(real.sum(1).amax())
             ids = torch.where(stays, ids, self._fill_token)[:, :longest]
             real = real[:, :longest]
-        found = self.model(input_ids=ids.to(self.device), attention_mask=real.long().to(self.device))
-        return output_of(found).float().cpu()
+        return self._of_equal_lengths(ids, real.sum(1))
+
+    def _of_equal_lengths(
+        self, ids: Int[Tensor, "rows tokens"], lengths: Int[Tensor, "rows"]
+    ) -> Float[Tensor, "rows classes"]:
+        """Rows of one length at a time, without padding: heads that read the last token do not all know which one that is."""
+        found: dict[int, Tensor] = {}
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero()[:, 0]
+            given = ids[rows, :length].to(self.device)
+            logits = output_of(self.model(input_ids=given, attention_mask=torch.ones_like(given))).float().cpu()
+            found |= dict(zip(rows.tolist(), logits, strict=True))
+        return torch.stack([found[row] for row in range(len(ids))])
 
     def hints(self) -> dict[str, Float[Tensor, "items tokens"]]:
         inside = self.sizes["tokens"] >= 0
