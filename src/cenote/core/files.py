@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import platform
 import shutil
@@ -27,6 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cenote.core.errors import InputError
+from cenote.core.json_text import json_text
 
 LOCK = ".lock"
 UNFINISHED = ".unfinished"
@@ -247,28 +247,6 @@ def unchecked(where: object) -> None:
         UncheckedWarning,
         stacklevel=3,
     )
-
-
-def json_text(value: Any, **how: Any) -> str:
-    """JSON that every reader takes: it has no word for what is not known or infinite, so that is null.
-
-    Args:
-        value: as `json.dumps` takes it.
-        how: its other arguments.
-
-    Example:
-        >>> json_text({"metric": float("nan"), "interval": (0.5, float("inf"))})
-        '{"metric": null, "interval": [0.5, null]}'
-    """
-    return json.dumps(_null_for_nan(value), allow_nan=False, **how)
-
-
-def _null_for_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _null_for_nan(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_null_for_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def remove_unfinished(folder: Path) -> None:
