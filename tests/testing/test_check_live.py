@@ -323,6 +323,26 @@ def test_the_instrument_passes(name: str, attention: str) -> None:
     assert {rule for rule in report.skipped if "(" not in rule} == own | decodes
 
 
+def test_a_builder_is_asked_for_each_implementation() -> None:
+    asked: list[str] = []
+
+    def bert(attention: str) -> nn.Module:
+        asked.append(attention)
+        return zoo.MODELS["bert"](attention).model
+
+    few = [rule for rule in RULES if rule not in ("determinism", "an edit acts", "a cache changes nothing")]
+    report = check_live(bert, zoo.MODELS["bert"]("sdpa").inputs, leave_out=few)
+    assert asked == ["sdpa", "eager"]
+    assert report.kept == ["determinism", "an edit acts"]
+    assert set(report.skipped) == {"a cache changes nothing (sdpa)", "a cache changes nothing (eager)"}
+
+    def deaf_to_eager(model: Any, *edits: Edit, **options: Any) -> Any:
+        return (does_nothing if model.config._attn_implementation == "eager" else edited)(model, *edits, **options)
+
+    with pytest.raises(ContractError, match=r"an edit acts: .*\(attention: eager\)"):
+        check_live(bert, zoo.MODELS["bert"]("sdpa").inputs, entering=deaf_to_eager, leave_out=few)
+
+
 def test_entering_200_times_leaves_no_memory() -> None:
     case = zoo.MODELS["llama"]("sdpa")
     others = [name for name in RULES if name not in ("memory is given back", "determinism")]
