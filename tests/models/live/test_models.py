@@ -24,7 +24,6 @@ from cenote.models.live import (
     edited,
     recorded,
 )
-from cenote.testing.as_found import fingerprint
 
 pytestmark = pytest.mark.parametrize(("name", "attention"), zoo.REACHED)
 
@@ -48,6 +47,24 @@ def run(case: zoo.Case, **more: Any) -> list[Tensor]:
 
 def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     return len(ours) == len(theirs) > 0 and all(map(torch.equal, ours, theirs))
+
+
+def fingerprint(model: nn.Module) -> list[Any]:
+    """All that an edit could have left behind."""
+    found: list[Any] = []
+    for path, module in model.named_modules():
+        own = {key: value for key, value in vars(module).items() if not isinstance(value, (dict, nn.Module, Tensor))}
+        hooks = [(key, list(value)) for key, value in vars(module).items() if isinstance(value, dict) and "hook" in key]
+        config = module.config.to_dict() if hasattr(getattr(module, "config", None), "to_dict") else None
+        found.append((path, sorted(own), hooks, module.training, "forward" in vars(module), str(config)))
+    weights = [*model.named_parameters(), *model.named_buffers()]
+    found += [(key, id(value), value._version, value.requires_grad) for key, value in weights]
+    import transformers.modeling_utils as library
+
+    registry = library.ALL_ATTENTION_FUNCTIONS
+    found += [dict(registry), sorted(vars(type(registry)), key=str), type(registry).__getitem__, vars(registry).copy()]
+    found += [getattr(type(registry), "get_interface", None)]
+    return found
 
 
 class Silent(AttentionEdit):
