@@ -1,5 +1,7 @@
 from collections.abc import MutableMapping
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,18 @@ checked.install()
 
 # the kernels of an optional dependency
 collect_ignore = [] if find_spec("triton") else ["src/cenote/core/triton_kernels.py"]
+
+SOURCE = Path(__file__).parent / "src"
+
+
+def pytest_collect_file(file_path: Path) -> None:
+    """Import a file of cenote by its name, before pytest does by its path.
+
+    What a package's `__init__` imports would else be there twice where the file is collected alone, each class with a double.
+    """
+    if file_path.suffix == ".py" and file_path.stem != "__main__" and file_path.is_relative_to(SOURCE):
+        names = file_path.relative_to(SOURCE).with_suffix("").parts
+        import_module(".".join(names[:-1] if names[-1] == "__init__" else names))
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from cenote.core.requirements import (
 from cenote.features.raw import open_raw
 from cenote.models.live.spans import of_texts
 from cenote.pool import MeanPool
-from cenote.pool.sequence.attention_conditioning import Lexicon
+from cenote.pool.sequence.attention_conditioning.attention import Lexicon
 from cenote.pool.sequence.attentive_mimicking.mimic import train_mimic
 from cenote.pool.sequence.attentive_mimicking.word_contexts import contexts_of
 from cenote.pool.sequence.attentive_mimicking.word_vectors import WordVectors

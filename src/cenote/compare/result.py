@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar, Union, get_args, get_o
 
 import cenote.core.files as files
 from cenote.compare.words import Words
+from cenote.core.json_text import json_text
 
 FILE = "comparison.json"
 
@@ -151,7 +152,7 @@ class Comparison(Generic[R]):
 
     def to_json(self) -> str:
         """The comparison as text; `from_json` reads it back."""
-        return files.json_text(dataclasses.asdict(self), indent=1)
+        return json_text(dataclasses.asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Self:

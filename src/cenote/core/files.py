@@ -26,7 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cenote.core.errors import InputError
-from cenote.core.plain_json import json_text as json_text
+from cenote.core.json_text import json_text
 
 LOCK = ".lock"
 UNFINISHED = ".unfinished"

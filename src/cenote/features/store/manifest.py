@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import cenote.core.files as files
 from cenote.core import InputError
+from cenote.core.json_text import json_text
 
 FORMAT, VERSION = "cenote feature store", 1
 MANIFEST = "manifest.json"
@@ -101,7 +102,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write `manifest.json` in one step."""
         content = files.sealed({"format": FORMAT, "version": VERSION, "key": self.key(), **asdict(self)})
-        files.write_whole(folder / MANIFEST, files.json_text(content, indent=1, sort_keys=True) + "\n")
+        files.write_whole(folder / MANIFEST, json_text(content, indent=1, sort_keys=True) + "\n")
 
 
 class DamagedManifest(InputError):

@@ -71,13 +71,18 @@ class Texts(Subject):
     def _of_equal_lengths(
         self, ids: Int[Tensor, "rows tokens"], lengths: Int[Tensor, "rows"]
     ) -> Float[Tensor, "rows classes"]:
-        """Rows of one length at a time, without padding: heads that read the last token do not all know which one that is."""
+        """Rows of one length at a time, without padding: heads that read the last token do not all know which one that is.
+
+        Of models without a token for padding some take no batch at all, so that each row runs alone.
+        """
+        config = getattr(self.model, "config", None)
+        alone = config is not None and getattr(config, "pad_token_id", None) is None
         found: dict[int, Tensor] = {}
         for length in lengths.unique().tolist():
-            rows = (lengths == length).nonzero()[:, 0]
-            given = ids[rows, :length].to(self.device)
-            logits = output_of(self.model(input_ids=given, attention_mask=torch.ones_like(given))).float().cpu()
-            found |= dict(zip(rows.tolist(), logits, strict=True))
+            for rows in (lengths == length).nonzero()[:, 0].split(1 if alone else len(lengths)):
+                given = ids[rows, :length].to(self.device)
+                logits = output_of(self.model(input_ids=given, attention_mask=torch.ones_like(given))).float().cpu()
+                found |= dict(zip(rows.tolist(), logits, strict=True))
         return torch.stack([found[row] for row in range(len(ids))])
 
     def hints(self) -> dict[str, Float[Tensor, "items tokens"]]:

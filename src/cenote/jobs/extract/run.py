@@ -10,6 +10,7 @@ from pathlib import Path
 
 import cenote.core.files as files
 from cenote.core import InputError
+from cenote.core.json_text import json_text
 from cenote.features.raw import Item, RawItems, UnreadableError
 from cenote.features.store import Manifest, ShardEntry, ShardFile, finished_shards
 from cenote.features.store.shards import open_shard
@@ -104,4 +105,4 @@ def write_times(store: Path, computed: int, seconds: float) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         runs = []
     runs.append({"finished": time.time(), "items": computed, "seconds": seconds})
-    files.write_whole(path, files.json_text(files.sealed({"runs": runs}), indent=1) + "\n")
+    files.write_whole(path, json_text(files.sealed({"runs": runs}), indent=1) + "\n")

@@ -13,6 +13,7 @@ from torch import Tensor
 import cenote.core.files as files
 from cenote.catalog import create
 from cenote.core import Bags, InputError
+from cenote.core.json_text import json_text
 from cenote.core.requirements import require_one_of
 from cenote.core.seeded import seeded
 from cenote.features.dataset import Task, TokenDataset
@@ -135,9 +136,7 @@ def save_probe(folder: Path, comparison: Comparison, column: Column, probe: Prob
 def save_same(folder: Path, other: str) -> None:
     """Write that the probe of a folder is the one of another folder beside it, where `load` finds it."""
     (folder / "probe.safetensors").unlink(missing_ok=True)
-    files.write_whole(
-        folder / "probe.json", files.json_text(files.sealed({"format": FORMAT, "same_as": other}), indent=1)
-    )
+    files.write_whole(folder / "probe.json", json_text(files.sealed({"format": FORMAT, "same_as": other}), indent=1))
 
 
 def _same_as(folder: Path) -> str | None:

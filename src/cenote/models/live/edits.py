@@ -72,7 +72,8 @@ class Edit:
         return (self,)
 
     def begins(self) -> None:
-        """Forget what an earlier run left: called when a model is entered."""
+        """Forget what an earlier run left: called when a model is entered. An edit that overrides it stands in one context at a
+        time."""
 
     def joins(self, run: Any) -> None:
         """The `Run` that it is part of: called when a model is entered, behind `begins`."""

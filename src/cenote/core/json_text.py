@@ -1,4 +1,4 @@
-"""JSON as every reader takes it."""
+"""JSON that every reader takes; apart from `files`, so that a command that only tells imports no torch."""
 
 from __future__ import annotations
 
