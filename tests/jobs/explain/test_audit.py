@@ -14,8 +14,8 @@ import cenote
 from cenote.compare.statistics import SIGNIFICANT
 from cenote.core import InputError
 from cenote.explain import metrics
-from cenote.jobs.explain import Audit, Vectors, audit, digits
-from cenote.jobs.explain.arms import chosen, controls, unnamed
+from cenote.jobs.explain import Audit, Vectors, arms, audit, digits
+from cenote.jobs.explain.arms import chosen, controls
 from cenote.jobs.explain.measure import METRIC, POINTS, Bench, measured
 
 
@@ -92,7 +92,7 @@ def test_that_attention_deceives_is_said_in_words() -> None:
 def test_of_a_model_without_attention_its_explanations_are_left_out_and_that_is_said() -> None:
     found = audit(vectors(Additive()), methods=["attention-rollout"], explainers={"truth": Truth()})
     assert list(found.skipped) == ["attention-rollout"]
-    assert "lists of blocks with self-attention" in found.skipped["attention-rollout"]
+    assert "found no attention in Additive" in found.skipped["attention-rollout"]
     with pytest.raises(InputError, match="no explanation is left"):
         audit(vectors(Additive()), methods=["attention-rollout"])
 
@@ -213,10 +213,14 @@ def test_the_embedded_digits_are_a_classifier_that_can_tell_them() -> None:
     torch.testing.assert_close(everything[:, 0], bench.whole)
 
 
-def test_every_explainer_of_the_catalog_that_needs_no_training_is_an_arm() -> None:
-    named = {m.name for m in cenote.methods(room="explain")}
-    assert named | set(unnamed()) == set(chosen("all"))
+def test_every_explainer_of_the_catalog_is_an_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {m.name for m in cenote.methods(room="explain")} == set(chosen("all"))
     assert len(chosen("fast")) >= 9
+    assert "globenc" in chosen("fast")
+    # gradient times input stands there once, also without captum
+    for installed, taken in (("0.9", False), (None, True)):
+        monkeypatch.setattr(arms, "_version", lambda _, known=installed: known)
+        assert ("input-gradients" in chosen("fast")) == taken
     with pytest.raises(InputError, match="simpool explains nothing"):
         chosen("simpool")
     with pytest.raises(InputError, match="has no name in it"):
