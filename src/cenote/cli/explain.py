@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cenote.cli import interrupts, options
+from cenote.cli import explain_decoder, interrupts, options
 from cenote.cli.console import emit, say, talking
 from cenote.cli.leaderboard import leaderboard
 from cenote.cli.options import split_names
@@ -45,6 +45,18 @@ def explain(
     text_column: Annotated[
         str | None, typer.Option("--text-column", "--column", help="Of a table: the column with the text or image.")
     ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(help="Folder with a mask for each image: where what it shows is, to score localisation."),
+    ] = None,
+    heads: Annotated[bool, typer.Option("--heads", help="Of a decoder: what each of its heads does.")] = False,
+    concept: Annotated[
+        Path | None, typer.Option(help="With --heads: file with a word a line; which heads write about them.")
+    ] = None,
+    choices: Annotated[
+        Path | None,
+        typer.Option(help="Of a decoder: JSON lines with question, choices, answer; does it look at the choices?"),
+    ] = None,
     methods: options.Methods = "fast",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds of explanations that draw.")] = 2,
     out: options.Out = Path("explain-out"),
@@ -72,6 +84,19 @@ def explain(
     from cenote.jobs.explain import audit, digits
     from cenote.jobs.explain.arms import chosen
 
+    _require_one_job(data, text, masks, heads, concept, choices)
+    loading = {
+        "revision": revision,
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+        "allow_pickle": allow_pickle,
+    }
+    if heads:
+        explain_decoder.heads(model, concept, out, console, as_json, **loading)
+        return
+    if choices is not None:
+        explain_decoder.choices(model, choices, limit, out, console, as_json, **loading)
+        return
     if text is None or methods != "fast":
         chosen(methods)
     embedded = model == EMBEDDED and not Path(model).exists()
@@ -87,13 +112,7 @@ def explain(
         from cenote.models.classifier import load_classifier
 
         with console.status(Text(f"loading {model}")):
-            loaded = load_classifier(
-                model,
-                revision=revision,
-                device=device,
-                trust_remote_code=trust_remote_code,
-                allow_pickle=allow_pickle,
-            )
+            loaded = load_classifier(model, **loading)  # type: ignore[arg-type]
         if text is not None:
             _explain_one(loaded, text, methods, out, console, as_json)
             return
@@ -126,6 +145,26 @@ def explain(
     if not audited.complete:
         interrupts.tell(f"kept {len(audited.results)} of {count} in {out}; run the same command again to go on")
         raise typer.Exit(interrupts.EXIT)
+
+
+def _require_one_job(
+    data: str | None,
+    text: str | None,
+    masks: Path | None,
+    heads: bool,
+    concept: Path | None,
+    choices: Path | None,
+) -> None:
+    """Each flag asks something else of a model."""
+    asked = [name for name, given in (("--text", text), ("--heads", heads), ("--choices", choices)) if given]
+    if len(asked) > 1:
+        raise InputError(f"{asked[0]}, {asked[1]}: are different questions; ask one after the other")
+    if data is not None and asked:
+        raise InputError(f"{asked[0]}: takes no data, got {data}; leave one of them out")
+    if concept is not None and not heads:
+        raise InputError("--concept: is a question about heads; give --heads too")
+    if masks is not None and (asked or data is None):
+        raise InputError("--masks: are of images; name their folder behind the model")
 
 
 def _listed(
