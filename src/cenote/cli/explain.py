@@ -118,7 +118,7 @@ def explain(
             return
         assert data is not None
         raw = _listed(data, console, loaded.kind, text_column, names, id_column, limit)
-        found = _subject(loaded, raw, label, skip_bad, console)
+        found = _subject(loaded, raw, label, skip_bad, masks, console)
         subject, labels, name = found.subject, found.labels, f"{loaded.name} on {Path(data).stem}"
     start = time.perf_counter()
     count = len(chosen(methods)) + 4
@@ -178,10 +178,12 @@ def _listed(
     return raw
 
 
-def _subject(loaded: Classifier, raw: RawItems, label: str | None, skip_bad: bool, console: Console) -> Taken:
+def _subject(
+    loaded: Classifier, raw: RawItems, label: str | None, skip_bad: bool, masks: Path | None, console: Console
+) -> Taken:
     from cenote.jobs.explain.items import taken
 
-    found = taken(loaded, raw, label, skip_bad)
+    found = taken(loaded, raw, label, skip_bad, masks)
     for name, why in found.left_out:
         say(console, f"left out {name}: {why}")
     return found
@@ -244,6 +246,15 @@ def table_of(audit: Audit, width: int) -> Table:
         "insertion": [f"{r.insertion:+.3f}" for r in results],
         "infid.": [f"{r.infidelity:.2f}" for r in results],
         "sparsity": [f"{r.sparsity:.2f}" for r in results],
+        **(
+            {
+                "points": [_known(r.pointing, ".2f") for r in results],
+                "inside": [_known(r.mass_inside, ".2f") for r in results],
+                "IoU": [_known(r.iou, ".2f") for r in results],
+            }
+            if audit.localised
+            else {}
+        ),
         "seeds": [_known(r.stability, ".2f") for r in results],
         "random weights": [_known(r.unchanged, ".2f") for r in results],
         "sum off": [_known(r.completeness_error, ".1e") for r in results],

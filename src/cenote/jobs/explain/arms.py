@@ -39,6 +39,9 @@ SEEDS_OF_RANDOM = 3
 STAND_INS = ("input-gradients",)
 """Of the fast ones, those that say the same as another that needs captum: taken where that is not installed."""
 
+LOCALISATION = {"pointing": metrics.pointing, "mass_inside": metrics.mass_inside, "iou": metrics.matched_iou}
+"""What masks tell, by the name in the record."""
+
 
 class Scored(NamedTuple):
     """Scores of one item's tokens, and by how much they fail to sum to what they should, where they promise that."""
@@ -206,6 +209,9 @@ class Explanation(Arm):
             "unchanged": None if self.control else self._unchanged(per_seed[0]),
             "completeness_error": sum(errors) / len(errors) if errors else None,
         }
+        if (inside := bench.subject.inside) is not None:
+            for name, measure in LOCALISATION.items():
+                record[name] = float(torch.stack([measure(u, inside, real) for u in units]).mean())
         record["seconds"] = time.perf_counter() - start
         return Cell(self.name, record, tensors)
 
