@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from tests.jobs.explain.subjects import Additive, ByChance, Deceptive, IgnoresTheModel, Truth, vectors
+from tests.jobs.explain.subjects import Additive, ByChance, Deceptive, Hidden, IgnoresTheModel, Truth, vectors
 
 import cenote
 from cenote.compare.statistics import SIGNIFICANT
 from cenote.core import InputError
-from cenote.explain import metrics
+from cenote.explain import ClassifierAttention, Occlusion, deceptive_bench, finds, metrics
+from cenote.explain.base import Attribution
 from cenote.jobs.explain import Audit, Vectors, arms, audit, digits
 from cenote.jobs.explain.arms import chosen, controls
 from cenote.jobs.explain.measure import METRIC, POINTS, Bench, measured
@@ -73,6 +75,17 @@ def test_an_explanation_that_ignores_the_model_is_struck_out_every_time() -> Non
         assert "ignores" not in found.pareto
 
 
+def test_an_explanation_that_loses_to_a_control_is_named() -> None:
+    class Reversed(Truth):
+        def explain(self, model, inputs, target=None):  # type: ignore[no-untyped-def]
+            found = super().explain(model, inputs, target)
+            return Attribution(-found.scores, found.mask, signed=True)
+
+    found = audit(vectors(Additive()), methods=(), explainers={"truth": Truth(), "reversed": Reversed()})
+    best = max(("position", "vector-norm"), key=lambda name: found[name].metric)
+    assert f"reversed is less faithful than the control {best}." in found.sentence
+
+
 def test_where_all_are_struck_out_none_is_recommended() -> None:
     found = audit(vectors(Additive()), methods=(), explainers={"ignores": IgnoresTheModel(0)})
     assert found.recommended == ""
@@ -86,6 +99,27 @@ def test_that_attention_deceives_is_said_in_words() -> None:
     assert found.attention.startswith("Attention does not show what this model uses: ")
     assert all(name in found.attention for name in methods)
     assert found.attention.endswith("are no better than random scores, while truth can be told from them.")
+    assert found.attention in found.sentence
+
+
+def test_of_a_trained_model_what_asks_it_finds_the_hidden_word_and_attention_does_not() -> None:
+    bench = deceptive_bench()
+    asks = ["left-out-tokens", "input-gradients"]
+    if importlib.util.find_spec("captum"):
+        asks.append("occlusion")
+    found = audit(Hidden(bench, 40), methods=["classifier-attention", *asks])
+    assert not found.skipped
+    assert found["classifier-attention"].pointing is not None
+    assert found["classifier-attention"].pointing <= 0.5
+    assert all(found[name].pointing >= 0.9 for name in asks)  # type: ignore[operator]
+    shown = finds(ClassifierAttention().explain(bench.model, bench.inputs), bench.truth)
+    asked = finds(Occlusion().explain(bench.model, bench.inputs), bench.truth)
+    assert float(shown.mean()) <= 0.6
+    assert float(asked.mean()) >= 0.9
+    assert found.winner in asks
+    assert found.attention.startswith(
+        "Attention does not show what this model uses: classifier-attention is no better than random scores, while "
+    )
     assert found.attention in found.sentence
 
 

@@ -88,5 +88,5 @@ def test_masks_that_do_not_fit_are_named(classifier: Path, tmp_path: Path, break
 def test_texts_have_no_masks(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("a b\nc d\n")
     loaded = load_classifier(str(text_classifier(tmp_path / "model")))
-    with pytest.raises(InputError, match="masks: are of images, and .* takes text"):
+    with pytest.raises(InputError, match=r"masks: are of images, and .* takes text"):
         taken(loaded, open_raw(tmp_path / "texts.txt", kind="text"), masks=tmp_path)

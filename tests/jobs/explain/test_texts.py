@@ -95,7 +95,8 @@ def test_one_text_is_explained_in_a_sentence(classifier: TextClassifier) -> None
     assert found.words == ("a", "b", "c", "d")
     assert found.label in LABELS.values()
     assert found.sentence.startswith(f"{found.label!r} with probability 0.")
-    assert found.sentence.endswith("(mean-attention).")
+    assert "(mean-attention). The " in found.sentence
+    assert "is most important for the prediction." in found.sentence
     with pytest.raises(InputError, match="no method is called 'magic'"):
         look(Texts(classifier, ["a b c d"]), "magic")
 
