@@ -43,7 +43,7 @@ class Looked:
     def sentence(self) -> str:
         """In words.
 
-        >>> Looked("occlusion", "good", 0.912, ("a", "lovely", "plot"), (0.0, 2.0, -1.0)).sentence[44:]
+        >>> Looked("occlusion", "good", 0.912, ("a", "lovely", "plot"), (0.0, 2.0, -1.0)).sentence[43:]
         "The word » lovely « is most important for the prediction. Against it: 'plot'."
         """
         found = Attribution(
