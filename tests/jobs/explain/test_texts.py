@@ -14,6 +14,7 @@ from tests.jobs.explain.models import LABELS, image_classifier, sentences, text_
 from tests.jobs.explain.subjects import Additive, Truth, vectors
 
 from cenote.core import InputError
+from cenote.explain import GlobEnc
 from cenote.features.raw import open_raw
 from cenote.jobs.explain import Texts, audit
 from cenote.jobs.explain.items import taken
@@ -99,6 +100,17 @@ def test_one_text_is_explained_in_a_sentence(classifier: TextClassifier) -> None
     assert "is most important for the prediction." in found.sentence
     with pytest.raises(InputError, match="no method is called 'magic'"):
         look(Texts(classifier, ["a b c d"]), "magic")
+
+
+def test_globenc_scores_the_words_of_a_text(classifier: TextClassifier) -> None:
+    subject = Texts(classifier, ["a b.c d"], ["text"])
+    found = look(subject, "globenc")
+    assert found.words == ("a", "b.c", "d")
+    tokens = GlobEnc().explain(subject.model, subject.inputs(0)).scores[0]
+    expected = [tokens[1], tokens[2:5].sum(), tokens[5]]
+    torch.testing.assert_close(torch.tensor(found.scores), torch.stack(expected).float())
+    assert float(tokens.sum()) == pytest.approx(1.0, abs=1e-5)
+    assert "(globenc). The " in found.sentence
 
 
 def test_columns_of_names_and_numbers_both_tell_the_class(folder: Path, tmp_path: Path) -> None:
