@@ -16,11 +16,11 @@ from tests.jobs.explain.subjects import Additive, Truth, vectors
 from cenote.core import InputError
 from cenote.explain import GlobEnc
 from cenote.features.raw import open_raw
-from cenote.jobs.explain import Texts, audit
-from cenote.jobs.explain.items import taken
+from cenote.jobs.explain import Texts, audit, digits
+from cenote.jobs.explain.items import pictures, taken
 from cenote.jobs.explain.measure import Bench
 from cenote.jobs.explain.one import look
-from cenote.models.classifier import TextClassifier, load_classifier
+from cenote.models.classifier import ImageClassifier, TextClassifier, load_classifier
 
 TEXTS = ["a b c d", "e f g", "h i j k l m", "n o p q r", "s t u"]
 
@@ -195,3 +195,21 @@ def test_a_subject_of_one_class_is_named() -> None:
     subject.labels = ("only",)
     with pytest.raises(InputError, match="has 1 class"):
         audit(subject, methods=(), explainers={"truth": Truth()})
+
+
+def test_a_model_of_another_kind_than_an_explanation_takes_is_named() -> None:
+    with pytest.raises(InputError, match=r"globenc: model: the norms of the block .* do not stand behind its sums"):
+        look(digits(items=2), "globenc")
+    with pytest.raises(InputError, match="attention-rollout: model: found no attention in Additive"):
+        look(vectors(Additive(), items=2), "attention-rollout")
+
+
+def test_images_of_several_sizes_are_named_and_grey_ones_are_taken(tmp_path: Path) -> None:
+    loaded = load_classifier(str(image_classifier(tmp_path / "model")))
+    images = ImageClassifier(loaded)
+    with pytest.raises(InputError, match="images of several sizes; cut them to one"):
+        pictures(loaded, images, [torch.zeros(3, 32, 32), torch.zeros(3, 32, 40)])
+    (tmp_path / "images").mkdir()
+    for i in range(2):
+        Image.fromarray(np.full((20, 30), 90 * i, dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    assert taken(loaded, open_raw(tmp_path / "images", kind="image")).subject.inputs(0)["pixel_values"].shape[1] == 3
