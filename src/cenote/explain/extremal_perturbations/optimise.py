@@ -1,4 +1,7 @@
-"""The search for an extremal mask: of pixels, or of the channels of an inner layer."""
+"""The search for an extremal mask: of pixels, or of the channels of an inner layer.
+
+Source: Fong, Patrick and Vedaldi (2019), arXiv 1910.08485.
+"""
 
 from __future__ import annotations
 
