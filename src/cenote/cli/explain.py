@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cenote.cli import interrupts, options
+from cenote.cli import explain_decoder, interrupts, options
 from cenote.cli.console import emit, say, talking
 from cenote.cli.leaderboard import leaderboard
 from cenote.cli.options import split_names
@@ -45,6 +45,18 @@ def explain(
     text_column: Annotated[
         str | None, typer.Option("--text-column", "--column", help="Of a table: the column with the text or image.")
     ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(help="Folder with a mask for each image: where what it shows is, to score localisation."),
+    ] = None,
+    heads: Annotated[bool, typer.Option("--heads", help="Of a decoder: what each of its heads does.")] = False,
+    concept: Annotated[
+        Path | None, typer.Option(help="With --heads: file with a word a line; which heads write about them.")
+    ] = None,
+    choices: Annotated[
+        Path | None,
+        typer.Option(help="Of a decoder: JSON lines with question, choices, answer; does it look at the choices?"),
+    ] = None,
     methods: options.Methods = "fast",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds of explanations that draw.")] = 2,
     out: options.Out = Path("explain-out"),
@@ -72,6 +84,19 @@ def explain(
     from cenote.jobs.explain import audit, digits
     from cenote.jobs.explain.arms import chosen
 
+    _require_one_job(data, text, masks, heads, concept, choices)
+    loading = {
+        "revision": revision,
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+        "allow_pickle": allow_pickle,
+    }
+    if heads:
+        explain_decoder.heads(model, concept, out, console, as_json, **loading)
+        return
+    if choices is not None:
+        explain_decoder.choices(model, choices, limit, out, console, as_json, **loading)
+        return
     if text is None or methods != "fast":
         chosen(methods)
     embedded = model == EMBEDDED and not Path(model).exists()
@@ -87,19 +112,13 @@ def explain(
         from cenote.models.classifier import load_classifier
 
         with console.status(Text(f"loading {model}")):
-            loaded = load_classifier(
-                model,
-                revision=revision,
-                device=device,
-                trust_remote_code=trust_remote_code,
-                allow_pickle=allow_pickle,
-            )
+            loaded = load_classifier(model, **loading)  # type: ignore[arg-type]
         if text is not None:
             _explain_one(loaded, text, methods, out, console, as_json)
             return
         assert data is not None
         raw = _listed(data, console, loaded.kind, text_column, names, id_column, limit)
-        found = _subject(loaded, raw, label, skip_bad, console)
+        found = _subject(loaded, raw, label, skip_bad, masks, console)
         subject, labels, name = found.subject, found.labels, f"{loaded.name} on {Path(data).stem}"
     start = time.perf_counter()
     count = len(chosen(methods)) + 4
@@ -128,6 +147,26 @@ def explain(
         raise typer.Exit(interrupts.EXIT)
 
 
+def _require_one_job(
+    data: str | None,
+    text: str | None,
+    masks: Path | None,
+    heads: bool,
+    concept: Path | None,
+    choices: Path | None,
+) -> None:
+    """Each flag asks something else of a model."""
+    asked = [name for name, given in (("--text", text), ("--heads", heads), ("--choices", choices)) if given]
+    if len(asked) > 1:
+        raise InputError(f"{asked[0]}, {asked[1]}: are different questions; ask one after the other")
+    if data is not None and asked:
+        raise InputError(f"{asked[0]}: takes no data, got {data}; leave one of them out")
+    if concept is not None and not heads:
+        raise InputError("--concept: is a question about heads; give --heads too")
+    if masks is not None and (asked or data is None):
+        raise InputError("--masks: are of images; name their folder behind the model")
+
+
 def _listed(
     data: str, console: Console, kind: str, column: str | None, names: str | None, id_column: str | None, limit: int
 ) -> RawItems:
@@ -139,10 +178,12 @@ def _listed(
     return raw
 
 
-def _subject(loaded: Classifier, raw: RawItems, label: str | None, skip_bad: bool, console: Console) -> Taken:
+def _subject(
+    loaded: Classifier, raw: RawItems, label: str | None, skip_bad: bool, masks: Path | None, console: Console
+) -> Taken:
     from cenote.jobs.explain.items import taken
 
-    found = taken(loaded, raw, label, skip_bad)
+    found = taken(loaded, raw, label, skip_bad, masks)
     for name, why in found.left_out:
         say(console, f"left out {name}: {why}")
     return found
@@ -205,6 +246,15 @@ def table_of(audit: Audit, width: int) -> Table:
         "insertion": [f"{r.insertion:+.3f}" for r in results],
         "infid.": [f"{r.infidelity:.2f}" for r in results],
         "sparsity": [f"{r.sparsity:.2f}" for r in results],
+        **(
+            {
+                "points": [_known(r.pointing, ".2f") for r in results],
+                "inside": [_known(r.mass_inside, ".2f") for r in results],
+                "IoU": [_known(r.iou, ".2f") for r in results],
+            }
+            if audit.localised
+            else {}
+        ),
         "seeds": [_known(r.stability, ".2f") for r in results],
         "random weights": [_known(r.unchanged, ".2f") for r in results],
         "sum off": [_known(r.completeness_error, ".1e") for r in results],

@@ -156,6 +156,8 @@ class InputGradients(Explainer):
     Source: Simonyan et al. (2014), arXiv 1312.6034; Sundararajan et al. (2017), arXiv 1703.01365.
     """
 
+    family = "gradients"
+
     def __init__(self, form: Form = "times input", steps: int = 32, baseline: int | None = None) -> None:
         require_one_of(get_args(Form), form=form)
         require_at_least(1, steps=steps)

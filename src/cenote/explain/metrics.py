@@ -154,3 +154,50 @@ def top_overlap(
     """
     first, second = (only_top(scores, real, (share,))[:, 0] for scores in (a, b))
     return (first & second).sum(1) / first.sum(1).clamp(min=1)
+
+
+def pointing(
+    scores: Float[Tensor, "items units"], inside: Float[Tensor, "items units"], real: Bool[Tensor, "items units"]
+) -> Float[Tensor, "items"]:
+    """The pointing game: 1 where the unit with the largest score touches the mask, 0 elsewhere.
+
+    Args:
+        scores: of units; the first of equal ones counts.
+        inside: which share of each unit the mask covers.
+        real: which units there are.
+
+    >>> there = torch.ones(1, 3, dtype=torch.bool)
+    >>> pointing(torch.tensor([[0.1, 0.9, 0.0]]), torch.tensor([[1.0, 0.2, 0.0]]), there).tolist()
+    [1.0]
+    """
+    first = ranked(scores, real) == 0
+    return ((inside > 0) & first).any(1).to(scores.dtype)
+
+
+def mass_inside(
+    scores: Float[Tensor, "items units"], inside: Float[Tensor, "items units"], real: Bool[Tensor, "items units"]
+) -> Float[Tensor, "items"]:
+    """`sum_i max(s_i, 0) m_i / sum_i max(s_i, 0)`: which part of what speaks for the target lies in the mask; 0 of no such.
+
+    >>> there = torch.ones(1, 3, dtype=torch.bool)
+    >>> mass_inside(torch.tensor([[3.0, 1.0, -5.0]]), torch.tensor([[1.0, 0.0, 1.0]]), there).tolist()
+    [0.75]
+    """
+    for_it = (scores * real).clamp(min=0)
+    return (for_it * inside).sum(1) / for_it.sum(1).clamp(min=torch.finfo(scores.dtype).tiny)
+
+
+def matched_iou(
+    scores: Float[Tensor, "items units"], inside: Float[Tensor, "items units"], real: Bool[Tensor, "items units"]
+) -> Float[Tensor, "items"]:
+    """Intersection over union of the mask and as many units with the largest scores as it is large, one at least.
+
+    >>> there = torch.ones(1, 4, dtype=torch.bool)
+    >>> matched_iou(torch.tensor([[0.9, 0.8, 0.1, 0.0]]), torch.tensor([[1.0, 0.0, 1.0, 0.0]]), there).tolist()
+    [0.3333333432674408]
+    """
+    covered = (inside * real).sum(1)
+    count = covered.round().clamp(min=1)
+    taken = (ranked(scores, real) < count[:, None]) & real
+    both = (inside * taken).sum(1)
+    return both / (taken.sum(1) + covered - both)

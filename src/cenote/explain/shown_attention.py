@@ -136,6 +136,7 @@ class ClassifierAttention(Explainer):
     """
 
     class_agnostic = True
+    family = "attention"
 
     def __init__(self, by: By = "weights") -> None:
         require_one_of(get_args(By), by=by)

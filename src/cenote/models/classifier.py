@@ -74,7 +74,7 @@ class TextClassifier:
 
     def __init__(self, loaded: Classifier) -> None:
         self.loaded = loaded
-        with _of_model():
+        with of_model():
             self.tokenizer = tokenizer_of(loaded.folder, loaded.trust_remote_code)
         if not getattr(self.tokenizer, "is_fast", False):
             raise InputError(
@@ -147,31 +147,81 @@ def load_classifier(
     Raises:
         InputError: where there is no such model, or it has no trained head for two classes or more.
     """
-    with _of_model(), quiet():
-        transformers = required_transformers()
+    found = opened(name, revision, trust_remote_code, allow_pickle)
+    kind = next((k for suffix, k in HEADS.items() if found.architecture.endswith(suffix)), None)
+    if kind is None:
+        raise InputError(
+            f"model: {name} is {found.architecture}, and no classifier of texts or images (AutoModelForSequenceClassification, "
+            f"AutoModelForImageClassification); name one that was trained to classify, or give your own from Python, see "
+            f"cenote.jobs.explain.Subject"
+        )
+    auto = "AutoModelForSequenceClassification" if kind == "text" else "AutoModelForImageClassification"
+    model = trained(found, auto, "classify", device)
+    config: Any = model.config
+    count = int(config.num_labels)
+    if count < 2:
+        raise InputError(f"model: {name} gives {count} output, and an explanation is of a class among 2 or more")
+    labels = tuple(str(config.id2label[i]) for i in range(count))
+    return Classifier(name, kind, model, labels, found.folder, found.digest, trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A saved model before its weights are read.
+
+    Attributes:
+        name: as it was asked for.
+        folder: where it lies.
+        architecture: the class that it says it is.
+        digest: of its weights and small files.
+        trust_remote_code, allow_pickle: what its reading may do.
+    """
+
+    name: str
+    folder: Path
+    architecture: str
+    digest: str
+    trust_remote_code: bool
+    allow_pickle: bool
+
+
+def opened(name: str, revision: str | None, trust_remote_code: bool, allow_pickle: bool) -> Opened:
+    """A folder or hub name as what lies there.
+
+    Raises:
+        InputError: where there is no such model.
+    """
+    with of_model(), quiet():
+        required_transformers()
         folder, _ = sources.model_folder(name, revision, allow_pickle, trust_remote_code)
         files = sources.require_safetensors(folder, allow_pickle)
         config = sources.json_of(folder / "config.json")
     architectures = config.get("architectures") or ["a class that it does not name"]
-    kind = next((k for suffix, k in HEADS.items() if architectures[0].endswith(suffix)), None)
-    if kind is None:
-        raise InputError(
-            f"model: {name} is {architectures[0]}, and no classifier of texts or images (AutoModelForSequenceClassification, "
-            f"AutoModelForImageClassification); name one that was trained to classify, or give your own from Python, see "
-            f"cenote.jobs.explain.Subject"
-        )
-    auto = (
-        transformers.AutoModelForSequenceClassification
-        if kind == "text"
-        else transformers.AutoModelForImageClassification
-    )
+    digest = hashlib.sha256((sources.weights_sha256(files) + sources.config_sha256(folder)).encode()).hexdigest()
+    return Opened(name, folder, architectures[0], digest, trust_remote_code, allow_pickle)
+
+
+def trained(found: Opened, auto: str, to: str, device: str) -> nn.Module:
+    """The model, in eval mode.
+
+    Args:
+        found: of `opened`.
+        auto: class of transformers that reads it.
+        to: what its head was trained to do, for errors.
+        device: to compute on.
+
+    Raises:
+        InputError: where it cannot be read, or a part was never trained.
+    """
+    with of_model(), quiet():
+        transformers = required_transformers()
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            model, info = auto.from_pretrained(
-                folder,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=None if allow_pickle else True,
+            model, info = getattr(transformers, auto).from_pretrained(
+                found.folder,
+                trust_remote_code=found.trust_remote_code,
+                use_safetensors=None if found.allow_pickle else True,
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
@@ -186,15 +236,11 @@ def load_classifier(
             ImportError,
             TypeError,
         ) as error:
-            raise InputError(f"model: {name}: {why(error, trust_remote_code)}") from error
+            raise InputError(f"model: {found.name}: {why(error, found.trust_remote_code)}") from error
     if odd := sorted(map(str, [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())])):
-        raise InputError(f"model: {name} has no trained {odd[0]}; name a model that was trained to classify")
-    count = int(model.config.num_labels)
-    if count < 2:
-        raise InputError(f"model: {name} gives {count} output, and an explanation is of a class among 2 or more")
-    labels = tuple(str(model.config.id2label[i]) for i in range(count))
-    digest = hashlib.sha256((sources.weights_sha256(files) + sources.config_sha256(folder)).encode()).hexdigest()
-    return Classifier(name, kind, model.eval().to(device), labels, folder, digest, trust_remote_code)
+        raise InputError(f"model: {found.name} has no trained {odd[0]}; name a model that was trained to {to}")
+    made: nn.Module = model.eval().to(device)
+    return made
 
 
 class ImageClassifier:
@@ -206,7 +252,7 @@ class ImageClassifier:
 
     def __init__(self, loaded: Classifier) -> None:
         self.loaded = loaded
-        with _of_model():
+        with of_model():
             self.processor = processor("AutoImageProcessor", loaded.folder, loaded.trust_remote_code, "images")
 
     @property
@@ -223,7 +269,7 @@ class ImageClassifier:
 
 
 @contextmanager
-def _of_model() -> Iterator[None]:
+def of_model() -> Iterator[None]:
     """Sources and processors speak of a backbone; here it is the model."""
     try:
         yield

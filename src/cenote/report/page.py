@@ -9,6 +9,7 @@ from jinja2 import UndefinedError
 
 import cenote.core.files as files
 from cenote.core import InputError
+from cenote.jobs.explain import choices, heads
 from cenote.jobs.explain.result import JOB as EXPLAIN
 from cenote.jobs.explain.result import Audit
 from cenote.jobs.probe.result import Comparison
@@ -17,6 +18,7 @@ from cenote.report.assets import environment, flat, shell
 from cenote.report.attention import Attention
 from cenote.report.audit import render_audit
 from cenote.report.curves import HEIGHT, WIDTH, curves
+from cenote.report.decoder import write_choices, write_heads
 from cenote.report.formats import Units
 from cenote.report.layers import layer_map
 from cenote.report.leaderboard import leaderboard
@@ -43,6 +45,10 @@ def write(out: Path) -> Path:
     """
     out = Path(out)
     found = out / "comparison.json"
+    if not found.is_file() and (out / heads.FILE).is_file():
+        return write_heads(heads.Heads.load(out), out)
+    if not found.is_file() and (out / choices.FILE).is_file():
+        return write_choices(choices.Choices.load(out), out)
     if not found.is_file():
         raise InputError(
             f"out: no comparison.json in {out}; name the folder that `cenote probe --out` or `cenote explain --out` wrote"

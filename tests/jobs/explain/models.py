@@ -31,3 +31,9 @@ def sentences(path: Path, count: int = 16) -> Path:
     with path.open("w", newline="") as file:
         csv.writer(file).writerows(rows)
     return path
+
+
+def decoder(folder: Path, **settings: Any) -> Path:
+    """Letters are its words; it reads 48 tokens."""
+    given = {"vocab_size": 28, "max_position_embeddings": 48, **tiny.SMALL, "initializer_range": 0.4}
+    return tiny.made(folder, "LlamaForCausalLM", tiny.words_without_padding, **{**given, **settings})

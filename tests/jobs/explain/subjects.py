@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cenote.explain.base import Attribution, Explainer
-from cenote.jobs.explain import Vectors
+from cenote.explain.deceptive_attention.bench import Bench
+from cenote.explain.embedded import output_of
+from cenote.jobs.explain import Subject, Vectors
+from cenote.jobs.explain.subject import from_the_first
 
 DIM = 8
 
@@ -104,3 +107,42 @@ class Truth(Explainer):
         chosen = model(**inputs).argmax(1) if target is None else target
         difference = weight[:, chosen] - weight[:, 1 - chosen]
         return Attribution((inputs["x"] @ difference)[..., 0] * mask, mask, signed=True)
+
+
+class Hidden(Subject):
+    """Texts of which one word decides: what is taken away is hidden by the mask, or another word stands there.
+
+    The control of embedding norms is left out: where the hidden word's vector is large it finds the word, as it should.
+    """
+
+    fills = ("hidden", "another word")
+    kind = "texts"
+
+    def __init__(self, bench: Bench, items: int) -> None:
+        self.model, self.labels = bench.model, ("he", "she", "none")
+        self.ids = bench.inputs["input_ids"][:items]
+        self.vocabulary, self.names = bench.vocabulary, tuple(f"text {i}" for i in range(items))
+        number = torch.arange(self.ids.shape[1]).expand_as(self.ids)
+        self.sizes = {"words": number, "pairs": number // 2}
+        self.inside = bench.truth[:items].float()
+
+    def inputs(self, item: int) -> dict[str, Any]:
+        ids = self.ids[item : item + 1]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def outputs(self, items: Tensor, keep: Tensor, fill: str) -> Tensor:
+        ids = self.ids[items]
+        if fill == "another word":
+            return output_of(self.model(input_ids=torch.where(keep, ids, 1), attention_mask=torch.ones_like(ids)))
+        # nothing at all is none that it reads: then another word is all that stays
+        empty = ~keep.any(1, keepdim=True)
+        return output_of(self.model(input_ids=torch.where(empty, 1, ids), attention_mask=(keep | empty).long()))
+
+    def hints(self) -> dict[str, Tensor]:
+        return {"position": from_the_first(torch.ones_like(self.ids, dtype=torch.bool)), "number": self.ids % 7 + 0.0}
+
+    def words(self, item: int) -> list[str]:
+        return [self.vocabulary[i] for i in self.ids[item].tolist()]
+
+    def content(self) -> list[Tensor]:
+        return [self.ids]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from tests.jobs.explain.subjects import Additive, ByChance, Deceptive, IgnoresTheModel, Truth, vectors
+from tests.jobs.explain.subjects import Additive, ByChance, Deceptive, Hidden, IgnoresTheModel, Truth, vectors
 
 import cenote
 from cenote.compare.statistics import SIGNIFICANT
 from cenote.core import InputError
-from cenote.explain import metrics
-from cenote.jobs.explain import Audit, Vectors, audit, digits
-from cenote.jobs.explain.arms import chosen, controls, unnamed
+from cenote.explain import ClassifierAttention, Occlusion, deceptive_bench, finds, metrics
+from cenote.explain.base import Attribution
+from cenote.jobs.explain import Audit, Vectors, arms, audit, digits
+from cenote.jobs.explain.arms import chosen, controls
 from cenote.jobs.explain.measure import METRIC, POINTS, Bench, measured
 
 
@@ -73,6 +75,17 @@ def test_an_explanation_that_ignores_the_model_is_struck_out_every_time() -> Non
         assert "ignores" not in found.pareto
 
 
+def test_an_explanation_that_loses_to_a_control_is_named() -> None:
+    class Reversed(Truth):
+        def explain(self, model, inputs, target=None):  # type: ignore[no-untyped-def]
+            found = super().explain(model, inputs, target)
+            return Attribution(-found.scores, found.mask, signed=True)
+
+    found = audit(vectors(Additive()), methods=(), explainers={"truth": Truth(), "reversed": Reversed()})
+    best = max(("position", "vector-norm"), key=lambda name: found[name].metric)
+    assert f"reversed is less faithful than the control {best}." in found.sentence
+
+
 def test_where_all_are_struck_out_none_is_recommended() -> None:
     found = audit(vectors(Additive()), methods=(), explainers={"ignores": IgnoresTheModel(0)})
     assert found.recommended == ""
@@ -89,10 +102,31 @@ def test_that_attention_deceives_is_said_in_words() -> None:
     assert found.attention in found.sentence
 
 
+def test_of_a_trained_model_what_asks_it_finds_the_hidden_word_and_attention_does_not() -> None:
+    bench = deceptive_bench()
+    asks = ["left-out-tokens", "input-gradients"]
+    if importlib.util.find_spec("captum"):
+        asks.append("occlusion")
+    found = audit(Hidden(bench, 40), methods=["classifier-attention", *asks])
+    assert not found.skipped
+    assert found["classifier-attention"].pointing is not None
+    assert found["classifier-attention"].pointing <= 0.5
+    assert all(found[name].pointing >= 0.9 for name in asks)  # type: ignore[operator]
+    shown = finds(ClassifierAttention().explain(bench.model, bench.inputs), bench.truth)
+    asked = finds(Occlusion().explain(bench.model, bench.inputs), bench.truth)
+    assert float(shown.mean()) <= 0.6
+    assert float(asked.mean()) >= 0.9
+    assert found.winner in asks
+    assert found.attention.startswith(
+        "Attention does not show what this model uses: classifier-attention is no better than random scores, while "
+    )
+    assert found.attention in found.sentence
+
+
 def test_of_a_model_without_attention_its_explanations_are_left_out_and_that_is_said() -> None:
     found = audit(vectors(Additive()), methods=["attention-rollout"], explainers={"truth": Truth()})
     assert list(found.skipped) == ["attention-rollout"]
-    assert "lists of blocks with self-attention" in found.skipped["attention-rollout"]
+    assert "found no attention in Additive" in found.skipped["attention-rollout"]
     with pytest.raises(InputError, match="no explanation is left"):
         audit(vectors(Additive()), methods=["attention-rollout"])
 
@@ -213,10 +247,14 @@ def test_the_embedded_digits_are_a_classifier_that_can_tell_them() -> None:
     torch.testing.assert_close(everything[:, 0], bench.whole)
 
 
-def test_every_explainer_of_the_catalog_that_needs_no_training_is_an_arm() -> None:
-    named = {m.name for m in cenote.methods(room="explain")}
-    assert named | set(unnamed()) == set(chosen("all"))
+def test_every_explainer_of_the_catalog_is_an_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {m.name for m in cenote.methods(room="explain")} == set(chosen("all"))
     assert len(chosen("fast")) >= 9
+    assert "globenc" in chosen("fast")
+    # gradient times input stands there once, also without captum
+    for installed, taken in (("0.9", False), (None, True)):
+        monkeypatch.setattr(arms, "_version", lambda _, known=installed: known)
+        assert ("input-gradients" in chosen("fast")) == taken
     with pytest.raises(InputError, match="simpool explains nothing"):
         chosen("simpool")
     with pytest.raises(InputError, match="has no name in it"):

@@ -14,12 +14,13 @@ from tests.jobs.explain.models import LABELS, image_classifier, sentences, text_
 from tests.jobs.explain.subjects import Additive, Truth, vectors
 
 from cenote.core import InputError
+from cenote.explain import GlobEnc
 from cenote.features.raw import open_raw
-from cenote.jobs.explain import Texts, audit
-from cenote.jobs.explain.items import taken
+from cenote.jobs.explain import Texts, audit, digits
+from cenote.jobs.explain.items import pictures, taken
 from cenote.jobs.explain.measure import Bench
 from cenote.jobs.explain.one import look
-from cenote.models.classifier import TextClassifier, load_classifier
+from cenote.models.classifier import ImageClassifier, TextClassifier, load_classifier
 
 TEXTS = ["a b c d", "e f g", "h i j k l m", "n o p q r", "s t u"]
 
@@ -95,9 +96,21 @@ def test_one_text_is_explained_in_a_sentence(classifier: TextClassifier) -> None
     assert found.words == ("a", "b", "c", "d")
     assert found.label in LABELS.values()
     assert found.sentence.startswith(f"{found.label!r} with probability 0.")
-    assert found.sentence.endswith("(mean-attention).")
+    assert "(mean-attention). The " in found.sentence
+    assert "is most important for the prediction." in found.sentence
     with pytest.raises(InputError, match="no method is called 'magic'"):
         look(Texts(classifier, ["a b c d"]), "magic")
+
+
+def test_globenc_scores_the_words_of_a_text(classifier: TextClassifier) -> None:
+    subject = Texts(classifier, ["a b.c d"], ["text"])
+    found = look(subject, "globenc")
+    assert found.words == ("a", "b.c", "d")
+    tokens = GlobEnc().explain(subject.model, subject.inputs(0)).scores[0]
+    expected = [tokens[1], tokens[2:5].sum(), tokens[5]]
+    torch.testing.assert_close(torch.tensor(found.scores), torch.stack(expected).float())
+    assert float(tokens.sum()) == pytest.approx(1.0, abs=1e-5)
+    assert "(globenc). The " in found.sentence
 
 
 def test_columns_of_names_and_numbers_both_tell_the_class(folder: Path, tmp_path: Path) -> None:
@@ -206,3 +219,21 @@ def test_texts_of_other_lengths_beside_them_change_nothing(classifier: TextClass
         found = subject.outputs(torch.arange(len(TEXTS)), keep, "drop")
         alone = torch.cat([model(**subject.inputs(item)).logits for item in range(len(TEXTS))])
     torch.testing.assert_close(found, alone)
+
+
+def test_a_model_of_another_kind_than_an_explanation_takes_is_named() -> None:
+    with pytest.raises(InputError, match=r"globenc: model: the norms of the block .* do not stand behind its sums"):
+        look(digits(items=2), "globenc")
+    with pytest.raises(InputError, match="attention-rollout: model: found no attention in Additive"):
+        look(vectors(Additive(), items=2), "attention-rollout")
+
+
+def test_images_of_several_sizes_are_named_and_grey_ones_are_taken(tmp_path: Path) -> None:
+    loaded = load_classifier(str(image_classifier(tmp_path / "model")))
+    images = ImageClassifier(loaded)
+    with pytest.raises(InputError, match="images of several sizes; cut them to one"):
+        pictures(loaded, images, [torch.zeros(3, 32, 32), torch.zeros(3, 32, 40)])
+    (tmp_path / "images").mkdir()
+    for i in range(2):
+        Image.fromarray(np.full((20, 30), 90 * i, dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    assert taken(loaded, open_raw(tmp_path / "images", kind="image")).subject.inputs(0)["pixel_values"].shape[1] == 3

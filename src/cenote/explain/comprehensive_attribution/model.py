@@ -260,6 +260,7 @@ class CometExplainer(Explainer):
     """
 
     class_agnostic = True
+    family = "perturbation"
 
     @torch.no_grad()
     def explain(

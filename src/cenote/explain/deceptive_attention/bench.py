@@ -45,6 +45,8 @@ class Occlusion(Explainer):
     Source: Zeiler and Fergus (2014), arXiv 1311.2901; of words: Li et al. (2016), arXiv 1612.08220.
     """
 
+    family = "perturbation"
+
     @torch.no_grad()
     def explain(
         self, model: nn.Module, inputs: Mapping[str, Any], target: Int[Tensor, "batch"] | None = None

@@ -54,6 +54,8 @@ class ExtremalPerturbation(Explainer):
     Source: Fong, Patrick and Vedaldi (2019), arXiv 1910.08485.
     """
 
+    family = "perturbation"
+
     def __init__(
         self,
         areas: Sequence[float] = (0.1,),

@@ -1,6 +1,6 @@
 """The search for an extremal mask: of pixels, or of the channels of an inner layer.
 
-Source: Fong, Patrick and Vedaldi, "Understanding Deep Networks via Extremal Perturbations and Smooth Masks", ICCV 2019.
+Source: Fong, Patrick and Vedaldi (2019), arXiv 1910.08485.
 """
 
 from __future__ import annotations

@@ -53,6 +53,7 @@ class GlobEnc(Explainer):
     """
 
     class_agnostic = True
+    family = "decomposition"
 
     def __init__(
         self,

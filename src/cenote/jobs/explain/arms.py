@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cenote.catalog import create, load, method, methods, public
+from cenote.catalog import create, method, methods
 from cenote.compare.arms import Arm, OnShare, unheard
 from cenote.compare.cells import Cell
 from cenote.core import InputError
@@ -37,6 +36,11 @@ BASELINE = "random"
 CONTROL = "control"
 SHARE_OF_EXPLAINING = 0.6
 SEEDS_OF_RANDOM = 3
+STAND_INS = ("input-gradients",)
+"""Of the fast ones, those that say the same as another that needs captum: taken where that is not installed."""
+
+LOCALISATION = {"pointing": metrics.pointing, "mass_inside": metrics.mass_inside, "iou": metrics.matched_iou}
+"""What masks tell, by the name in the record."""
 
 
 class Scored(NamedTuple):
@@ -205,6 +209,9 @@ class Explanation(Arm):
             "unchanged": None if self.control else self._unchanged(per_seed[0]),
             "completeness_error": sum(errors) / len(errors) if errors else None,
         }
+        if (inside := bench.subject.inside) is not None:
+            for name, measure in LOCALISATION.items():
+                record[name] = float(torch.stack([measure(u, inside, real) for u in units]).mean())
         record["seconds"] = time.perf_counter() - start
         return Cell(self.name, record, tensors)
 
@@ -270,32 +277,16 @@ def chosen(wanted: str | Sequence[str]) -> tuple[str, ...]:
     (True, ('occlusion', 'lime'))
     """
     if wanted in ("fast", "all"):
-        named = [m.name for m in methods(room="explain") if wanted == "all" or m.fast]
-        return (*named, *(unnamed() if wanted == "all" else ()))
+        spare = _version("captum") is not None
+        named = (m.name for m in methods(room="explain") if wanted == "all" or m.fast)
+        return tuple(n for n in named if wanted == "all" or n not in STAND_INS or not spare)
     names = [n.strip() for n in wanted.split(",")] if isinstance(wanted, str) else list(wanted)
     if not names or "" in names:
         raise InputError("methods: the list has no name in it; try --methods fast")
-    without_name = unnamed()
     for name in names:
-        if name not in without_name and method(name).room != "explain":
+        if method(name).room != "explain":
             raise InputError(f"methods: {name} explains nothing, but lives in {method(name).room}")
-    return tuple(dict.fromkeys(n if n in without_name else method(n).name for n in names))
-
-
-def unnamed() -> dict[str, type[Explainer]]:
-    """Explainers of the catalog that no name builds and that need no argument, hence no training."""
-    built = {m.path for m in methods(room="explain")}
-    found = {}
-    for name, path in public("explain").items():
-        kind = None if path in built else load(path)
-        if (
-            isinstance(kind, type)
-            and issubclass(kind, Explainer)
-            and not inspect.isabstract(kind)
-            and _needs_nothing(kind)
-        ):
-            found[re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()] = kind
-    return found
+    return tuple(dict.fromkeys(method(n).name for n in names))
 
 
 def explanations(
@@ -307,22 +298,15 @@ def explanations(
 ) -> tuple[list[Explanation], dict[str, str]]:
     """Arms, controls behind them, and of what could not be built why."""
     arms, skipped = [], {}
-    without_name = unnamed()
     for name in chosen(wanted) if wanted else ():
+        entry = method(name)
         try:
-            if name in without_name:
-                kind = without_name[name]
-                summary = (inspect.getdoc(kind) or name).split("\n")[0]
-                built = [kind(**_fitting(kind, bench.subject.settings, seed)) for seed in seeds]
-            else:
-                entry = method(name)
-                summary = entry.summary
-                built = [create(name, **_fitting(entry.load(), bench.subject.settings, seed)) for seed in seeds]
+            built = [create(name, **_fitting(entry.load(), bench.subject.settings, seed)) for seed in seeds]
         except InputError as error:
             skipped[name] = str(error)
             continue
         scorers = tuple(OfExplainer(e) for e in (built if built[0].draws else built[:1]))
-        arms.append(Explanation(name, summary, built[0].family, scorers, bench, fingerprint))
+        arms.append(Explanation(name, entry.summary, built[0].family, scorers, bench, fingerprint))
     for name, explainer in given.items():
         arms.append(Explanation(name, "yours", explainer.family, (OfExplainer(explainer),), bench, fingerprint))
     return [*arms, *controls(bench, fingerprint)], skipped
@@ -350,11 +334,6 @@ def _fitting(kind: type[Any], settings: Mapping[str, Any], seed: int) -> dict[st
     """The arguments among those that the subject has that a class takes."""
     takes = inspect.signature(kind).parameters
     return {n: v for n, v in {**settings, "random_state": seed}.items() if n in takes}
-
-
-def _needs_nothing(kind: type[Any]) -> bool:
-    parameters = inspect.signature(kind).parameters.values()
-    return all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
 def _version(library: str) -> str | None:

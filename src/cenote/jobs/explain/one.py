@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from cenote.core import InputError
+from cenote.explain.base import Attribution
 from cenote.jobs.explain.arms import explanations
 from cenote.jobs.explain.measure import Bench
 from cenote.jobs.explain.result import JOB, Audit
@@ -16,7 +18,7 @@ USUAL = "occlusion"
 """Of what nobody has audited yet: it asks the model itself, and what it says needs no theory."""
 NAMED = 3
 SPEAKS_FROM = 0.2
-"""Share of the largest score from which a unit is named."""
+"""Share of the largest score from which a unit that speaks against the class is named."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +43,17 @@ class Looked:
     def sentence(self) -> str:
         """In words.
 
-        >>> Looked("occlusion", "good", 0.912, ("a", "lovely", "plot"), (0.0, 2.0, -1.0)).sentence
-        "'good' with probability 0.912: 'lovely' speaks most for it, 'plot' against it (occlusion)."
+        >>> Looked("occlusion", "good", 0.912, ("a", "lovely", "plot"), (0.0, 2.0, -1.0)).sentence[43:]
+        "The word » lovely « is most important for the prediction. Against it: 'plot'."
         """
-        largest = max(map(abs, self.scores), default=0.0)
-        if not largest:
-            return f"{self.label!r} with probability {self.probability:.3f}: no word stands out ({self.method})."
-        told: list[str] = []
-        for sign, words in ((1.0, "most for it"), (-1.0, "against it")):
-            order = sorted(range(len(self.scores)), key=lambda i: -sign * self.scores[i])
-            named = [self.words[i] for i in order if sign * self.scores[i] >= SPEAKS_FROM * largest][:NAMED]
-            if named:
-                verb = "" if told else "speaks " if len(named) == 1 else "speak "
-                told.append(f"{_listed(named)} {verb}{words}")
-        return f"{self.label!r} with probability {self.probability:.3f}: {', '.join(told)} ({self.method})."
+        found = Attribution(
+            torch.tensor([self.scores]), torch.ones(1, len(self.scores), dtype=torch.bool), "words"
+        ).named([self.words])
+        said = f"{self.label!r} with probability {self.probability:.3f} ({self.method}). {found.sentence()}"
+        least = SPEAKS_FROM * max(map(abs, self.scores), default=0.0)
+        order = sorted(range(len(self.scores)), key=self.scores.__getitem__)
+        against = [repr(self.words[i]) for i in order if self.scores[i] < 0 and -self.scores[i] >= least][:NAMED]
+        return f"{said} Against it: {', '.join(against)}." if against else said
 
 
 def look(subject: Subject, method: str = USUAL, item: int = 0) -> Looked:
@@ -89,8 +88,3 @@ def recommended_by(out: Path) -> str:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"out: {out} holds no audit of explanations; name another folder, or --methods") from error
     return audit.recommended if audit.job == JOB and audit.recommended else USUAL
-
-
-def _listed(words: Sequence[str]) -> str:
-    quoted = [repr(w) for w in words]
-    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"

@@ -29,9 +29,10 @@ class Pictures(Subject):
         patch: side of a patch in pixels; divides both sides.
         labels: of the classes.
         names: of the images; default: their numbers.
+        masks: where what each image shows is, to score whether explanations point there.
 
     Raises:
-        InputError: where patches do not fit.
+        InputError: where patches or masks do not fit, or a mask marks nothing.
     """
 
     fills = ("black", "mean colour")
@@ -44,6 +45,7 @@ class Pictures(Subject):
         patch: int,
         labels: Sequence[str],
         names: Sequence[str] | None = None,
+        masks: Bool[Tensor, "items mask_height mask_width"] | None = None,
     ) -> None:
         height, width = images.shape[-2:]
         if patch < 1 or height % patch or width % patch:
@@ -59,6 +61,19 @@ class Pictures(Subject):
             "2 x 2 patches": square.expand(len(images), -1),
         }
         self.settings = {"patch": patch}
+        self.masks = masks
+        if masks is not None:
+            self.inside = self._covered(masks)
+
+    def _covered(self, masks: Bool[Tensor, "items h w"]) -> Float[Tensor, "items patches"]:
+        """Which share of each patch a mask covers."""
+        wanted = (len(self.images), *self.images.shape[-2:])
+        if tuple(masks.shape) != wanted:
+            raise InputError(f"masks: expected {list(wanted)} as the images, got {list(masks.shape)}")
+        empty = (~masks.flatten(1).any(1)).nonzero()
+        if len(empty):
+            raise InputError(f"masks: that of {self.names[int(empty[0])]} marks nothing; leave the image out")
+        return nn.functional.avg_pool2d(masks[:, None].float().cpu(), self.patch).flatten(1)
 
     def inputs(self, item: int) -> dict[str, Any]:
         return {"pixel_values": self.images[item : item + 1]}
@@ -94,7 +109,7 @@ class Pictures(Subject):
         return [f"row {r + 1}, column {c + 1}" for r in range(self.grid[0]) for c in range(self.grid[1])]
 
     def content(self) -> list[Shaped[Tensor, "..."]]:
-        return [self.images]
+        return [self.images] if self.masks is None else [self.images, self.masks]
 
     def picture(self, item: int) -> bytes | None:
         """A PNG file."""

@@ -30,6 +30,9 @@ class ExplanationResult(ArmResult):
         completeness_error: mean miss of the sum, of what promises one, in logits.
         ms: milliseconds per item.
         megabytes: peak of one item.
+        pointing: of images with masks, how often the largest score is in the mask.
+        mass_inside: which part of what speaks for the class is in it.
+        iou: of the mask and as many patches with the largest scores.
         struck: whether it said the same of random weights: shown, never the winner.
     """
 
@@ -45,6 +48,9 @@ class ExplanationResult(ArmResult):
     completeness_error: float | None = None
     ms: float | None = None
     megabytes: float | None = None
+    pointing: float | None = None
+    mass_inside: float | None = None
+    iou: float | None = None
     struck: bool = False
 
     @property
@@ -87,6 +93,11 @@ class Audit(Table[ExplanationResult]):
     def struck(self) -> tuple[str, ...]:
         """The explanations that said the same of random weights."""
         return tuple(r.method for r in self.results if r.struck)
+
+    @property
+    def localised(self) -> bool:
+        """Whether masks told where explanations should point."""
+        return any(r.pointing is not None for r in self.results)
 
     @property
     def tested(self) -> str:

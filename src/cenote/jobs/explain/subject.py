@@ -33,6 +33,7 @@ class Subject(ABC):
         fills: what stands for what is taken away, by name; two at least, and the first one decides.
         kind: what an item is.
         settings: arguments that explainers are made with, where they take them.
+        inside: which share of each unit of the first size is known to be what the item is about; `None` where nobody told.
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class Subject(ABC):
     fills: tuple[str, ...]
     kind: str = "items"
     settings: Mapping[str, Any] = {}
+    inside: Float[Tensor, "items units"] | None = None
 
     @abstractmethod
     def inputs(self, item: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def worded(audit: Audit, settings: Sequence[str]) -> Audit:
             f"all of them said the same of random weights ({', '.join(audit.struck)})" if audit.struck else "none fits"
         )
         return dataclasses.replace(audit, sentence=f"No explanation is left: {gone}.", recommended="", reason="")
-    told = [audit.sentence, audit.attention, of_struck(audit)]
+    told = [audit.sentence, of_controls(audit), audit.attention, of_masks(audit), of_struck(audit)]
     return dataclasses.replace(audit, sentence=" ".join(t for t in told if t))
 
 
@@ -50,6 +50,35 @@ def of_attention(audit: Audit) -> str:
             f"{_listed(asks)} can be told from them."
         )
     return f"Of the explanations from attention, {_listed(lost)} {verb} no better than random scores."
+
+
+def of_controls(audit: Audit) -> str:
+    """The explanations that are less faithful than a control other than random scores, each with the first such control."""
+    if audit.no_verdict:
+        return ""
+    known = {r.method: r for r in audit.results}
+    controls = [known[c] for c in audit.controls if c in known and c != audit.baseline]
+    best = max(controls, key=lambda r: r.metric, default=None)
+    if best is None:
+        return ""
+    lost = [r.method for r in audit.results if not r.control and not r.struck and r.metric < best.metric]
+    if not lost:
+        return ""
+    verb = "is" if len(lost) == 1 else "are"
+    return f"{_listed(lost)} {verb} less faithful than the control {best.method}."
+
+
+def of_masks(audit: Audit) -> str:
+    """Which explanation lies in the masks most."""
+    told = [r for r in audit.results if r.mass_inside is not None]
+    best = max((r for r in told if not r.control and not r.struck), key=lambda r: r.mass_inside or 0.0, default=None)
+    chance = next((r for r in told if r.method == audit.baseline), None)
+    if best is None or chance is None:
+        return ""
+    return (
+        f"{best.method} lies in the masks most ({best.mass_inside:.2f} of it, of random scores {chance.mass_inside:.2f}); its "
+        f"largest score does on {best.pointing:.0%} of the items."
+    ).replace("%", " %")
 
 
 def of_struck(audit: Audit) -> str:
