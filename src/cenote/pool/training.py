@@ -174,13 +174,36 @@ def linear_schedule(optimizer: Optimizer, steps: int, warm_up: int = 0) -> Lambd
     >>> linear_schedule(optimizer, steps=10, warm_up=4).get_last_lr()
     [0.25]
     """
+    _require_room(steps, warm_up)
+    return LambdaLR(
+        optimizer, lambda t: (t + 1) / warm_up if t < warm_up else max(0.0, (steps - t) / (steps - warm_up))
+    )
+
+
+def cosine_schedule(optimizer: Optimizer, steps: int, warm_up: int = 0) -> LambdaLR:
+    """The rate rises to that of the optimiser in `warm_up` steps, then falls along a half cosine, to 0 after `steps`.
+
+    `lr (1 + cos(pi (t - w) / (steps - w))) / 2` at step `t`, from 0: no step of the training has a rate of 0.
+
+    >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    >>> schedule = cosine_schedule(optimizer, steps=2)
+    >>> optimizer.step(); schedule.step(); round(schedule.get_last_lr()[0], 6)
+    0.5
+    """
+    _require_room(steps, warm_up)
+    return LambdaLR(
+        optimizer,
+        lambda t: (t + 1) / warm_up
+        if t < warm_up
+        else (1 + math.cos(math.pi * min(1.0, (t - warm_up) / (steps - warm_up)))) / 2,
+    )
+
+
+def _require_room(steps: int, warm_up: int) -> None:
     require_at_least(1, steps=steps)
     require_at_least(0, warm_up=warm_up)
     if warm_up >= steps:
         raise InputError(f"warm_up: expected fewer steps than the {steps} of the training, got {warm_up}")
-    return LambdaLR(
-        optimizer, lambda t: (t + 1) / warm_up if t < warm_up else max(0.0, (steps - t) / (steps - warm_up))
-    )
 
 
 def averaged(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
