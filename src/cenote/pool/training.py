@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -104,6 +104,43 @@ def train(
     if kept is not None:
         model.load_state_dict(kept)
     return history
+
+
+def train_steps(
+    model: nn.Module,
+    draw: Callable[[], B],
+    loss: Callable[[B], Tensor],
+    optimizer: Optimizer,
+    *,
+    steps: int,
+    stretch: int = 100,
+    **settings: Any,
+) -> History:
+    """As `train`, but of so many steps, each on a batch that is drawn anew; a stretch of them takes the place of a pass.
+
+    Args:
+        model, loss, optimizer: as of `train`.
+        draw: gives the batch of a step.
+        steps: in all.
+        stretch: steps whose mean loss is told, and after which a score is asked for.
+        settings: further ones of `train`.
+
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> sgd = torch.optim.SGD(layer.parameters(), lr=0.1)
+    >>> history = train_steps(layer, lambda: torch.randn(4, 2), lambda x: layer(x).square().mean(), sgd, steps=250)
+    >>> len(history.losses)
+    3
+    """
+    require_at_least(1, steps=steps, stretch=stretch)
+    lengths = iter([stretch] * (steps // stretch) + [steps % stretch] * (steps % stretch > 0))
+    return train(
+        model,
+        lambda: (draw() for _ in range(next(lengths))),
+        loss,
+        optimizer,
+        passes=-(-steps // stretch),
+        **settings,
+    )
 
 
 def _one_pass(

@@ -112,13 +112,14 @@ def border_accuracy(guess: Labels, labels: Labels, width: int, ignore: int = 255
     return float((guess == labels)[band].double().mean())
 
 
-def poly_schedule(optimizer: Optimizer, steps: int, power: float = 0.9) -> LambdaLR:
+def poly_schedule(optimizer: Optimizer, steps: int, power: float = 0.9, warm_up: int = 0) -> LambdaLR:
     """The rate `lr (1 - t / steps)^power` at step `t`, for each group of parameters; 0 from the last step on.
 
     Args:
         optimizer: with the rates of the first step.
         steps: of the whole training.
         power: 0.9 in the papers.
+        warm_up: of the first steps, `t` takes the share `(t + 1) / warm_up` of its rate.
 
     >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     >>> schedule = poly_schedule(optimizer, steps=4, power=1.0)
@@ -127,7 +128,8 @@ def poly_schedule(optimizer: Optimizer, steps: int, power: float = 0.9) -> Lambd
     """
     require_at_least(1, steps=steps)
     require_positive(power=power)
-    return LambdaLR(optimizer, lambda t: max(0.0, 1 - t / steps) ** power)
+    require_at_least(0, warm_up=warm_up)
+    return LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / max(warm_up, 1)) * max(0.0, 1 - t / steps) ** power)
 
 
 def head_rates(net: nn.Module, heads: Iterable[nn.Module], lr: float, times: float = 10.0) -> list[dict[str, Any]]:
