@@ -27,6 +27,9 @@ from cenote.pool.attention.deep_set import DeepSet as DeepSet
 from cenote.pool.attention.dicosa.query_bank import query_bank_normalise as query_bank_normalise
 from cenote.pool.attention.dicosa.similarity import DiCoSA as DiCoSA
 from cenote.pool.attention.dicosa.temporal import TemporalTransformer as TemporalTransformer
+from cenote.pool.attention.dicosa.training import Pairs as Pairs
+from cenote.pool.attention.dicosa.training import TextVideoRetrieval as TextVideoRetrieval
+from cenote.pool.attention.dicosa.training import train_retrieval as train_retrieval
 from cenote.pool.attention.dinovit import DinoViTPool as DinoViTPool
 from cenote.pool.attention.dolg import DolgPool as DolgPool
 from cenote.pool.attention.efficient_probing import EfficientProbing as EfficientProbing
@@ -74,6 +77,9 @@ from cenote.pool.attention.tree_cross_attention.pool import TreeCrossAttentionPo
 from cenote.pool.attention.tree_cross_attention.retreever import ReTreever as ReTreever
 from cenote.pool.attention.tree_cross_attention.search import Retrieved as Retrieved
 from cenote.pool.attention.tree_cross_attention.search import TreeCrossAttention as TreeCrossAttention
+from cenote.pool.attention.tree_cross_attention.training import Asked as Asked
+from cenote.pool.attention.tree_cross_attention.training import mirrored_copy as mirrored_copy
+from cenote.pool.attention.tree_cross_attention.training import train_retreever as train_retreever
 from cenote.pool.bags.midam.loss import MIDAMAttentionLoss as MIDAMAttentionLoss
 from cenote.pool.bags.midam.loss import MIDAMLoss as MIDAMLoss
 from cenote.pool.bags.midam.loss import MIDAMSmoothedMaxLoss as MIDAMSmoothedMaxLoss
@@ -148,8 +154,15 @@ from cenote.pool.sequence.attentive_mimicking.model import Mimicked as Mimicked
 from cenote.pool.sequence.attentive_statistics import AttentiveStatisticsPool as AttentiveStatisticsPool
 from cenote.pool.sequence.attentive_temporal_pooling.domain_adaptation import LinearCalibration as LinearCalibration
 from cenote.pool.sequence.attentive_temporal_pooling.domain_adaptation import adapt_logits as adapt_logits
+from cenote.pool.sequence.attentive_temporal_pooling.encoders import StreamingEncoder as StreamingEncoder
+from cenote.pool.sequence.attentive_temporal_pooling.front_end import StackedLogMel as StackedLogMel
 from cenote.pool.sequence.attentive_temporal_pooling.pool import AttentiveTemporalPool as AttentiveTemporalPool
 from cenote.pool.sequence.attentive_temporal_pooling.pool import TemporalState as TemporalState
+from cenote.pool.sequence.attentive_temporal_pooling.streams import StreamingClassifier as StreamingClassifier
+from cenote.pool.sequence.attentive_temporal_pooling.streams import Streams as Streams
+from cenote.pool.sequence.attentive_temporal_pooling.streams import accuracy_over_time as accuracy_over_time
+from cenote.pool.sequence.attentive_temporal_pooling.streams import time_to_decision as time_to_decision
+from cenote.pool.sequence.attentive_temporal_pooling.streams import train_streams as train_streams
 from cenote.pool.sequence.biomedical_re_pooling.classifier import RelationBatch as RelationBatch
 from cenote.pool.sequence.biomedical_re_pooling.classifier import RelationClassifier as RelationClassifier
 from cenote.pool.sequence.biomedical_re_pooling.classifier import RelationExtractor as RelationExtractor

@@ -230,9 +230,11 @@ def cosine_schedule(optimizer: Optimizer, steps: int, warm_up: int = 0) -> Lambd
     _require_room(steps, warm_up)
     return LambdaLR(
         optimizer,
-        lambda t: (t + 1) / warm_up
-        if t < warm_up
-        else (1 + math.cos(math.pi * min(1.0, (t - warm_up) / (steps - warm_up)))) / 2,
+        lambda t: (
+            (t + 1) / warm_up
+            if t < warm_up
+            else (1 + math.cos(math.pi * min(1.0, (t - warm_up) / (steps - warm_up)))) / 2
+        ),
     )
 
 
@@ -241,6 +243,25 @@ def _require_room(steps: int, warm_up: int) -> None:
     require_at_least(0, warm_up=warm_up)
     if warm_up >= steps:
         raise InputError(f"warm_up: expected fewer steps than the {steps} of the training, got {warm_up}")
+
+
+def several_processes() -> bool:
+    """Whether this is one of several processes that train together."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def gathered(own: Tensor) -> Tensor:
+    """The rows of all processes that train together, with a way back for their gradients; as many from each.
+
+    >>> gathered(torch.ones(2, 3)).shape
+    torch.Size([2, 3])
+    """
+    if not several_processes():
+        return own
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(list(all_gather(own)))
 
 
 def averaged(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -214,7 +214,9 @@ def test_both_heads_learn_until_development_clips_no_longer_gain() -> None:
     said = model(x, text=text)
     expected = (said.quality - batch.quality).abs().mean() + (said.match - batch.match).abs().mean()
     torch.testing.assert_close(opinion_loss(model, batch), expected)
-    history = train_opinions(model, lambda: [batch], [batch._replace(match=-batch.match)], passes=40, lr=0.05, patience=2)
+    history = train_opinions(
+        model, lambda: [batch], [batch._replace(match=-batch.match)], passes=40, lr=0.05, patience=2
+    )
     assert history.best < len(history.losses) - 1
     assert len(history.losses) < 40
     with pytest.raises(InputError, match="text: the match with a prompt"):

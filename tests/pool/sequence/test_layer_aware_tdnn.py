@@ -9,6 +9,7 @@ from tests.pools import shaken
 from torch import Tensor, nn
 
 from cenote.core import InputError
+from cenote.models import load
 from cenote.pool import (
     AamSoftmax,
     AttentiveStatisticsPool,
@@ -22,7 +23,6 @@ from cenote.pool import (
     min_detection_cost,
     trial_scores,
 )
-from cenote.models import load
 from cenote.pool.sequence.layer_aware_tdnn.speakers import SpeakerVerifier, random_crop_of, span_out, train_speakers
 from cenote.testing import check_layer_pool, check_pool
 
@@ -347,7 +347,9 @@ def test_a_verifier_hears_sounds_and_comes_back(tmp_path: Path) -> None:
     torch.testing.assert_close(verifier.embed(sounds[:1]), embedded[:1])
     torch.testing.assert_close(verifier.score(sounds, sounds), torch.ones(2))
     verifier.save(tmp_path / "saved")
-    torch.testing.assert_close(SpeakerVerifier.load(tmp_path / "saved", encoder).embed(sounds), embedded, rtol=0, atol=0)
+    torch.testing.assert_close(
+        SpeakerVerifier.load(tmp_path / "saved", encoder).embed(sounds), embedded, rtol=0, atol=0
+    )
     assert verifier.cost(sounds).parameters == sum(p.numel() for p in verifier.pool.parameters())
     other = load(str(tiny.vit(tmp_path / "images")))
     with pytest.raises(InputError, match="encoder: expected one of sound"):

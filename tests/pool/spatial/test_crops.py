@@ -45,7 +45,9 @@ def test_what_lies_beyond_the_image_is_ignored() -> None:
 def test_scales_are_drawn_between_both_ends() -> None:
     image, labels = torch.ones(1, 20, 20), torch.zeros(20, 20, dtype=torch.long)
     generator = torch.Generator().manual_seed(0)
-    sides = [int((random_crop(image, labels, 40, (0.5, 1.5), generator=generator)[1] == 0).sum()) ** 0.5 for _ in range(60)]
+    sides = [
+        int((random_crop(image, labels, 40, (0.5, 1.5), generator=generator)[1] == 0).sum()) ** 0.5 for _ in range(60)
+    ]
     assert min(sides) >= 10
     assert max(sides) <= 30
     assert min(sides) < 13

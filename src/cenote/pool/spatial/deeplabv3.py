@@ -476,7 +476,9 @@ def train_deeplabv3(
         if phase.output_stride != net.output_stride:
             image = images[0][0]
             net = net.at_output_stride(phase.output_stride, image.new_zeros(1, image.shape[0], crop, crop))
-        norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm)]
+        norms = [
+            m for m in net.modules() if isinstance(m, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm)
+        ]
         own = {id(p) for m in norms for p in m.parameters(recurse=False)} if phase.frozen_norms else set()
         for m in norms:
             if isinstance(m, nn.modules.batchnorm._NormBase):

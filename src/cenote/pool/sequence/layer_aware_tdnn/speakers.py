@@ -170,9 +170,7 @@ class SpeakerVerifier(nn.Module):
         except InputError:
             raise
         except (OSError, SafetensorError, TypeError, ValueError, KeyError, RuntimeError) as error:
-            raise InputError(
-                f"{folder}: holds no whole speaker verifier ({error}); name the folder of save"
-            ) from error
+            raise InputError(f"{folder}: holds no whole speaker verifier ({error}); name the folder of save") from error
         return made.eval()
 
 
@@ -274,7 +272,9 @@ def train_speakers(
         Which optimiser the authors take was not found out; here it is Adam.
     """
     if len(sounds) != len(speakers) or not len(sounds):
-        raise InputError(f"speakers: expected one for each of at least one sound, got {len(speakers)} for {len(sounds)}")
+        raise InputError(
+            f"speakers: expected one for each of at least one sound, got {len(speakers)} for {len(sounds)}"
+        )
     require_positive(seconds=seconds, lr=lr)
     if not 0 < rise < 1:
         raise InputError(f"rise: expected a share of the steps between 0 and 1, got {rise}")

@@ -20,7 +20,7 @@ def rmi_loss(
     weight: float = 0.5,
     ignore: int = 255,
 ) -> Float[Tensor, ""]:
-    """Region mutual information: pixels are compared together with their neighbours, beside binary cross-entropy pixel by pixel.
+    """Region mutual information: pixels are compared together with their neighbours, beside cross-entropy pixel by pixel.
 
     Of each class, the `radius^2` pixels of every window are one vector, of the truth `y` and of the prediction `p`. With the
     covariances `S` over the windows of an image, `M = S_yy - S_yp (S_pp + e)^-1 S_yp^T` is what of the truth the prediction
