@@ -102,7 +102,8 @@ def train_on_crops(
 
     def draw() -> tuple[Tensor, Tensor]:
         chosen = torch.randint(len(images), (batch,), generator=generator).tolist()
-        crops = [random_crop(*images[i], crop, scale, flip, ignore, generator) for i in chosen]
+        drawn = [images[i] for i in chosen]
+        crops = [random_crop(x, y, crop, scale, flip, ignore, generator) for x, y in drawn]
         return torch.stack([x for x, _ in crops]), torch.stack([y for _, y in crops])
 
     return train_steps(net, draw, lambda drawn: loss(*drawn), optimizer, steps=steps, schedule=schedule)
