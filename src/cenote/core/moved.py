@@ -77,6 +77,7 @@ CONTENTS: dict[str, tuple[str, ...]] = {
     f"{_SEQUENCE}.biomedical_re_pooling": (f"{_SEQUENCE}.biomedical_re_pooling.pools",),
     f"{_SEQUENCE}.cuni_multimodal": (f"{_SEQUENCE}.cuni_multimodal.memories",),
     f"{_SEQUENCE}.layer_aware_tdnn": (f"{_SEQUENCE}.layer_aware_tdnn.model",),
+    f"{_SEQUENCE}.drasp": (f"{_SEQUENCE}.drasp.pool",),
     f"{_SEQUENCE}.sentiment_attitudes": (f"{_SEQUENCE}.sentiment_attitudes.attention",),
     f"{_SPATIAL}.adapool": (f"{_SPATIAL}.adapool.pool",),
     f"{_SPATIAL}.attentive_feature_aggregation": (f"{_SPATIAL}.attentive_feature_aggregation.fusion",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -106,6 +106,43 @@ def train(
     return history
 
 
+def train_steps(
+    model: nn.Module,
+    draw: Callable[[], B],
+    loss: Callable[[B], Tensor],
+    optimizer: Optimizer,
+    *,
+    steps: int,
+    stretch: int = 100,
+    **settings: Any,
+) -> History:
+    """As `train`, but of so many steps, each on a batch that is drawn anew; a stretch of them takes the place of a pass.
+
+    Args:
+        model, loss, optimizer: as of `train`.
+        draw: gives the batch of a step.
+        steps: in all.
+        stretch: steps whose mean loss is told, and after which a score is asked for.
+        settings: further ones of `train`.
+
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> sgd = torch.optim.SGD(layer.parameters(), lr=0.1)
+    >>> history = train_steps(layer, lambda: torch.randn(4, 2), lambda x: layer(x).square().mean(), sgd, steps=250)
+    >>> len(history.losses)
+    3
+    """
+    require_at_least(1, steps=steps, stretch=stretch)
+    lengths = iter([stretch] * (steps // stretch) + [steps % stretch] * (steps % stretch > 0))
+    return train(
+        model,
+        lambda: (draw() for _ in range(next(lengths))),
+        loss,
+        optimizer,
+        passes=-(-steps // stretch),
+        **settings,
+    )
+
+
 def _one_pass(
     model: nn.Module,
     batches: Iterable[B],
@@ -174,13 +211,57 @@ def linear_schedule(optimizer: Optimizer, steps: int, warm_up: int = 0) -> Lambd
     >>> linear_schedule(optimizer, steps=10, warm_up=4).get_last_lr()
     [0.25]
     """
+    _require_room(steps, warm_up)
+    return LambdaLR(
+        optimizer, lambda t: (t + 1) / warm_up if t < warm_up else max(0.0, (steps - t) / (steps - warm_up))
+    )
+
+
+def cosine_schedule(optimizer: Optimizer, steps: int, warm_up: int = 0) -> LambdaLR:
+    """The rate rises to that of the optimiser in `warm_up` steps, then falls along a half cosine, to 0 after `steps`.
+
+    `lr (1 + cos(pi (t - w) / (steps - w))) / 2` at step `t`, from 0: no step of the training has a rate of 0.
+
+    >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    >>> schedule = cosine_schedule(optimizer, steps=2)
+    >>> optimizer.step(); schedule.step(); round(schedule.get_last_lr()[0], 6)
+    0.5
+    """
+    _require_room(steps, warm_up)
+    return LambdaLR(
+        optimizer,
+        lambda t: (
+            (t + 1) / warm_up
+            if t < warm_up
+            else (1 + math.cos(math.pi * min(1.0, (t - warm_up) / (steps - warm_up)))) / 2
+        ),
+    )
+
+
+def _require_room(steps: int, warm_up: int) -> None:
     require_at_least(1, steps=steps)
     require_at_least(0, warm_up=warm_up)
     if warm_up >= steps:
         raise InputError(f"warm_up: expected fewer steps than the {steps} of the training, got {warm_up}")
-    return LambdaLR(
-        optimizer, lambda t: (t + 1) / warm_up if t < warm_up else max(0.0, (steps - t) / (steps - warm_up))
-    )
+
+
+def several_processes() -> bool:
+    """Whether this is one of several processes that train together."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def gathered(own: Tensor) -> Tensor:
+    """The rows of all processes that train together, with a way back for their gradients; as many from each.
+
+    >>> gathered(torch.ones(2, 3)).shape
+    torch.Size([2, 3])
+    """
+    if not several_processes():
+        return own
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(list(all_gather(own)))
 
 
 def averaged(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from cenote.pool.attention.dicosa.query_bank import query_bank_normalise
 from cenote.pool.attention.dicosa.retrieval import multiply_adds_per_pair, retrieved
 from cenote.pool.attention.dicosa.similarity import DiCoSA
 from cenote.pool.attention.dicosa.temporal import TemporalTransformer
+from cenote.pool.attention.dicosa.training import Pairs, TemporalLSTM, TextVideoRetrieval, train_retrieval
 
 
 def constant(head: DiCoSA, factor: float = 1.0) -> DiCoSA:
@@ -257,3 +258,66 @@ def test_errors() -> None:
         with pytest.raises(InputError, match=name):
             call()
     assert math.isclose(float(head(text[:0], frames).sum().detach()), 0.0)
+
+
+def towers() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    return nn.Linear(3, 8).double(), nn.Sequential(nn.Flatten(), nn.Linear(12, 8)).double()
+
+
+@pytest.mark.parametrize("aggregation", ["transformer", "lstm", "none"])
+def test_the_whole_model_is_its_parts(aggregation: str) -> None:
+    text_tower, frame_tower = towers()
+    model = TextVideoRetrieval(8, text_tower, frame_tower, aggregation, layers=1, frames=6, blocks=2).double()
+    texts, videos = randn(4, 3), randn(3, 5, 3, 4)
+    mask = torch.arange(5) < torch.tensor([[5], [3], [2]])
+    frames = torch.stack([frame_tower(video) for video in videos])
+    if model.temporal is not None:
+        frames = model.temporal(frames, mask)
+    expected = model.similarity(text_tower(texts), frames, mask)
+    torch.testing.assert_close(model(texts, videos, mask), expected)
+    index = model.index(videos, mask)
+    torch.testing.assert_close(torch.cat([model.search(t, index, mask) for t in texts.split(1)]), expected)
+    torch.testing.assert_close(model(texts, videos[1:2, :3]), expected[:, 1:2])
+
+
+def test_frames_of_an_lstm_know_those_before_them() -> None:
+    lstm, x = TemporalLSTM(4).double(), randn(2, 5, 4)
+    changed = x.clone()
+    changed[:, 3] += 1
+    torch.testing.assert_close(lstm(changed)[:, :3], lstm(x)[:, :3])
+    assert (lstm(changed)[:, 4] != lstm(x)[:, 4]).all()
+    mask = torch.arange(5) < torch.tensor([[5], [0]])
+    assert torch.equal(lstm(x, mask)[1], torch.zeros(5, 4, dtype=torch.float64))
+
+
+def test_towers_learn_at_a_rate_of_their_own() -> None:
+    text_tower, frame_tower = towers()
+    model = TextVideoRetrieval(8, text_tower, frame_tower, layers=1, frames=6, blocks=2).double()
+    new, old = model.parameter_groups()
+    assert (new["lr"], old["lr"]) == (1e-4, 1e-7)
+    assert {id(p) for p in old["params"]} == {id(p) for t in (text_tower, frame_tower) for p in t.parameters()}
+    assert len(new["params"]) + len(old["params"]) == len(list(model.parameters()))
+    shared = TextVideoRetrieval(8, text_tower, text_tower, "none", blocks=2)
+    assert len(shared.parameter_groups()[1]["params"]) == 2
+    pairs = Pairs(randn(6, 3), randn(6, 5, 3, 4), torch.ones(6, 5, dtype=torch.bool))
+    frames = model.index(pairs.frames, pairs.mask)
+    expected = model.similarity.losses(model.texts(pairs.text), frames, pairs.mask).total
+    torch.testing.assert_close(model.loss(pairs), expected)
+    before = text_tower.weight.detach().clone()
+    history = train_retrieval(model, lambda: [pairs, pairs], passes=3, lr=1e-2, tower_lr=1e-5, warm_up=0.2)
+    assert history.losses[-1] < history.losses[0]
+    assert 0 < (text_tower.weight - before).abs().max() < 1e-4
+    with pytest.raises(InputError, match="batches: gave nothing"):
+        train_retrieval(model, list)
+
+
+def test_the_loss_is_over_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TextVideoRetrieval(8, aggregation="none", blocks=2).double()
+    text, frames = randn(6, 8), randn(6, 5, 8)
+    whole = model.loss(Pairs(text, frames))
+    others = {(3, 8): text[3:], (3, 5, 8): frames[3:]}
+    monkeypatch.setattr(
+        "cenote.pool.attention.dicosa.training.gathered", lambda own: torch.cat([own, others[tuple(own.shape)]])
+    )
+    torch.testing.assert_close(model.loss(Pairs(text[:3], frames[:3])), whole)

@@ -323,7 +323,18 @@ def test_default_optimiser_is_lars_with_warm_up() -> None:
     assert rates[0] == pytest.approx(0.25 * 0.1)
     assert max(rates) == pytest.approx(0.25)
     assert rates.index(max(rates)) == 9
-    assert rates[54] == pytest.approx(0.25 * 0.5)
+    assert rates[55] == pytest.approx(0.25 * 0.5)
+
+
+def test_the_last_step_of_a_training_still_learns() -> None:
+    torch.manual_seed(0)
+    trainer = SlotConTrainer(small(), TwoCrops(8), steps=2, optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
+    images = torch.rand(4, 1, 12, 12, dtype=torch.float64)
+    trainer.step(images)
+    assert trainer.schedule.get_last_lr() == [0.5]
+    before = trainer.model.grouping.slot_embed.detach().clone()
+    trainer.step(images)
+    assert not torch.equal(before, trainer.model.grouping.slot_embed)
 
 
 def test_lars_is_its_equation() -> None:

@@ -9,6 +9,7 @@ from cenote.pool.attention.tree_cross_attention.objective import TreeObjective
 from cenote.pool.attention.tree_cross_attention.pool import TreeCrossAttentionPool
 from cenote.pool.attention.tree_cross_attention.retreever import ReTreever
 from cenote.pool.attention.tree_cross_attention.search import TreeCrossAttention
+from cenote.pool.attention.tree_cross_attention.training import mirrored_copy, train_retreever
 from cenote.pool.attention.tree_cross_attention.tree import Tree, tree_shape
 
 SIZES = [(8, 2), (13, 2), (11, 3), (28, 3), (5, 4), (9, 8)]
@@ -297,7 +298,7 @@ def test_errors() -> None:
     for call, name in (
         (lambda: TreeCrossAttention(8, branch_factor=1), "branch_factor"),
         (lambda: TreeCrossAttention(8, heads=3), "heads"),
-        (lambda: TreeCrossAttention(8, num_aggregation_layers=0), "num_aggregation_layers"),
+        (lambda: TreeCrossAttention(8, num_aggregation_layers=-1), "num_aggregation_layers"),
         (lambda: tca.build(x, by=x), "by"),
         (lambda: tca(query[:1], tree), "query"),
         (lambda: ReTreever(3, 2, 1, order=3), "order"),
@@ -309,3 +310,41 @@ def test_errors() -> None:
     ):
         with pytest.raises(InputError, match=name):
             call()
+
+
+def test_without_layers_a_node_is_the_mean_of_its_children() -> None:
+    tca = TreeCrossAttention(8, 2, branch_factor=2, num_aggregation_layers=0).double()
+    x = features(3, 8, 8)
+    root, inner = tca.build(x).nodes[0], tca.build(x).nodes[1]
+    torch.testing.assert_close(root[:, 0], x.mean(1))
+    torch.testing.assert_close(inner, torch.stack([x[:, :4].mean(1), x[:, 4:].mean(1)], 1))
+
+
+def test_deviation_can_be_exponential() -> None:
+    objective = TreeObjective("gaussian", deviation="exp")
+    prediction, target = features(2, 3, 2), features(2, 3, 1, seed=2)
+    normal = torch.distributions.Normal(prediction[..., :1], prediction[..., 1:].exp())
+    torch.testing.assert_close(objective.losses(prediction, target), -normal.log_prob(target).squeeze(-1))
+    with pytest.raises(InputError, match="deviation"):
+        TreeObjective("gaussian", deviation="relu")
+
+
+def test_the_recipe_learns_to_copy_a_few_digits() -> None:
+    torch.manual_seed(0)
+    model, objective = ReTreever(14, 4, out_dim=10, dim=16, encoder_layers=0), TreeObjective("classification")
+    generator = torch.Generator().manual_seed(0)
+    test = mirrored_copy(4, 64, generator)
+    history = train_retreever(
+        model,
+        objective,
+        lambda: mirrored_copy(4, 32, generator),
+        steps=250,
+        lr=0.01,
+        score=lambda: objective.measure(model, *test).accuracy or 0.0,
+        score_every=1,
+    )
+    assert [len(history.losses), len(history.scores)] == [3, 3]
+    assert max(history.scores) > 0.5
+    assert objective.measure(model, *test).accuracy == max(history.scores)
+    with pytest.raises(InputError, match="length: expected an even number"):
+        mirrored_copy(5, 2)

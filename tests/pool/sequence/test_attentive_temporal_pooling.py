@@ -9,6 +9,16 @@ from torch import Tensor
 
 from cenote.core import Bags, InputError
 from cenote.pool import AttentiveTemporalPool, LinearCalibration, StatisticsPool, adapt_logits
+from cenote.pool.sequence.attentive_temporal_pooling.encoders import StreamingEncoder, matched
+from cenote.pool.sequence.attentive_temporal_pooling.front_end import StackedLogMel, mel_filters
+from cenote.pool.sequence.attentive_temporal_pooling.streams import (
+    StreamingClassifier,
+    Streams,
+    accuracy_over_time,
+    stream_loss,
+    time_to_decision,
+    train_streams,
+)
 from cenote.testing import check_pool
 
 
@@ -300,3 +310,128 @@ def test_calibration_starts_as_identity_and_learns_a_distorted_domain(diagonal: 
 
     assert accuracy(distorted) < 0.8
     assert accuracy(calibration(distorted)) > 0.93
+
+
+KINDS = ["conformer", "transformer", "lstm"]
+
+
+def encoder(kind: str, **settings: int) -> StreamingEncoder:
+    torch.manual_seed(0)
+    small = {"dim": 8, "layers": 2, "heads": 2, "context": 5, "kernel": 4}
+    return shaken(StreamingEncoder(6, kind=kind, **{**small, **settings}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packets_of_any_size_are_encoded_as_the_whole_stream(kind: str) -> None:
+    net, x = encoder(kind), features(2, 23, 6)
+    whole = net(x)
+    for sizes in ([1] * 23, [3, 0, 9, 11], [0, 22, 1]):
+        state, pieces = None, []
+        for packet in x.split(sizes, 1):
+            piece, state = net.step(packet, state)
+            pieces.append(piece)
+        torch.testing.assert_close(torch.cat(pieces, 1), whole)
+    later = x.clone()
+    later[:, 12:] += 1
+    torch.testing.assert_close(net(later)[:, :12], whole[:, :12])
+    assert (net(later)[:, 12:] != whole[:, 12:]).any()
+
+
+@pytest.mark.parametrize("kind", ["conformer", "transformer"])
+def test_the_left_context_is_limited_and_the_state_does_not_grow(kind: str) -> None:
+    net, x = encoder(kind, layers=1), features(1, 40, 6)
+    earlier = x.clone()
+    earlier[:, 10] += 1
+    reach = 5 + (3 if kind == "conformer" else 0)
+    changed = (net(earlier) - net(x)).abs().amax(-1)[0] > 1e-12
+    assert changed.nonzero().flatten().tolist() == list(range(10, 10 + reach + 1))
+    _, state = net.step(x)
+    assert [t.shape[1] for t in state[0]] == [5, 3 if kind == "conformer" else 0]
+
+
+def test_encoders_of_equal_size() -> None:
+    def size(net: torch.nn.Module) -> int:
+        return sum(p.numel() for p in net.parameters())
+
+    conformer = StreamingEncoder(6, dim=16, layers=2)
+    for kind in ("transformer", "lstm"):
+        assert abs(size(matched(conformer, 6, kind, layers=2)) / size(conformer) - 1) < 0.15
+
+
+def test_the_front_end_is_the_same_in_packets() -> None:
+    front, sound = StackedLogMel().double(), features(2, 1, 8000).squeeze(1)
+    whole = front(sound)
+    assert whole.shape == (2, 16, 512)
+    for sizes in ([100, 0, 411, 1, 3000, 4488], [8000], [160] * 50):
+        state, pieces = None, []
+        for packet in sound.split(sizes, 1):
+            piece, state = front.step(packet, state)
+            pieces.append(piece)
+        torch.testing.assert_close(torch.cat(pieces, 1), whole)
+    rows = StackedLogMel(stack=1, stride=1).double()(sound)
+    torch.testing.assert_close(whole[:, 2], rows[:, 3:7].flatten(1))
+    torch.testing.assert_close(whole[:, 0], rows[:, :1].expand(-1, 4, -1).flatten(1))
+
+
+def test_a_tone_is_loudest_in_the_filter_around_it() -> None:
+    time = torch.arange(16000) / 16000
+    for tone in (500.0, 2000.0):
+        row = StackedLogMel(stack=1)(torch.sin(2 * torch.pi * tone * time)[None])[0, 5]
+        filters = mel_filters(1024, 16000, 128)
+        assert int(row.argmax()) == int(filters[:, round(tone * 1024 / 16000)].argmax())
+    with pytest.raises(InputError, match="bins: 400 filters are finer"):
+        mel_filters(256, 16000, 400)
+    with pytest.raises(InputError, match="sound"):
+        StackedLogMel()(torch.zeros(5))
+
+
+def classifier(kind: str = "conformer") -> StreamingClassifier:
+    return shaken(StreamingClassifier(encoder(kind), AttentiveTemporalPool(8), classes=3))
+
+
+def test_decisions_come_frame_by_frame() -> None:
+    model, x = classifier(), features(2, 9, 6)
+    heard = list(model.listen(x.split(4, 1), seconds=0.5))
+    assert [h.seconds for h in heard] == [0.5 * (t + 1) for t in range(9)]
+    probabilities = model(x).softmax(-1)
+    torch.testing.assert_close(torch.stack([h.probabilities for h in heard], 1), probabilities)
+    assert torch.equal(torch.stack([h.decision for h in heard], 1), probabilities.argmax(-1))
+    torch.testing.assert_close(torch.stack([h.confidence for h in heard], 1), probabilities.amax(-1))
+    with pytest.raises(InputError, match="pool: expected one of width 8"):
+        StreamingClassifier(encoder("lstm"), AttentiveTemporalPool(6), classes=3)
+
+
+def test_the_loss_is_of_the_last_frame_or_of_all() -> None:
+    model, x, labels = classifier(), features(2, 6, 6), torch.tensor([2, 0])
+    mask = torch.arange(6) < torch.tensor([[6], [4]])
+    logs = model(x, mask).log_softmax(-1)
+    last = -(logs[0, 5, 2] + logs[1, 3, 0]) / 2
+    torch.testing.assert_close(stream_loss(model, Streams(x, labels, mask)), last)
+    frames = -(logs[0, :, 2].sum() + logs[1, :4, 0].sum()) / 10
+    torch.testing.assert_close(stream_loss(model, Streams(x, labels, mask), "frames"), frames)
+    torch.testing.assert_close(
+        stream_loss(model, Streams(x, labels)), stream_loss(model, Streams(x, labels, mask >= 0))
+    )
+
+
+def test_streams_are_learned() -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(24) % 2
+    streams = Streams(torch.randn(24, 8, 6) + labels[:, None, None], labels)
+    model = StreamingClassifier(
+        StreamingEncoder(6, dim=8, layers=1, heads=2, dropout=0.0), AttentiveTemporalPool(8), classes=2
+    )
+    history = train_streams(model, lambda: [streams], passes=25, lr=1e-2, over="frames")
+    assert history.losses[-1] < 0.7 * history.losses[0]
+    assert float(accuracy_over_time(model(streams.x), labels)[-1]) > 0.9
+
+
+def test_how_soon_it_is_right() -> None:
+    said = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 1]])
+    logits, labels = torch.nn.functional.one_hot(said, 2).double(), torch.tensor([1, 1, 0])
+    mask = torch.tensor([[True] * 4, [True, True, False, False], [True, True, True, False]])
+    assert accuracy_over_time(logits, labels).tolist() == pytest.approx([2 / 3, 1, 2 / 3, 1 / 3])
+    assert accuracy_over_time(logits, labels, mask).tolist() == pytest.approx([2 / 3, 1, 1, 1])
+    assert time_to_decision(logits, seconds=0.5).tolist() == [1.0, 1.5, 2.0]
+    assert time_to_decision(logits, mask, 0.5).tolist() == [1.0, 0.5, 0.5]
+    assert time_to_decision(logits, torch.zeros_like(mask)).tolist() == [0, 0, 0]

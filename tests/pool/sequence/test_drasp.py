@@ -5,6 +5,7 @@ from torch import Tensor
 
 from cenote.core import Bags, InputError
 from cenote.pool import AttentiveStatisticsPool, DraspPool, MeanPool, StatisticsPool
+from cenote.pool.sequence.drasp.opinion import OpinionBatch, OpinionPredictor, opinion_loss, train_opinions
 from cenote.testing import check_pool
 
 
@@ -177,3 +178,65 @@ def test_a_segment_that_is_longer_than_all_frames_and_no_frames() -> None:
 def test_wrong_arguments_are_named(settings: dict) -> None:
     with pytest.raises(InputError, match=next(iter(settings))):
         DraspPool(16, **settings)
+
+
+def test_a_predictor_is_its_equation() -> None:
+    torch.manual_seed(0)
+    model, x, text = OpinionPredictor(16, segment=3, shared=6).double(), features(3, 8), features(3, 1, 6).squeeze(1)
+    mask = torch.arange(8) < torch.tensor([[8], [5], [2]])
+    said = model(x, mask, text)
+    e = torch.nn.functional.normalize(model.project(model.narrow(model.pool(x, mask))), dim=-1)
+    torch.testing.assert_close(said.embedding, e)
+    for head, given, found in ((model.quality, e, said.quality), (model.match, torch.cat([e, text], 1), said.match)):
+        assert [layer.out_features for layer in head] == [256, 64, 1]
+        for layer in head:
+            given = given @ layer.weight.T + layer.bias
+        torch.testing.assert_close(found, given.squeeze(1))
+    assert model(x).match is None
+    torch.testing.assert_close(model(x[1:2, :5]).quality, said.quality[1:2])
+    with pytest.raises(InputError, match="text: expected one vector of width 6"):
+        model(x, text=text[:, :4])
+    backed = OpinionPredictor(16, backbone=Doubled(), segment=3, shared=6)
+    backed.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(backed.double()(x / 2).quality, model(x).quality)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return 2 * x, None
+
+
+def test_both_heads_learn_until_development_clips_no_longer_gain() -> None:
+    torch.manual_seed(0)
+    model = OpinionPredictor(8, segment=4, shared=6)
+    x, text = torch.randn(48, 10, 8), torch.randn(48, 6)
+    batch = OpinionBatch(x, x[:, :, 0].mean(1), text=text, match=text[:, 0])
+    said = model(x, text=text)
+    expected = (said.quality - batch.quality).abs().mean() + (said.match - batch.match).abs().mean()
+    torch.testing.assert_close(opinion_loss(model, batch), expected)
+    history = train_opinions(
+        model, lambda: [batch], [batch._replace(match=-batch.match)], passes=40, lr=0.05, patience=2
+    )
+    assert history.best < len(history.losses) - 1
+    assert len(history.losses) < 40
+    with pytest.raises(InputError, match="text: the match with a prompt"):
+        opinion_loss(model, batch._replace(text=None))
+    with pytest.raises(InputError, match="development"):
+        train_opinions(model, lambda: [batch], [])
+
+
+def test_where_the_glitch_is_in_seconds() -> None:
+    model = OpinionPredictor(16, segment=4, shared=6).double()
+    with torch.no_grad():
+        model.pool.sap_linear.weight.copy_(torch.eye(16))
+        model.pool.sap_linear.bias.zero_()
+        model.pool.attention.zero_()[0] = 9.0
+    x = torch.zeros(2, 11, 16, dtype=torch.float64)
+    x[0, 4:8, 0] = 3.0
+    x[1, 8:, 0] = 3.0
+    first, second = model.attended(x, seconds=0.5, most=1)
+    assert (first[0].start, first[0].end) == (2.0, 4.0)
+    assert (second[0].start, second[0].end) == (4.0, 5.5)
+    assert first[0].share > 0.9
+    with pytest.raises(InputError, match="pooling: has no attention"):
+        OpinionPredictor(16, pooling="tsp").attended(x.float())

@@ -1,12 +1,15 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tests import tiny
 from tests.pools import shaken
 from torch import Tensor, nn
 
 from cenote.core import InputError
+from cenote.models import load
 from cenote.pool import (
     AamSoftmax,
     AttentiveStatisticsPool,
@@ -20,6 +23,7 @@ from cenote.pool import (
     min_detection_cost,
     trial_scores,
 )
+from cenote.pool.sequence.layer_aware_tdnn.speakers import SpeakerVerifier, random_crop_of, span_out, train_speakers
 from cenote.testing import check_layer_pool, check_pool
 
 FRONTS = ["ecapa", "d3net", None]
@@ -328,3 +332,73 @@ def test_wrong_arguments_are_named() -> None:
         AamSoftmax(4, classes=3)(torch.randn(1, 4), torch.tensor([3]))
     with pytest.raises(InputError, match="margin"):
         AamSoftmax(4, classes=3, margin=4.0)
+
+
+def test_a_verifier_hears_sounds_and_comes_back(tmp_path: Path) -> None:
+    encoder = load(str(tiny.wav2vec2(tmp_path / "encoder")))
+    torch.manual_seed(0)
+    verifier = SpeakerVerifier.on(encoder, channels=16, hidden=16, loss_heads=2)
+    assert (verifier.pool.dim, verifier.pool.layers) == (32, 3)
+    sounds = [torch.randn(n) for n in (4000, 6000)]
+    embedded = verifier.embed(sounds)
+    assert embedded.shape == (2, 2, 96)
+    torch.testing.assert_close(embedded.norm(dim=-1), torch.ones(2, 2))
+    # what stands beside a sound does not change it
+    torch.testing.assert_close(verifier.embed(sounds[:1]), embedded[:1])
+    torch.testing.assert_close(verifier.score(sounds, sounds), torch.ones(2))
+    verifier.save(tmp_path / "saved")
+    torch.testing.assert_close(
+        SpeakerVerifier.load(tmp_path / "saved", encoder).embed(sounds), embedded, rtol=0, atol=0
+    )
+    assert verifier.cost(sounds).parameters == sum(p.numel() for p in verifier.pool.parameters())
+    other = load(str(tiny.vit(tmp_path / "images")))
+    with pytest.raises(InputError, match="encoder: expected one of sound"):
+        SpeakerVerifier.on(other)
+    with pytest.raises(InputError, match="sounds: expected at least one"):
+        verifier.embed([])
+    with pytest.raises(InputError, match="holds no whole speaker verifier"):
+        SpeakerVerifier.load(tmp_path, encoder)
+
+
+def test_spans_are_left_out_of_all_layers_of_some_clips() -> None:
+    x = torch.ones(4, 2, 40, 3)
+    lost = span_out(x, share=0.5, start=0.1, generator=torch.Generator().manual_seed(1)) == 0
+    assert bool((lost == lost[:, :1, :, :1]).all())
+    of_clip = lost[:, 0, :, 0]
+    assert 0 < int(of_clip.any(1).sum()) < 4
+    for clip in of_clip[of_clip.any(1)]:
+        runs = [len(run) for run in "".join("x" if gone else " " for gone in clip[:-3].tolist()).split()]
+        assert min(runs) >= 3
+    assert torch.equal(span_out(x, share=0.0), x)
+    with pytest.raises(InputError, match="share, start"):
+        span_out(x, share=2.0)
+
+
+def test_crops_are_stretches_of_the_sound() -> None:
+    sound = torch.arange(10.0)
+    starts = {int(random_crop_of(sound, 8)[0]) for _ in range(100)}
+    assert starts == {0, 1, 2}
+    assert random_crop_of(sound, 8).diff().eq(1).all()
+
+
+def test_the_recipe_learns_to_tell_speakers_apart() -> None:
+    def encode(sounds: list[Tensor]) -> tuple[Tensor, None]:
+        frames = torch.stack([s.view(5, 16) for s in sounds])
+        return torch.stack([frames, frames.abs()], 1), None
+
+    torch.manual_seed(0)
+    verifier = SpeakerVerifier(encode, rate=80, dim=16, layers=2, channels=16, hidden=16, front=None, dropout=0.0)
+    voices = torch.randn(3, 16)
+    speakers = torch.arange(24) % 3
+    sounds = [(voices[k] + 0.3 * torch.randn(10, 16)).flatten() for k in speakers.tolist()]
+    history = train_speakers(verifier, sounds, speakers, steps=120, batch=16, seconds=1.0, spans=True)
+    assert history.losses[1] < history.losses[0]
+    assert not verifier.pool.training
+    cut = [s[:80] for s in sounds]
+    scores = verifier.score([cut[i] for i in range(12) for _ in range(12)], cut[12:24] * 12)
+    same = (speakers[:12, None] == speakers[None, 12:]).flatten()
+    assert equal_errors(scores, same).rate < 0.1
+    with pytest.raises(InputError, match="speakers: expected one for each"):
+        train_speakers(verifier, sounds, speakers[:2])
+    with pytest.raises(InputError, match="rise"):
+        train_speakers(verifier, sounds, speakers, rise=1.0)

@@ -20,6 +20,14 @@ from cenote.pool import (
 )
 from cenote.pool.spatial.attentive_feature_aggregation.dla import bilinear_up, log_loss
 from cenote.pool.spatial.attentive_feature_aggregation.fusion import hierarchical_fusion, in_front
+from cenote.pool.spatial.attentive_feature_aggregation.rivals import (
+    ConcatenationFusion,
+    LevelSoftmax,
+    PartialAFA,
+    SumFusion,
+)
+from cenote.pool.spatial.attentive_feature_aggregation.rmi import EPS, rmi_loss
+from cenote.pool.spatial.attentive_feature_aggregation.training import train_afa
 
 C = 16
 
@@ -346,3 +354,78 @@ def test_gradients_compile_export_and_copies(build) -> None:
 def test_wrong_arguments_are_named(call, named: str) -> None:
     with pytest.raises(InputError, match=named):
         call()
+
+
+def test_region_mutual_information_written_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(1, 1, 5, 6, dtype=torch.float64, generator=generator)
+    labels = torch.zeros(1, 5, 6, dtype=torch.long)
+    # of one class every pixel is: only its prediction varies, and all of the truth's covariance is 0
+    regional = 9 * math.log(EPS) / 18
+    pixelwise = -p.log().mean()
+    expected = 0.25 * pixelwise + 0.75 * regional
+    torch.testing.assert_close(rmi_loss(p, labels, pool=1, weight=0.75), expected)
+    two = torch.cat([p, 1 - p], 1)
+    labels = (torch.rand(1, 5, 6, generator=generator) > 0.5).long()
+    total = 0.0
+    for c in range(2):
+        windows = [[], []]
+        for maps, kept in zip((labels == c, two[:, c]), windows, strict=True):
+            kept += [maps[0, i : i + 3, j : j + 3].flatten().double() for i in range(3) for j in range(4)]
+        y, found = (torch.stack(w, 1) - torch.stack(w, 1).mean(1, keepdim=True) for w in windows)
+        damped = EPS * torch.eye(9, dtype=torch.float64)
+        m = y @ y.T - (y @ found.T) @ torch.inverse(found @ found.T + damped) @ (y @ found.T).T
+        total += float(torch.logdet(m + damped)) / 18
+    assert rmi_loss(two, labels, pool=1, weight=1.0).item() == pytest.approx(total)
+
+
+def test_region_mutual_information_leaves_out_what_is_ignored() -> None:
+    p = torch.rand(2, 3, 12, 12)
+    labels = torch.randint(3, (2, 12, 12))
+    labels[:, :6] = 255
+    changed = p.clone()
+    changed[:, :, :6] = torch.rand(2, 3, 6, 12)
+    torch.testing.assert_close(rmi_loss(p, labels), rmi_loss(changed, labels))
+    with pytest.raises(InputError, match="probabilities: a window of 3 x 3 squares of 3 x 3"):
+        rmi_loss(p[..., :4, :4], labels[:, :4, :4])
+    with pytest.raises(InputError, match="labels: expected the size"):
+        rmi_loss(p, labels[:, :4])
+    with pytest.raises(InputError, match="weight"):
+        rmi_loss(p, labels, weight=2.0)
+
+
+def test_the_recipe_takes_either_main_loss() -> None:
+    torch.manual_seed(0)
+    net = AFASegmenter(Backbone(), (C, C, 18), classes=2, scales=(1.0,))
+    x = torch.randn(3, 12, 12)
+    labels = (x[0] > 0).long()
+    found = net.at_scales(torch.stack([x, -x]))
+    both = torch.stack([labels, 1 - labels])
+    without = net.loss(found, both) - log_loss(found.output, both)
+    torch.testing.assert_close(net.loss(found, both, rmi=True), without + rmi_loss(found.output, both))
+    for rmi in (False, True):
+        before = net.classifier.weight.detach().clone()
+        history = train_afa(net, [(x, labels)], steps=2, batch=2, crop=12, scale=(1.0, 1.0), warm_up=1, rmi=rmi)
+        assert len(history.losses) == 1
+        assert not torch.equal(net.classifier.weight, before)
+
+
+def test_rival_fusions() -> None:
+    shallow, deep = randn(2, 2, C, 5, 4)
+    torch.testing.assert_close(SumFusion(C)(shallow, deep), shallow + deep)
+    assert ConcatenationFusion(C, 3).double()(shallow, deep).shape == shallow.shape
+    spatial = shaken(PartialAFA(C, "spatial"))
+    a = spatial.spatial(shallow)
+    torch.testing.assert_close(spatial(shallow, deep), a * shallow + (1 - a) * deep)
+    channel = shaken(PartialAFA(C, "channel"))
+    a = channel.channel(deep)
+    torch.testing.assert_close(channel(shallow, deep), (1 - a) * shallow + a * deep)
+    swapped = shaken(PartialAFA(C, "swapped"))
+    a_c, a_s = swapped.channel(shallow), swapped.spatial(deep)
+    torch.testing.assert_close(swapped(shallow, deep), a_c * (1 - a_s) * shallow + (1 - a_c) * a_s * deep)
+    levels = shaken(LevelSoftmax(C))
+    torch.testing.assert_close(levels([shallow, shallow]), shallow)
+    nn.init.zeros_(levels.score.final.weight)
+    torch.testing.assert_close(levels([shallow, deep]), (shallow + deep) / 2)
+    node = AFAIDAUp((C, C), (1, 2), fuse=SumFusion)
+    assert node([torch.randn(2, C, 8, 8), torch.randn(2, C, 4, 4)])[-1].shape == (2, C, 8, 8)

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from cenote.core import InputError
-from cenote.pool import border_accuracy, head_rates, label_counts, mean_iou, pixel_accuracy, poly_schedule
+from cenote.pool import border_accuracy, border_f1, head_rates, label_counts, mean_iou, pixel_accuracy, poly_schedule
 from cenote.pool.spatial.segmentation import near_borders
 
 
@@ -88,3 +88,31 @@ def test_rates_fall_to_zero_by_the_power_each_from_its_own() -> None:
 def test_wrong_input_is_named(call, named: str) -> None:
     with pytest.raises(InputError, match=named):
         call(*maps())
+
+
+def test_f1_of_borders_counts_what_lies_near() -> None:
+    labels = torch.zeros(1, 8, 12, dtype=torch.long)
+    labels[..., 6:] = 1
+    late = torch.zeros_like(labels)
+    late[..., 8:] = 1
+    assert border_f1(labels, labels, 0) == 1
+    assert border_f1(late, labels, 0) == 0
+    # pixels 7 and 8 of the guess against 5 and 6 of the truth
+    assert border_f1(late, labels, 1) == 0.5
+    assert border_f1(late, labels, 2) == 1
+    assert border_f1(torch.zeros_like(labels), labels, 2) == 0
+    labels[:, :, 9:] = 255
+    assert border_f1(labels.where(labels != 255, torch.zeros_like(labels)), labels, 0) == 1
+    with pytest.raises(InputError, match="neither holds a border"):
+        border_f1(torch.zeros_like(labels), torch.zeros_like(labels))
+
+
+def test_rates_can_rise_first() -> None:
+    sgd = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = poly_schedule(sgd, steps=10, power=1.0, warm_up=4)
+    rates = []
+    for _ in range(10):
+        rates += schedule.get_last_lr()
+        sgd.step()
+        schedule.step()
+    assert rates == pytest.approx([min(1, (t + 1) / 4) * (1 - t / 10) for t in range(10)])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,8 +15,10 @@ from cenote.core.requirements import require_all_positive, require_at_least
 from cenote.core.sets import as_tokens
 from cenote.pool.spatial.atrous_rates import recommend_rates, valid_taps
 from cenote.pool.spatial.axes import integers_per_axis
+from cenote.pool.spatial.crops import Labelled, train_on_crops
 from cenote.pool.spatial.output_stride import dilate, to_output_stride, upsampled
-from cenote.pool.spatial.segmentation import evaluated
+from cenote.pool.spatial.segmentation import evaluated, poly_schedule
+from cenote.pool.training import History
 
 Rate = int | tuple[int, int]
 Norm = Callable[[int], nn.Module]
@@ -384,6 +387,130 @@ def pixel_loss(
     2.0
     """
     return F.cross_entropy(logits, labels.long(), ignore_index=ignore)
+
+
+class Phase(NamedTuple):
+    """One of the two phases of the training; the defaults of `train_deeplabv3` are the paper's.
+
+    Attributes:
+        output_stride: of the net in this phase.
+        steps: how many.
+        lr: at the start.
+        frozen_norms: whether the normalisations stay as they are: statistics, weights and biases.
+    """
+
+    output_stride: int
+    steps: int
+    lr: float
+    frozen_norms: bool = False
+
+
+class Phases(NamedTuple):
+    """A trained net, and how it went.
+
+    Attributes:
+        net: at the output stride of the last phase.
+        histories: of each phase.
+    """
+
+    net: DeepLabV3
+    histories: tuple[History, ...]
+
+
+PHASES = (Phase(16, 30_000, 0.007), Phase(8, 30_000, 0.001, frozen_norms=True))
+
+
+def train_deeplabv3(
+    net: DeepLabV3,
+    images: Sequence[Labelled],
+    *,
+    phases: Sequence[Phase] = PHASES,
+    batch: int = 16,
+    crop: int = 513,
+    scale: tuple[float, float] = (0.5, 2.0),
+    flip: bool = True,
+    norm_momentum: float = 3e-4,
+    momentum: float = 0.9,
+    weight_decay: float = 4e-5,
+    power: float = 0.9,
+    ignore: int = 255,
+    seed: int = 0,
+) -> Phases:
+    """The paper's two phases: at output stride 16 with the normalisations learned, then at 8 with them frozen.
+
+    Args:
+        net: at the output stride of the first phase; it is trained, and a copy of it made denser in the second.
+        images: `(image, labels)`, as the net takes them; sizes may differ.
+        phases: of the training.
+        batch: crops in a step.
+        crop, scale, flip, ignore: see `random_crop`.
+        norm_momentum: share of each batch in the running statistics of batch normalisation.
+        momentum, weight_decay: of the descent; the rate falls by `poly_schedule` with `power`.
+        seed: of the draws.
+
+    Raises:
+        InputError: where the net has another output stride than the first phase, or cannot be made denser.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 8, 1), torch.nn.Conv2d(8, 8, 3, 2, 1))
+        >>> net = DeepLabV3(backbone, 8, classes=2, width=8, rates=(1, 2))
+        >>> images = [(torch.randn(3, 40, 50) + c, torch.full((40, 50), c)) for c in (0, 1)]
+        >>> phases = (Phase(16, 4, 0.01), Phase(8, 2, 0.001, frozen_norms=True))
+        >>> net, histories = train_deeplabv3(net, images, phases=phases, batch=2, crop=33)
+        >>> net.output_stride, net.head.aspp.rates, len(histories)
+        (8, ((2, 2), (4, 4)), 2)
+
+    Source: Chen, Papandreou, Schroff, Adam, "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017.
+
+    Note:
+        Momentum and weight decay were not found out; here they are those that such nets are often trained with.
+    """
+    if not phases or net.output_stride != phases[0].output_stride:
+        raise InputError(
+            f"phases: expected the first at the net's output stride {net.output_stride}, got "
+            f"{[p.output_stride for p in phases]}"
+        )
+    histories = []
+    for number, phase in enumerate(phases):
+        if phase.output_stride != net.output_stride:
+            image = images[0][0]
+            net = net.at_output_stride(phase.output_stride, image.new_zeros(1, image.shape[0], crop, crop))
+        norms = [
+            m for m in net.modules() if isinstance(m, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm)
+        ]
+        own = {id(p) for m in norms for p in m.parameters(recurse=False)} if phase.frozen_norms else set()
+        for m in norms:
+            if isinstance(m, nn.modules.batchnorm._NormBase):
+                m.momentum = norm_momentum
+        sgd = torch.optim.SGD(
+            [p for p in net.parameters() if id(p) not in own], phase.lr, momentum=momentum, weight_decay=weight_decay
+        )
+        histories.append(
+            train_on_crops(
+                net,
+                images,
+                partial(_phase_loss, net, norms if phase.frozen_norms else [], ignore),
+                sgd,
+                poly_schedule(sgd, phase.steps, power),
+                steps=phase.steps,
+                batch=batch,
+                crop=crop,
+                scale=scale,
+                flip=flip,
+                ignore=ignore,
+                seed=seed + number,
+            )
+        )
+    return Phases(net, tuple(histories))
+
+
+def _phase_loss(
+    net: DeepLabV3, frozen: Sequence[nn.Module], ignore: int, x: Tensor, labels: Tensor
+) -> Float[Tensor, ""]:
+    for norm in frozen:
+        norm.eval()
+    return pixel_loss(net(x), labels, ignore)
 
 
 def _unit(in_channels: int, out_channels: int, norm: Norm, rate: tuple[int, ...] | None = None) -> nn.Sequential:

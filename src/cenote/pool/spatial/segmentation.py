@@ -112,13 +112,40 @@ def border_accuracy(guess: Labels, labels: Labels, width: int, ignore: int = 255
     return float((guess == labels)[band].double().mean())
 
 
-def poly_schedule(optimizer: Optimizer, steps: int, power: float = 0.9) -> LambdaLR:
+def border_f1(guess: Labels, labels: Labels, width: int = 1, ignore: int = 255) -> float:
+    """F1 of borders: how many borders of the guess lie near true ones (precision), and the other way round (recall).
+
+    Args:
+        guess: classes of the pixels.
+        labels: the truth.
+        width: how many pixels off a border may lie, in each direction.
+        ignore: the label whose pixels do not count, nor do those beside them.
+
+    Raises:
+        InputError: where the maps differ in size, or neither has a border.
+
+    >>> border_f1(torch.tensor([[[0, 0, 1, 1, 1, 1]]]), torch.tensor([[[0, 0, 0, 1, 1, 1]]]))
+    1.0
+    """
+    require_at_least(0, width=width)
+    counted = _counted(guess, labels, ignore)
+    counted = counted & ~near_borders(counted.long(), 1)
+    own, true = (near_borders(maps, 1) & counted for maps in (guess, labels))
+    if not bool((own | true).any()):
+        raise InputError("guess, labels: neither holds a border; F1 of borders needs two classes in an image")
+    near = [F.max_pool2d(b[:, None].float(), 2 * width + 1, 1, width).squeeze(1) > 0 for b in (true, own)]
+    hits = [int((a & b).sum()) for a, b in ((own, near[0]), (true, near[1]))]
+    return 2 * hits[0] * hits[1] / max(hits[0] * int(true.sum()) + hits[1] * int(own.sum()), 1)
+
+
+def poly_schedule(optimizer: Optimizer, steps: int, power: float = 0.9, warm_up: int = 0) -> LambdaLR:
     """The rate `lr (1 - t / steps)^power` at step `t`, for each group of parameters; 0 from the last step on.
 
     Args:
         optimizer: with the rates of the first step.
         steps: of the whole training.
         power: 0.9 in the papers.
+        warm_up: of the first steps, `t` takes the share `(t + 1) / warm_up` of its rate.
 
     >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     >>> schedule = poly_schedule(optimizer, steps=4, power=1.0)
@@ -127,7 +154,8 @@ def poly_schedule(optimizer: Optimizer, steps: int, power: float = 0.9) -> Lambd
     """
     require_at_least(1, steps=steps)
     require_positive(power=power)
-    return LambdaLR(optimizer, lambda t: max(0.0, 1 - t / steps) ** power)
+    require_at_least(0, warm_up=warm_up)
+    return LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / max(warm_up, 1)) * max(0.0, 1 - t / steps) ** power)
 
 
 def head_rates(net: nn.Module, heads: Iterable[nn.Module], lr: float, times: float = 10.0) -> list[dict[str, Any]]:

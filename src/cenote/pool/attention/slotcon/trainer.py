@@ -1,26 +1,25 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_at_least, require_rate
 from cenote.pool.attention.slotcon.lars import LARS
 from cenote.pool.attention.slotcon.model import SlotCon, SlotConLosses
 from cenote.pool.attention.slotcon.views import TwoCrops
+from cenote.pool.training import cosine_schedule
 
 
 class SlotConTrainer:
     """Train a `SlotCon` on images without labels.
 
     Each step draws two crops per image, moves the teacher, and steps the student; the learning rate rises linearly during the
-    warm-up and falls along a cosine.
+    warm-up and falls along a cosine, whose last step is short but not 0.
 
     Args:
         model: what is trained.
@@ -62,7 +61,7 @@ class SlotConTrainer:
         self.steps = steps
         self.done = 0
         self.optimizer = LARS(parameters, lr=batch / 256) if optimizer is None else optimizer(parameters)
-        self.schedule = LambdaLR(self.optimizer, lambda step: _rate((step + 1) / steps, warm_up))
+        self.schedule = cosine_schedule(self.optimizer, steps, int(warm_up * steps))
 
     def step(self, images: Float[Tensor, "batch channels height width"]) -> SlotConLosses:
         """One step on a batch of images; the losses before it."""
@@ -116,9 +115,3 @@ class SlotConTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.done = state["done"]
-
-
-def _rate(share: float, warm_up: float) -> float:
-    if share < warm_up:
-        return share / warm_up
-    return (1 + math.cos(math.pi * min((share - warm_up) / (1 - warm_up), 1.0))) / 2

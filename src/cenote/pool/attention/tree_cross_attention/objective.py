@@ -60,10 +60,11 @@ class TreeObjective:
 
     Args:
         task: `"classification"`: logits and class numbers; `"regression"`: squared error; `"gaussian"`: the prediction
-            is `[mean; s]` with the standard deviation `0.05 + 0.95 softplus(s)`, its negative log-likelihood the loss.
+            is `[mean; s]` with a standard deviation of `s`, see `deviation`, its negative log-likelihood the loss.
         reward: of a classification, `"acc"`: 1 where right, baseline 0; `"nce"`: minus the cross-entropy, baseline
             `-log C`. A regression's reward is minus its loss.
         ca_weight, rl_weight, entropy_bonus: weights; the defaults are the authors'.
+        deviation: of the `"gaussian"` task, `"softplus"`: `0.05 + 0.95 softplus(s)`, or `"exp"`: `exp(s)`.
 
     Raises:
         InputError: where task or reward is unknown.
@@ -84,10 +85,13 @@ class TreeObjective:
         ca_weight: float = 1.0,
         rl_weight: float = 1.0,
         entropy_bonus: float = 0.01,
+        deviation: Literal["softplus", "exp"] = "softplus",
     ) -> None:
         require_one_of(get_args(Task), task=task)
         require_one_of(get_args(Reward), reward=reward)
+        require_one_of(("softplus", "exp"), deviation=deviation)
         self.task = task
+        self.deviation = deviation
         self.reward = reward
         self.ca_weight = ca_weight
         self.rl_weight = rl_weight
@@ -148,7 +152,7 @@ class TreeObjective:
         if self.task == "regression":
             return (prediction - target).square().mean(-1)
         mean, s = prediction.chunk(2, -1)
-        std = 0.05 + 0.95 * F.softplus(s)
+        std = s.exp() if self.deviation == "exp" else 0.05 + 0.95 * F.softplus(s)
         z = (target - mean) / std
         return (0.5 * z.square() + std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
 

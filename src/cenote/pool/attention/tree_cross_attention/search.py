@@ -57,7 +57,7 @@ class TreeCrossAttention(nn.Module):
         heads: divides `dim`. Default 4, or the largest divisor below it.
         dim_feedforward: hidden width of the feed-forward layers; default `2 * dim`.
         branch_factor: children `b` of a node.
-        num_aggregation_layers: encoder layers that read the children of a node.
+        num_aggregation_layers: encoder layers that read the children of a node; 0: a node is the mean of its children.
         bptt: whether gradients pass from a node to its children. Without it only the aggregator learns from them.
 
     Raises:
@@ -89,7 +89,7 @@ class TreeCrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         require_at_least(2, branch_factor=branch_factor)
-        require_at_least(1, num_aggregation_layers=num_aggregation_layers)
+        require_at_least(0, num_aggregation_layers=num_aggregation_layers)
         self.dim = dim
         self.branch_factor = branch_factor
         self.bptt = bptt

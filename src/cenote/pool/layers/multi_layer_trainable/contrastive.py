@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_at_least, require_positive
+from cenote.pool.training import gathered, several_processes
 
 AT_ONCE = 2**24
 """Similarities that search holds at once."""
@@ -72,7 +73,7 @@ def hard_negative_loss(
         if given is not None and given.shape != queries.shape:
             raise InputError(f"{name}: expected shape {tuple(queries.shape)} as queries, got {tuple(given.shape)}")
     own = len(queries)
-    passages = [_of_all(side) for side in (positives, negatives) if side is not None]
+    passages = [gathered(side) for side in (positives, negatives) if side is not None]
     scores = scale * F.normalize(queries, dim=-1) @ F.normalize(torch.cat(passages), dim=-1).T
     first = _rank() * own
     return F.cross_entropy(scores, torch.arange(first, first + own, device=queries.device))
@@ -171,19 +172,5 @@ def read_triples(path: str | Path) -> list[Triple]:
     return found
 
 
-def _together() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
 def _rank() -> int:
-    return torch.distributed.get_rank() if _together() else 0
-
-
-def _of_all(own: Float[Tensor, "batch dim"]) -> Float[Tensor, "all dim"]:
-    """The vectors of all processes, with a way back for their gradients."""
-    if not _together():
-        return own
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(list(all_gather(own)))
+    return torch.distributed.get_rank() if several_processes() else 0

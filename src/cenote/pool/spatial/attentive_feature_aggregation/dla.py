@@ -20,6 +20,7 @@ from cenote.pool.spatial.attentive_feature_aggregation.fusion import (
     hierarchical_fusion,
     scale_space_rendering,
 )
+from cenote.pool.spatial.attentive_feature_aggregation.rmi import rmi_loss
 
 FUSED = 3
 LEAST = 1e-8
@@ -237,6 +238,7 @@ class AFASegmenter(nn.Module):
         by_scale: float = 0.05,
         auxiliary: float = 0.05,
         ignore: int = 255,
+        rmi: bool = False,
     ) -> Float[Tensor, ""]:
         """The paper's loss: cross-entropy of the fused prediction, of each scale's own, and of the auxiliary heads.
 
@@ -245,8 +247,9 @@ class AFASegmenter(nn.Module):
             labels: of every pixel.
             by_scale, auxiliary: weights of the two other terms, for each scale and each head.
             ignore: a label that does not count.
+            rmi: whether that of the fused prediction is `rmi_loss` instead.
         """
-        total = log_loss(found.output, labels, ignore)
+        total = rmi_loss(found.output, labels, ignore=ignore) if rmi else log_loss(found.output, labels, ignore)
         for weight, predictions in ((by_scale, found.by_scale), (auxiliary, found.auxiliary)):
             total = total + sum(weight * log_loss(p, labels, ignore) for p in predictions.unbind(1))
         return total
