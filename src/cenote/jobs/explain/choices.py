@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from cenote.compare.provenance import provenance
 from cenote.core import InputError, files
+from cenote.core.json_text import json_text
 from cenote.explain.answer_attentiveness.audit import ChoiceAudit, Summary
 from cenote.explain.answer_attentiveness.formats import LETTERS, Format, Question
 from cenote.models.decoder import Decoder
@@ -101,7 +102,7 @@ class Choices:
         """Write `choices.json`."""
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_whole(path, files.json_text({**dataclasses.asdict(self), "sentence": self.sentence}, indent=1))
+        files.write_whole(path, json_text({**dataclasses.asdict(self), "sentence": self.sentence}, indent=1))
         return path
 
     @classmethod

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cenote.compare.provenance import provenance
 from cenote.core import InputError, files
+from cenote.core.json_text import json_text
 from cenote.explain.head_pursuit.heads import ConceptHeads, concept_dictionary, concept_heads, head_outputs
 from cenote.explain.repeated_tokens import FoundHead, head_atlas
 from cenote.models.decoder import Decoder
@@ -105,7 +106,7 @@ class Heads:
         """Write `heads.json`."""
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_whole(path, files.json_text({**dataclasses.asdict(self), "sentence": self.sentence}, indent=1))
+        files.write_whole(path, json_text({**dataclasses.asdict(self), "sentence": self.sentence}, indent=1))
         return path
 
     @classmethod
