@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,18 @@ def test_method_pages_are_up_to_date() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_tables_of_verdicts_are_up_to_date() -> None:
+    pages = runpy.run_path(str(ROOT / "scripts" / "build_verdict_pages.py"))
+    drawn, folded = (
+        json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
+        for name in ("false_alarms", "false_alarms_folds")
+    )
+    tables = ROOT / "docs" / "tables"
+    answers = json.loads((tables / "known-answers.json").read_text("utf-8"))
+    assert (tables / "false-alarms.md").read_text("utf-8") == pages["false_alarms"](drawn, folded)
+    assert (tables / "known-answers.md").read_text("utf-8") == pages["known_answers"](answers)
 
 
 def test_every_built_system_and_every_pool_has_a_page_of_its_name() -> None:

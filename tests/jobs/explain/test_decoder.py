@@ -11,7 +11,7 @@ from tests.cli.conftest import cenote  # noqa: F401 - a fixture
 from tests.cli.program import Run
 from tests.jobs.explain.models import decoder, image_classifier, text_classifier
 
-from cenote.core import InputError
+from cenote.core import InputError, files
 from cenote.core.language import log_probabilities
 from cenote.explain.repeated_tokens import KINDS, head_atlas
 from cenote.jobs.explain.choices import Choices, choices, questions
@@ -61,6 +61,10 @@ def test_the_atlas_is_that_of_the_room_and_reads_back(loaded: Decoder, tmp_path:
     assert f"Most about letters writes layer {best.layer}, head {best.head}" in found.sentence
     found.save(tmp_path)
     assert Heads.load(tmp_path) == found
+    file = tmp_path / "heads.json"
+    file.write_text(file.read_text().replace('"model": "', '"model": "other '))
+    with pytest.raises(InputError, match="changed after it was written"):
+        Heads.load(tmp_path)
 
 
 def test_heads_from_the_command_line(cenote: Run, folder: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -161,6 +165,6 @@ def test_what_cannot_be_asked_is_one_line_each(cenote: Run, folder: Path, tmp_pa
 
 def test_a_file_that_is_damaged_is_named(tmp_path: Path) -> None:
     for kind, name in ((Heads, "heads"), (Choices, "choices")):
-        (tmp_path / f"{name}.json").write_text("{}")
+        (tmp_path / f"{name}.json").write_text(json.dumps(files.sealed({})))
         with pytest.raises(InputError, match=f"{name}.json holds no"):
             kind.load(tmp_path)  # type: ignore[attr-defined]

@@ -102,7 +102,8 @@ class Choices:
         """Write `choices.json`."""
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_whole(path, json_text({**dataclasses.asdict(self), "sentence": self.sentence}, indent=1))
+        content = files.sealed({**dataclasses.asdict(self), "sentence": self.sentence})
+        files.write_whole(path, json_text(content, indent=1))
         return path
 
     @classmethod
@@ -114,7 +115,7 @@ class Choices:
         """
         path = Path(folder) / FILE
         try:
-            raw = files.read_json(path)
+            raw = files.opened(files.read_json(path), path)
             styles = []
             for style in raw["styles"]:
                 items = [
@@ -123,7 +124,7 @@ class Choices:
                 ]
                 styles.append(Style(**{**style, "items": tuple(items)}))
             return cls(raw["model"], tuple(styles), tuple(raw["notes"]), raw["provenance"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
                 f"out: {path} holds no audit of choices ({error}); run cenote explain --choices again"
             ) from None

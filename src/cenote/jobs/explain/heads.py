@@ -106,7 +106,8 @@ class Heads:
         """Write `heads.json`."""
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_whole(path, json_text({**dataclasses.asdict(self), "sentence": self.sentence}, indent=1))
+        content = files.sealed({**dataclasses.asdict(self), "sentence": self.sentence})
+        files.write_whole(path, json_text(content, indent=1))
         return path
 
     @classmethod
@@ -118,14 +119,14 @@ class Heads:
         """
         path = Path(folder) / FILE
         try:
-            raw = files.read_json(path)
+            raw = files.opened(files.read_json(path), path)
             kinds = {name: Kind(_grid(k["scores"]), _heads(k["found"])) for name, k in raw["kinds"].items()}
             concept = None
             if (told := raw["concept"]) is not None:
                 best = tuple((FoundHead(*head), tuple(words)) for head, words in told["best"])
                 concept = Concept(told["name"], told["words"], _grid(told["scores"]), best, tuple(told["split"]))
             return cls(raw["model"], kinds, concept, raw["provenance"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
                 f"out: {path} holds no atlas of heads ({error}); run cenote explain --heads again"
             ) from None
