@@ -93,6 +93,7 @@ def show(
         ("its licence", s.licence or "-"),
         ("room", s.room),
         ("classes", "\n".join(s.classes) or "none yet"),
+        ("with them", "\n".join(s.also) or None),
         ("built by name", ", ".join(m.name for m in methods() if m.slug == s.slug) or "-"),
         ("study", s.study or "none yet"),
         ("status", s.standing),

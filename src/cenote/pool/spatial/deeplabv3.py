@@ -383,6 +383,8 @@ def pixel_loss(
         labels: `[batch, height, width]`.
         ignore: the label that counts nothing.
 
+    Source: Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017.
+
     >>> pixel_loss(torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long)).exp().round().item()
     2.0
     """

@@ -211,6 +211,8 @@ def score_map_loss(
     Raises:
         InputError: where the labels, so taken, are not at the size of the map.
 
+    Source: Chen et al., "DeepLab", TPAMI 2018.
+
     >>> score_map_loss(torch.zeros(1, 2, 2, 2), torch.zeros(1, 9, 16, dtype=torch.long), 8).exp().round().item()
     2.0
     """
