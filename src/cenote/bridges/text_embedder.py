@@ -6,7 +6,6 @@ Source: Tang, Yang, "Pooling And Attention: What Are Effective Designs For LLM-B
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
@@ -17,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from cenote.bridges.low_rank import LowRank
@@ -254,9 +252,8 @@ class TextEmbedder(nn.Module):
         backbone: Any = self.backbone
         backbone.save_pretrained(folder / BACKBONE)
         self.tokenizer.save_pretrained(folder / TOKENIZER)
-        state = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("backbone.")}
-        files.write_whole(folder / STATE, save(state))
-        files.write_whole(folder / CARD, json.dumps({"format": FORMAT, "config": asdict(self.config)}, indent=1))
+        state = {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.")}
+        files.write_saved(folder / CARD, folder / STATE, {"format": FORMAT, "config": asdict(self.config)}, state)
 
     @classmethod
     def load(cls, folder: str | Path) -> TextEmbedder:
@@ -269,7 +266,8 @@ class TextEmbedder(nn.Module):
 
         folder = Path(folder)
         try:
-            card = files.read_card(folder / CARD, "save the embedder again", format=int, config=dict)
+            remedy = "save the embedder again"
+            card, state = files.read_saved(folder / CARD, folder / STATE, remedy, format=int, config=dict)
             files.require_format(folder, card, FORMAT)
             if card["config"].keys() != {f.name for f in fields(EmbedderConfig)}:
                 raise InputError(f"{folder}: {CARD} is damaged; save the embedder again")
@@ -278,7 +276,7 @@ class TextEmbedder(nn.Module):
             backbone = transformers.AutoModel.from_pretrained(folder / BACKBONE)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder / TOKENIZER)
             embedder = cls(backbone, tokenizer, config)
-            missing, unexpected = embedder.load_state_dict(load_file(folder / STATE), strict=False)
+            missing, unexpected = embedder.load_state_dict(state, strict=False)
         except InputError:
             raise
         except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tests.pools import features, shaken
 from torch import nn
 
-from cenote.core import InputError
+from cenote.core import InputError, files
 from cenote.pool.attention.joint_attention.estimator import (
     Group,
     JointAttentionConfig,
@@ -366,7 +366,8 @@ def test_estimators_are_saved_and_loaded(tmp_path: Path) -> None:
     loaded = JointAttentionEstimator.load(tmp_path)
     assert loaded.config == estimator.config
     torch.testing.assert_close(loaded(group).fused, estimator(group).fused)
-    (tmp_path / "joint-attention.json").write_text('{"format": 1, "config": {"actions": 2}}')
+    card = files.sealed({"format": 1, "config": {"actions": 2}})
+    (tmp_path / "joint-attention.json").write_text(json.dumps(card))
     with pytest.raises(InputError, match=r"joint-attention\.json is damaged"):
         JointAttentionEstimator.load(tmp_path)
     with pytest.raises(InputError, match="nowhere: holds no estimator"):

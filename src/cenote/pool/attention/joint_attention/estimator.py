@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +9,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from cenote.core import files
@@ -218,8 +215,8 @@ class JointAttentionEstimator(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write config and parameters; `load` reads them."""
         folder = Path(folder)
-        files.write_whole(folder / STATE, save({k: v.contiguous() for k, v in self.state_dict().items()}))
-        files.write_whole(folder / CARD, json.dumps({"format": FORMAT, "config": asdict(self.config)}, indent=1))
+        card = {"format": FORMAT, "config": asdict(self.config)}
+        files.write_saved(folder / CARD, folder / STATE, card, self.state_dict())
 
     @classmethod
     def load(cls, folder: str | Path) -> JointAttentionEstimator:
@@ -230,7 +227,8 @@ class JointAttentionEstimator(nn.Module):
         """
         folder = Path(folder)
         try:
-            card = files.read_card(folder / CARD, "save the estimator again", format=int, config=dict)
+            remedy = "save the estimator again"
+            card, state = files.read_saved(folder / CARD, folder / STATE, remedy, format=int, config=dict)
         except OSError as error:
             raise InputError(f"{folder}: holds no estimator of JointAttentionEstimator.save ({error})") from error
         files.require_format(folder, card, FORMAT)
@@ -240,8 +238,8 @@ class JointAttentionEstimator(nn.Module):
         config: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card["config"].items()}
         estimator = cls(JointAttentionConfig(**config))
         try:
-            estimator.load_state_dict(load_file(folder / STATE))
-        except (OSError, RuntimeError, SafetensorError) as error:
+            estimator.load_state_dict(state)
+        except RuntimeError as error:
             raise InputError(f"{folder}: {STATE} does not fit {CARD} ({error}); save the estimator again") from error
         return estimator.eval()
 
