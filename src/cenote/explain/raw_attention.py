@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cenote.explain.attention_flow.explainers import AttentionRollout
-from cenote.explain.queried import Query
+from cenote.explain.queried import Query, one_hot
 from cenote.models.live import AttentionCall
 
 
@@ -31,10 +31,7 @@ class LastLayerAttention(AttentionRollout):
         super().__init__(query, residual=0.0, stack=stack)
 
     def _scores(self, calls: list[AttentionCall], mask: Bool[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens"]:
-        numbers = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-        first = self.query == "first"
-        at = numbers.masked_fill(~mask, mask.shape[1]).amin(1) if first else numbers.masked_fill(~mask, -1).amax(1)
-        chosen = numbers == at[:, None]
+        chosen = one_hot(mask, self.query).bool()
         found = [call.only(chosen).weights()[:, :, 0].mean(1) for call in self._read(calls)]
         return torch.stack(found).mean(0) * mask
 
