@@ -416,7 +416,9 @@ class _Ensemble:
 
 
 def _mean_by_rate(best: list[float], seeds: int) -> Float[Tensor, "rates"]:
-    return torch.tensor(best, dtype=torch.float64).view(-1, seeds).nan_to_num(-math.inf).mean(1)
+    by_rate = torch.tensor(best, dtype=torch.float64).view(-1, seeds)
+    # nan_to_num would make the infinities finite as well
+    return by_rate.where(~by_rate.isnan(), -math.inf).mean(1)
 
 
 def _seeded(build: Callable[[], Probe], seed: int) -> Probe:
