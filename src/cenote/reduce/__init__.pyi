@@ -16,3 +16,5 @@ from cenote.reduce.colbert_token_pooling.documents import real_documents as real
 from cenote.reduce.colbert_token_pooling.reducers import HierarchicalPooling as HierarchicalPooling
 from cenote.reduce.colbert_token_pooling.reducers import KMeansPooling as KMeansPooling
 from cenote.reduce.colbert_token_pooling.reducers import SequentialPooling as SequentialPooling
+from cenote.reduce.colbert_token_pooling.residual_codes import Codes as Codes
+from cenote.reduce.colbert_token_pooling.residual_codes import ResidualCodec as ResidualCodec
