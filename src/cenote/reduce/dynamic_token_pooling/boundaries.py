@@ -182,8 +182,14 @@ def unigram_pieces(text: str, vocabulary: int = 200) -> Callable[[str], list[str
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     letters = sorted(set(text) - {" "})
+    # what it has never seen is a piece of its own
+    unknown = "<unknown>"
     trainer = trainers.UnigramTrainer(
-        vocab_size=vocabulary, initial_alphabet=letters, show_progress=False, special_tokens=[], unk_token=None
+        vocab_size=vocabulary,
+        initial_alphabet=letters,
+        show_progress=False,
+        special_tokens=[unknown],
+        unk_token=unknown,
     )
     tokenizer.train_from_iterator(text.split(" "), trainer)
     return lambda word: [word[a:b] for a, b in tokenizer.encode(word).offsets]

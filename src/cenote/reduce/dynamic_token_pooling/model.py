@@ -200,14 +200,19 @@ class HourglassLM(nn.Module):
         h = self._run(0, self.dropout(self.embedding(data)), mask)
         return cleaned(self._cut(data, h, boundaries, mask, None)[0], mask) > 0.5
 
-    def table(self, distances: Int[Tensor, "distances"]) -> Float[Tensor, "distances dim"]:
-        """`R` of these distances."""
-        return sinusoids(distances.to(self.null_like.dtype), self.embedding.embedding_dim)
+    def ends(self, tokens: Int[Tensor, "batch"], h: Float[Tensor, "batch dim"], number: int) -> Bool[Tensor, "batch"]:
+        """Whether a segment ends with a token, as the model itself cuts.
 
-    @property
-    def null_like(self) -> Tensor:
-        """A tensor of the model's dtype and device."""
-        return self.output.weight
+        Args:
+            tokens: one of each item.
+            h: what the first layers made of them.
+            number: how many tokens stand before them.
+        """
+        if self.predictor is not None:
+            return self.predictor(h[:, None]).hard[:, 0] > 0.5
+        if self.mode == "whitespace":
+            return space_boundaries(tokens, self.space)
+        return torch.full_like(tokens, self.mode == "fixed" and number % self.every == 0, dtype=torch.bool)
 
     def _cut(
         self,
@@ -243,7 +248,8 @@ class HourglassLM(nn.Module):
 
     def _shared(self, tokens: int, mask: Bool[Tensor, "batch tokens"] | None, device: torch.device) -> Shared:
         last = 1 - tokens if self.bidirectional else 0
-        table = self.dropout(self.table(torch.arange(tokens - 1, last - 1, -1, device=device)))
+        distances = torch.arange(tokens - 1, last - 1, -1, device=device).to(self.output.weight.dtype)
+        table = self.dropout(sinusoids(distances, self.embedding.embedding_dim))
         hidden = torch.zeros(tokens, tokens, dtype=torch.bool, device=device)
         if not self.bidirectional:
             hidden = torch.ones_like(hidden).triu(1)

@@ -37,11 +37,12 @@ class Shared(NamedTuple):
 
 
 class Past:
-    """Keys and values of the tokens that an item's layers have read so far, some items having read more than others."""
+    """What a layer has read so far, some items having read more than others: keys, values, and the distances' own keys."""
 
     def __init__(self, batch: int, heads: int, width: int, like: Tensor) -> None:
         self.keys = like.new_zeros(batch, 0, heads, width)
         self.values = like.new_zeros(batch, 0, heads, width)
+        self.by_distance = like.new_zeros(0, heads, width)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
 
     def add(
@@ -115,26 +116,33 @@ class RelativeLayer(nn.Module):
         return self._behind(x, torch.einsum("bhij,bjhd->bihd", weights, v))
 
     def step(
-        self, x: Float[Tensor, "some dim"], shared: Shared, past: Past, items: Int[Tensor, "some"]
+        self,
+        x: Float[Tensor, "some dim"],
+        content: Float[Tensor, "heads width"],
+        distance: Float[Tensor, "heads width"],
+        past: Past,
+        items: Int[Tensor, "some"],
     ) -> Float[Tensor, "some dim"]:
-        """One more token of some items, behind all that they have read; `shared.table` counts distances up from 0.
+        """One more token of some items, behind all that they have read.
 
         Args:
             x: the token of each of them.
-            shared: its table reaches at least as far as the past.
-            past: what this layer has kept; is given the token.
+            content, distance: see `Shared`.
+            past: what this layer has read; it is given the token.
             items: their numbers in it.
         """
         q, k, v = self._projected(x)
         past.add(items, k, v)
         lengths = past.lengths[items]
         keys, values = (t[items, : int(lengths.max())] for t in (past.keys, past.values))
-        distance = lengths[:, None] - 1 - torch.arange(keys.shape[1], device=x.device)
-        r = self.distances(shared.table).unflatten(-1, (self.heads, -1))
-        by_content = torch.einsum("bhd,bjhd->bhj", q + shared.content, keys)
-        by_distance = torch.einsum("bhd,nhd->bhn", q + shared.distance, r)
-        by_distance = by_distance.gather(-1, distance.clamp(min=0)[:, None].expand_as(by_content))
-        scores = ((by_content + by_distance) * self.scale).masked_fill((distance < 0)[:, None], -torch.inf)
+        if len(past.by_distance) < keys.shape[1]:
+            table = sinusoids(torch.arange(past.keys.shape[1], device=x.device).to(x.dtype), x.shape[-1])
+            past.by_distance = self.distances(table).unflatten(-1, (self.heads, -1))
+        apart = lengths[:, None] - 1 - torch.arange(keys.shape[1], device=x.device)
+        by_content = torch.einsum("bhd,bjhd->bhj", q + content, keys)
+        by_distance = torch.einsum("bhd,nhd->bhn", q + distance, past.by_distance)
+        by_distance = by_distance.gather(-1, apart.clamp(min=0)[:, None].expand_as(by_content))
+        scores = ((by_content + by_distance) * self.scale).masked_fill((apart < 0)[:, None], -torch.inf)
         return self._behind(x, torch.einsum("bhj,bjhd->bhd", self.weight_dropout(scores.softmax(-1)), values))
 
     def _projected(self, x: Float[Tensor, "*rows dim"]) -> tuple[Tensor, ...]:
