@@ -158,12 +158,11 @@ def test_items_with_fewer_segments_have_rows_of_zeros_that_nothing_reads() -> No
         torch.testing.assert_close(made(x[item : item + 1]).logits[0], together[item])
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("settings", [{}, {"bidirectional": True}])
-def test_padding_is_in_no_segment_and_changes_nothing(mode: Boundaries, settings: dict[str, Any]) -> None:
-    if mode == "entropy" and settings:
-        pytest.skip("refused: there is no next token")
-    made, x = model(mode, **settings), ids()
+@pytest.mark.parametrize(
+    ("mode", "both"), [(m, b) for m in MODES for b in (False, True) if (m, b) != ("entropy", True)]
+)
+def test_padding_is_in_no_segment_and_changes_nothing(mode: Boundaries, both: bool) -> None:
+    made, x = model(mode, bidirectional=both), ids()
     alone = made(x, x)
     mask = torch.zeros(2, 17, dtype=torch.bool)
     mask[0, :12] = mask[1, 3:15] = True
