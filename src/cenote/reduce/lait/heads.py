@@ -157,7 +157,7 @@ class LAITSeq2Seq(nn.Module):
         found = self.encoder.joined(self.encoder.encode_segments(input_ids, mask, cache=cache), mask)
         scores = []
         for label in labels:
-            own = label.expand(len(mask), -1)
+            own = label.repeat(len(mask), 1)
             logits = self.model(
                 encoder_outputs=found.output, attention_mask=found.mask.long(), labels=own, use_cache=False
             ).logits
