@@ -13,21 +13,21 @@ from cenote.core.segments import segment_mean
 from cenote.reduce.dynamic_token_pooling.boundaries import (
     BoundaryPredictor,
     binomial_loss,
+    boundary_cross_entropy,
     entropy_spikes,
     fixed_boundaries,
     piece_boundaries,
     relaxed_bernoulli,
     space_boundaries,
-    supervised_loss,
     unigram_pieces,
 )
-from cenote.reduce.dynamic_token_pooling.decoding import Decoding, generate
-from cenote.reduce.dynamic_token_pooling.measures import boundary_scores, shortening, step_cost
+from cenote.reduce.dynamic_token_pooling.decoding import HourglassDecoding, generate_text
+from cenote.reduce.dynamic_token_pooling.measures import boundary_scores, shortening_of, step_cost
 from cenote.reduce.dynamic_token_pooling.model import Boundaries, HourglassLM, objective
 from cenote.reduce.dynamic_token_pooling.relative_attention import shifted
 from cenote.reduce.dynamic_token_pooling.shortening import downsample, segment_assignment, segment_counts, upsample
 from cenote.reduce.dynamic_token_pooling.text import SYMBOLS, chunks, decode, encode, plain
-from cenote.reduce.dynamic_token_pooling.training import evaluate, train_hourglass
+from cenote.reduce.dynamic_token_pooling.training import evaluate_hourglass, train_hourglass
 
 MODES: tuple[Boundaries, ...] = ("none", "fixed", "whitespace", "unigram", "entropy", "gumbel")
 VOCABULARY = 7
@@ -113,11 +113,11 @@ def test_a_token_never_changes_what_stands_before_it(mode: Boundaries) -> None:
 def test_step_by_step_gives_the_logits_of_the_whole(mode: Boundaries) -> None:
     made, x = model(mode), ids()
     whole = made(x)
-    decoding = Decoding(made, len(x))
+    decoding = HourglassDecoding(made, len(x))
     torch.testing.assert_close(torch.stack([decoding.step(t) for t in x.unbind(1)], 1), whole.logits)
     # the null group, and no more than the segments that closed
     assert decoding.shortened == (0 if mode == "none" else len(x) + int(whole.segments.sum()))
-    written = generate(made, x[:, :4], 3)
+    written = generate_text(made, x[:, :4], 3)
     for n in range(3):
         again = made(torch.cat([x[:, :4], written[:, :n]], 1)).logits[:, -1].argmax(-1)
         assert torch.equal(again, written[:, n])
@@ -125,7 +125,7 @@ def test_step_by_step_gives_the_logits_of_the_whole(mode: Boundaries) -> None:
 
 def test_what_is_drawn_follows_its_generator() -> None:
     made, x = model(), ids()
-    first, second = (generate(made, x, 4, 1.0, torch.Generator().manual_seed(3)) for _ in range(2))
+    first, second = (generate_text(made, x, 4, 1.0, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -266,9 +266,9 @@ def test_the_binomial_loss_is_least_near_its_prior() -> None:
 def test_the_released_loss_is_not_least_at_its_targets() -> None:
     target = torch.tensor([[True, False]])
     right, off = torch.tensor([[0.999, 0.001]]), torch.tensor([[0.9, 0.1]])
-    assert supervised_loss(right, target) < 0.01
-    assert supervised_loss(right, target, code_parity=True) > 0.4
-    assert supervised_loss(off, target) > supervised_loss(right, target)
+    assert boundary_cross_entropy(right, target) < 0.01
+    assert boundary_cross_entropy(right, target, code_parity=True) > 0.4
+    assert boundary_cross_entropy(off, target) > boundary_cross_entropy(right, target)
 
 
 def test_distances_are_those_of_tokens() -> None:
@@ -283,7 +283,7 @@ def test_with_both_directions_a_token_reads_its_own_segment() -> None:
     changed[:, -1] = (changed[:, -1] + 1) % VOCABULARY
     assert not torch.allclose(made(changed).logits[:, 0], made(x).logits[:, 0])
     with pytest.raises(InputError, match="cannot go on with a text"):
-        Decoding(made)
+        HourglassDecoding(made)
 
 
 def test_plain_text_has_27_symbols() -> None:
@@ -307,7 +307,7 @@ def test_evaluation_predicts_every_token_once_from_its_context(context: int, tar
         piece = text[max(0, start - (context - target)) : end]
         log = made(piece[None]).logits[0].log_softmax(-1)[-(end - start) :]
         nats -= float(log.gather(1, text[start + 1 : end + 1, None]).sum())
-    found = evaluate(made, text, context=context, target=target, batch=2)
+    found = evaluate_hourglass(made, text, context=context, target=target, batch=2)
     assert found.targets == 29
     assert found.bits_per_character == pytest.approx(nats / math.log(2) / 29)
     assert found.boundary_rate == pytest.approx(float((text[:-1] == 0).double().mean()))
@@ -317,8 +317,8 @@ def test_measures_of_a_case_made_by_hand() -> None:
     cuts = torch.tensor([[True, False, False, True, False, False], [False, True, False, False, False, False]])
     mask = torch.ones_like(cuts)
     mask[1, 3:] = False
-    assert shortening(cuts, mask) == (3.0, 1 / 3)
-    assert shortening(torch.zeros_like(cuts)).factor == math.inf
+    assert shortening_of(cuts, mask) == (3.0, 1 / 3)
+    assert shortening_of(torch.zeros_like(cuts)).factor == math.inf
     wanted = torch.tensor([[True, False, False, False, True, False], [False, True, False, False, False, True]])
     scores = boundary_scores(cuts, wanted, mask)
     assert scores.precision == 2 / 3
@@ -348,11 +348,11 @@ def test_what_does_not_fit_is_said() -> None:
         ("dim: expected an even width", lambda: HourglassLM(3, dim=9, heads=3)),
         ("heads: 3 does not divide dim=8", lambda: HourglassLM(3, dim=8, heads=3)),
         ("bidirectional: knows no next", lambda: HourglassLM(3, boundaries="entropy", bidirectional=True)),
-        ("model: expected one in eval mode", lambda: Decoding(model().train())),
+        ("model: expected one in eval mode", lambda: HourglassDecoding(model().train())),
         ("read: has no losses", lambda: objective(made(x))),
-        ("prompt: expected", lambda: generate(made, x[:, :0], 1)),
-        ("context: expected at least target=5", lambda: evaluate(made, x[0], context=4, target=5)),
-        ("text: expected at least two", lambda: evaluate(made, x[0, :1])),
+        ("prompt: expected", lambda: generate_text(made, x[:, :0], 1)),
+        ("context: expected at least target=5", lambda: evaluate_hourglass(made, x[0], context=4, target=5)),
+        ("text: expected at least two", lambda: evaluate_hourglass(made, x[0, :1])),
         ("ids: expected more than 12", lambda: chunks(x[0], 12)),
     ):
         with pytest.raises(InputError, match=message):

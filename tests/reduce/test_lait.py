@@ -15,7 +15,7 @@ from cenote.reduce.lait.cache import SegmentCache
 from cenote.reduce.lait.costs import attention_pairs, linear_products, relative_pairs
 from cenote.reduce.lait.encoder import LAITEncoder, front
 from cenote.reduce.lait.heads import LAITClassifier, LAITSeq2Seq
-from cenote.reduce.lait.training import fine_tune, largest_split, sweep_splits
+from cenote.reduce.lait.training import fine_tune_lait, largest_split, sweep_splits
 from tests import tiny
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
@@ -364,12 +364,12 @@ def test_fine_tuning_goes_on_from_the_model_with_its_loss_alone() -> None:
         classifier = LAITClassifier(
             LAITEncoder(model(num_hidden_layers=2), split), 16, 2, pool="first" if split else "mean"
         )
-        losses = fine_tune(classifier, ids, mask, target, steps=40, batch=24, lr=3e-3)
+        losses = fine_tune_lait(classifier, ids, mask, target, steps=40, batch=24, lr=3e-3)
         assert losses[-1] < losses[0] - 0.1
         assert not classifier.training
     labels = target[:, None] + 5
     t5 = LAITSeq2Seq(seq2seq(), 1)
-    losses = fine_tune(t5, ids, mask, labels, steps=6, batch=24, lr=1e-2)
+    losses = fine_tune_lait(t5, ids, mask, labels, steps=6, batch=24, lr=1e-2)
     assert losses[-1] < losses[0]
 
 

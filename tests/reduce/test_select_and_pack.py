@@ -11,18 +11,24 @@ from torch import Tensor
 from cenote.core import InputError
 from cenote.reduce.select_and_pack.backbone import SIZES, SPT
 from cenote.reduce.select_and_pack.block import SelectAndPackAttention, SPABlock
-from cenote.reduce.select_and_pack.costs import dense_products, packed_products, timed, window_products
-from cenote.reduce.select_and_pack.gate import Gate, labels_of_boxes, labels_of_masks, resampled, selection_loss
+from cenote.reduce.select_and_pack.costs import dense_products, packed_products, packing_time, window_products
+from cenote.reduce.select_and_pack.gate import (
+    SelectionGate,
+    labels_of_boxes,
+    labels_of_masks,
+    resampled,
+    selection_loss,
+)
 from cenote.reduce.select_and_pack.packing import (
     PackInfo,
     fill_of,
-    pack,
+    pack_plan,
+    pack_tokens,
     packed_attention,
-    plan,
     shifted_order,
-    unpack,
+    unpack_tokens,
 )
-from cenote.reduce.select_and_pack.training import joint_loss, train_spt
+from cenote.reduce.select_and_pack.training import spt_loss, train_spt
 from cenote.reduce.select_and_pack.windows import WindowBlock
 
 DIM = 8
@@ -37,7 +43,7 @@ def keeps(*counts: int, tokens: int = 6) -> Tensor:
     return keep
 
 
-def layer(gate: Gate | None = None, **settings: Any) -> SelectAndPackAttention:
+def layer(gate: SelectionGate | None = None, **settings: Any) -> SelectAndPackAttention:
     torch.manual_seed(0)
     made = SelectAndPackAttention(DIM, 2, gate=gate, **settings).double().eval()
     for p in made.parameters():
@@ -45,7 +51,7 @@ def layer(gate: Gate | None = None, **settings: Any) -> SelectAndPackAttention:
     return made
 
 
-class Chosen(Gate):
+class Chosen(SelectionGate):
     """Keeps what it is told to."""
 
     def __init__(self, keep: Tensor) -> None:
@@ -80,14 +86,14 @@ def by_image(made: SelectAndPackAttention, x: Tensor, keep: Tensor) -> Tensor:
 def test_the_stream_is_cut_into_full_containers_and_comes_back() -> None:
     x = torch.randn(4, 6, 3)
     for keep in (keeps(2, 5, 0, 4), keeps(6, 6, 6, 6), keeps(0, 0, 1, 0)):
-        info = plan(keep, length=4)
+        info = pack_plan(keep, length=4)
         total = int(keep.sum())
         assert len(info.image) == math.ceil(total / 4)
         assert info.real.flatten()[:total].all()
         assert not info.real.flatten()[total:].any()
         order = [(n, p) for n, row in enumerate(keep) for p in row.nonzero()[:, 0].tolist()]
         assert list(zip(info.image.flatten().tolist(), info.position.flatten().tolist(), strict=True))[:total] == order
-        assert torch.equal(unpack(pack(x, info), info), torch.where(keep[..., None], x, 0.0))
+        assert torch.equal(unpack_tokens(pack_tokens(x, info), info), torch.where(keep[..., None], x, 0.0))
 
 
 @pytest.mark.parametrize("packing", ["stream", "first-fit", "padded"])
@@ -112,7 +118,7 @@ def test_first_fit_is_each_image_by_itself_always() -> None:
         torch.testing.assert_close(found.y, by_image(made, x, keep))
         for n, count in enumerate(counts):
             assert (found.info.image == n).any(1).sum() == (count > 0)
-    assert plan(keeps(3, 2, 1, 2), 4, "first-fit").image.tolist() == [[0, 0, 0, 2], [1, 1, 3, 3]]
+    assert pack_plan(keeps(3, 2, 1, 2), 4, "first-fit").image.tolist() == [[0, 0, 0, 2], [1, 1, 3, 3]]
 
 
 def test_an_image_that_is_cut_does_not_see_itself_across_the_cut() -> None:
@@ -133,12 +139,12 @@ def test_keeping_all_with_one_image_per_container_is_plain_attention() -> None:
     keep = torch.ones(3, 6, dtype=torch.bool)
     x = torch.randn(3, 6, DIM).double()
     for settings in ({"length": 6}, {"packing": "padded"}, {"length": 9, "packing": "first-fit"}):
-        made = layer(Gate(DIM, choice="all"), **settings)
+        made = layer(SelectionGate(DIM, choice="all"), **settings)
         torch.testing.assert_close(made(x).y, by_image(made, x, keep))
 
 
 def test_padding_never_changes_an_output_and_gives_zeros_with_finite_gradients() -> None:
-    info = plan(keeps(3, 2), 4)
+    info = pack_plan(keeps(3, 2), 4)
     q, k, v = (torch.randn(2, 2, 4, 3, requires_grad=True) for _ in range(3))
     found = packed_attention(q, k, v, info)
     assert not found.transpose(1, 2)[~info.real].any()
@@ -182,7 +188,7 @@ def test_the_gate_learns_through_its_hard_choice_and_keeps_different_numbers() -
     assert grad.abs().sum() > 0
     # the choice's own part, where the gate's sigmoid has none
     score = torch.randn(2, 5, 1, requires_grad=True)
-    drawn = Gate(DIM).drawn(score)
+    drawn = SelectionGate(DIM).drawn(score)
     assert set(drawn.flatten().tolist()) <= {0.0, 1.0}
     assert torch.autograd.grad(drawn.sum(), score)[0].all()
 
@@ -198,7 +204,7 @@ def test_tokens_that_are_not_kept_get_no_gradient_through_the_attention() -> Non
 
 
 def test_the_draw_is_gumbel_softmax_of_two_logits() -> None:
-    gate = Gate(DIM, temperature=0.7)
+    gate = SelectionGate(DIM, temperature=0.7)
     score, u = torch.randn(1, 2000, 1), torch.rand(1, 2000, 1, generator=torch.Generator().manual_seed(0))
     share = gate.drawn(score, u).mean()
     assert abs(float(share - score.sigmoid().mean())) < 0.03
@@ -207,7 +213,7 @@ def test_the_draw_is_gumbel_softmax_of_two_logits() -> None:
 
 
 def test_scores_never_fall_below_those_handed_on_and_are_brought_to_the_grid() -> None:
-    gate, x = Gate(DIM, deep=True), torch.randn(1, 6, DIM)
+    gate, x = SelectionGate(DIM, deep=True), torch.randn(1, 6, DIM)
     up = torch.randn(1, 6, 1)
     assert torch.equal(gate(x, up).score, torch.maximum(gate(x).score, up))
     maps = torch.arange(12.0).view(1, 12, 1)
@@ -238,9 +244,9 @@ def test_a_shifted_map_is_packed_in_another_order_and_everything_comes_back_to_i
     moved = torch.arange(12).view(3, 4).roll((-1, -1), (0, 1)).flatten()
     assert torch.equal(order, moved)
     x, keep = torch.randn(2, 12, DIM).double(), keeps(7, 6, tokens=12)
-    info = plan(keep, 4, order=order)
-    assert torch.equal(unpack(pack(x, info), info), torch.where(keep[..., None], x, 0.0))
-    assert info.position.tolist() != plan(keep, 4).position.tolist()
+    info = pack_plan(keep, 4, order=order)
+    assert torch.equal(unpack_tokens(pack_tokens(x, info), info), torch.where(keep[..., None], x, 0.0))
+    assert info.position.tolist() != pack_plan(keep, 4).position.tolist()
     # where no image is cut, the order does not matter
     whole, shifted = (layer(Chosen(keep), length=12, packing="first-fit", shift=s) for s in (0, 1))
     torch.testing.assert_close(shifted(x, grid=(3, 4)).y, whole(x).y)
@@ -249,7 +255,7 @@ def test_a_shifted_map_is_packed_in_another_order_and_everything_comes_back_to_i
 
 
 def test_padding_of_the_batch_is_never_kept() -> None:
-    made = layer(Gate(DIM, choice="all"), packing="padded")
+    made = layer(SelectionGate(DIM, choice="all"), packing="padded")
     x, mask = torch.randn(2, 6, DIM).double(), torch.arange(6) < torch.tensor([[6], [4]])
     found = made(x, mask=mask)
     assert torch.equal(found.keep, mask)
@@ -257,7 +263,7 @@ def test_padding_of_the_batch_is_never_kept() -> None:
 
 
 def test_uniform_choice_keeps_the_same_share_of_every_image() -> None:
-    gate = Gate(DIM, choice="top", share=0.5)
+    gate = SelectionGate(DIM, choice="top", share=0.5)
     x = torch.randn(3, 6, DIM)
     gated = gate(x)
     assert gated.keep.sum(1).tolist() == [3, 3, 3]
@@ -281,7 +287,7 @@ def test_the_selection_loss_is_binary_cross_entropy_summed_over_blocks() -> None
     scores, labels = [torch.randn(2, n, 1) for n in (4, 9)], [torch.rand(2, n) < 0.5 for n in (4, 9)]
     expected = sum(F.binary_cross_entropy(s[..., 0].sigmoid(), y.float()) for s, y in zip(scores, labels, strict=True))
     torch.testing.assert_close(selection_loss(scores, labels), expected)
-    assert float(joint_loss(torch.tensor(1.0), None)) == 1.0
+    assert float(spt_loss(torch.tensor(1.0), None)) == 1.0
     with pytest.raises(InputError, match="labels: expected one map"):
         selection_loss(scores, labels[:1])
 
@@ -361,7 +367,7 @@ def test_counts_are_the_published_ones_and_the_fill_is_counted() -> None:
     assert dense_products(2, 10, 3) == 2 * (4 * 10 * 9 + 2 * 100 * 3)
     assert window_products(2, 10, 3, 2) == 2 * (4 * 10 * 9 + 2 * 4 * 10 * 3)
     assert packed_products(2, 10, 3, 4, 5) == 2 * (10 * 3 + 10 * 9) + 4 * (3 * 5 * 9 + 2 * 25 * 3)
-    fill = fill_of(plan(keeps(3, 6, 0), 4))
+    fill = fill_of(pack_plan(keeps(3, 6, 0), 4))
     assert fill.kept.tolist() == [0.5, 1.0, 0.0]
     assert fill.kept_overall == 0.5
     assert fill.slots == 12 / 18
@@ -371,7 +377,7 @@ def test_counts_are_the_published_ones_and_the_fill_is_counted() -> None:
 def test_packing_holds_fewer_slots_than_padding_to_the_longest() -> None:
     made = layer(Chosen(keeps(6, 1, 1, 2)), length=4)
     x = torch.randn(4, 6, DIM).double()
-    packed, padded = (timed(made, x, kind, repeats=1) for kind in ("stream", "padded"))  # type: ignore[arg-type]
+    packed, padded = (packing_time(made, x, kind, repeats=1) for kind in ("stream", "padded"))  # type: ignore[arg-type]
     assert packed.fill.slots == 12 / 24
     assert padded.fill.slots == 1.0
     assert packed.seconds > 0
@@ -385,10 +391,10 @@ def test_what_does_not_fit_is_said() -> None:
         ("grid: expected rows and columns of the 6", lambda: layer(shift=1)(x)),
         ("label: expected \\[2, 6\\]", lambda: layer()(x, label=torch.ones(2, 5, dtype=torch.bool))),
         ("score_up: expected \\[2, 6, 1\\]", lambda: layer()(x, torch.zeros(2, 4, 1).double())),
-        ("threshold: expected a share", lambda: Gate(DIM, threshold=2.0)),
-        ("packing: expected 'stream'", lambda: plan(keeps(1, 1), packing="no")),  # type: ignore[arg-type]
-        ("length: expected at least 1", lambda: plan(keeps(1, 1), 0)),
-        ("order: expected 6", lambda: plan(keeps(1, 1), order=torch.arange(5))),
+        ("threshold: expected a share", lambda: SelectionGate(DIM, threshold=2.0)),
+        ("packing: expected 'stream'", lambda: pack_plan(keeps(1, 1), packing="no")),  # type: ignore[arg-type]
+        ("length: expected at least 1", lambda: pack_plan(keeps(1, 1), 0)),
+        ("order: expected 6", lambda: pack_plan(keeps(1, 1), order=torch.arange(5))),
         ("grid: 2 x 2 are not the 6", lambda: resampled(torch.zeros(1, 6, 1), (2, 2), (1, 1))),
         ("grid: 2 x 2 are not the 6", lambda: WindowBlock(DIM, 2, 2)(x.float(), (2, 2))),
         ("shift: expected from 0", lambda: WindowBlock(DIM, 2, 2, shift=2)),

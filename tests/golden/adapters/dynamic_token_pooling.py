@@ -9,9 +9,9 @@ from torch import Tensor
 from cenote.reduce.dynamic_token_pooling.boundaries import (
     BoundaryPredictor,
     binomial_loss,
+    boundary_cross_entropy,
     entropy_spikes,
     relaxed_bernoulli,
-    supervised_loss,
 )
 from cenote.reduce.dynamic_token_pooling.model import HourglassLM
 from cenote.reduce.dynamic_token_pooling.shortening import EPS, downsample, upsample
@@ -84,7 +84,7 @@ def predictor(case: Case) -> dict[str, Tensor]:
     load_parameters(model, case.params, {"boundary_predictor.": "layers."})
     hidden = i["hidden_TBD"].transpose(0, 1)
     soft, hard = model(hidden)
-    loss = supervised_loss(soft, i["gt_BT"], code_parity=True)
+    loss = boundary_cross_entropy(soft, i["gt_BT"], code_parity=True)
     cuts = hard.detach().double().requires_grad_()
     prior = binomial_loss(cuts, c["prior"])
     found = {

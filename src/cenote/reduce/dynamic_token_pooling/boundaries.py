@@ -232,7 +232,7 @@ def binomial_loss(
     return (-log / total.clamp(min=1)).mean()
 
 
-def supervised_loss(
+def boundary_cross_entropy(
     soft: Float[Tensor, "batch tokens"],
     target: Bool[Tensor, "batch tokens"],
     mask: Bool[Tensor, "batch tokens"] | None = None,

@@ -16,7 +16,7 @@ from cenote.reduce.dynamic_token_pooling.relative_attention import Past
 from cenote.reduce.dynamic_token_pooling.shortening import EPS
 
 
-class Decoding:
+class HourglassDecoding:
     """A text that an `HourglassLM` reads token by token; the logits are those of reading it whole.
 
     Args:
@@ -29,7 +29,7 @@ class Decoding:
 
     Example:
         >>> model = HourglassLM(27, (1, 1, 1), dim=16, heads=2, inner=32, boundaries="whitespace").eval()
-        >>> decoding = Decoding(model)
+        >>> decoding = HourglassDecoding(model)
         >>> decoding.step(torch.tensor([3])).shape, decoding.shortened
         (torch.Size([1, 27]), 1)
     """
@@ -85,7 +85,7 @@ class Decoding:
         return x
 
 
-def generate(
+def generate_text(
     model: HourglassLM,
     prompt: Int[Tensor, "batch tokens"],
     steps: int,
@@ -104,7 +104,7 @@ def generate(
     require_at_least(0, steps=steps, temperature=temperature)
     if prompt.dim() != 2 or not prompt.shape[1]:
         raise InputError(f"prompt: expected [batch, tokens] with at least one token, got {list(prompt.shape)}")
-    decoding, written = Decoding(model, len(prompt)), []
+    decoding, written = HourglassDecoding(model, len(prompt)), []
     for tokens in prompt.unbind(1):
         logits = decoding.step(tokens)
     for _ in range(steps):

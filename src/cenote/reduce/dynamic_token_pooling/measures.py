@@ -40,12 +40,12 @@ class StepCost(NamedTuple):
     bytes: int
 
 
-def shortening(
+def shortening_of(
     boundaries: Bool[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"] | None = None
 ) -> Shortening:
     """Mean shortening factor and boundary rate.
 
-    >>> shortening(torch.tensor([[False, True, False, True]]))
+    >>> shortening_of(torch.tensor([[False, True, False, True]]))
     Shortening(factor=2.0, rate=0.5)
     """
     real = torch.ones_like(boundaries) if mask is None else mask

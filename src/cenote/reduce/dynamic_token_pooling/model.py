@@ -17,10 +17,10 @@ from cenote.core.requirements import require_at_least, require_one_of, require_p
 from cenote.reduce.dynamic_token_pooling.boundaries import (
     BoundaryPredictor,
     binomial_loss,
+    boundary_cross_entropy,
     entropy_spikes,
     fixed_boundaries,
     space_boundaries,
-    supervised_loss,
 )
 from cenote.reduce.dynamic_token_pooling.relative_attention import RelativeLayer, Shared, sinusoids
 from cenote.reduce.dynamic_token_pooling.shortening import cleaned, downsample, segment_counts, upsample
@@ -73,7 +73,7 @@ class HourglassLM(nn.Module):
         bidirectional: every token reads all of them, and is given its own segment's mean; then it is no language model, and
             `logits` speak of the token itself.
         deterministic_eval: see `BoundaryPredictor`.
-        code_parity: see `supervised_loss`.
+        code_parity: see `boundary_cross_entropy`.
 
     Example:
         >>> model = HourglassLM(27, (1, 1, 1), dim=16, heads=2, inner=32, boundaries="whitespace").eval()
@@ -282,11 +282,11 @@ class HourglassLM(nn.Module):
         if self.mode == "unigram":
             if boundaries is None:
                 return logits.new_zeros(())
-            return supervised_loss(soft, boundaries.bool(), mask, self.code_parity)
+            return boundary_cross_entropy(soft, boundaries.bool(), mask, self.code_parity)
         real = None if mask is None else mask[:, -logits.shape[1] :]
         log = logits.detach().log_softmax(-1)
         spikes = entropy_spikes(-(log.exp() * log).sum(-1), self.spikes_left, real)
-        return supervised_loss(soft[:, -logits.shape[1] :], spikes, real, self.code_parity)
+        return boundary_cross_entropy(soft[:, -logits.shape[1] :], spikes, real, self.code_parity)
 
     def _require(self, data: Tensor, target: Tensor | None, boundaries: Tensor | None, mask: Tensor | None) -> None:
         if data.dim() != 2 or not data.shape[1]:

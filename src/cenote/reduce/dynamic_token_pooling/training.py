@@ -108,7 +108,7 @@ def rate(step: int, steps: int, warm_up: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_hourglass(
     model: HourglassLM,
     text: Int[Tensor, "characters"],
     boundaries: Bool[Tensor, "characters"] | None = None,

@@ -24,7 +24,7 @@ class Swept(NamedTuple):
     chosen: int
 
 
-def fine_tune(
+def fine_tune_lait(
     model: LAITClassifier | LAITSeq2Seq,
     input_ids: Int[Tensor, "items segments length"],
     mask: Bool[Tensor, "items segments length"],

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cenote.core import InputError
 from cenote.core.requirements import require_at_least, require_one_of
 from cenote.reduce.select_and_pack.block import SPABlock
-from cenote.reduce.select_and_pack.gate import Gate, labels_of_masks, resampled
+from cenote.reduce.select_and_pack.gate import SelectionGate, labels_of_masks, resampled
 from cenote.reduce.select_and_pack.packing import PackInfo, Packing
 from cenote.reduce.select_and_pack.windows import WindowBlock
 
@@ -76,8 +76,8 @@ class SPT(nn.Module):
         side: of a window; a container has its square.
         patch: side of a patch.
         channels: of the images.
-        packing: see `plan`.
-        gate: settings of the gates, see `Gate`.
+        packing: see `pack_plan`.
+        gate: settings of the gates, see `SelectionGate`.
 
     Example:
         >>> model = SPT(3, dim=8, depths=(1, 1), heads=(1, 2), start=2, side=2, patch=2).eval()
@@ -118,7 +118,7 @@ class SPT(nn.Module):
                 if n + 1 < start:
                     blocks.append(WindowBlock(width, count, side, shift))
                 else:
-                    blocks.append(SPABlock(width, count, side**2, packing, Gate(width, **(gate or {})), shift))
+                    blocks.append(SPABlock(width, count, side**2, packing, SelectionGate(width, **(gate or {})), shift))
             self.stages.append(blocks)
         self.last_norm = nn.LayerNorm(widths[-1])
         self.head = nn.Linear(widths[-1], classes) if classes else nn.Identity()

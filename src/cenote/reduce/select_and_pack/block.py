@@ -12,8 +12,16 @@ from torch import Tensor, nn
 
 from cenote.core import InputError
 from cenote.core.requirements import require_at_least
-from cenote.reduce.select_and_pack.gate import Gate, selection_loss
-from cenote.reduce.select_and_pack.packing import PackInfo, Packing, pack, packed_attention, plan, shifted_order, unpack
+from cenote.reduce.select_and_pack.gate import SelectionGate, selection_loss
+from cenote.reduce.select_and_pack.packing import (
+    PackInfo,
+    Packing,
+    pack_plan,
+    pack_tokens,
+    packed_attention,
+    shifted_order,
+    unpack_tokens,
+)
 
 
 class Selected(NamedTuple):
@@ -27,13 +35,13 @@ class Selected(NamedTuple):
 
 
 class SelectAndPackAttention(nn.Module):
-    """`y = x + scatter(attention(pack(gated(LN(x)))))`: tokens that are not kept pass by.
+    """`y = x + scatter(attention(pack_tokens(gated(LN(x)))))`: tokens that are not kept pass by.
 
     Args:
         dim: of the tokens.
         heads: of the attention; divides `dim`.
         length: of a container, the square of a window's side.
-        packing: see `plan`.
+        packing: see `pack_plan`.
         gate: its own by default.
         shift: by how many rows and columns the map is moved round before it is flattened, so that containers are cut elsewhere.
 
@@ -53,7 +61,7 @@ class SelectAndPackAttention(nn.Module):
         heads: int = 1,
         length: int = 49,
         packing: Packing = "stream",
-        gate: Gate | None = None,
+        gate: SelectionGate | None = None,
         shift: int = 0,
     ) -> None:
         super().__init__()
@@ -63,7 +71,7 @@ class SelectAndPackAttention(nn.Module):
             raise InputError(f"heads: {heads} does not divide dim={dim}")
         self.heads, self.length, self.packing, self.shift = heads, length, packing, shift
         self.norm = nn.LayerNorm(dim)
-        self.gate = Gate(dim) if gate is None else gate
+        self.gate = SelectionGate(dim) if gate is None else gate
         self.qkv, self.output = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(
@@ -88,14 +96,14 @@ class SelectAndPackAttention(nn.Module):
         if label is not None and label.shape != x.shape[:2]:
             raise InputError(f"label: expected {list(x.shape[:2])}, one for each token, got {list(label.shape)}")
         gated = self.gate(self.norm(x), score_up, mask, noise)
-        info = plan(gated.keep, self.length, self.packing, self._order(x, grid))
+        info = pack_plan(gated.keep, self.length, self.packing, self._order(x, grid))
         loss = None if label is None else selection_loss([gated.score], [label])
         if not bool(gated.keep.any()):
             return Selected(x, gated.score, loss, gated.keep, info)
-        qkv = self.qkv(pack(gated.x, info)).unflatten(-1, (3, self.heads, -1))
+        qkv = self.qkv(pack_tokens(gated.x, info)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.movedim(-3, 0).transpose(2, 3)
         found = self.output(packed_attention(q, k, v, info).transpose(1, 2).flatten(2))
-        return Selected(x + unpack(found, info), gated.score, loss, gated.keep, info)
+        return Selected(x + unpack_tokens(found, info), gated.score, loss, gated.keep, info)
 
     def _order(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor | None:
         if not self.shift:
@@ -126,7 +134,7 @@ class SPABlock(nn.Module):
         heads: int = 1,
         length: int = 49,
         packing: Packing = "stream",
-        gate: Gate | None = None,
+        gate: SelectionGate | None = None,
         shift: int = 0,
         ratio: float = 4.0,
     ) -> None:

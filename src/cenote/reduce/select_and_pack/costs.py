@@ -55,7 +55,7 @@ def packed_products(batch: int, tokens: int, dim: int, containers: int, length: 
 
 
 @torch.no_grad()
-def timed(
+def packing_time(
     attention: SelectAndPackAttention, x: Float[Tensor, "batch tokens dim"], packing: Packing, repeats: int = 3
 ) -> Timed:
     """One layer with its containers filled in another way: what packing saves against padding to the longest.

@@ -33,7 +33,7 @@ class Gated(NamedTuple):
     keep: Bool[Tensor, "batch tokens"]
 
 
-class Gate(nn.Module):
+class SelectionGate(nn.Module):
     """`s = max(f(r), s_up)`, `r_g = sigmoid(s) r`, and a token is kept or not.
 
     In training the choice is drawn by Gumbel-Softmax over `(log sigmoid(s), log sigmoid(-s))`, hard, with the gradient

@@ -59,7 +59,7 @@ class Fill(NamedTuple):
         return float(self.kept.mean())
 
 
-def plan(
+def pack_plan(
     keep: Bool[Tensor, "batch tokens"],
     length: int = 49,
     packing: Packing = "stream",
@@ -75,7 +75,7 @@ def plan(
             long as the largest image asks; `"padded"`: one container per image, as long as the largest.
         order: of the tokens of an image; as they stand by default.
 
-    >>> plan(torch.tensor([[True, False, True], [True, True, False]]), length=3).image.tolist()
+    >>> pack_plan(torch.tensor([[True, False, True], [True, True, False]]), length=3).image.tolist()
     [[0, 0, 1], [1, -1, -1]]
     """
     require_at_least(1, length=length)
@@ -102,13 +102,13 @@ def plan(
     return PackInfo(images, positions, (batch, tokens))
 
 
-def pack(x: Float[Tensor, "batch tokens dim"], info: PackInfo) -> Float[Tensor, "containers length dim"]:
+def pack_tokens(x: Float[Tensor, "batch tokens dim"], info: PackInfo) -> Float[Tensor, "containers length dim"]:
     """Into the containers; padding is zero."""
     found = x[info.image.clamp(min=0), info.position.clamp(min=0)]
     return torch.where(info.real[..., None], found, torch.zeros_like(found))
 
 
-def unpack(packed: Float[Tensor, "containers length dim"], info: PackInfo) -> Float[Tensor, "batch tokens dim"]:
+def unpack_tokens(packed: Float[Tensor, "containers length dim"], info: PackInfo) -> Float[Tensor, "batch tokens dim"]:
     """Back to their places; zeros where nothing was packed."""
     real = info.real
     out = packed.new_zeros(*info.shape, packed.shape[-1])
@@ -131,7 +131,7 @@ def packed_attention(
 def fill_of(info: PackInfo) -> Fill:
     """Kept ratio, slots and padding.
 
-    >>> fill_of(plan(torch.tensor([[True, False, True, False]]), length=4)).padding
+    >>> fill_of(pack_plan(torch.tensor([[True, False, True, False]]), length=4)).padding
     0.5
     """
     batch, tokens = info.shape

@@ -25,10 +25,10 @@ class Trained(NamedTuple):
     kept: tuple[float, ...]
 
 
-def joint_loss(task: Float[Tensor, ""], selection: Float[Tensor, ""] | None, alpha: float = 1.0) -> Float[Tensor, ""]:
+def spt_loss(task: Float[Tensor, ""], selection: Float[Tensor, ""] | None, alpha: float = 1.0) -> Float[Tensor, ""]:
     """`L = L_task + alpha L_select`; without labels, the task's alone. The published alpha is not known.
 
-    >>> float(joint_loss(torch.tensor(1.0), torch.tensor(2.0), alpha=0.5))
+    >>> float(spt_loss(torch.tensor(1.0), torch.tensor(2.0), alpha=0.5))
     2.0
     """
     require_at_least(0, alpha=alpha)
@@ -74,7 +74,7 @@ def train_spt(
                 seen = model(images[chosen], None if masks is None else masks[chosen])
                 task = F.binary_cross_entropy_with_logits(seen.logits, labels[chosen].to(seen.logits))
                 stepper.zero_grad(set_to_none=True)
-                joint_loss(task, seen.selection_loss, alpha).backward()
+                spt_loss(task, seen.selection_loss, alpha).backward()
                 stepper.step()
                 schedule.step()
                 selection = 0.0 if seen.selection_loss is None else float(seen.selection_loss.detach())
