@@ -137,7 +137,7 @@ def _aside(modules: Sequence[nn.Module], states: Tensor) -> Iterator[None]:
     told: list[tuple[Any, ...]] = []
     try:
         for module in modules:
-            module.forward = _Standing(module.forward, type(module), states, told)  # type: ignore[assignment]
+            module.forward = _Standing(module.forward, type(module), states, told)
         yield
     finally:
         for module in modules:

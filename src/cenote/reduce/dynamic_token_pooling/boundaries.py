@@ -180,7 +180,7 @@ def unigram_pieces(text: str, vocabulary: int = 200) -> Callable[[str], list[str
     except ImportError:
         raise InputError('unigram_pieces: needs tokenizers; run: pip install "cenote[models]"') from None
     tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     letters = sorted(set(text) - {" "})
     # what it has never seen is a piece of its own
     unknown = "<unknown>"

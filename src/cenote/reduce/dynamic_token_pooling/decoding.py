@@ -46,7 +46,7 @@ class HourglassDecoding:
         self.model, self.read, self.shortened = model, 0, 0
         like = model.output.weight
         heads, width = model.content_bias.shape
-        self.pasts = [[Past(batch, heads, width, like) for _ in stack] for stack in model.stacks]
+        self.pasts = [[Past(batch, heads, width, like) for _ in model.layers_of(stack)] for stack in range(3)]
         self.everyone = torch.arange(batch, device=like.device)
         self.total = like.new_zeros(batch, like.shape[1])
         self.count = like.new_zeros(batch, 1)
@@ -80,8 +80,8 @@ class HourglassDecoding:
 
     def _run(self, stack: int, x: Float[Tensor, "some dim"], items: Int[Tensor, "some"]) -> Float[Tensor, "some dim"]:
         model = self.model
-        for layer, past in zip(model.stacks[stack], self.pasts[stack], strict=True):
-            x = layer.step(x, model.content_bias, model.distance_bias, past, items)  # type: ignore[operator]
+        for layer, past in zip(model.layers_of(stack), self.pasts[stack], strict=True):
+            x = layer.step(x, model.content_bias, model.distance_bias, past, items)
         return x
 
 

@@ -200,6 +200,10 @@ class HourglassLM(nn.Module):
         h = self._run(0, self.dropout(self.embedding(data)), mask)
         return cleaned(self._cut(data, h, boundaries, mask, None)[0], mask) > 0.5
 
+    def layers_of(self, stack: int) -> list[RelativeLayer]:
+        """Those before shortening (0), on segments (1), behind (2)."""
+        return list(self.stacks[stack].children())  # type: ignore[arg-type]
+
     def ends(self, tokens: Int[Tensor, "batch"], h: Float[Tensor, "batch dim"], number: int) -> Bool[Tensor, "batch"]:
         """Whether a segment ends with a token, as the model itself cuts.
 
@@ -234,12 +238,12 @@ class HourglassLM(nn.Module):
 
     def _counted(self, data: Tensor, mask: Tensor | None) -> Bool[Tensor, "batch tokens"]:
         if mask is None:
-            return fixed_boundaries(*data.shape, self.every).to(data.device)
+            return fixed_boundaries(data.shape[0], data.shape[1], self.every).to(data.device)
         return (mask.long().cumsum(1) - 1) % self.every == 0
 
     def _run(self, stack: int, x: Float[Tensor, "batch tokens dim"], mask: Tensor | None) -> Tensor:
-        layers = self.stacks[stack]
-        if not len(layers):
+        layers = self.layers_of(stack)
+        if not layers:
             return x
         shared = self._shared(x.shape[1], mask, x.device)
         for layer in layers:

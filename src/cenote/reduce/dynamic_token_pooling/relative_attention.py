@@ -108,10 +108,10 @@ class RelativeLayer(nn.Module):
         """All tokens at once."""
         q, k, v = self._projected(x)
         r = self.distances(shared.table).unflatten(-1, (self.heads, -1))
-        by_content = torch.einsum("bihd,bjhd->bhij", q + shared.content, k)
-        by_distance = shifted(torch.einsum("bihd,nhd->bhin", q + shared.distance, r))
+        by_content = torch.einsum("bihd,bjhd->bhij", (q + shared.content) * self.scale, k)
+        by_distance = shifted(torch.einsum("bihd,nhd->bhin", (q + shared.distance) * self.scale, r))
         hidden = shared.hidden if shared.hidden.dim() == 2 else shared.hidden[:, None]
-        scores = ((by_content + by_distance) * self.scale).masked_fill(hidden, -torch.inf)
+        scores = (by_content + by_distance).masked_fill_(hidden, -torch.inf)
         weights = self.weight_dropout(scores.softmax(-1))
         return self._behind(x, torch.einsum("bhij,bjhd->bihd", weights, v))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cenote.core import InputError
 from cenote.core.requirements import require_at_least, require_one_of
-from cenote.reduce.select_and_pack.block import SPABlock
+from cenote.reduce.select_and_pack.block import Selected, SPABlock
 from cenote.reduce.select_and_pack.gate import SelectionGate, labels_of_masks, resampled
 from cenote.reduce.select_and_pack.packing import PackInfo, Packing
 from cenote.reduce.select_and_pack.windows import WindowBlock
@@ -148,12 +148,14 @@ class SPT(nn.Module):
         x = self.embedding(images)
         grid = (x.shape[2], x.shape[3])
         x = self.norm(x.flatten(2).transpose(1, 2))
-        maps, found, grids = [], [], []
+        maps: list[Tensor] = []
+        found: list[Selected] = []
+        grids: list[tuple[int, int]] = []
         for n, stage in enumerate(self.stages):
             if n:
                 x, grid = self.merges[n - 1](x, grid), (-(-grid[0] // 2), -(-grid[1] // 2))
             label = None if masks is None else labels_of_masks(masks, grid)
-            for block in stage:  # type: ignore[union-attr]
+            for block in stage.children():
                 if isinstance(block, WindowBlock):
                     x = block(x, grid)
                     continue
