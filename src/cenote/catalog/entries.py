@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
+from numbers import Integral
 from typing import Any, Literal
 
 from cenote.catalog.names import places, read, unique
@@ -77,7 +78,7 @@ class System:
     def standing(self) -> str:
         """The status in words, with what is missing.
 
-        >>> find("colbert-token-pooling")[0].standing
+        >>> find("ponet")[0].standing
         'planned'
         """
         if self.status != "partial":
@@ -235,9 +236,13 @@ def create(name: str, /, *args: Any, **kwargs: Any) -> Any:
     built, arguments = entry.load(), {**(entry.settings or {}), **kwargs}
     signature = inspect.signature(built)
     try:
-        signature.bind(*args, **arguments)
+        bound = signature.bind(*args, **arguments)
     except TypeError as error:
         raise InputError(f"{name}: {error}; it takes {', '.join(signature.parameters)}") from None
+    for argument, value in bound.arguments.items():
+        counts = signature.parameters[argument].annotation in (int, "int")
+        if counts and (isinstance(value, bool) or not isinstance(value, Integral)):
+            raise InputError(f"{argument}: expected a whole number for {name}, got {value!r}")
     return built(*args, **arguments)
 
 

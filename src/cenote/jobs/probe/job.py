@@ -20,7 +20,7 @@ from cenote.core import InputError, files
 from cenote.core.memory import return_freed_blocks
 from cenote.core.requirements import require_one_of
 from cenote.features import facts
-from cenote.features.dataset import SPLITS, TokenDataset
+from cenote.features.dataset import SPLITS, TokenDataset, require_data
 from cenote.jobs.probe.arms import Layers, Trial, columns_of, remembered
 from cenote.jobs.probe.cautions import Seen, cautions, tests_more
 from cenote.jobs.probe.folds import planned
@@ -93,6 +93,7 @@ def compare(
         >>> result.baseline
         'mean'
     """
+    require_data(data)
     recipe = recipe or Recipe()
     columns, baseline, skipped = columns_of(data, methods, layers)
     seed_numbers = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)

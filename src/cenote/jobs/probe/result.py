@@ -51,7 +51,7 @@ class MethodResult(ArmResult):
         return self.latency_ms
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Comparison(Table[MethodResult]):
     """The whole verdict of `cenote probe`.
 
