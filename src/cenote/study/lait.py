@@ -6,12 +6,12 @@ Refuted if four layers apart, or two, lose 5 points or more, if six lose 20 or l
 as fast.
 
 The first segment is 16 pairs of a key and a value, the second 4 questions, each a key and a value; the answer is whether the
-values are those of the keys. It cannot be told from the segments alone. All arms are one encoder with the mean of all tokens and
-a linear layer, trained by the same steps; only who reads whom differs.
+values are those of the keys. It cannot be told from the segments alone. All arms are one encoder with the mean of all tokens
+and a linear layer, trained by the same steps; only who reads whom differs.
 
-Knocked out: the joint layers (all six layers are apart: the same as the last two blocked at P = 4); the segments (the first four
-layers read within random groups of 16 and 4 tokens); the first four layers, left out. Of keeping: P = 0, where there is nothing
-to keep but embeddings.
+Knocked out: the joint layers (all six layers are apart, which is the same as the last two blocked at P = 4); the segments (the
+first four layers read within random groups of 16 and 4 tokens); the first four layers, left out. Of keeping: P = 0, where there
+is nothing to keep but embeddings.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SIDE = {"smoke": 3, "small": 50, "full": 50}
 TOKENS = PAIRS + QUESTIONS
 CHANCE = 0.5
 
-SPLITS = {"P = 0": 0, "P = 2": 2, "P = 4": 4, "P = 5": 5}
+SPLITS = {"P = 0": 0, "P = 2": 2, "P = 4": 4}
 WHOLE, SPLIT, APART = "P = 0", "P = 4", "P = 6"
 GROUPS, SKIPPED = "P = 4, random groups", "P = 4, first layers left out"
 
@@ -88,7 +88,7 @@ class Reader(nn.Module):
 
 
 class Answers(nn.Module):
-    """A `Reader` in which who reads whom is said, and a head. `x` holds numbers of tokens and of groups, `[batch, 2, tokens]`."""
+    """A `Reader` in which who reads whom is said, and a head."""
 
     def __init__(self, split: int, skip: int = 0) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Answers(nn.Module):
         self.split, self.skip = split, skip
 
     def forward(self, x: Int[Tensor, "batch 2 tokens"]) -> Float[Tensor, "batch 2"]:
-        """Whether the values are those of the keys."""
+        """Whether the values are those of the keys; `x` holds numbers of tokens and of groups."""
         group = x[:, 1]
         apart = (group[:, :, None] == group[:, None])[:, None]
         h = self.reader.words(x[:, 0])
@@ -173,7 +173,6 @@ def run(seed: int, size: Size) -> Findings:
             *(gate(n, above(f"accuracy, {n}", arms[n], CHANCE), losses[n]) for n in ("P = 2", SPLIT)),
             *(gate(n, None, losses[n]) for n in (APART, GROUPS, SKIPPED)),
         ),
-        checks=(below(f"accuracy, {WHOLE} minus P = 5", arms.minus(WHOLE, "P = 5"), 0.02, 0.05, in_rule=False),),
         table=arms.table("accuracy", pairs=pairs) + speed.table("time without keeping by time with it"),
         figure=partial(_draw, arms=arms),
         notes=(
@@ -199,8 +198,7 @@ class Scorer:
 
     @torch.no_grad()
     def speed_up(self, side: int, seed: int) -> float:
-        """Of all pairs of so many first and so many second segments: both parts for each, by the second part alone and the first
-        once for each segment."""
+        """Time of all pairs of so many first and so many second segments, by that with the first part once for each segment."""
         x, _ = items_of(side, torch.Generator().manual_seed(seed), False)
         ids, mask = _folded(x[:, 0])
         first, second = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
