@@ -173,6 +173,10 @@ def run(seed: int, size: Size) -> Findings:
             *(gate(n, above(f"accuracy, {n}", arms[n], CHANCE), losses[n]) for n in ("P = 2", SPLIT)),
             *(gate(n, None, losses[n]) for n in (APART, GROUPS, SKIPPED)),
         ),
+        checks=tuple(
+            above(f"accuracy, {SPLIT} minus {arm}", arms.minus(SPLIT, arm), expected=0.0, in_rule=False)
+            for arm in (GROUPS, SKIPPED)
+        ),
         table=arms.table("accuracy", pairs=pairs) + speed.table("time without keeping by time with it"),
         figure=partial(_draw, arms=arms),
         notes=(
