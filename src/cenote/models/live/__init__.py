@@ -4,7 +4,7 @@
 looks. The model is never wrapped, copied or renamed: the attention function that the user loaded stays and runs; where a few
 rows are read or edited, these are computed beside it. `Shorten` is the edit that goes on with fewer tokens behind a block. On
 leaving, the model is what it was. `denoising(pipeline, *edits, on_step=f)` is the same in a loop of diffusion, where f sees
-and sets latents before each step.
+and sets latents before each step. `states_before` and `from_states` run a model in two parts.
 
 What it does not know: compiled modules; attention that a model writes out itself (an error at entry); packed sequences under
 flash attention; other threads than the one that entered; attention outside of a model's blocks, such as pooling heads.
@@ -36,6 +36,7 @@ from cenote.models.live.ran import Frozen, Layer, Normed, few_logits, frozen, la
 from cenote.models.live.reachable import Reach, reach
 from cenote.models.live.shorten import Shorten, shortened
 from cenote.models.live.shortening import Shortening
+from cenote.models.live.split import from_states, stack_blocks, states_before
 from cenote.models.live.swapped import AsMixer, as_mixer, swapped
 
 __all__ = [
@@ -79,6 +80,7 @@ __all__ = [
     "embeddings",
     "few_logits",
     "final_norm",
+    "from_states",
     "frozen",
     "layers",
     "of_heads",
@@ -88,6 +90,8 @@ __all__ = [
     "reach",
     "recorded",
     "shortened",
+    "stack_blocks",
     "stacks",
+    "states_before",
     "swapped",
 ]
