@@ -1,4 +1,4 @@
-"""Sensitivities against closed forms and automatic differentiation, the greedy choice against loops, a model that is fed less."""
+"""Sensitivities against closed forms and derivatives, the greedy choice against loops, a model that is fed less."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.live import zoo
 from torch import Tensor, nn
 
 from cenote.compare.ranking import spearman
@@ -16,6 +15,7 @@ from cenote.models.live import AttentionCall, AttentionEdit, edited
 from cenote.models.live.entering import features_entering
 from cenote.reduce import DiverseTokens, ZOOPrune, exact_sensitivity, losses_left_out, select, sensitivity
 from cenote.testing import check_reducer
+from tests.models.live import zoo
 
 OPTIONS = {
     "max_new_tokens": 4,
@@ -292,7 +292,7 @@ def test_what_enters_is_what_the_reducer_chooses_of_the_features(llava: Any) -> 
 
 
 def test_padded_prompts_of_other_numbers_of_tokens_are_each_as_alone(llava: Any) -> None:
-    model, inputs, image = llava
+    model, inputs, _ = llava
     words = torch.cat([torch.zeros(2, 2, dtype=torch.long), inputs["input_ids"]], 1)
     words[1, :2] = 7
     mask = torch.ones_like(words)

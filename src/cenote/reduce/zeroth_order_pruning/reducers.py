@@ -44,8 +44,8 @@ class ZOOPrune(BudgetReducer):
         2509.24837, CVPR 2026.
 
     Note:
-        The paper's numbers of directions and step are not known; 64 and 0.01 are ours. What is left are rows of the input: mapping
-        them gives the rows that were compared.
+        The paper's number of directions and step are not known; 64 and 0.01 are ours. What is left are rows of the input:
+        mapping them gives the rows that were compared.
     """
 
     keeps = "members"

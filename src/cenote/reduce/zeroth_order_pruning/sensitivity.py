@@ -49,8 +49,8 @@ def sensitivity(
         mean: of the norms, or of their squares, which is near the squared Frobenius norm of the Jacobian.
         seed: of the directions.
         mask: True = a real token, None for all; 0 elsewhere.
-        group: so many tokens in turn are one, as where a projector merges 2 x 2 patches: these are pushed together, and `project`
-            is given them in turn, `[any * group, dim]`.
+        group: so many tokens in turn are one, as where a projector merges 2 x 2 patches: these are pushed together, and
+            `project` is given them in turn, `[any * group, dim]`.
         rows: of the map's input in one pass.
 
     Source:
@@ -123,8 +123,8 @@ def select(
     """Tokens in the order in which they are chosen: first the most sensitive one, then always that of the largest
     `S_i (1 - max_{j chosen} cos(z_i, z_j))`, `S` scaled to [0, 1] over the set; -1 behind a set's last.
 
-    Where all are equally sensitive, `S` is 1. Where all products are 0, tokens like none that is chosen come first, then the more
-    sensitive ones, then those of lower number.
+    Where all are equally sensitive, `S` is 1. Where all products are 0, tokens like none that is chosen come first, then
+    the more sensitive ones, then those of lower number.
 
     Args:
         sensitivity: `S`, of any scale.
@@ -146,7 +146,7 @@ def select(
     if sensitivity.shape != z.shape[:2]:
         raise InputError(f"sensitivity: expected {list(z.shape[:2])} as the tokens, got {list(sensitivity.shape)}")
     mask = torch.ones_like(sensitivity, dtype=torch.bool) if mask is None else mask
-    batch, tokens = sensitivity.shape
+    batch = len(sensitivity)
     lengths = mask.sum(1)
     counts = torch.minimum(counts, lengths)
     most = int(counts.max()) if counts.numel() else 0
