@@ -1,0 +1,148 @@
+"""Training of compressors: the loss of answers behind compressed contexts, end to end through keys and values.
+
+Source: Petrov, Sandler, Zhmoginov, Miller, Vladymyrov, "Long Context In-Context Compression by Getting to the Gist of Gisting"
+(2025), arXiv 2504.08934. Distillation from the whole context is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from cenote.core import InputError
+from cenote.core.requirements import require_at_least, require_positive
+from cenote.reduce.gistpool.compressors import Compressor, FullContext
+
+UNASKED = -100
+"""The label of a token that is no answer."""
+
+
+class Asked(NamedTuple):
+    """Contexts, prompts with their answers, and which tokens are answers.
+
+    Attributes:
+        context: `[batch, tokens]`.
+        prompt: with the answer in it, `[batch, words]`.
+        labels: of each word of an answer its number, else `UNASKED`, `[batch, words]`.
+        context_mask, prompt_mask: True on real tokens; None for all.
+    """
+
+    context: Int[Tensor, "batch tokens"]
+    prompt: Int[Tensor, "batch words"]
+    labels: Int[Tensor, "batch words"]
+    context_mask: Bool[Tensor, "batch tokens"] | None = None
+    prompt_mask: Bool[Tensor, "batch words"] | None = None
+
+
+def answer_loss(logits: Float[Tensor, "batch words vocab"], labels: Int[Tensor, "batch words"]) -> Float[Tensor, ""]:
+    """Mean of `-log p` over the tokens of answers, each told by the token before it.
+
+    Raises:
+        InputError: where there is no answer behind a first token.
+
+    Example:
+        >>> labels = torch.tensor([[UNASKED, UNASKED, 3]])
+        >>> round(float(answer_loss(torch.zeros(1, 3, 4), labels)), 4)
+        1.3863
+    """
+    if not bool((labels[:, 1:] != UNASKED).any()):
+        raise InputError(
+            "labels: no token behind a first one is an answer; mark what is asked for, the rest is UNASKED"
+        )
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=UNASKED)
+
+
+def distance(
+    logits: Float[Tensor, "batch words vocab"],
+    teacher: Float[Tensor, "batch words vocab"],
+    labels: Int[Tensor, "batch words"],
+) -> Float[Tensor, ""]:
+    """Mean Kullback-Leibler divergence from a teacher, where answers are told."""
+    told = labels[:, 1:] != UNASKED
+    ours, theirs = (x[:, :-1][told].float().log_softmax(-1) for x in (logits, teacher))
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+def fit(
+    compressor: Compressor,
+    model: nn.Module,
+    draw: Callable[[], Asked],
+    *,
+    steps: int,
+    lr: float = 1e-3,
+    distilled: float = 0.0,
+    clip: float = 1.0,
+) -> list[float]:
+    """Train a compressor's weights and gists together; the rate falls to zero along a cosine.
+
+    Args:
+        compressor: whose parameters are trained.
+        model: its decoder, which stays as it is.
+        draw: gives the batch of a step.
+        steps: how many.
+        lr: first learning rate.
+        distilled: weight of the divergence from the model behind the whole context, beside the loss of answers.
+        clip: largest norm of the gradient.
+
+    Returns:
+        The loss of answers, step by step.
+
+    Raises:
+        InputError: where the compressor has nothing to train.
+    """
+    require_at_least(1, steps=steps)
+    require_positive(lr=lr, clip=clip)
+    require_at_least(0, distilled=distilled)
+    trained = [p for p in compressor.parameters() if p.requires_grad]
+    if not trained:
+        raise InputError("compressor: has no parameters to train; make it with adapt")
+    optimiser = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    teacher = FullContext(model, adapt=None) if distilled else None
+    losses = []
+    compressor.train()
+    for _ in range(steps):
+        asked = draw()
+        logits = compressor(model, asked.context, asked.prompt, asked.context_mask, asked.prompt_mask)
+        loss = whole = answer_loss(logits, asked.labels)
+        if teacher is not None:
+            with torch.no_grad():
+                told = teacher(model, asked.context, asked.prompt, asked.context_mask, asked.prompt_mask)
+            whole = loss + distilled * distance(logits, told, asked.labels)
+        optimiser.zero_grad()
+        whole.backward()
+        nn.utils.clip_grad_norm_(trained, clip)
+        optimiser.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+    compressor.eval()
+    return losses
+
+
+class Answered(NamedTuple):
+    """How well answers were told, over all items.
+
+    Attributes:
+        right: share of answers of which every token was the likeliest.
+        nll: mean `-log p` of an answer, summed over its tokens.
+    """
+
+    right: float
+    nll: float
+
+
+@torch.no_grad()
+def answered(compressor: Compressor, model: nn.Module, asked: Asked) -> Answered:
+    """Answers behind compressed contexts, each token told behind the true ones before it."""
+    logits = compressor(model, asked.context, asked.prompt, asked.context_mask, asked.prompt_mask)
+    labels = asked.labels[:, 1:]
+    told = labels != UNASKED
+    ahead = logits[:, :-1].float()
+    each = ahead.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(~told, 0.0)
+    right = ((ahead.argmax(-1) == labels) | ~told).all(1)
+    return Answered(float(right.float().mean()), float(-each.sum(1).mean()))
