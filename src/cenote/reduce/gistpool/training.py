@@ -16,10 +16,8 @@ from torch import Tensor, nn
 
 from cenote.core import InputError
 from cenote.core.requirements import require_at_least, require_positive
+from cenote.reduce.answers import UNASKED, Answered, answer_loss, answered
 from cenote.reduce.gistpool.compressors import Compressor, FullContext
-
-UNASKED = -100
-"""The label of a token that is no answer."""
 
 
 class Asked(NamedTuple):
@@ -39,32 +37,14 @@ class Asked(NamedTuple):
     prompt_mask: Bool[Tensor, "batch words"] | None = None
 
 
-def answer_loss(logits: Float[Tensor, "batch words vocab"], labels: Int[Tensor, "batch words"]) -> Float[Tensor, ""]:
-    """Mean of `-log p` over the tokens of answers, each told by the token before it.
-
-    Raises:
-        InputError: where there is no answer behind a first token.
-
-    Example:
-        >>> labels = torch.tensor([[UNASKED, UNASKED, 3]])
-        >>> round(float(answer_loss(torch.zeros(1, 3, 4), labels)), 4)
-        1.3863
-    """
-    if not bool((labels[:, 1:] != UNASKED).any()):
-        raise InputError(
-            "labels: no token behind a first one is an answer; mark what is asked for, the rest is UNASKED"
-        )
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=UNASKED)
-
-
 def distance(
     logits: Float[Tensor, "batch words vocab"],
     teacher: Float[Tensor, "batch words vocab"],
     labels: Int[Tensor, "batch words"],
 ) -> Float[Tensor, ""]:
     """Mean Kullback-Leibler divergence from a teacher, where answers are told."""
-    told = labels[:, 1:] != UNASKED
-    ours, theirs = (x[:, :-1][told].float().log_softmax(-1) for x in (logits, teacher))
+    where = labels[:, 1:] != UNASKED
+    ours, theirs = (x[:, :-1][where].float().log_softmax(-1) for x in (logits, teacher))
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
@@ -112,8 +92,8 @@ def fit(
         loss = whole = answer_loss(logits, asked.labels)
         if teacher is not None:
             with torch.no_grad():
-                told = teacher(model, asked.context, asked.prompt, asked.context_mask, asked.prompt_mask)
-            whole = loss + distilled * distance(logits, told, asked.labels)
+                goal = teacher(model, asked.context, asked.prompt, asked.context_mask, asked.prompt_mask)
+            whole = loss + distilled * distance(logits, goal, asked.labels)
         optimiser.zero_grad()
         whole.backward()
         nn.utils.clip_grad_norm_(trained, clip)
@@ -124,25 +104,8 @@ def fit(
     return losses
 
 
-class Answered(NamedTuple):
-    """How well answers were told, over all items.
-
-    Attributes:
-        right: share of answers of which every token was the likeliest.
-        nll: mean `-log p` of an answer, summed over its tokens.
-    """
-
-    right: float
-    nll: float
-
-
 @torch.no_grad()
-def answered(compressor: Compressor, model: nn.Module, asked: Asked) -> Answered:
-    """Answers behind compressed contexts, each token told behind the true ones before it."""
+def told(compressor: Compressor, model: nn.Module, asked: Asked) -> Answered:
+    """Which answers are told behind compressed contexts, and how likely each is."""
     logits = compressor(model, asked.context, asked.prompt, asked.context_mask, asked.prompt_mask)
-    labels = asked.labels[:, 1:]
-    told = labels != UNASKED
-    ahead = logits[:, :-1].float()
-    each = ahead.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(~told, 0.0)
-    right = ((ahead.argmax(-1) == labels) | ~told).all(1)
-    return Answered(float(right.float().mean()), float(-each.sum(1).mean()))
+    return answered(logits, asked.labels)
