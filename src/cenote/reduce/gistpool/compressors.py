@@ -145,7 +145,8 @@ class Compressor(nn.Module, ABC):
         real = _real(prompt, mask, "prompt")
         if not bool(real[:, -1].all()):
             raise InputError("mask: a prompt ends in padding; pad prompts on the left")
-        blocks, before = compressed.blocks, compressed.mask
+        blocks: Sequence[KeysValues] = compressed.blocks
+        before = compressed.mask
         start, made, over = compressed.ends, [], torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
         with _weights(self.answering, model):
             for _ in range(new_tokens):
@@ -474,7 +475,7 @@ def _real(
 
 
 def _vocabulary(model: nn.Module) -> Float[Tensor, "words dim"]:
-    return cast(Tensor, next(m for m in embeddings(model).modules() if isinstance(m, nn.Embedding)).weight)
+    return next(m for m in embeddings(model).modules() if isinstance(m, nn.Embedding)).weight
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
