@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests import tiny
 from torch import Tensor, nn
 
 from cenote.core import InputError
-from cenote.reduce.answers import UNASKED
+from cenote.core.answers import UNASKED
 from cenote.reduce.crosslmm.dual import DualCrossAttention
-from cenote.reduce.crosslmm.merging import Projector, token_merge
+from cenote.reduce.crosslmm.merging import VisualProjector, token_merge
 from cenote.reduce.crosslmm.model import CrossLMM
-from cenote.reduce.crosslmm.training import Clips, cost, fit, stage
+from cenote.reduce.crosslmm.training import Clips, cost, train_crosslmm, training_stage
+from tests import tiny
 
 DIM, GRID, IMAGE = 3, 4, 1
 
@@ -69,7 +69,7 @@ def test_merging_is_means_of_windows_and_without_merging_nothing_changes() -> No
     assert torch.allclose(token_merge(x, 27, "bilinear"), x, atol=1e-6)
     constant = torch.ones(729, 2)
     assert torch.allclose(token_merge(constant, 4, "bilinear"), constant[:16], atol=1e-6)
-    projector = Projector(5, 8)
+    projector = VisualProjector(5, 8)
     assert torch.equal(projector(token_merge(x, 27)), projector(x))
     with pytest.raises(InputError, match="x: expected a square grid"):
         token_merge(x[:, :10], 2)
@@ -252,9 +252,9 @@ def asked(model: CrossLMM) -> Clips:
 def test_the_first_stage_trains_projector_and_v2v_the_second_everything() -> None:
     model = crosslmm(every=1)
     clips = asked(model)
-    first = stage(model, 1)
+    first = training_stage(model, 1)
     assert [group["lr"] for group in first] == [1e-4]
-    losses = fit(model, lambda: clips, [{**first[0], "lr": 1e-2}], steps=3)
+    losses = train_crosslmm(model, lambda: clips, [{**first[0], "lr": 1e-2}], steps=3)
     assert len(losses) == 3
     assert model.decoder.get_input_embeddings().weight.grad is None  # type: ignore[operator]
     layers = list(model.layers.values())
@@ -263,12 +263,12 @@ def test_the_first_stage_trains_projector_and_v2v_the_second_everything() -> Non
         assert float(dual.t2v.gate) == 0  # type: ignore[union-attr, arg-type]
         assert float(dual.v2v.gate) != 0  # type: ignore[union-attr, arg-type]
     assert {"v2v", "t2v", "ffn"} == set(model.gates()[0])
-    second = stage(model, 2)
+    second = training_stage(model, 2)
     assert [group["lr"] for group in second] == [1e-5, 2e-6]
     assert {id(p) for p in model.encoder.parameters()} == {id(p) for p in second[1]["params"]}  # type: ignore[union-attr]
-    fit(model, lambda: clips, second, steps=1)
+    train_crosslmm(model, lambda: clips, second, steps=1)
     assert all(float(dual.t2v.gate) != 0 for dual in layers)  # type: ignore[union-attr, arg-type]
-    both = stage(model, 1, text=True)
+    both = training_stage(model, 1, text=True)
     assert any(p is layers[0].t2v.gate for p in both[0]["params"])  # type: ignore[union-attr]
 
 
@@ -280,7 +280,7 @@ def test_it_learns_from_what_only_the_memory_holds() -> None:
     labels = torch.full_like(ids, UNASKED)
     labels[:, -1] = ids[:, -1]
     clips = Clips(ids, labels, clip, mask)
-    losses = fit(model, lambda: clips, stage(model, 2, lr=2e-2), steps=25)
+    losses = train_crosslmm(model, lambda: clips, training_stage(model, 2, lr=2e-2), steps=25)
     assert losses[-1] < 0.4
     assert any(abs(gate) > 0.02 for gates in model.gates().values() for gate in gates.values())
 

@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from tests import tiny
 from torch import Tensor, nn
 
 from cenote.core import InputError
+from cenote.core.answers import UNASKED, answer_loss
 from cenote.models.live import HeadRecorder, InputsRecorder, edited
 from cenote.models.low_rank import LowRank
 from cenote.models.own_weights import OwnWeights
-from cenote.reduce.answers import UNASKED, answer_loss
 from cenote.reduce.gistpool.compressed import Compressed
 from cenote.reduce.gistpool.compressors import AveragePool, Compressor, FullContext, GistPool, NoContext
-from cenote.reduce.gistpool.training import Asked, distance, fit, told
+from cenote.reduce.gistpool.training import AskedContexts, distance, told, train_compressor
 from cenote.reduce.gistpool.windows import cost, dilution_bound, interleaved, readable, windows
+from tests import tiny
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24, "vocab_size": 40, "pad_token_id": 0}
 WIDTHS = {"num_key_value_heads": 2, "max_position_embeddings": 64, "rope_theta": 10000.0}
@@ -143,19 +143,20 @@ def test_gradients_of_a_gist_stay_in_its_window() -> None:
         assert (grad[0].abs().sum(-1) > 0).nonzero()[:, 0].tolist() == list(range(3 * gist, min(3 * gist + 3, 7)))
 
 
-def test_no_query_gives_the_mean_of_the_window_and_the_gist() -> None:
+@pytest.mark.parametrize("itself", [True, False])
+def test_even_weights_give_the_mean_of_the_values_of_a_window(itself: bool) -> None:
     model = decoder(layers=1)
-    with torch.no_grad():
-        model.model.layers[0].self_attn.q_proj.weight.zero_()
-    pool, heads, calls = GistPool(model, 3, adapt=None), HeadRecorder(), InputsRecorder()
+    pool, heads, calls = GistPool(model, 3, itself=itself, even=True, adapt=None), HeadRecorder(), InputsRecorder()
     with torch.no_grad(), edited(model, heads, calls):
-        pool.compress(model, words(1, 6))
+        left = pool.compress(model, words(1, 6))
     (y, _), (call, _) = next(iter(heads.found.values())), next(iter(calls.found.values()))
     v = call.v.repeat_interleave(2, 1)
-    made = interleaved(torch.ones(1, 6, dtype=torch.bool), windows(torch.ones(1, 6, dtype=torch.bool), 3))
-    assert made.gist[0].nonzero()[:, 0].tolist() == [3, 7]
-    assert torch.allclose(y[:, :, 3], v[:, :, 0:4].mean(2), atol=1e-6)
-    assert torch.allclose(y[:, :, 7], v[:, :, 4:8].mean(2), atol=1e-6)
+    for gist in (3, 7):
+        assert torch.allclose(y[:, :, gist], v[:, :, gist - 3 : gist + itself].mean(2), atol=1e-6)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.zero_()
+        same = GistPool(model, 3, itself=itself, adapt=None).compress(model, words(1, 6))
+    assert torch.allclose(same.blocks[0].values, left.blocks[0].values, atol=1e-6)
 
 
 def test_the_shift_delivers_a_window_one_block_earlier() -> None:
@@ -320,6 +321,26 @@ def test_no_softmax_over_many_tokens_exceeds_the_bound() -> None:
         assert float(drawn.softmax(1).max()) <= dilution_bound(n, b) + 1e-12
 
 
+def test_every_change_can_be_left_out_by_itself() -> None:
+    model = decoder()
+    context, prompt = words(2, 7), words(2, 3, seed=2)
+    seen = []
+    for shift, separate, spread, window in itertools.product((True, False), repeat=4):
+        flags = {"shift": shift, "separate": separate, "spread": spread, "window": window}
+        pool = GistPool(model, 3, adapt=small, **flags)  # type: ignore[arg-type]
+        assert (pool.compressing is not None) == separate
+        seen.append(pool(model, context, prompt, PADDED))
+        assert torch.allclose(seen[-1][:1], pool(model, context[:1, 2:], prompt[:1]), atol=1e-5)
+    by_flags = torch.stack(seen).unflatten(0, (2, 2, 2, 2))
+    assert torch.equal(by_flags[:, 0], by_flags[:, 1])  # both sets start as the model
+    for one, other in itertools.combinations(by_flags[:, 0].flatten(0, 2), 2):
+        assert not torch.allclose(one, other, atol=1e-6)
+    overlapping = GistPool(model, 3, overlap=1, adapt=None)(model, context, prompt)
+    centred = GistPool(model, 3, place="centre", adapt=None)(model, context, prompt)
+    for other in (overlapping, centred):
+        assert not torch.allclose(other, GistPool(model, 3, adapt=None)(model, context, prompt), atol=1e-5)
+
+
 def test_vectors_of_their_own_for_each_gist() -> None:
     model = decoder()
     pool = GistPool(model, 2, gists=4, adapt=None)
@@ -365,18 +386,18 @@ def test_what_cannot_be_compressed_is_refused() -> None:
         pool.generate(model, words(1, 2), left, torch.tensor([[True, False]]))
 
 
-def two_answers() -> Asked:
+def two_answers() -> AskedContexts:
     """One question about two contexts."""
     context = torch.tensor([[11, 7, 8, 9, 10, 12], [11, 13, 8, 9, 10, 12]])
     prompt = torch.tensor([[20, 5], [20, 6]])
-    return Asked(context, prompt, torch.tensor([[UNASKED, 5], [UNASKED, 6]]))
+    return AskedContexts(context, prompt, torch.tensor([[UNASKED, 5], [UNASKED, 6]]))
 
 
 def test_training_goes_through_the_cache_and_leaves_the_model() -> None:
     model, asked = decoder(initializer_range=0.3), two_answers()
     before = {name: p.clone() for name, p in model.state_dict().items()}
     pool = GistPool(model, 3, adapt=OwnWeights)
-    losses = fit(pool, model, lambda: asked, steps=12, lr=2e-2)
+    losses = train_compressor(pool, model, lambda: asked, steps=12, lr=2e-2)
     assert losses[0] > 2
     found = told(pool, model, asked)
     assert found.right.all()
@@ -386,7 +407,7 @@ def test_training_goes_through_the_cache_and_leaves_the_model() -> None:
     assert not told(NoContext(model, adapt=None), model, asked).right.all()
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     with pytest.raises(InputError, match="no parameters to train"):
-        fit(FullContext(model, adapt=None), model, lambda: asked, steps=1)
+        train_compressor(FullContext(model, adapt=None), model, lambda: asked, steps=1)
 
 
 def test_distillation_pulls_towards_the_whole_context() -> None:
@@ -395,7 +416,7 @@ def test_distillation_pulls_towards_the_whole_context() -> None:
     far = []
     for distilled in (0.0, 100.0):
         pool = AveragePool(model, 2, adapt=small)
-        fit(pool, model, lambda: asked, steps=6, lr=1e-2, distilled=distilled)
+        train_compressor(pool, model, lambda: asked, steps=6, lr=1e-2, distilled=distilled)
         far.append(float(distance(pool(model, asked.context, asked.prompt), whole, asked.labels)))
     assert far[1] < 0.5 * far[0]
     with pytest.raises(InputError, match="labels: no token"):

@@ -54,7 +54,7 @@ def token_merge(
     return merged.flatten(2).transpose(1, 2).reshape(*x.shape[:-2], side * side, dim)
 
 
-class Projector(nn.Module):
+class VisualProjector(nn.Module):
     """`W_2 gelu(W_1 norm(x))`, of merged and of original tokens alike.
 
     Args:
@@ -65,7 +65,7 @@ class Projector(nn.Module):
     Note: that merged and original tokens share it, and where its norm stands, is inferred.
 
     Example:
-        >>> Projector(8, 16)(torch.randn(2, 9, 8)).shape
+        >>> VisualProjector(8, 16)(torch.randn(2, 9, 8)).shape
         torch.Size([2, 9, 16])
     """
 

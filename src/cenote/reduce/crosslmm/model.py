@@ -27,7 +27,7 @@ from cenote.models.caches import filled, held
 from cenote.models.live import BlockEdit, Place, Where, attentions, blocks, edited, embeddings, one_stack
 from cenote.models.live.passing import passing
 from cenote.reduce.crosslmm.dual import DualCrossAttention, Memory
-from cenote.reduce.crosslmm.merging import Mode, Projector, token_merge
+from cenote.reduce.crosslmm.merging import Mode, VisualProjector, token_merge
 
 Inside = Literal["before", "after attention"]
 
@@ -112,7 +112,7 @@ class CrossLMM(nn.Module):
             heads = int(getattr(getattr(decoder, "config", None), "num_attention_heads", 1))
         self.decoder, self.encoder = decoder, encoder
         self.placeholder, self.side, self.inside, self.merge = placeholder, side, inside, merge
-        self.projector = Projector(dim, width, hidden)
+        self.projector = VisualProjector(dim, width, hidden)
         numbers = range(0, count, every) if dual else ()
         self.layers = nn.ModuleDict({str(n): DualCrossAttention(width, heads, **(layer or {})) for n in numbers})
 
@@ -213,7 +213,8 @@ class CrossLMM(nn.Module):
             raise InputError("mask: a prompt ends in padding; pad prompts on the left")
         seen = None if frames is None else self.see(frames, frame_mask)
         memories, x, visual = self.remembered(seen), self.spliced(ids, seen, real), ids == self.placeholder
-        told, now, past, made = positions(real), real, {}, []
+        told, now, made = positions(real), real, []
+        past: dict[str, Any] = {}
         over = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for _ in range(new_tokens):
             with self._reading(memories, visual, now):
@@ -237,8 +238,10 @@ class CrossLMM(nn.Module):
         """`tanh` of the gates of each dual layer: "v2v", "t2v", "ffn"."""
         found: dict[int, dict[str, float]] = {}
         for name, layer in self._dual():
-            gates = {"v2v": layer.v2v and layer.v2v.gate, "t2v": layer.t2v and layer.t2v.gate, "ffn": layer.gate}
-            found[name] = {kind: float(torch.tanh(gate)) for kind, gate in gates.items() if gate is not None}
+            asking = {"v2v": layer.v2v, "t2v": layer.t2v}
+            gates = {kind: cross.gate for kind, cross in asking.items() if cross is not None}
+            gates |= {} if layer.gate is None else {"ffn": layer.gate}
+            found[name] = {kind: float(torch.tanh(gate)) for kind, gate in gates.items()}
         return found
 
     def spliced(

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from cenote.core.answers import answer_loss
 from cenote.core.requirements import require_at_least, require_one_of, require_positive
-from cenote.reduce.answers import answer_loss
 from cenote.reduce.crosslmm.model import CrossLMM
 
 
@@ -35,7 +35,7 @@ class Clips(NamedTuple):
     frame_mask: Bool[Tensor, "batch frames"] | None = None
 
 
-def stage(
+def training_stage(
     model: CrossLMM,
     number: int,
     *,
@@ -66,7 +66,7 @@ def stage(
     for layer in model.layers.values():
         layer.text_on = text  # type: ignore[assignment]
         if not text and layer.t2v is not None and layer.t2v is not layer.v2v:
-            layer.t2v.requires_grad_(False)  # type: ignore[union-attr]
+            layer.t2v.requires_grad_(False)
     eyes = list(model.encoder.parameters()) if isinstance(model.encoder, nn.Module) else []
     apart = {id(p) for p in eyes}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
@@ -76,7 +76,7 @@ def stage(
     return groups
 
 
-def fit(
+def train_crosslmm(
     model: CrossLMM, draw: Callable[[], Clips], groups: list[dict[str, Any]], *, steps: int, clip: float = 1.0
 ) -> list[float]:
     """Train what a stage trains, on the next tokens of answers; rates fall to zero along a cosine.
@@ -84,7 +84,7 @@ def fit(
     Args:
         model: in training mode meanwhile.
         draw: gives the batch of a step.
-        groups: of parameters, from `stage`.
+        groups: of parameters, from `training_stage`.
         steps: how many.
         clip: largest norm of the gradient.
 

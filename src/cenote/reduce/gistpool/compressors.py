@@ -289,6 +289,8 @@ class GistPool(Compressor):
         separate: two sets of weights; else one does both.
         spread: gists among the tokens; else all of them behind the context.
         window: gists kept to their windows; else they read all before them, other gists too.
+        itself: a gist that is kept to its window reads itself, too.
+        even: gists weigh all that they read evenly, as average pooling does; else by their attention.
         overlap: tokens before a window that it holds, too.
         place: the position that a spread gist has, of its window's last or of its middle token.
         gists: vectors that are learned: 1, that of every gist, or as many as there may be gists.
@@ -318,6 +320,8 @@ class GistPool(Compressor):
         separate: bool = True,
         spread: bool = True,
         window: bool = True,
+        itself: bool = True,
+        even: bool = False,
         overlap: int = 0,
         place: At = "end",
         gists: int = 1,
@@ -328,7 +332,7 @@ class GistPool(Compressor):
         require_one_of(get_args(At), place=place)
         super().__init__(model, adapt)
         self.ratio, self.shift, self.spread, self.window = ratio, shift, spread, window
-        self.overlap, self.place = overlap, place
+        self.itself, self.even, self.overlap, self.place = itself, even, overlap, place
         self.compressing = cast(nn.Module | None, adapt(model) if separate and adapt is not None else None)
         self.separate = separate
         vocabulary = _vocabulary(model)
@@ -370,8 +374,9 @@ class GistPool(Compressor):
             )
         x = torch.where(layout.gist[..., None], self.gists[number].to(words.dtype), words)
         states = _States(layout.gists, self._of_blocks())
-        may = readable(layout, cut, self.window)
-        with edited(model, states, _MayRead(may, Where(kinds=["self"], stack=self.stack))):
+        may = readable(layout, cut, self.window, self.itself)
+        even = layout.gist if self.even else None
+        with edited(model, states, _MayRead(may, Where(kinds=["self"], stack=self.stack), even)):
             model(
                 inputs_embeds=x,
                 attention_mask=layout.mask.long(),
@@ -382,10 +387,12 @@ class GistPool(Compressor):
 
 
 class _MayRead(AttentionEdit):
-    """Attention that reads no more than this, of what it would."""
+    """Attention that reads no more than this, of what it would; some queries weigh it evenly."""
 
-    def __init__(self, may: Bool[Tensor, "batch slots slots"], at: Where) -> None:
-        self.may, self.at = may, at
+    def __init__(
+        self, may: Bool[Tensor, "batch slots slots"], at: Where, even: Bool[Tensor, "batch slots"] | None
+    ) -> None:
+        self.may, self.at, self.even = may, at, even
 
     def inputs(self, call: AttentionCall) -> AttentionCall:
         before = call.allowed
@@ -394,7 +401,8 @@ class _MayRead(AttentionEdit):
             mine = self.may[torch.arange(len(rows), device=rows.device)[:, None], rows][:, None]
             return mine if before is None else mine & before(rows)
 
-        return call.replace(allowed=allowed)
+        q = call.q if self.even is None else call.q.masked_fill(self.even[:, None, :, None], 0.0)
+        return call.replace(q=q, allowed=allowed)
 
 
 class _States(BlockEdit):

@@ -15,12 +15,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core import InputError
+from cenote.core.answers import UNASKED, Answered, answer_loss, answered
 from cenote.core.requirements import require_at_least, require_positive
-from cenote.reduce.answers import UNASKED, Answered, answer_loss, answered
 from cenote.reduce.gistpool.compressors import Compressor, FullContext
 
 
-class Asked(NamedTuple):
+class AskedContexts(NamedTuple):
     """Contexts, prompts with their answers, and which tokens are answers.
 
     Attributes:
@@ -48,10 +48,10 @@ def distance(
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
-def fit(
+def train_compressor(
     compressor: Compressor,
     model: nn.Module,
-    draw: Callable[[], Asked],
+    draw: Callable[[], AskedContexts],
     *,
     steps: int,
     lr: float = 1e-3,
@@ -105,7 +105,7 @@ def fit(
 
 
 @torch.no_grad()
-def told(compressor: Compressor, model: nn.Module, asked: Asked) -> Answered:
+def told(compressor: Compressor, model: nn.Module, asked: AskedContexts) -> Answered:
     """Which answers are told behind compressed contexts, and how likely each is."""
     logits = compressor(model, asked.context, asked.prompt, asked.context_mask, asked.prompt_mask)
     return answered(logits, asked.labels)

@@ -140,7 +140,9 @@ def interleaved(mask: Bool[Tensor, "batch tokens"], cut: Windows, spread: bool =
     return Layout(source, is_gist & real, real, told, lengths if spread else lengths + counts)
 
 
-def readable(layout: Layout, cut: Windows, window: bool = True) -> Bool[Tensor, "batch slots slots"]:
+def readable(
+    layout: Layout, cut: Windows, window: bool = True, itself: bool = True
+) -> Bool[Tensor, "batch slots slots"]:
     """Which slots each slot may read.
 
     Tokens of the context read those before them and never a gist. A gist reads its window and itself or, without `window`,
@@ -150,6 +152,7 @@ def readable(layout: Layout, cut: Windows, window: bool = True) -> Bool[Tensor, 
         layout: the sequence.
         cut: its windows.
         window: whether gists are kept to their windows.
+        itself: whether a gist that is kept to its window reads itself, too.
 
     Example:
         >>> mask = torch.ones(1, 3, dtype=torch.bool)
@@ -168,8 +171,9 @@ def readable(layout: Layout, cut: Windows, window: bool = True) -> Bool[Tensor, 
     number = layout.source.masked_fill(~layout.gist, 0)[..., None]
     token = layout.source.masked_fill(layout.gist | ~layout.mask, 0)[:, None]
     mine = cut.members[item, number, token] & ~layout.gist[:, None]
-    itself = torch.eye(slots, dtype=torch.bool, device=layout.mask.device)
-    return torch.where(layout.gist[..., None], (mine | itself) & real, of_token)
+    if itself:
+        mine = mine | torch.eye(slots, dtype=torch.bool, device=layout.mask.device)
+    return torch.where(layout.gist[..., None], mine & real, of_token)
 
 
 def dilution_bound(tokens: int, largest: float) -> float:

@@ -1,4 +1,4 @@
-"""Answers in texts, for compressors that are trained by what a decoder says: their loss, and how many are right."""
+"""Answers that a decoder tells token by token: their loss, how likely each is, and which are right."""
 
 from __future__ import annotations
 
@@ -20,10 +20,16 @@ class Answered(NamedTuple):
     Attributes:
         right: whether every token of the answer was the likeliest, behind the true ones before it.
         nll: `-log p` of the answer, summed over its tokens.
+        said: the likeliest token in the place of each word of an answer, else `UNASKED`, `[batch, words]`.
     """
 
     right: Bool[Tensor, "batch"]
     nll: Float[Tensor, "batch"]
+    said: Int[Tensor, "batch words"]
+
+    def agrees(self, other: Answered) -> Bool[Tensor, "batch"]:
+        """Which answers are the same, word by word, right or wrong."""
+        return (self.said == other.said).all(1)
 
 
 def answer_loss(logits: Float[Tensor, "batch words vocab"], labels: Int[Tensor, "batch words"]) -> Float[Tensor, ""]:
@@ -56,8 +62,9 @@ def answered(logits: Float[Tensor, "batch words vocab"], labels: Int[Tensor, "ba
         >>> answered(logits, torch.tensor([[UNASKED, 1]])).right.tolist()
         [True]
     """
-    labels = labels[:, 1:]
-    asked = labels != UNASKED
+    gold = labels[:, 1:]
+    asked = gold != UNASKED
     ahead = logits[:, :-1].float()
-    each = ahead.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(~asked, 0.0)
-    return Answered(((ahead.argmax(-1) == labels) | ~asked).all(1), -each.sum(1))
+    each = ahead.log_softmax(-1).gather(-1, gold.clamp(min=0)[..., None])[..., 0].masked_fill(~asked, 0.0)
+    said = ahead.argmax(-1).masked_fill(~asked, UNASKED)
+    return Answered((said == gold).all(1), -each.sum(1), F.pad(said, (1, 0), value=UNASKED))
