@@ -15,7 +15,6 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
@@ -42,8 +41,16 @@ class Adapted(Protocol):
 
 
 Adapt = Callable[[nn.Module], Adapted]
-low_rank: Adapt = partial(LowRank, targets=LINEARS, rank=16, alpha=32.0, dropout=0.0)
-"""What is trained by default: all linear layers of all blocks, by low rank."""
+
+
+def low_rank(model: nn.Module, rank: int = 16) -> LowRank:
+    """What is trained by default: all linear layers of all blocks, by low rank.
+
+    Args:
+        model: a decoder whose blocks name their layers as Llama's do.
+        rank: of what is added.
+    """
+    return LowRank(model, LINEARS, rank=rank, alpha=2.0 * rank, dropout=0.0)
 
 
 class Compressor(nn.Module, ABC):
@@ -180,7 +187,20 @@ class Compressor(nn.Module, ABC):
 
 
 class NoContext(Compressor):
-    """Prompts without their contexts: the lower bound, trained by itself."""
+    """Prompts without their contexts: the lower bound, trained by itself.
+
+    Args:
+        model, adapt: as of `Compressor`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)).eval()
+        >>> none, words = NoContext(model, adapt=None), torch.tensor([[3, 4, 5, 6]])
+        >>> alone = none.answer(model, words[:, 3:], none.compress(model, words[:, :3]))
+        >>> torch.allclose(alone, model(words[:, 3:]).logits, atol=1e-5)
+        True
+    """
 
     def compress(
         self,
@@ -195,6 +215,9 @@ class NoContext(Compressor):
 
 class FullContext(Compressor):
     """Prompts behind their whole contexts: the upper bound.
+
+    Args:
+        model, adapt: as of `Compressor`.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
