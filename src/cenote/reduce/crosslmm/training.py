@@ -93,7 +93,7 @@ def train_crosslmm(
     """
     require_at_least(1, steps=steps)
     require_positive(clip=clip)
-    optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     trained = [p for group in groups for p in group["params"]]
     losses = []

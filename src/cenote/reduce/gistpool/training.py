@@ -81,7 +81,7 @@ def train_compressor(
     trained = [p for p in compressor.parameters() if p.requires_grad]
     if not trained:
         raise InputError("compressor: has no parameters to train; make it with adapt")
-    optimiser = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     teacher = FullContext(model, adapt=None) if distilled else None
     losses = []
