@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 import cenote.core.files as files
@@ -161,6 +161,27 @@ class ExactStore:
     def ids(self) -> list[str]:
         """Of all documents, in the order in which they were added."""
         return [part.ids[row] for part in self._parts for row in part.alive().nonzero()[:, 0].tolist()]
+
+    def lengths(self) -> Int[Tensor, "documents"]:
+        """How many vectors each document has."""
+        return torch.cat([torch.zeros(0, dtype=torch.long), *(p.bags.lengths()[p.alive()] for p in self._parts)])
+
+    def batches(self) -> Iterator[tuple[list[str], Bags]]:
+        """Ids and vectors, in float32, of some documents after the other, in their order."""
+        for part in self._parts:
+            rows = part.alive().nonzero()[:, 0]
+            yield [part.ids[row] for row in rows.tolist()], part.bags.select(rows).to(torch.float32)
+
+    def select(self, numbers: Int[Tensor, "chosen"]) -> Bags:
+        """Vectors, in float32, of some documents by their places in `ids`."""
+        found: dict[int, Tensor] = {}
+        first = 0
+        for part in self._parts:
+            rows = part.alive().nonzero()[:, 0]
+            for number in numbers[(numbers >= first) & (numbers < first + len(rows))].tolist():
+                found[number] = part.bags[int(rows[number - first])].float()
+            first += len(rows)
+        return Bags.from_list([found[number] for number in numbers.tolist()])
 
     def digest(self) -> str:
         """That changes with the content."""
