@@ -77,7 +77,7 @@ class System:
     def standing(self) -> str:
         """The status in words, with what is missing.
 
-        >>> find("colbert-token-pooling")[0].standing
+        >>> find("ponet")[0].standing
         'planned'
         """
         if self.status != "partial":

@@ -5,6 +5,7 @@ from cenote.testing.graphs import check_graph_pool
 from cenote.testing.layers import check_layer_pool
 from cenote.testing.live import LiveReport, check_live
 from cenote.testing.pools import PLAIN_MODULE, ContractError, check_pool
+from cenote.testing.reducers import check_reducer
 from cenote.testing.spatial import check_spatial_pool
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "check_layer_pool",
     "check_live",
     "check_pool",
+    "check_reducer",
     "check_spatial_pool",
 ]

@@ -1,0 +1,1 @@
+"""Token pooling of multi-vector indexes."""
