@@ -90,9 +90,9 @@ IDS = [f"d{n}" for n in range(10)]
 @pytest.mark.parametrize(
     ("qrels", "told"),
     [
-        ({"q": {"d1": 1, "x1": 1, "x2": 0, "x3": 1, "x4": 1}}, "4 documents are not in the corpus (x1, x2, x3, ...)"),
-        ({"q": {"d1": 1}, "r": {"d1": 1}}, "1 of 2 queries are not among the queries (r)"),
-        ({"q": {"d1": 1}, "p": {"d1": 0, "d2": -1}}, "1 of 2 queries have no relevant document (p)"),
+        ({"q": {"d1": 1, "x1": 1, "x2": 0, "x3": 1, "x4": 1}}, "4 of the judged documents are not in the corpus (x1, x2, x3, ...)"),
+        ({"q": {"d1": 1}, "r": {"d1": 1}}, "1 of 2 judged queries is not among the queries (r)"),
+        ({"q": {"d1": 1}, "p": {"d1": 0, "d2": -1}}, "1 of 2 queries has no relevant document (p)"),
     ],
 )
 def test_judgements_that_fit_nothing(qrels: dict[str, dict[str, float]], told: str) -> None:
@@ -113,11 +113,11 @@ def test_nothing_to_rank() -> None:
 
 def test_documents_without_text(beir: Path) -> None:
     (beir / "corpus.jsonl").write_text(lines([*DOCUMENTS, {"_id": "d4", "title": "", "text": " "}]))
-    with pytest.raises(InputError, match=r"documents: 1 of 4 documents hold no text \(d4\); leave them out"):
+    with pytest.raises(InputError, match=r"documents: 1 of 4 documents holds no text \(d4\); leave them out"):
         read_corpus(beir)
     corpus = read_corpus(beir, skip_bad=True)
     assert corpus.documents.ids == ("d1", "d2", "d3")
-    assert corpus.notes[0] == "1 of 4 documents hold no text (d4): left out"
+    assert corpus.notes[0] == "1 of 4 documents holds no text (d4): left out"
 
 
 @pytest.mark.parametrize(

@@ -152,12 +152,13 @@ def judged(ids: Sequence[str], query_ids: Sequence[str], qrels: Qrels, skip_bad:
     if strangers:
         counted = all(q.isdecimal() and 1 <= int(q) <= len(query_ids) for q in qrels)
         otherwise = ", or say with --by-position that the qrels count the queries" if counted else ""
-        told = f"{len(strangers):,} of {len(qrels):,} queries are not among the queries ({_some(strangers)})"
+        told = f"{len(strangers):,} of {len(qrels):,} judged queries {_are(len(strangers))} not among the queries ({_some(strangers)})"
         refuse("query", told, otherwise)
     lines = [(q, d, gain) for q in query_ids for d, gain in qrels.get(q, {}).items()]
     unknown = list(dict.fromkeys(d for _, d, _ in lines if d not in place))
     if unknown:
-        refuse("document", f"{len(unknown):,} documents are not in the corpus ({_some(unknown)})")
+        judgements = f"{len(unknown):,} of the judged documents {_are(len(unknown))} not in the corpus ({_some(unknown)})"
+        refuse("document", judgements)
     unjudged = [q for q in query_ids if not qrels.get(q)]
     gains = {q: {place[d]: float(g) for d, g in qrels.get(q, {}).items() if d in place and g > 0} for q in query_ids}
     unanswered = [q for q in query_ids if qrels.get(q) and not gains[q]]
@@ -188,7 +189,7 @@ def with_text(found: Texts, what: str, skip_bad: bool) -> tuple[Texts, tuple[str
     empty = [name for name, text in zip(found.ids, found.texts, strict=True) if not text.strip()]
     if not empty:
         return found, ()
-    told = f"{len(empty):,} of {len(found.ids):,} {what} hold no text ({_some(empty)})"
+    told = f"{len(empty):,} of {len(found.ids):,} {what} {'holds' if len(empty) == 1 else 'hold'} no text ({_some(empty)})"
     if not skip_bad:
         raise InputError(f"{what}: {told}; leave them out with --skip-bad")
     kept = [(name, text) for name, text in zip(found.ids, found.texts, strict=True) if text.strip()]
@@ -370,6 +371,10 @@ def _text_of(path: Path, argument: str) -> str:
         ) from error
     except OSError as error:
         raise InputError(f"{argument}: cannot read {path} ({error.strerror or error})") from error
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -135,6 +135,12 @@ def arms(indexes: Indexes, wanted: Sequence[Family], seeds: Sequence[int]) -> li
     return found
 
 
+def count(wanted: Sequence[Family], factors: Sequence[float]) -> int:
+    """How many arms there will be."""
+    each = sum(1 if family.member is not None else 2 for family in wanted)
+    return 3 + each * len(set(factors))
+
+
 def _left(family: Family) -> str | None:
     """What the means of a family without a raw method are called where they are left as they are."""
     return None if family.member is not None else f"{family.unit}-raw"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cenote.core import Bags, InputError
 from cenote.features.corpora import Texts
+from cenote.features.store import StoredTokens
 from cenote.features.validate import some
 from cenote.features.vectors import ExactStore, Meta, require_vectors
 
@@ -117,6 +118,29 @@ def directions(ids: Sequence[str], bags: Bags, what: str) -> Bags:
             f"{what}: {int(bad.sum()):,} of {len(values):,} vectors are zero, NaN or infinite, in {some(names)}; leave them out"
         )
     return Bags(values / norms, bags.offsets)
+
+
+def of_features(documents: StoredTokens, queries: StoredTokens) -> tuple[Bags, Bags]:
+    """Token features that were extracted before, as vectors of documents and queries: of their last common layer.
+
+    Raises:
+        InputError: where they are of two models, or were pooled.
+    """
+    for what, store in (("documents", documents), ("queries", queries)):
+        if store.manifest.pooled is not None:
+            raise InputError(
+                f"{what}: {store.folder} holds one vector per item ({store.manifest.pooled}); extract all tokens"
+            )
+    if documents.manifest.model != queries.manifest.model:
+        raise InputError(f"queries: {queries.folder} is of another model than {documents.folder}; extract both with one")
+    common = sorted(set(documents.manifest.layers) & set(queries.manifest.layers))
+    if not common:
+        raise InputError(f"queries: {queries.folder} has none of the layers of {documents.folder}; extract the same ones")
+
+    def bags(store: StoredTokens) -> Bags:
+        return Bags.from_list([store.item(i, common[-1]).float() for i in range(len(store))])
+
+    return bags(documents), bags(queries)
 
 
 def digest_of(bags: Bags) -> str:

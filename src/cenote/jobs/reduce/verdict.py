@@ -160,7 +160,8 @@ def difference(value: float, interval: tuple[float, float]) -> str:
     >>> difference(-0.0021, (-0.013, 0.009))
     '-0.002 [-0.013, 0.009]'
     """
-    low, high = interval
+    # no -0.000
+    value, low, high = (round(v, 3) + 0.0 for v in (value, *interval))
     return f"{value:+.3f}" if low != low else f"{value:+.3f} [{low:.3f}, {high:.3f}]"
 
 
