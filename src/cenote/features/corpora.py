@@ -157,16 +157,17 @@ def judged(ids: Sequence[str], query_ids: Sequence[str], qrels: Qrels, skip_bad:
     lines = [(q, d, gain) for q in query_ids for d, gain in qrels.get(q, {}).items()]
     unknown = list(dict.fromkeys(d for _, d, _ in lines if d not in place))
     if unknown:
-        judgements = f"{len(unknown):,} of the judged documents {_are(len(unknown))} not in the corpus ({_some(unknown)})"
+        judgements = (
+            f"{len(unknown):,} of the judged documents {_are(len(unknown))} not in the corpus ({_some(unknown)})"
+        )
         refuse("document", judgements)
     unjudged = [q for q in query_ids if not qrels.get(q)]
     gains = {q: {place[d]: float(g) for d, g in qrels.get(q, {}).items() if d in place and g > 0} for q in query_ids}
     unanswered = [q for q in query_ids if qrels.get(q) and not gains[q]]
     if unanswered:
-        refuse(
-            "answer",
-            f"{len(unanswered):,} of {len(query_ids):,} queries have no relevant document ({_some(unanswered)})",
-        )
+        have = "has" if len(unanswered) == 1 else "have"
+        told = f"{len(unanswered):,} of {len(query_ids):,} queries {have} no relevant document ({_some(unanswered)})"
+        refuse("answer", told)
     problems.raise_any()
     asked = tuple(i for i, q in enumerate(query_ids) if gains[q])
     if not asked:
@@ -189,7 +190,9 @@ def with_text(found: Texts, what: str, skip_bad: bool) -> tuple[Texts, tuple[str
     empty = [name for name, text in zip(found.ids, found.texts, strict=True) if not text.strip()]
     if not empty:
         return found, ()
-    told = f"{len(empty):,} of {len(found.ids):,} {what} {'holds' if len(empty) == 1 else 'hold'} no text ({_some(empty)})"
+    told = (
+        f"{len(empty):,} of {len(found.ids):,} {what} {'holds' if len(empty) == 1 else 'hold'} no text ({_some(empty)})"
+    )
     if not skip_bad:
         raise InputError(f"{what}: {told}; leave them out with --skip-bad")
     kept = [(name, text) for name, text in zip(found.ids, found.texts, strict=True) if text.strip()]

@@ -24,7 +24,7 @@ def manuals(queries: int | None = None) -> Corpus:
     Example:
         >>> corpus = manuals()
         >>> len(corpus.documents.ids), len(corpus.queries.ids), corpus.queries.texts[0]
-        (320, 200, 'Integrate using the composite trapezoidal rule.')
+        (320, 200, 'Return evenly spaced values within a given interval.')
     """
     raw = json.loads(gzip.decompress((package_files("cenote.features") / "data" / "manuals.json.gz").read_bytes()))
     documents = Texts(tuple(raw["documents"]), tuple(raw["documents"].values()))

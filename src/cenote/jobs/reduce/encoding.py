@@ -6,7 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ AT_ONCE = 256
 """Documents between two writes: what a killed run loses."""
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """What turns texts into vectors: `cenote.models.token_vectors.TokenEncoder`, or your own.
 
@@ -132,10 +133,14 @@ def of_features(documents: StoredTokens, queries: StoredTokens) -> tuple[Bags, B
                 f"{what}: {store.folder} holds one vector per item ({store.manifest.pooled}); extract all tokens"
             )
     if documents.manifest.model != queries.manifest.model:
-        raise InputError(f"queries: {queries.folder} is of another model than {documents.folder}; extract both with one")
+        raise InputError(
+            f"queries: {queries.folder} is of another model than {documents.folder}; extract both with one"
+        )
     common = sorted(set(documents.manifest.layers) & set(queries.manifest.layers))
     if not common:
-        raise InputError(f"queries: {queries.folder} has none of the layers of {documents.folder}; extract the same ones")
+        raise InputError(
+            f"queries: {queries.folder} has none of the layers of {documents.folder}; extract the same ones"
+        )
 
     def bags(store: StoredTokens) -> Bags:
         return Bags.from_list([store.item(i, common[-1]).float() for i in range(len(store))])

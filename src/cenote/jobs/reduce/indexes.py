@@ -112,5 +112,3 @@ class Indexes:
 def norms_of(family: Family) -> tuple[str, ...]:
     """What a family's vectors may be: rows of the input, or means of either norm."""
     return (ROWS,) if family.member is not None else (UNIT, RAW)
-
-

@@ -155,9 +155,7 @@ def compare_corpus(
         store = encoded(corpus.documents, encoder, folder / TOKENS, lambda n: on_method(ENCODING, n / count))
         _require_reducible(store, encoder.protect)
         queries = directions(corpus.queries.ids, encoder.queries(corpus.queries.texts), "queries")
-        bench = Bench(
-            store, queries, corpus.queries.ids, named_gains(ids, corpus.gains), encoder.protect, folder
-        )
+        bench = Bench(store, queries, corpus.queries.ids, named_gains(ids, corpus.gains), encoder.protect, folder)
         called = "cenote.jobs.reduce.compare_corpus"
         return _compared(bench, asked, corpus.name, corpus.notes, called, out is not None, on_method)
 
@@ -244,4 +242,6 @@ def _require_reducible(documents: Bags | ExactStore, protect: int) -> None:
     lengths = documents.lengths()
     if not len(lengths) or int(lengths.max()) - protect < 2:
         beyond = f" beyond the {protect} that are never reduced" if protect else ""
-        raise InputError(f"documents: none has two vectors{beyond}; there is nothing to reduce. Is it one vector per document?")
+        raise InputError(
+            f"documents: none has two vectors{beyond}; there is nothing to reduce. Is it one vector per document?"
+        )

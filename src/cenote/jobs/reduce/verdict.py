@@ -61,7 +61,9 @@ def lead(found: Frontier, chosen: str | None) -> str:
         best = max(found.candidates, key=lambda r: r.metric, default=None)
         text = f"Keep all vectors: {found.reason}"
         if best is not None:
-            text += f". The best that is smaller, {best.method}, has {metric(best, found)}{_against(found, best.method)}"
+            text += (
+                f". The best that is smaller, {best.method}, has {metric(best, found)}{_against(found, best.method)}"
+            )
         return f"{warned}{text}."
     small = found[chosen]
     share = SHARES.get(small.factor, f"1/{small.factor:g}")
