@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.cli.program import Run
 
 from cenote.features.manuals import manuals
 from cenote.jobs.reduce import Frontier
+from tests.cli.program import Run
 
 QUICK = ("--model", "hashed-words", "--methods", "sequential", "--factors", "4", "--seeds", "1")
 

@@ -90,7 +90,10 @@ IDS = [f"d{n}" for n in range(10)]
 @pytest.mark.parametrize(
     ("qrels", "told"),
     [
-        ({"q": {"d1": 1, "x1": 1, "x2": 0, "x3": 1, "x4": 1}}, "4 of the judged documents are not in the corpus (x1, x2, x3, ...)"),
+        (
+            {"q": dict.fromkeys(["d1", "x1", "x2", "x3", "x4"], 1)},
+            "4 of the judged documents are not in the corpus (x1, x2, x3, ...)",
+        ),
         ({"q": {"d1": 1}, "r": {"d1": 1}}, "1 of 2 judged queries is not among the queries (r)"),
         ({"q": {"d1": 1}, "p": {"d1": 0, "d2": -1}}, "1 of 2 queries has no relevant document (p)"),
     ],

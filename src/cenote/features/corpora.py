@@ -152,7 +152,8 @@ def judged(ids: Sequence[str], query_ids: Sequence[str], qrels: Qrels, skip_bad:
     if strangers:
         counted = all(q.isdecimal() and 1 <= int(q) <= len(query_ids) for q in qrels)
         otherwise = ", or say with --by-position that the qrels count the queries" if counted else ""
-        told = f"{len(strangers):,} of {len(qrels):,} judged queries {_are(len(strangers))} not among the queries ({_some(strangers)})"
+        told = f"{len(strangers):,} of {len(qrels):,} judged queries {_are(len(strangers))} not among the queries"
+        told = f"{told} ({_some(strangers)})"
         refuse("query", told, otherwise)
     lines = [(q, d, gain) for q in query_ids for d, gain in qrels.get(q, {}).items()]
     unknown = list(dict.fromkeys(d for _, d, _ in lines if d not in place))

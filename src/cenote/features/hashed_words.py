@@ -37,7 +37,9 @@ class HashedWords:
         True
     """
 
-    name, weights, layer, punctuation, max_length, protect = NAME, "", None, False, None, 0
+    name, weights, punctuation, protect = NAME, "", False, 0
+    layer: int | None = None
+    max_length: int | None = None
 
     def __init__(self, width: int = WIDTH) -> None:
         if width % 8 or not 8 <= width <= 512:
@@ -79,4 +81,4 @@ def _of_word(word: str, width: int) -> NDArray[np.float64]:
 def _direction(piece: str, width: int) -> NDArray[np.float64]:
     # the digest's own bits: what generators draw from a seed may change
     digest = hashlib.blake2b(piece.encode("utf-8", "backslashreplace"), digest_size=width // 8).digest()
-    return 2.0 * np.unpackbits(np.frombuffer(digest, np.uint8)) - 1.0
+    return np.unpackbits(np.frombuffer(digest, np.uint8)).astype(np.float64) * 2 - 1

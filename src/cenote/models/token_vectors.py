@@ -48,7 +48,7 @@ class TokenEncoder:
         self.backbone, self.punctuation = backbone, punctuation
         self.name, self.weights = backbone.identity.name, backbone.identity.weights_sha256
         self.width, self.protect = layout.dims[state], layout.prefix_tokens
-        self.max_length = backbone.max_length
+        self.max_length: int | None = backbone.max_length
         self._skipped: dict[int, bool] = {}
 
     def documents(self, texts: Sequence[str]) -> Bags:

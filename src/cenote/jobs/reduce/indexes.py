@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-
 from cenote.catalog import method
 from cenote.compare.sources import source_digest
 from cenote.core import Bags, InputError
