@@ -65,7 +65,7 @@ def test_adding_goes_on_and_recall_is_told(cenote: Run, corpus: Path, tmp_path: 
         (("--factor", "3"), "holds factor 2.0, not 3.0; name another place"),
         (("--method", "first-k"), "holds method sequential, not first-k"),
         (("--method", "simpool"), "method: simpool does not reduce documents by their vectors alone"),
-        (("--factor", "1"), "factor: expected a number above 1, got 1; for all vectors name the method unreduced"),
+        (("--factor", "1"), "factor: expected a number above 1, got 1; unreduced documents need no reducer"),
         (("--store", "faiss://here"), "store: expected 'exact', 'lancedb' or 'qdrant', got 'faiss'"),
         (("--store", "exact://"), "store: expected a folder behind exact://"),
     ],

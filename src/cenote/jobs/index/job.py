@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from cenote.catalog import create, method
+from cenote.catalog import method
 from cenote.core import Bags, InputError
 from cenote.features.corpora import Texts
 from cenote.features.vectors import Hits, Meta, VectorStore
 from cenote.jobs.index.result import Indexed
 from cenote.jobs.reduce.arms import BASELINE
 from cenote.jobs.reduce.encoding import AT_ONCE, Encoder, meta_of
-from cenote.jobs.reduce.pooling import KIND, ROOM, in_batches
+from cenote.jobs.reduce.pooling import in_batches, reducer_of
 
 
 def meta_for(encoder: Encoder, name: str = BASELINE, factor: float = 1.0) -> Meta:
@@ -26,7 +25,7 @@ def meta_for(encoder: Encoder, name: str = BASELINE, factor: float = 1.0) -> Met
         if factor != 1:
             raise InputError(f"factor: unreduced documents keep all vectors; leave factor out, got {factor:g}")
         return meta_of(encoder)
-    reducer = _reducer(name, factor)
+    reducer = reducer_of(name, factor)
     # rows of the input have the norm that they had
     return meta_of(encoder, method(name).name, float(factor), reducer.keeps != "means")
 
@@ -49,7 +48,7 @@ def index(
     """
     held = store.meta
     held.require(meta_for(encoder, held.method, held.factor), "it")
-    reducer = None if held.method == BASELINE else _reducer(held.method, held.factor)
+    reducer = None if held.method == BASELINE else reducer_of(held.method, held.factor)
     new = set(store.missing(texts.ids))
     wanted = [(name, text) for name, text in zip(texts.ids, texts.texts, strict=True) if name in new]
     kept = len(texts.ids) - len(wanted)
@@ -90,14 +89,3 @@ def search(queries: Sequence[str], encoder: Encoder, store: VectorStore, k: int 
 def sample_of(queries: Texts, encoder: Encoder, most: int) -> Bags:
     """Vectors of the first so many queries."""
     return encoder.queries(list(queries.texts[:most]))
-
-
-def _reducer(name: str, factor: float) -> Any:
-    entry = method(name)
-    if entry.room != ROOM or entry.kind != KIND:
-        raise InputError(f"method: {name} does not reduce documents by their vectors alone; see cenote list")
-    if not factor > 1:
-        raise InputError(
-            f"factor: expected a number above 1, got {factor:g}; for all vectors name the method {BASELINE}"
-        )
-    return create(name, factor=factor)

@@ -92,6 +92,20 @@ def in_batches(reducer: Any, bags: Bags, protect: int) -> Bags:
     return Bags.from_list([found[i] for i in range(len(bags))])
 
 
+def reducer_of(name: str, factor: float, **settings: Any) -> Any:
+    """A reducer of documents, by its name in the catalog.
+
+    Raises:
+        InputError: where it needs more than tokens, or reduces nothing.
+    """
+    entry = method(name)
+    if entry.room != ROOM or entry.kind != KIND:
+        raise InputError(f"method: {name} does not reduce documents by their vectors alone; see cenote list")
+    if not factor > 1:
+        raise InputError(f"factor: expected a number above 1, got {factor:g}; unreduced documents need no reducer")
+    return create(name, factor=factor, **settings)
+
+
 def unit_norm(bags: Bags) -> Bags:
     """Vectors scaled to norm 1; one that is zero, as opposite vectors' mean, stays."""
     return Bags(torch.nn.functional.normalize(bags.values, dim=1), bags.offsets)
