@@ -141,7 +141,7 @@ def parsed_grid(text: str | None) -> tuple[int, int] | None:
     return int(height), int(width)
 
 
-def parsed_size(text: str) -> int:
+def parsed_size(text: str, option: str = "--max-item-size") -> int:
     """`"500MB"` in bytes.
 
     >>> parsed_size("500MB"), parsed_size("1.5 gb")
@@ -149,7 +149,7 @@ def parsed_size(text: str) -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
     if found is None:
-        raise InputError(f"--max-item-size: expected a size such as 500MB or 4GB, got {text!r}")
+        raise InputError(f"{option}: expected a size such as 500MB or 4GB, got {text!r}")
     return round(float(found[1]) * 1000.0 ** ("", "k", "m", "g", "t").index(found[2]))
 
 
