@@ -1,6 +1,6 @@
 """Clusters of many sets at once: exact numbers, none empty, and the optima of small sets by trying all."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -83,7 +83,7 @@ def test_losses_never_rise() -> None:
         m = kmedoids(distances, first, counts, mask, w, iterations=iterations)[1]
         medoids.append(loss(x[0], x[0, m[0]], w[0]))
     for losses in (means, medoids):
-        assert all(b <= a + 1e-5 for a, b in zip(losses, losses[1:], strict=False))
+        assert all(b <= a + 1e-5 for a, b in pairwise(losses))
         assert losses[-1] < losses[0]
 
 

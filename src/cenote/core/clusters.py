@@ -196,8 +196,8 @@ def kmedoids(
     *,
     iterations: int = 5,
 ) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch most"]]:
-    """Medoids for `sum_i w_i min_k d(i, c_k)`: each vector goes to the nearest medoid, then the medoid of a cluster is that member
-    to which the members are nearest.
+    """Medoids for `sum_i w_i min_k d(i, c_k)`: each vector goes to the nearest medoid, then the medoid of a cluster is that
+    member to which the members are nearest.
 
     A medoid always belongs to its own cluster. A cluster whose weights sum to zero counts its members alike.
 
@@ -244,9 +244,9 @@ def density_peaks(
 ) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch most"]]:
     """Clusters around vectors that are dense and far from denser ones.
 
-    `rho_i = exp(-mean_{j in kNN(i)} d_ij)`, `delta_i = min_{j: rho_j > rho_i} sqrt(d_ij)`, for the densest the largest distance of
-    all; those of largest `rho delta` are centres, and each vector goes to the nearest. Of two that are equally dense the first
-    is denser.
+    `rho_i = exp(-mean_{j in kNN(i)} d_ij)`, `delta_i = min_{j: rho_j > rho_i} sqrt(d_ij)`, for the densest the largest distance
+    of all; those of largest `rho delta` are centres, and each vector goes to the nearest. Of two that are equally dense the
+    first is denser.
 
     Args:
         distances: `d`, squared.
@@ -313,8 +313,8 @@ def greedy_pairs(
     pairs: Int[Tensor, "batch"],
     mask: Bool[Tensor, "batch tokens"],
 ) -> Int[Tensor, "batch tokens"]:
-    """The vector that each is merged into, its own number where it stays: the most similar pairs one after the other, each vector
-    in one at most; the later of a pair goes to the earlier."""
+    """The vector that each is merged into, its own number where it stays: the most similar pairs one after the other, each
+    vector in one at most; the later of a pair goes to the earlier."""
     tokens = mask.shape[1]
     onto = torch.arange(tokens, device=mask.device).repeat(len(mask), 1)
     item = torch.arange(len(mask), device=mask.device)
