@@ -144,9 +144,10 @@ def reductions(
         middle, inflection = int(r[0]), r[1]
         if not -1 <= inflection <= 1:
             raise InputError(f"r: expected an inflection from -1 to 1, got {inflection}")
-        first = int(middle * (1 - inflection))
+        # 10 (1 - 0.8) is 1.9999999999999996
+        first = int(round(middle * (1 - inflection), 9))
         step = (2 * middle - 2 * first) / max(blocks - 1, 1)
-        numbers = [int(first + step * n) for n in range(blocks)]
+        numbers = [int(round(first + step * n, 9)) for n in range(blocks)]
     elif isinstance(r, int):
         numbers = [r] * blocks
     else:
