@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 import cenote
 from cenote.reduce import (
@@ -207,5 +206,3 @@ def test_it_acts_in_a_running_vit_of_transformers() -> None:
         shorten = Shorten(reducer, 1, protect=1, rows=rows, proportional=True)
         with torch.no_grad(), edited(model, shorten):
             assert model(pixel_values=IMAGES).last_hidden_state.shape == (4, 9, 16)
-
-

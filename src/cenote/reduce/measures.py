@@ -42,7 +42,9 @@ def reconstruction_loss(
     x = torch.where(real.unsqueeze(-1), x, torch.zeros_like(x)).to(wide)
     # products would cancel where a token is its own
     distances = torch.cdist(x, reduced.tokens.to(wide), compute_mode="donot_use_mm_for_euclid_dist").square()
-    distances = torch.nn.functional.pad(distances.masked_fill(~reduced.real[:, None], torch.inf), (0, 1), value=torch.inf)
+    distances = torch.nn.functional.pad(
+        distances.masked_fill(~reduced.real[:, None], torch.inf), (0, 1), value=torch.inf
+    )
     near = torch.where(real, distances.amin(-1), 0.0)
     return near.sum(1) if weights is None else torch.where(real, near * weights.to(wide), 0.0).sum(1)
 

@@ -415,7 +415,10 @@ def test_all_rows_of_a_batch_without_padding_are_read() -> None:
         seen.append(attention)
         return dropping(torch.arange(17) % 2 == 0)(x, sizes, mask)
 
-    with recorded(case.model, "rows", rows="all") as found, edited(case.model, Shorten(reduce, 0, rows="all", protect=1)):
+    with (
+        recorded(case.model, "rows", rows="all") as found,
+        edited(case.model, Shorten(reduce, 0, rows="all", protect=1)),
+    ):
         case.model(**case.inputs)
     weights = next(w for place, (w, *_) in found["rows"].items() if place.block == 0)
     torch.testing.assert_close(seen[0], weights.mean(2), rtol=1e-5, atol=1e-6)

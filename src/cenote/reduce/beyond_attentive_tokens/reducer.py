@@ -21,8 +21,8 @@ BLOCKS = (3, 6, 9)
 
 
 class Split(NamedTuple):
-    """How a total is made up, per set: of the most attentive tokens, `attentive` before `pairs` of them are merged, and `clusters`
-    of the others; `attentive - pairs + clusters` are left."""
+    """How a total is made up, per set: of the most attentive tokens, `attentive` before `pairs` of them are merged, and
+    `clusters` of the others; `attentive - pairs + clusters` are left."""
 
     attentive: Int[Tensor, "batch"]
     pairs: Int[Tensor, "batch"]
@@ -60,15 +60,15 @@ def budget_split(
 class AttentiveAndDiverse(BudgetReducer):
     """What [CLS] attends to, without its doubles, and a few means of all else: BAT.
 
-    The `n_att` tokens of largest attention, of which the `n_pair` most similar pairs are merged; the others, around `n_clu` density
-    peaks. Means weigh tokens by their attention. `n_att - n_pair + n_clu` are left, of every set.
+    The `n_att` tokens of largest attention, of which the `n_pair` most similar pairs are merged; the others, around `n_clu`
+    density peaks. Means weigh tokens by their attention. `n_att - n_pair + n_clu` are left, of every set.
 
     Args:
         factor, tokens, fraction, rounding: how many are left in all, as `cenote.reduce.Budget`.
         clusters: share of these that are clusters of inattentive tokens.
         pairs: share of the attentive tokens that are merged away.
-        split: `(n_att, n_pair, n_clu)` instead of all of the above; where there are no more than `n_clu` inattentive tokens they are
-            kept as they are.
+        split: `(n_att, n_pair, n_clu)` instead of all of the above; where there are no more than `n_clu` inattentive tokens
+            they are kept as they are.
         neighbours: `k` of the density.
         matching: `"greedy"`: each token is in one pair at most; `"bipartite"`: every second attentive token goes to its most
             similar one of the others, several to the same.
@@ -109,7 +109,9 @@ class AttentiveAndDiverse(BudgetReducer):
             attentive, paired, groups = split
             require_at_least(0, attentive=attentive, pairs=paired, clusters=groups)
             if 2 * paired > attentive or attentive - paired + groups < 1:
-                raise InputError(f"split: expected (attentive, pairs of them, clusters) that leave a token, got {split}")
+                raise InputError(
+                    f"split: expected (attentive, pairs of them, clusters) that leave a token, got {split}"
+                )
             if (factor, tokens, fraction) != (None, None, None):
                 raise InputError("split: says how many are left; give no factor, tokens or fraction with it")
             tokens = attentive - paired + groups
@@ -180,7 +182,9 @@ class AttentiveAndDiverse(BudgetReducer):
         return (attentive**2 + (tokens - attentive) ** 2) * dim
 
 
-def bat(patches: int, keep: float, *, blocks: Sequence[int] = BLOCKS, **settings: object) -> dict[int, AttentiveAndDiverse]:
+def bat(
+    patches: int, keep: float, *, blocks: Sequence[int] = BLOCKS, **settings: object
+) -> dict[int, AttentiveAndDiverse]:
     """Where and how much the paper reduces: what `ReducibleViT.run(images, at=...)` and `models.live.shortened` take.
 
     Args:

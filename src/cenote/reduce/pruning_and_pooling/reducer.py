@@ -34,9 +34,9 @@ class Decision(NamedTuple):
 class PruneOrPool(BudgetReducer):
     """Of each set the least important tokens dropped, or the most similar ones merged, by how much importance varies.
 
-    `s_i ~ sum_h A_hi |v_i|` with a sum of 1; below the threshold their variance says that nothing is clearly of no importance, so
-    that like tokens are merged: every second one into its most similar of the others, by the keys' mean over heads. Else the
-    tokens of least score go. Either way as many are left. `inf` always pools, `-inf` always prunes.
+    `s_i ~ sum_h A_hi |v_i|` with a sum of 1; below the threshold their variance says that nothing is clearly of no importance,
+    so that like tokens are merged: every second one into its most similar of the others, by the keys' mean over heads. Else
+    the tokens of least score go. Either way as many are left. `inf` always pools, `-inf` always prunes.
 
     Args:
         factor, tokens, fraction, rounding: how many are left, as `cenote.reduce.Budget`.

@@ -145,8 +145,8 @@ class ReducingBlock(nn.Module):
 class VisionRun(NamedTuple):
     """What a vision transformer made of images.
 
-    `logits` `[batch, classes]`; `counts`, per block how many tokens it wrote, the protected ones included, of the fullest image;
-    `reduced`, the last states and what became of the tokens that the first block read.
+    `logits` `[batch, classes]`; `counts`, per block how many tokens it wrote, the protected ones included, of the fullest
+    image; `reduced`, the last states and what became of the tokens that the first block read.
     """
 
     logits: Float[Tensor, "batch classes"]

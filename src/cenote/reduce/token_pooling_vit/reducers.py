@@ -81,8 +81,8 @@ class _Clusters(BudgetReducer):
 class KMedoidsTokens(_Clusters):
     """The tokens from which all can be rebuilt best: medoids by significance, WK-Medoids.
 
-    `sum_i w_i min_k |x_i - x_{c_k}|^2`, descended by assigning each token to the nearest medoid and choosing of each cluster that
-    member to which the members are nearest, by their weights. `w_i = sum_h sum_q A_hqi`.
+    `sum_i w_i min_k |x_i - x_{c_k}|^2`, descended by assigning each token to the nearest medoid and choosing of each cluster
+    that member to which the members are nearest, by their weights. `w_i = sum_h sum_q A_hqi`.
 
     Args:
         factor, tokens, fraction, rounding: how many are left, as `cenote.reduce.Budget`; where all are, nothing changes.

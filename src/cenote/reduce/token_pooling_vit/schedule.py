@@ -90,9 +90,7 @@ class SoftExtract(nn.Module):
         attention: Float[Tensor, "batch heads tokens"],
     ) -> Reduced:
         order = attention[..., protect:].sum(1).sort(dim=1, descending=True, stable=True).indices
-        rank = torch.empty_like(order).scatter(
-            1, order, torch.arange(order.shape[1], device=x.device).expand_as(order)
-        )
+        rank = torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1], device=x.device).expand_as(order))
         factor = F.pad(self.retained()[rank], (protect, 0), value=1.0)
         own = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         known = torch.ones_like(x[..., 0]) if sizes is None else sizes
