@@ -128,7 +128,6 @@ def test_the_commands_find_a_module_of_this_folder(module: Path, monkeypatch: py
 
     from cenote.cli.app import app
 
-
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(90, 9, 4)).astype("float32"), np.arange(90) % 2
     # one long token carries the label
