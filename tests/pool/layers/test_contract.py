@@ -12,6 +12,6 @@ LAYERS = 5
 def test_layer_pool_keeps_its_contract(name: str, left_out: tuple[str, ...]) -> None:
     taken = inspect.signature(cenote.method(name).load()).parameters
     # the published widths and numbers of latents would take minutes of finite differences
-    small = {"layers": LAYERS, "channels": 16, "hidden": 32, "latents": 12}
+    small = {"layers": LAYERS, "channels": 8, "hidden": 16, "latents": 12, "out_dim": 8}
     sized = {argument: size for argument, size in small.items() if argument in taken}
     check_layer_pool(cenote.create(name, dim=16, **sized), layers=LAYERS, leave_out=left_out)
