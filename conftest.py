@@ -1,3 +1,4 @@
+import atexit
 import gc
 from collections.abc import Generator, MutableMapping
 from importlib import import_module
@@ -40,6 +41,8 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.collect()
         gc.freeze()
         gc.enable()
+        # at exit all of it is garbage
+        atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ from cenote.pool.attention.abmilp import sincos_positions
 from cenote.testing import check_pool
 
 
-@by_rules(check_pool)
 @pytest.mark.parametrize("self_attention", ["none", "map"])
 def test_a_last_layer_of_zeros_is_the_mean(self_attention: str) -> None:
     pool, x = shaken(ABMILP(16, self_attention)), features()
@@ -70,6 +69,7 @@ def test_bags_of_full_size_are_fine_and_others_are_refused() -> None:
         pool(Bags.from_padded(x[:, :4]))
 
 
+@by_rules(check_pool)
 @pytest.mark.parametrize("settings", [{"self_attention": "none", "depth": 3}, {"self_attention": "map"}, {"depth": 1}])
 def test_contract_of_variants(settings: dict, left_out: tuple[str, ...]) -> None:
     check_pool(ABMILP(16, **settings), leave_out=left_out)

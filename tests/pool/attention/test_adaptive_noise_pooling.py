@@ -25,7 +25,6 @@ def plain_average(dim: int, sharpness: float, **arguments: object) -> AdaptiveNo
     return pool
 
 
-@by_rules(check_pool)
 @pytest.mark.parametrize("query", [None, 2, -1, [1, 3], [0, -2, 4]])
 @pytest.mark.parametrize("plan", ["absorbed", "projected"])
 def test_it_is_its_equation(query: int | list[int] | None, plan: str) -> None:
@@ -41,6 +40,7 @@ def test_it_is_its_equation(query: int | list[int] | None, plan: str) -> None:
     torch.testing.assert_close(weights, a)
 
 
+@by_rules(check_pool)
 @pytest.mark.parametrize(("query", "bias"), [(0, False), (-1, True), ([0, 7], True)])
 def test_chosen_queries_keep_the_contract(query: int | list[int], bias: bool, left_out: tuple[str, ...]) -> None:
     check_pool(AdaptiveNoisePool(16, heads=4, query=query, bias=bias), leave_out=left_out)
@@ -75,7 +75,6 @@ def test_one_token() -> None:
     torch.testing.assert_close(pool(x), pool.out(values) + x[:, 0])
 
 
-@by_rules(check_pool)
 @pytest.mark.parametrize("query", [None, 0, -1, [0, -1], [1, 3]])
 def test_a_mask_drops_tokens(query: int | list[int] | None) -> None:
     pool = AdaptiveNoisePool(6, query=query).double()
@@ -185,6 +184,7 @@ def test_a_signal_query_beats_mean_and_max_over_the_shares_of_signal() -> None:
     assert max(e[0] for e in errors.values()) < 0.1 * max(e[1] for e in errors.values())
 
 
+@by_rules(check_pool)
 @pytest.mark.parametrize(
     ("pooling", "projected"),
     [("adaptive", True), ("mean", False), ("max", True), ("token", False), ("cls", False), ("cls", True)],

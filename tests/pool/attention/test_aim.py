@@ -16,7 +16,6 @@ def written_out(pool: AimPool, x: torch.Tensor) -> torch.Tensor:
     return dense_attention(query, pool.k(z), pool.v(z), pool.heads)[0].mean(1)
 
 
-@by_rules(check_pool)
 @pytest.mark.parametrize("settings", [{}, {"heads": 2, "queries": 3, "qkv_bias": True}])
 @pytest.mark.parametrize("training", [False, True])
 def test_equals_attention_on_batch_normalised_tokens(settings: dict, training: bool) -> None:
@@ -55,6 +54,7 @@ def test_default_heads_are_the_papers_or_the_largest_divisor_below() -> None:
     assert [AimPool(d).heads for d in (768, 50, 17)] == [16, 10, 1]
 
 
+@by_rules(check_pool)
 @pytest.mark.parametrize("settings", [{"heads": 4, "queries": 3}, {"qkv_bias": True}])
 def test_contract_of_variants(settings: dict, left_out: tuple[str, ...]) -> None:
     check_pool(AimPool(16, **settings), leave_out=left_out)

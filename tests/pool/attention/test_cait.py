@@ -9,7 +9,6 @@ from cenote.pool import CaiTPool
 from cenote.testing import check_pool
 
 
-@by_rules(check_pool)
 @pytest.mark.parametrize("depth", [1, 3])
 def test_is_attention_over_cls_and_tokens_together(depth: int) -> None:
     pool, x = shaken(CaiTPool(16, heads=4, depth=depth)), features()
@@ -38,6 +37,7 @@ def test_first_layer_scale_is_tiny() -> None:
     assert not torch.equal(output[0], output[1])
 
 
+@by_rules(check_pool)
 @pytest.mark.parametrize(
     "settings", [{"heads": 1, "depth": 2}, {"qkv_bias": False, "mlp_ratio": 2.0, "init_scale": 0.1}]
 )

@@ -9,7 +9,6 @@ from cenote.pool import CbamPool
 from cenote.testing import check_pool
 
 
-@by_rules(check_pool)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"hidden": 5, "kernel_size": 3, "bias": True}])
 def test_equals_gates_on_a_map(training: bool, settings: dict) -> None:
@@ -46,6 +45,7 @@ def test_hidden_width_of_the_channel_gate() -> None:
     assert [CbamPool(d, tokens=4).fc1.out_features for d in (4, 16, 40, 768)] == [1, 1, 3, 48]
 
 
+@by_rules(check_pool)
 @pytest.mark.parametrize("settings", [{"hidden": 4, "bias": True}, {"kernel_size": 3}])
 def test_contract_of_variants(settings: dict, left_out: tuple[str, ...]) -> None:
     check_pool(CbamPool(32, tokens=9, **settings), leave_out=left_out)

@@ -8,7 +8,6 @@ from cenote.pool import ClipPool
 from cenote.testing import check_pool
 
 
-@by_rules(check_pool)
 @pytest.mark.parametrize("width", [16, 24])
 def test_is_token_zero_of_full_self_attention(width: int) -> None:
     pool, x = shaken(ClipPool(16, tokens=9, out_dim=10, width=width)), features()
@@ -45,6 +44,7 @@ def test_another_number_of_tokens_is_refused() -> None:
         pool(x[:, :8])
 
 
+@by_rules(check_pool)
 @pytest.mark.parametrize("settings", [{"heads": 2, "out_dim": 5}, {"width": 24, "qkv_bias": False}])
 def test_contract_of_variants(settings: dict, left_out: tuple[str, ...]) -> None:
     check_pool(ClipPool(16, tokens=9, **settings), leave_out=left_out)

@@ -8,7 +8,6 @@ from cenote.pool import CoCaPool
 from cenote.testing import check_pool
 
 
-@by_rules(check_pool)
 @pytest.mark.parametrize("settings", [{}, {"queries": 3, "norm_tokens": True, "feedforward": 2.0, "out_dim": 12}])
 def test_is_attention_whose_heads_share_keys_and_values(settings: dict) -> None:
     pool, x = shaken(CoCaPool(16, heads=3, head_dim=5, **settings)), features()
@@ -30,6 +29,7 @@ def test_one_key_and_value_head_whatever_the_number_of_heads() -> None:
     assert sizes == [(16, 16), (16, 16)]
 
 
+@by_rules(check_pool)
 @pytest.mark.parametrize(
     "settings", [{"heads": 2, "head_dim": 8, "queries": 3}, {"norm_tokens": True, "feedforward": 4.0}]
 )

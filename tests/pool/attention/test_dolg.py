@@ -9,7 +9,6 @@ from cenote.pool import DolgPool
 from cenote.testing import check_pool
 
 
-@by_rules(check_pool)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("activation", "function"), [("relu", F.relu), ("leaky_relu", F.leaky_relu)])
 def test_equals_convolutions_on_a_map(training: bool, activation: str, function) -> None:
@@ -38,6 +37,7 @@ def test_output_is_no_longer_than_the_sum_of_the_weights() -> None:
     assert (output.norm(dim=-1) <= weights.sum((1, 2))).all()
 
 
+@by_rules(check_pool)
 @pytest.mark.parametrize("settings", [{"hidden": 10}, {"activation": "leaky_relu", "eps": 1e-3}])
 def test_contract_of_variants(settings: dict, left_out: tuple[str, ...]) -> None:
     check_pool(DolgPool(16, **settings), leave_out=left_out)

@@ -29,7 +29,6 @@ def test_is_multi_head_attention_without_its_redundant_maps() -> None:
     torch.testing.assert_close(got, weights.squeeze(2), atol=1e-10, rtol=1e-10)
 
 
-@by_rules(check_pool)
 @pytest.mark.parametrize("d_out", [1, 2])
 def test_values_projected_late_or_early(d_out: int) -> None:
     x = features(tokens=17, dim=32)
@@ -82,6 +81,7 @@ def test_default_queries_are_the_papers_or_the_largest_divisor_below() -> None:
     assert [EfficientProbing(d).queries for d in (768, 50, 13)] == [32, 25, 13]
 
 
+@by_rules(check_pool)
 @pytest.mark.parametrize("settings", [{"queries": 1}, {"queries": 4, "d_out": 2}, {"plan": "projected"}])
 def test_contract_of_variants(settings: dict, left_out: tuple[str, ...]) -> None:
     check_pool(EfficientProbing(16, **settings), leave_out=left_out)

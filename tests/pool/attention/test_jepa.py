@@ -18,7 +18,6 @@ def peer(weight: torch.Tensor, bias: torch.Tensor, proj: nn.Linear, heads: int) 
     return mha
 
 
-@by_rules(check_pool)
 @pytest.mark.parametrize(("queries", "depth"), [(1, 1), (3, 1), (3, 3)])
 def test_is_a_cross_attention_block_then_blocks_among_the_queries(queries: int, depth: int) -> None:
     pool, x = shaken(JepaPool(16, heads=4, queries=queries, depth=depth)), features()
@@ -67,6 +66,7 @@ def test_initial_scale_of_the_maps_that_end_a_residual_branch() -> None:
         assert not linear.bias.any()
 
 
+@by_rules(check_pool)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -8,7 +8,6 @@ from cenote.pool import MHCAPool
 from cenote.testing import check_pool
 
 
-@by_rules(check_pool)
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("plan", ["absorbed", "projected"])
 def test_is_torchs_own_multi_head_attention(queries: int, plan: str) -> None:
@@ -24,6 +23,7 @@ def test_is_torchs_own_multi_head_attention(queries: int, plan: str) -> None:
     torch.testing.assert_close(weights, dense.flatten(1, 2))
 
 
+@by_rules(check_pool)
 @pytest.mark.parametrize("settings", [{"heads": 2, "queries": 3}, {"bias": False}])
 def test_contract_of_variants(settings: dict, left_out: tuple[str, ...]) -> None:
     check_pool(MHCAPool(16, **settings), leave_out=left_out)

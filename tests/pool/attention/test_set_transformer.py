@@ -25,7 +25,6 @@ def spread_out(module: nn.Module) -> nn.Module:
     return module
 
 
-@by_rules(check_pool)
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("ln", [False, True])
 def test_mab_is_its_equation(heads: int, ln: bool) -> None:
@@ -110,6 +109,7 @@ def test_a_copy_of_every_token_changes_nothing(pool: nn.Module) -> None:
     torch.testing.assert_close(pool(torch.cat([x, x], 1)), pool(x))
 
 
+@by_rules(check_pool)
 @pytest.mark.parametrize(
     "pool",
     [

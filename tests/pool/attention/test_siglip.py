@@ -10,7 +10,6 @@ from cenote.pool import SigLipPool
 from cenote.testing import check_pool
 
 
-@by_rules(check_pool)
 @pytest.mark.parametrize("norm", [False, True])
 def test_is_multi_head_attention_and_an_mlp(norm: bool) -> None:
     pool, x = shaken(SigLipPool(16, heads=4, norm=norm)), features()
@@ -52,6 +51,7 @@ def test_several_latents() -> None:
     torch.testing.assert_close(first(x), pool(x)[:, 0])
 
 
+@by_rules(check_pool)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -104,7 +104,6 @@ def test_without_knowledge_gate_and_affine_are_constant_maps_and_not_plain_atten
     torch.testing.assert_close(affine(h, nothing), plain(h, affine.score.weight[0] * affine.scale.bias))
 
 
-@by_rules(check_pool)
 @pytest.mark.parametrize("make", ALL)
 def test_a_sentence_without_words_gives_zeros(make) -> None:
     pool, (h, c) = shaken(make()), inputs()
@@ -160,6 +159,7 @@ def test_one_sentence_of_one_word_keeps_its_shape() -> None:
     assert weights.shape == (1, 1, 1)
 
 
+@by_rules(check_pool)
 @pytest.mark.parametrize("make", ALL)
 def test_contract(make, left_out: tuple[str, ...]) -> None:
     check_pool(Joined(make()), leave_out=left_out)

@@ -39,13 +39,13 @@ VARIANTS = [
 ]
 
 
-@by_rules(check_pool)
 @pytest.mark.parametrize("settings", VARIANTS)
 def test_equals_the_concatenated_form(settings: dict) -> None:
     pool, x = shaken(AttentiveStatisticsPool(16, **settings)), features(3)
     torch.testing.assert_close(pool(x), written_out(pool, x), atol=1e-9, rtol=1e-9)
 
 
+@by_rules(check_pool)
 @pytest.mark.parametrize("settings", [VARIANTS[3], VARIANTS[4], VARIANTS[5]])
 def test_contract_of_variants(settings: dict, left_out: tuple[str, ...]) -> None:
     check_pool(AttentiveStatisticsPool(16, **settings), leave_out=left_out)

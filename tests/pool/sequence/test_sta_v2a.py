@@ -85,7 +85,6 @@ def test_the_order_of_frames_leaves_the_prompt_and_no_frame_gives_zeros() -> Non
     assert torch.equal(y[1], torch.zeros_like(y[1]))
 
 
-@by_rules(check_pool)
 @pytest.mark.parametrize("potentials", [("unary",), ("agreement",), ()])
 def test_one_potential_alone_or_none(potentials: tuple) -> None:
     whole, part, x = shaken(StaV2aPrompt(16)), StaV2aPrompt(16, potentials=potentials), features()
@@ -99,6 +98,7 @@ def test_one_potential_alone_or_none(potentials: tuple) -> None:
         torch.testing.assert_close(part(x), part.conv(part.fc(x).mean(1, keepdim=True)))
 
 
+@by_rules(check_pool)
 @pytest.mark.parametrize(
     "settings",
     [{"prompts": 1, "width": 6}, {"potentials": ()}, {"potentials": ["unary"]}, {"potentials": ["agreement"]}],

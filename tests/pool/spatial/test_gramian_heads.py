@@ -58,7 +58,6 @@ def by_definition(pool: GramianPool, x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(outputs, 1), torch.cat(shares, 1)
 
 
-@by_rules(check_pool)
 @pytest.mark.parametrize("options", [{}, {"branches": 2, "gram_dim": 3, "groups": 2}, {"heads": 2}])
 def test_pool_is_its_definition(options: dict[str, Any]) -> None:
     pool, x = shaken(pool_of(**options)), features(dim=DIM)
@@ -74,6 +73,7 @@ def test_a_map_is_its_positions_row_by_row() -> None:
     torch.testing.assert_close(pool(x.transpose(1, 2).unflatten(2, (3, 4))), pool(x))
 
 
+@by_rules(check_pool)
 @pytest.mark.parametrize("branches", [1, 2])
 def test_contract(branches: int, left_out: tuple[str, ...]) -> None:
     check_pool(pool_of(branches=branches), leave_out=left_out)

@@ -27,7 +27,6 @@ def test_exponent_one_is_the_mean() -> None:
     torch.testing.assert_close(GGeM(12, groups=4, p=1.0).double()(x), x.mean(1))
 
 
-@by_rules(check_pool)
 @pytest.mark.parametrize("p", [5.0, 50.0, 2000.0])
 def test_a_large_exponent_tends_to_the_maximum_from_below(p: float) -> None:
     x, tokens = positive(), 9
@@ -208,6 +207,7 @@ def test_default_groups_are_the_heads_of_a_vit_or_the_largest_divisor_below() ->
     assert [GGeM(d).groups for d in (768, 50, 13)] == [12, 10, 1]
 
 
+@by_rules(check_pool)
 @pytest.mark.parametrize("options", [{"groups": 2, "negatives": "shift"}, {"p": 0.7, "negatives": "abs_sign"}])
 def test_contract_of_variants(options: dict, left_out: tuple[str, ...]) -> None:
     check_pool(GGeM(16, **options), leave_out=left_out)
