@@ -21,6 +21,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--real", action="store_true", help="also run the tests marked real; a missing model is a failure")
 
 
+# after -k and -m, so that only what these leave is counted
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if "model_folder" in getattr(item, "fixturenames", ()) and item.get_closest_marker("real") is None:
