@@ -4,6 +4,7 @@
 #   make explain   which explanation of the built-in classifier is faithful: report in explain-out/report.html
 #   make reduce    how few vectors per document will do for a built-in collection: report in reduce-out/report.html
 #   make test      the quick test suite
+#   make test-thorough  the tests that the quick suite leaves out: many of a kind, each of which costs seconds
 #   make models    real pretrained models for the tests, into models/: some 340 MB to fetch, 520 MB to hold
 #   make test-real the tests that use them
 #   make lint      style, types, import floors
@@ -32,7 +33,7 @@ DOCS := $(VENV)/docs.stamp
 BENCH := $(VENV)/bench.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help probe explain reduce test models test-real lint pages docs bench clean
+.PHONY: help probe explain reduce test test-thorough models test-real lint pages docs bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -47,9 +48,16 @@ explain: $(EXPLAIN)
 reduce: $(SEARCH)
 	$(BIN)/cenote reduce --out $(REDUCE_OUT)
 
-# one thread a process: threads of several test processes would only wait for each other
+# one thread a process: threads of several test processes would only wait for each other;
+# bytecode is kept, or every process that a test starts compiles the package again
+test test-thorough: export OMP_NUM_THREADS := 1
+test test-thorough: export PYTHONDONTWRITEBYTECODE :=
+
 test: $(TEST)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-thorough: $(TEST)
+	$(BIN)/python -m pytest -m thorough --thorough $(PYTEST_ARGS)
 
 models: $(REAL)
 	$(BIN)/python -m scripts.real_models --out $(MODELS)

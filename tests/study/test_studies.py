@@ -11,6 +11,7 @@ from pathlib import Path
 
 import matplotlib.figure
 import pytest
+from tests.pools import thoroughly_but
 
 import cenote
 from cenote.study import harness
@@ -34,7 +35,11 @@ def test_the_first_studies_are_there() -> None:
     assert all(s.study == f"cenote.study.{slug.replace('-', '_')}" for slug, s in studies().items())
 
 
-@pytest.mark.parametrize("slug", studies())
+# one for each kind of data and of training that studies share
+QUICK = {"drasp", "maxpoolbert", "multi-layer-trainable", "softpool", "sparse-hierarchical-graph", "sta-v2a"}
+
+
+@pytest.mark.parametrize("slug", thoroughly_but(QUICK, studies(), "trains every arm of a study"))
 def test_study_runs_and_is_complete(slug: str, tmp_path: Path) -> None:
     verdict = study_of(slug)(0, "smoke")
     assert verdict.slug == slug

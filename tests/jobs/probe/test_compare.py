@@ -122,7 +122,7 @@ import sys
 from tests.jobs.probe.conftest import make_dataset, make_ragged
 from cenote.jobs.probe import Recipe, compare
 compare(make_dataset(), ["mean", "max", "gem", "simpool"], seeds=1, out=sys.argv[1],
-        recipe=Recipe(learning_rates=(1e-2,), epochs=60, patience=60))
+        recipe=Recipe(learning_rates=(1e-2,), epochs=30, patience=30))
 """
 
 
@@ -142,7 +142,7 @@ def test_a_killed_run_leaves_only_whole_cells(tmp_path: Path) -> None:
     assert left
     assert all(load_file(p) for p in left)
     assert not (tmp_path / "comparison.json").exists()
-    recipe = Recipe(learning_rates=(1e-2,), epochs=60, patience=60)
+    recipe = Recipe(learning_rates=(1e-2,), epochs=30, patience=30)
     done = {p.name: p.stat().st_mtime_ns for p in left}
     compare(make_dataset(), ["mean", "max", "gem", "simpool"], seeds=1, out=tmp_path, recipe=recipe)
     assert {name: (cells / name).stat().st_mtime_ns for name in done} == done

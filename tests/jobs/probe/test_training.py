@@ -4,7 +4,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from tests.jobs.probe.conftest import make_dataset
-from tests.pools import QUICK_SETTINGS
+from tests.pools import QUICK_SETTINGS, first_of_bases, thoroughly_but
 from torch import Tensor, nn
 
 import cenote
@@ -105,7 +105,9 @@ def test_sets_whose_hidden_layers_are_computed_again_train_as_one_by_one() -> No
         torch.testing.assert_close(found[member], torch.autograd.grad(alone, probe.pool.tanh.weight)[0])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", thoroughly_but(first_of_bases(METHODS), METHODS, "trains a method whose base class another one has")
+)
 def test_every_method_trains_on_images_and_where_it_can_on_bags(name: str, ragged: TokenDataset) -> None:
     images = dataclasses.replace(make_dataset(tokens=17, dim=16), prefix_tokens=1, grid=(4, 4))
     short = Recipe(learning_rates=(1e-2,), epochs=2, batch_size=32)

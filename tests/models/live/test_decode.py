@@ -177,7 +177,7 @@ def test_a_contrast_among_plausible_tokens() -> None:
         plausible(torch.zeros(1, 3), torch.zeros(1, 3), 2)
 
 
-@pytest.mark.parametrize(("name", "attention"), ATTENTIONS)
+@pytest.mark.parametrize(("name", "attention"), zoo.one_by_one(ATTENTIONS))
 def test_each_branch_is_as_alone(name: str, attention: str) -> None:
     model, branches = model_of(name, attention), several()
     kept = Kept((1.5, -1.0, 0.5))

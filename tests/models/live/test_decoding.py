@@ -70,7 +70,7 @@ def generated(model: Any, inputs: dict[str, Tensor], **options: Any) -> Any:
     return model.generate(**inputs, **{**settings, **options}, return_dict_in_generate=True)
 
 
-@pytest.mark.parametrize(("name", "attention"), ATTENTIONS)
+@pytest.mark.parametrize(("name", "attention"), zoo.one_by_one(ATTENTIONS))
 def test_a_padded_batch_is_its_items(name: str, attention: str) -> None:
     model = zoo.MODELS[name](attention).model
     inputs, spans = padded()
@@ -94,7 +94,7 @@ def test_a_padded_batch_is_its_items(name: str, attention: str) -> None:
             assert torch.allclose(recorder.found[place][0][item, ..., -length:], rows[0][0], atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "attention"), ATTENTIONS)
+@pytest.mark.parametrize(("name", "attention"), zoo.one_by_one(ATTENTIONS))
 def test_a_cache_changes_nothing(name: str, attention: str) -> None:
     model = zoo.MODELS[name](attention).model
     inputs, spans = padded()

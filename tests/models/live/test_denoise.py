@@ -17,6 +17,7 @@ import pytest
 import torch
 from tests import tiny
 from tests.models.live import zoo
+from tests.pools import thoroughly_but
 from torch import Tensor, nn
 
 from cenote.core import InputError
@@ -56,6 +57,8 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "FlowMatchEulerDiscreteScheduler": {},
     "FlowMatchHeunDiscreteScheduler": {},
 }
+# of first order, of second, that keeps what it was given, that skips it
+QUICK = {"DDIMScheduler", "HeunDiscreteScheduler", "PNDMScheduler", "DPMSolverSinglestepScheduler"}
 OF_TWO = (
     "HeunDiscreteScheduler",
     "KDPM2DiscreteScheduler",
@@ -210,7 +213,7 @@ def test_kinds_are_several() -> None:
 # ------------------------------------------------------------------------------------------------------- what stays as it is
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", thoroughly_but(QUICK, SCHEDULERS, "a scheduler of a kind that is there"))
 @pytest.mark.parametrize("guided", [True, False])
 def test_a_loop_that_is_looked_into_is_the_same_to_the_bit(name: str, guided: bool) -> None:
     model, z, read = unet(), noise(), states(4 if guided else 2)
@@ -401,7 +404,7 @@ def test_a_look_at_places_of_one_size() -> None:
 # ------------------------------------------------------------------------------------------------------- latents that are set
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", thoroughly_but(QUICK, SCHEDULERS, "a scheduler of a kind that is there"))
 @pytest.mark.parametrize("at", [0, 1])
 def test_latents_that_are_set_act_in_their_own_step(name: str, at: int) -> None:
     model, z, read = unet(), noise(), states()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import pytest
@@ -325,6 +325,17 @@ REACHED = [
     and not (attention == "sdpa" and name in EAGER_ONLY)
     and not (attention == "eager" and name in OF_ONE_KIND)
 ]
+
+
+def one_by_one(cases: Iterable[tuple[str, str]]) -> list[Any]:
+    """Models and implementations as parameters; a model's second implementation is thorough."""
+    seen: set[str] = set()
+    found = []
+    for name, attention in cases:
+        marks = (pytest.mark.thorough("a model under its second implementation"),) if name in seen else ()
+        found.append(pytest.param(name, attention, marks=marks))
+        seen.add(name)
+    return found
 
 
 def tensors(output: Any) -> list[Tensor]:

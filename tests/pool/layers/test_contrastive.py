@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.pool.layers.test_weighted_sum import stack
-from tests.pools import dense_attention, features, shaken
+from tests.pools import by_rules, dense_attention, features, shaken
 
 from cenote.core import InputError
 from cenote.pool import (
@@ -116,8 +116,14 @@ def test_latent_attention_written_out() -> None:
     torch.testing.assert_close(pool(x), F.normalize(y, dim=-1))
 
 
-def test_latent_attention_keeps_the_contract() -> None:
-    check_pool(LatentAttention(8, **SMALL))
+@by_rules(check_pool)
+def test_latent_attention_keeps_the_contract(left_out: tuple[str, ...]) -> None:
+    check_pool(LatentAttention(8, **SMALL), leave_out=left_out)
+
+
+@by_rules(check_layer_pool)
+def test_contract_of_some_layers_alone(left_out: tuple[str, ...]) -> None:
+    check_layer_pool(MultiLayerTrainable(8, 4, use=(1, 2), **SMALL), leave_out=left_out)
 
 
 def test_some_layers_alone_are_looked_up() -> None:
@@ -129,6 +135,5 @@ def test_some_layers_alone_are_looked_up() -> None:
     weights = chosen.attend(x).weights
     torch.testing.assert_close(weights[:, :, [3, 1]], two.attend(x[:, [3, 1]]).weights)
     assert not weights[:, :, [0, 2]].any()
-    check_layer_pool(MultiLayerTrainable(8, 4, use=(1, 2), **SMALL))
     with pytest.raises(InputError, match="use: expected numbers of layers from 0 to 3"):
         MultiLayerTrainable(8, 4, use=(4,))

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.pool.layers.test_weighted_sum import stack
-from tests.pools import dense_attention, features, shaken
+from tests.pools import by_rules, dense_attention, features, shaken
 
 import cenote
 from cenote.core import InputError
@@ -132,14 +132,16 @@ def test_number_of_parameters_at_the_size_of_the_paper() -> None:
     assert round(sum(p.numel() for p in pool.parameters()) / 1e9, 2) == 1.28
 
 
+@by_rules(check_layer_pool)
 @pytest.mark.parametrize(("layers", "tokens"), [(1, "last"), (3, "mean")])
-def test_contract_of_all_layers(layers: int, tokens: str) -> None:
-    check_layer_pool(MultiLayerTrainable(8, layers, tokens=tokens, **SMALL))
+def test_contract_of_all_layers(layers: int, tokens: str, left_out: tuple[str, ...]) -> None:
+    check_layer_pool(MultiLayerTrainable(8, layers, tokens=tokens, **SMALL), leave_out=left_out)
 
 
+@by_rules(check_pool)
 @pytest.mark.parametrize("last_only", [False, True])
-def test_contract_of_one_layer(last_only: bool) -> None:
-    check_pool(LastLayerTrainable(8, last_only=last_only, **SMALL))
+def test_contract_of_one_layer(last_only: bool, left_out: tuple[str, ...]) -> None:
+    check_pool(LastLayerTrainable(8, last_only=last_only, **SMALL), leave_out=left_out)
 
 
 def test_the_five_designs_have_names() -> None:

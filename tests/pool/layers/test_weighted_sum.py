@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.pools import shaken
+from tests.pools import by_rules, shaken
 
 from cenote.core import InputError
 from cenote.pool import ABMIL, PMA, ClsPool, MaxPool, WeightedLayerSum
@@ -56,9 +56,10 @@ def test_weights_give_the_output() -> None:
     torch.testing.assert_close(weights.sum((2, 3)), torch.ones(2, 1, dtype=torch.float64))
 
 
+@by_rules(check_layer_pool)
 @pytest.mark.parametrize("tokens", [ABMIL(8, hidden=4, heads=2), ClsPool(8)])
-def test_contract_with_other_token_pools(tokens) -> None:
-    check_layer_pool(WeightedLayerSum(8, layers=3, norm=True, tokens=tokens))
+def test_contract_with_other_token_pools(tokens, left_out: tuple[str, ...]) -> None:
+    check_layer_pool(WeightedLayerSum(8, layers=3, norm=True, tokens=tokens), leave_out=left_out)
 
 
 def test_pools_that_do_not_fit_are_named() -> None:

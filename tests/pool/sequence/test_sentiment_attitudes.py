@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.pools import features, shaken
+from tests.pools import by_rules, features, shaken
 from torch import Tensor
 
 from cenote.core import InputError
@@ -168,9 +168,10 @@ def test_a_key_at_a_padded_slot_is_no_key() -> None:
     )
 
 
+@by_rules(check_pool)
 @pytest.mark.parametrize("pool", [MLPAttention(8), IMLPAttention(8)])
-def test_contract_of_feature_attention(pool: MLPAttention) -> None:
-    check_pool(EndsAsKeys(pool))
+def test_contract_of_feature_attention(pool: MLPAttention, left_out: tuple[str, ...]) -> None:
+    check_pool(EndsAsKeys(pool), leave_out=left_out)
 
 
 def test_interactive_attention_equation() -> None:

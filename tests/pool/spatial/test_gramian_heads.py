@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.pools import dense_attention, features, shaken
+from tests.pools import by_rules, dense_attention, features, shaken
 from torch import Tensor
 
 from cenote import InputError
@@ -73,9 +73,10 @@ def test_a_map_is_its_positions_row_by_row() -> None:
     torch.testing.assert_close(pool(x.transpose(1, 2).unflatten(2, (3, 4))), pool(x))
 
 
+@by_rules(check_pool)
 @pytest.mark.parametrize("branches", [1, 2])
-def test_contract(branches: int) -> None:
-    check_pool(pool_of(branches=branches))
+def test_contract(branches: int, left_out: tuple[str, ...]) -> None:
+    check_pool(pool_of(branches=branches), leave_out=left_out)
 
 
 def test_the_triangle_holds_the_gramian() -> None:
