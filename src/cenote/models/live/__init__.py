@@ -30,6 +30,7 @@ from cenote.models.live.edits import (
     Where,
 )
 from cenote.models.live.heads import AblatedHeads, AddedStates, ScaledHeads
+from cenote.models.live.neurons import FeedForward, NeuronRecorder, SlicedNeurons, feed_forwards
 from cenote.models.live.parts import of_part
 from cenote.models.live.places import attentions, blocks, embeddings, final_norm, stacks
 from cenote.models.live.ran import Frozen, Layer, Normed, few_logits, frozen, layers, of_heads, one_stack
@@ -53,12 +54,14 @@ __all__ = [
     "Denoising",
     "DenoisingStep",
     "Edit",
+    "FeedForward",
     "Frozen",
     "HeadRecorder",
     "InputsRecorder",
     "Layer",
     "Look",
     "MapRecorder",
+    "NeuronRecorder",
     "Normed",
     "Place",
     "Reach",
@@ -69,6 +72,7 @@ __all__ = [
     "ScaledHeads",
     "Shorten",
     "Shortening",
+    "SlicedNeurons",
     "StateRecorder",
     "Trace",
     "Where",
@@ -78,6 +82,7 @@ __all__ = [
     "denoising",
     "edited",
     "embeddings",
+    "feed_forwards",
     "few_logits",
     "final_norm",
     "from_states",
