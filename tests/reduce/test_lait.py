@@ -359,17 +359,14 @@ def test_fine_tuning_goes_on_from_the_model_with_its_loss_alone() -> None:
     ids = torch.randint(3, 6, (24, 2, 3), generator=torch.Generator().manual_seed(0))
     target = (ids[:, 0, 0] == 3).long()
     mask = torch.ones_like(ids, dtype=torch.bool)
-    for split in (0, 2):
-        torch.manual_seed(0)
-        classifier = LAITClassifier(
-            LAITEncoder(model(num_hidden_layers=2), split), 16, 2, pool="first" if split else "mean"
-        )
-        losses = fine_tune_lait(classifier, ids, mask, target, steps=40, batch=24, lr=3e-3)
-        assert losses[-1] < losses[0] - 0.1
-        assert not classifier.training
+    torch.manual_seed(0)
+    classifier = LAITClassifier(LAITEncoder(model(num_hidden_layers=2), 1), 16, 2)
+    losses = fine_tune_lait(classifier, ids, mask, target, steps=15, batch=24, lr=1e-2)
+    assert losses[-1] < losses[0] - 0.1
+    assert not classifier.training
     labels = target[:, None] + 5
     t5 = LAITSeq2Seq(seq2seq(), 1)
-    losses = fine_tune_lait(t5, ids, mask, labels, steps=6, batch=24, lr=1e-2)
+    losses = fine_tune_lait(t5, ids, mask, labels, steps=4, batch=24, lr=1e-2)
     assert losses[-1] < losses[0]
 
 

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from tests import tiny
 from torch import nn
 
 from cenote.core import InputError
 from cenote.models.live import from_states, recorded, stack_blocks, states_before
-from tests import tiny
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
 T5 = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 3, "num_heads": 2}
@@ -69,6 +70,23 @@ def test_blocks_that_stand_aside_do_not_run_and_are_back_after_an_error() -> Non
     assert ran == [0]
     model(ids)
     assert ran == [0, 0, 1, 2]
+
+
+@torch.no_grad()
+def test_another_thread_runs_the_model_as_it_is() -> None:
+    model, ids = made("BertModel"), torch.randint(3, 40, (2, 5))
+    inputs = {"input_ids": ids}
+    whole, states = model(ids).last_hidden_state, states_before(model, inputs, 2)
+    seen: list[torch.Tensor] = []
+
+    def elsewhere(*_: object) -> None:
+        handle.remove()
+        with ThreadPoolExecutor(1) as pool:
+            seen.append(pool.submit(torch.no_grad()(lambda: model(ids).last_hidden_state)).result(timeout=60))
+
+    handle = stack_blocks(model)[2].module.intermediate.register_forward_hook(elsewhere)
+    from_states(model, states, inputs, 2)
+    assert torch.equal(seen[0], whole)
 
 
 @pytest.mark.parametrize("family", ["BertModel", "T5EncoderModel"])

@@ -2,11 +2,13 @@
 
 What stands before the blocks runs in both parts, for masks and positions. Blocks that are left out stand aside: they are
 called, and answer with the states; where blocks tell the next ones something more, as those of T5 tell the bias of distances,
-the first one is asked for it, for one item and as many tokens.
+the first one is asked for it, for one item and as many tokens. Other threads run the model as it is; two at once cannot leave
+out blocks of one model.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -54,12 +56,17 @@ def states_before(
     """
     places = _numbered(model, block, stack)
     found: list[Tensor] = []
+    thread = threading.get_ident()
 
     def reads(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != thread:
+            return
         found.append(args[0] if args else kwargs["hidden_states"])
         raise _Enough
 
     def wrote(_: nn.Module, __: Any, output: Any) -> None:
+        if threading.get_ident() != thread:
+            return
         found.append(output if isinstance(output, Tensor) else output[0])
         raise _Enough
 
@@ -111,7 +118,11 @@ def from_states(
 
 
 def _given(states: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    thread = threading.get_ident()
+
     def reads(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if threading.get_ident() != thread:
+            return args, kwargs
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
     return reads
@@ -149,8 +160,11 @@ class _Standing:
 
     def __init__(self, forward: Callable[..., Any], kind: type, states: Tensor, told: list[tuple[Any, ...]]) -> None:
         self.forward, self.kind, self.states, self.told = forward, kind, states, told
+        self.thread = threading.get_ident()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return self.forward(*args, **kwargs)
         if self.kind not in _FORMS:
             # once for each class, as it is called here: what it computes is not used
             with torch.no_grad():

@@ -248,9 +248,10 @@ class LAITEncoder(nn.Module):
             raise InputError("cache: keeps what is the same each time; expected eval mode, got training")
         counts = real.sum(1).tolist()
         keys: list[Key] = []
+        digest = self.digest
         for row, count in enumerate(counts):
             ids = tuple((name, *t[row, :count].tolist()) for name, t in sorted(packed.items()))
-            keys.append((ids, self.split, self.digest, -1 if offsets is None else int(offsets[row])))
+            keys.append((ids, self.split, digest, -1 if offsets is None else int(offsets[row])))
         kept = cache.take(keys)
         new = list({key: row for row, key in reversed(list(enumerate(keys))) if key not in kept}.values())
         if new:
