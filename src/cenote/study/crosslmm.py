@@ -7,7 +7,8 @@ Refuted if dual layers gain no more than 5 points over merged tokens alone, or s
 A frame is a grid of 3 x 3 tokens, each of which shows its frame's number and its row; in each row one of them shows one of
 eight signs. The questions are of a frame and a row, all twelve of a clip one after the other, and the sign is the answer.
 Tokens are given as they are, with noise: no encoder is trained that could put into a frame's mean what dual layers are to
-fetch. All arms start from the same decoder of random weights and are trained for as many steps; gates have ten times the rate of weights.
+fetch. All arms start from the same decoder of random weights and are trained for as many steps; gates have ten times the
+rate of weights.
 
 Knocked out: the memory (the dual layers read merged tokens, each as often as its frame has tokens, in training and test), and
 the clip (at test, the memory is that of another one).

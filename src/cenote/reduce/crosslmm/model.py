@@ -241,7 +241,7 @@ class CrossLMM(nn.Module):
             asking = {"v2v": layer.v2v, "t2v": layer.t2v}
             gates = {kind: cross.gate for kind, cross in asking.items() if cross is not None}
             gates |= {} if layer.gate is None else {"ffn": layer.gate}
-            found[name] = {kind: float(torch.tanh(gate)) for kind, gate in gates.items()}
+            found[name] = {kind: float(torch.tanh(gate.detach())) for kind, gate in gates.items()}
         return found
 
     def spliced(
