@@ -2,6 +2,7 @@
 #
 #   make probe     the built-in data through every fast pooling: leaderboard here, report in cenote-out/report.html
 #   make explain   which explanation of the built-in classifier is faithful: report in explain-out/report.html
+#   make reduce    how few vectors per document will do for a built-in collection: report in reduce-out/report.html
 #   make test      the quick test suite
 #   make models    real pretrained models for the tests, into models/: some 340 MB to fetch, 520 MB to hold
 #   make test-real the tests that use them
@@ -14,6 +15,7 @@
 VENV ?= .venv
 OUT ?= cenote-out
 EXPLAIN_OUT ?= explain-out
+REDUCE_OUT ?= reduce-out
 MODELS ?= models
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?= --numprocesses auto
@@ -22,6 +24,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PACKAGE := $(VENV)/package.stamp
 EXPLAIN := $(VENV)/explain.stamp
+SEARCH := $(VENV)/search.stamp
 TEST := $(VENV)/test.stamp
 REAL := $(VENV)/real.stamp
 DEV := $(VENV)/dev.stamp
@@ -29,7 +32,7 @@ DOCS := $(VENV)/docs.stamp
 BENCH := $(VENV)/bench.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help probe explain test models test-real lint pages docs bench clean
+.PHONY: help probe explain reduce test models test-real lint pages docs bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -39,6 +42,10 @@ probe: $(PACKAGE)
 
 explain: $(EXPLAIN)
 	$(BIN)/cenote explain --out $(EXPLAIN_OUT)
+
+# the same command goes on after any interruption
+reduce: $(SEARCH)
+	$(BIN)/cenote reduce --out $(REDUCE_OUT)
 
 # one thread a process: threads of several test processes would only wait for each other
 test: $(TEST)
@@ -69,7 +76,7 @@ bench: $(BENCH)
 	$(BIN)/python scripts/build_benchmark_page.py
 
 clean:
-	rm -rf $(VENV) $(OUT) $(EXPLAIN_OUT) site build dist
+	rm -rf $(VENV) $(OUT) $(EXPLAIN_OUT) $(REDUCE_OUT) site build dist
 
 # torch comes first and alone, so that the package's own requirement cannot pick another build
 $(PACKAGE): pyproject.toml
@@ -85,6 +92,10 @@ $(PACKAGE): pyproject.toml
 
 $(EXPLAIN): $(PACKAGE)
 	@$(PIP) --editable '.[explain]'
+	@touch $@
+
+$(SEARCH): $(PACKAGE)
+	@$(PIP) --editable '.[search]'
 	@touch $@
 
 # timm asks for torchvision, which its models do not need

@@ -1,4 +1,4 @@
-"""Any cenote pool as a module of sentence-transformers.
+"""Any cenote pool as a module of sentence-transformers, and any reducer as a token pooling of its multi-vector encoders.
 
 ```python
 from sentence_transformers import SentenceTransformer
@@ -7,14 +7,24 @@ from cenote.bridges.sentence_transformers import CenotePooling
 
 model = SentenceTransformer(modules=[Transformer("sentence-transformers/all-MiniLM-L6-v2"), CenotePooling("simpool")])
 ```
+
+```python
+from sentence_transformers import MultiVectorEncoder
+from cenote.bridges.sentence_transformers import PooledVectors
+
+vectors = MultiVectorEncoder("lightonai/GTE-ModernColBERT-v1").encode_document(
+    texts, token_pooling=PooledVectors("hierarchical", factor=4)
+)
+```
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +32,8 @@ from torch import Tensor, nn
 
 from cenote.core import Bags, InputError, Tokens, files
 from cenote.core.masks import first_tokens, real_tokens
+from cenote.core.requirements import require_at_least
+from cenote.jobs.reduce.pooling import in_batches, reducer_of
 from cenote.pool.fitting import FittedPool, Known, form_of, named_pool, warn_of_slots, width
 from cenote.pool.layers.base import stack_layers
 
@@ -34,6 +46,8 @@ FIELDS: dict[str, Any] = {
 }
 """What `config.json` must say to build the pool again."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+KEPT = ("prompts", "default_prompt_name", "truncate_dim", "similarity_fn_name")
+"""What a model is told besides its modules."""
 
 
 class CenotePooling(nn.Module):
@@ -196,8 +210,121 @@ class CenotePooling(nn.Module):
         return fitted, stack_layers(features["all_layer_embeddings"]), real
 
 
+class PooledVectors(nn.Module):
+    """A reducer of documents behind a `MultiVectorEncoder` of sentence-transformers 6: as its last module, which is saved with
+    it, or for one call, `encode_document(texts, token_pooling=PooledVectors("hierarchical", factor=4))`.
+
+    Args:
+        method: name of a reducer that needs nothing but tokens, see `cenote list`.
+        factor: how many times fewer vectors.
+        protect: leading vectors of a document, [CLS], that stay as they are.
+        tasks: what is reduced; queries are not, unless they are named.
+        settings: of the reducer.
+
+    Raises:
+        InputError: where there is no such reducer or it cannot be built.
+
+    Example:
+        >>> pooling = PooledVectors("sequential", factor=2, protect=0)
+        >>> [tuple(v.shape) for v in pooling.pool([torch.ones(4, 2), torch.ones(3, 2)])]
+        [(2, 2), (2, 2)]
+
+    Note:
+        A batch is reduced together. Reducing twice reduces further: leave `token_pooling` out of calls of a model that ends
+        with one.
+    """
+
+    config_keys: ClassVar[list[str]] = ["method", "factor", "protect", "tasks", "settings"]
+    forward_kwargs: ClassVar[set[str]] = {"task"}
+
+    def __init__(
+        self,
+        method: str = "hierarchical",
+        factor: float = 2.0,
+        protect: int = 1,
+        tasks: str | Sequence[str] = ("document",),
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        require_at_least(0, protect=protect)
+        self.method, self.factor, self.protect, self.settings = method, factor, protect, settings
+        self.tasks = [tasks] if isinstance(tasks, str) else list(tasks)
+        self.reducer = reducer_of(method, factor, **settings)
+        _become("sentence_transformers.multi_vector_encoder.modules.token_pooling", "BaseTokenPooling", type(self))
+
+    def on_model_ready(self, model: Any) -> None:
+        """Called by sentence-transformers: nothing here hangs on the model."""
+
+    def applies_to(self, task: str | None) -> bool:
+        """Whether what is encoded for a task is reduced; without one it is a document."""
+        return (task or "document") in self.tasks
+
+    def forward(self, features: MutableMapping[str, Any], task: str | None = None) -> MutableMapping[str, Any]:
+        """Fewer `token_embeddings`, with their `attention_mask`."""
+        x: Tensor = features["token_embeddings"]
+        if self.applies_to(task) and len(x):
+            made = self.reducer(x, mask=features["attention_mask"].bool(), protect=self.protect)
+            features["token_embeddings"] = made.tokens
+            features["attention_mask"] = made.real
+        return features
+
+    def pool(
+        self,
+        embeddings: list[Tensor] | Tensor,
+        *,
+        task: str | None = None,
+        attention_mask: Tensor | None = None,
+        padding_side: str = "right",
+    ) -> list[Tensor] | Tensor:
+        """Documents that are encoded already: a list of `[tokens, dim]`, or `[documents, tokens, dim]` with a mask.
+
+        Raises:
+            InputError: for padded documents without a mask, or padding that is not to come back on the right.
+        """
+        if not self.applies_to(task) or not len(embeddings):
+            return embeddings
+        if isinstance(embeddings, Tensor):
+            if attention_mask is None or padding_side != "right":
+                raise InputError(
+                    "embeddings: give padded documents with attention_mask, padded on the right, or a list"
+                )
+            return self.reducer(embeddings, mask=attention_mask.bool(), protect=self.protect).tokens
+        return list(in_batches(self.reducer, Bags.from_list(embeddings), self.protect))
+
+    def save(self, output_path: str, *_: Any, **__: Any) -> None:
+        """Write `config.json`."""
+        card = {name: getattr(self, name) for name in self.config_keys}
+        files.write_whole(Path(output_path) / CONFIG, json.dumps(files.sealed(card), indent=1))
+
+    @classmethod
+    def load(cls, model_name_or_path: str, subfolder: str = "", **hub: Any) -> PooledVectors:
+        """Read what `save` wrote, from a folder or from the Hugging Face Hub.
+
+        Raises:
+            InputError: naming what cannot be read.
+        """
+        fields: dict[str, Any] = {
+            "method": str,
+            "factor": (int, float),
+            "protect": int,
+            "tasks": list,
+            "settings": dict,
+        }
+        try:
+            path = _file(model_name_or_path, subfolder, CONFIG, hub)
+            card = files.read_card(path, "save it again", **fields)
+        except OSError as error:
+            raise InputError(f"{model_name_or_path}: holds no PooledVectors ({error}); save it again") from error
+        return cls(card["method"], card["factor"], card["protect"], card["tasks"], **card["settings"])
+
+    def extra_repr(self) -> str:
+        return f"{self.method!r}, factor={self.factor:g}, protect={self.protect}"
+
+
 def replace_pooling(model: Any, method: str, **settings: Any) -> Any:
     """A loaded `SentenceTransformer` with another pooling; its other modules are shared with the one given.
+
+    Prompts, the width that embeddings are cut to, the similarity, and whether tokens of a prompt are pooled stay as they were.
 
     Args:
         model: with one pooling module.
@@ -213,10 +340,13 @@ def replace_pooling(model: Any, method: str, **settings: Any) -> Any:
         raise InputError(
             f"model: expected one pooling module, found {len(places)} among {[type(m).__name__ for m in modules]}"
         )
-    modules[places[0]] = CenotePooling(method, **settings)
-    return type(model)(
-        modules=modules, device=str(model.device), prompts=model.prompts, default_prompt_name=model.default_prompt_name
-    )
+    old = modules[places[0]]
+    modules[places[0]] = CenotePooling(method, **{"include_prompt": getattr(old, "include_prompt", True), **settings})
+    kept = {name: getattr(model, name) for name in KEPT if getattr(model, name, None) is not None}
+    replaced = type(model)(modules=modules, device=str(model.device), **kept)
+    if model.training:
+        replaced.train()
+    return replaced
 
 
 def _without_prompt(x: Tensor, mask: Tensor | None, length: int, prefix_tokens: int) -> Tensor | None:
@@ -253,11 +383,16 @@ def _file(place: str, subfolder: str, name: str, hub: dict[str, Any]) -> Path:
 
 
 def _become_module() -> None:
-    """Tell sentence-transformers, where it is in use, that the class is one of its modules, so that it calls the hook.
+    """Tell sentence-transformers that the pooling is one of its modules, so that it calls the hook."""
+    _become("sentence_transformers.base.modules.module", "Module", CenotePooling)
+
+
+def _become(module: str, base: str, own: type[nn.Module]) -> None:
+    """Tell sentence-transformers, where it is in use, that a class is one of its own.
 
     A base class would do the same, but would have to be imported here.
     """
     there = sys.modules.get("sentence_transformers")
-    base = sys.modules.get("sentence_transformers.base.modules.module")
-    if there is not None and base is not None:
-        base.Module.register(CenotePooling)
+    found = sys.modules.get(module)
+    if there is not None and found is not None:
+        getattr(found, base).register(own)

@@ -12,7 +12,21 @@ from typing import Annotated, Any
 
 import typer
 
-from cenote.cli import catalog, explain, extract, interrupts, mimic, models, predict, probe, report, study
+from cenote.cli import (
+    catalog,
+    explain,
+    extract,
+    index,
+    interrupts,
+    mimic,
+    models,
+    predict,
+    probe,
+    reduce,
+    report,
+    search,
+    study,
+)
 from cenote.cli.console import plain
 from cenote.core.errors import InputError
 from cenote.core.version import __version__
@@ -27,6 +41,9 @@ app = typer.Typer(
 )
 app.command("probe")(probe.probe)
 app.command("explain")(explain.explain)
+app.command("reduce")(reduce.reduce)
+app.command("index")(index.index)
+app.command("search")(search.search)
 app.command("extract")(extract.extract)
 app.command("predict")(predict.predict)
 app.command("report")(report.report)

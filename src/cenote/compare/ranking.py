@@ -15,7 +15,7 @@ from cenote.core.requirements import require_at_least
 
 
 def reciprocal_ranks(
-    similarity: Float[ndarray, "queries items"], relevance: Float[ndarray, "queries items"]
+    similarity: Float[ndarray, "queries items"], relevance: Float[ndarray, "queries items"], k: int | None = None
 ) -> Float[ndarray, "queries"]:
     """`1 / rank` of the first relevant item of each query; 0 where none is relevant. Their mean is MRR.
 
@@ -24,13 +24,12 @@ def reciprocal_ranks(
     Args:
         similarity: of each query to each item.
         relevance: above 0 where it answers.
+        k: depth, below which nothing is found; default: all.
 
     >>> reciprocal_ranks(np.array([[0.1, 0.9, 0.5]]), np.array([[0.0, 0.0, 1.0]])).tolist()
     [0.5]
     """
-    gains = _in_order(similarity, relevance) > 0
-    first = gains.argmax(1)
-    return np.where(gains.any(1), 1 / (first + 1), 0.0)
+    return first_found(_in_order(similarity, relevance), k)
 
 
 def ndcg(
@@ -46,11 +45,68 @@ def ndcg(
     >>> ndcg(np.array([[0.1, 0.9]]), np.array([[1.0, 0.0]])).round(4).tolist()
     [0.6309]
     """
+    return gained(_in_order(similarity, relevance), relevance, k)
+
+
+def recall(
+    similarity: Float[ndarray, "queries items"], relevance: Float[ndarray, "queries items"], k: int = 10
+) -> Float[ndarray, "queries"]:
+    """Share of each query's relevant items that are among its first `k`; 0 where none is relevant.
+
+    >>> recall(np.array([[0.9, 0.5, 0.1]]), np.array([[1.0, 0.0, 1.0]]), k=2).tolist()
+    [0.5]
+    """
+    return found_share(_in_order(similarity, relevance), relevance, k)
+
+
+def first_found(gains: Float[ndarray, "queries found"], k: int | None = None) -> Float[ndarray, "queries"]:
+    """`reciprocal_ranks` of gains that stand in the order in which items were found.
+
+    >>> first_found(np.array([[0.0, 0.0, 1.0]])).round(3).tolist(), first_found(np.array([[0.0, 0.0, 1.0]]), k=2).tolist()
+    ([0.333], [0.0])
+    """
+    if k is not None:
+        require_at_least(1, k=k)
+    answers = gains[:, :k] > 0
+    if not answers.shape[1]:
+        return np.zeros(len(gains))
+    return np.where(answers.any(1), 1 / (answers.argmax(1) + 1), 0.0)
+
+
+def gained(
+    gains: Float[ndarray, "queries found"], relevant: Float[ndarray, "queries judged"], k: int = 10
+) -> Float[ndarray, "queries"]:
+    """`ndcg` of gains that stand in the order in which items were found.
+
+    Args:
+        gains: of what was found, at least the first `k`.
+        relevant: of all that could be found, in any order, zeros among them.
+        k: depth.
+
+    >>> gained(np.array([[0.0, 2.0]]), np.array([[2.0, 1.0, 0.0]])).round(4).tolist()
+    [0.4796]
+    """
     require_at_least(1, k=k)
-    gains, best = _in_order(similarity, relevance)[:, :k], -np.sort(-relevance, axis=1)[:, :k]
-    discount = 1 / np.log2(np.arange(gains.shape[1]) + 2)
-    found, most = gains @ discount, best @ discount
+    first, best = np.maximum(gains[:, :k], 0), -np.sort(-np.maximum(relevant, 0), axis=1)[:, :k]
+    found, most = (np.asarray(side @ _discount(side.shape[1]), dtype=np.float64) for side in (first, best))
     return np.divide(found, most, out=np.zeros_like(found), where=most > 0)
+
+
+def found_share(
+    gains: Float[ndarray, "queries found"], relevant: Float[ndarray, "queries judged"], k: int = 10
+) -> Float[ndarray, "queries"]:
+    """`recall` of gains that stand in the order in which items were found; `relevant` as for `gained`.
+
+    >>> found_share(np.array([[0.0, 2.0]]), np.array([[2.0, 1.0, 0.0]])).tolist()
+    [0.5]
+    """
+    require_at_least(1, k=k)
+    found, all_there = (gains[:, :k] > 0).sum(1), (relevant > 0).sum(1)
+    return np.divide(found, all_there, out=np.zeros(len(gains)), where=all_there > 0)
+
+
+def _discount(depth: int) -> ndarray:
+    return 1 / np.log2(np.arange(depth) + 2)
 
 
 def spearman(found: Float[ndarray, "pairs"], truth: Float[ndarray, "pairs"]) -> float:

@@ -6,7 +6,7 @@
 from importlib import import_module
 from typing import Any
 
-__all__ = ["explain", "extract", "probe"]
+__all__ = ["explain", "extract", "index", "probe", "reduce"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,8 @@ from cenote.jobs.explain import choices, heads
 from cenote.jobs.explain.result import JOB as EXPLAIN
 from cenote.jobs.explain.result import Audit
 from cenote.jobs.probe.result import Comparison
+from cenote.jobs.reduce.result import JOB as REDUCE
+from cenote.jobs.reduce.result import Frontier
 from cenote.report import formats
 from cenote.report.assets import environment, flat, shell
 from cenote.report.attention import Attention
@@ -20,6 +22,7 @@ from cenote.report.audit import render_audit
 from cenote.report.curves import HEIGHT, WIDTH, curves
 from cenote.report.decoder import write_choices, write_heads
 from cenote.report.formats import Units
+from cenote.report.frontier import render_frontier
 from cenote.report.layers import layer_map
 from cenote.report.leaderboard import leaderboard
 from cenote.report.looks import BAR_HEIGHT, FULL_COLOUR, samples
@@ -27,12 +30,17 @@ from cenote.report.matrix import matrix
 from cenote.report.pareto import pareto_plot
 
 PROBE = "probe"
+KINDS: dict[str, type[Comparison] | type[Audit] | type[Frontier]] = {
+    PROBE: Comparison,
+    EXPLAIN: Audit,
+    REDUCE: Frontier,
+}
 MOST_BYTES = 3_000_000
 WIDE, NARROW = (920, 430), (360, 400)
 
 
 def write(out: Path) -> Path:
-    """Build `report.html` from what `cenote probe` or `cenote explain` left in a folder.
+    """Build `report.html` from what `cenote probe`, `cenote explain` or `cenote reduce` left in a folder.
 
     Args:
         out: folder with `comparison.json`; `attention.json` and `attention.safetensors` are drawn where they are present.
@@ -51,16 +59,17 @@ def write(out: Path) -> Path:
         return write_choices(choices.Choices.load(out), out)
     if not found.is_file():
         raise InputError(
-            f"out: no comparison.json in {out}; name the folder that `cenote probe --out` or `cenote explain --out` wrote"
+            f"out: no comparison.json in {out}; name the folder that `cenote probe --out`, `cenote explain --out` or "
+            f"`cenote reduce --out` wrote"
         )
     job = _job(found)
     try:
-        comparison = (Audit if job == EXPLAIN else Comparison).load(out)
+        comparison = KINDS[job].load(out)
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise _damaged(found, error, job) from error
-    attention = None if isinstance(comparison, Audit) else Attention.load(out)
+    attention = Attention.load(out) if isinstance(comparison, Comparison) else None
     try:
-        page = render_audit(comparison) if isinstance(comparison, Audit) else render(comparison, attention, out)
+        page = _rendered(comparison, attention, out)
     except InputError:
         raise
     except (UndefinedError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -76,7 +85,14 @@ def _job(path: Path) -> str:
         raw = files.read_json(path)
     except (ValueError, OSError) as error:
         raise _damaged(path, error) from error
-    return EXPLAIN if isinstance(raw, dict) and raw.get("job") == EXPLAIN else PROBE
+    job = raw.get("job") if isinstance(raw, dict) else None
+    return job if isinstance(job, str) and job in KINDS else PROBE
+
+
+def _rendered(comparison: Comparison | Audit | Frontier, attention: Attention | None, out: Path) -> str:
+    if isinstance(comparison, Audit):
+        return render_audit(comparison)
+    return render_frontier(comparison) if isinstance(comparison, Frontier) else render(comparison, attention, out)
 
 
 def _damaged(path: Path, error: Exception, job: str = "probe") -> InputError:

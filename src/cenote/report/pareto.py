@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,8 +79,17 @@ class ParetoPlot:
     unnamed: tuple[str, ...]
 
 
-def pareto_plot(c: Comparison[Any], units: Units, width: int, height: int) -> ParetoPlot | None:
-    """Lay the plot out for a screen; `None` where fewer than two methods have a metric and a latency."""
+def pareto_plot(
+    c: Comparison[Any], units: Units, width: int, height: int, told: Callable[[float], str] = significant
+) -> ParetoPlot | None:
+    """Lay the plot out for a screen; `None` where fewer than two methods have a metric and a cost.
+
+    Args:
+        c: whose arms are drawn.
+        units: of the metric.
+        width, height: of the view box.
+        told: how a cost is written.
+    """
     latency = {r.method: math.nan if r.cost is None else r.cost for r in c.results}
     shown = [r for r in c.results if math.isfinite(r.metric) and math.inf > latency[r.method] > 0]
     if len(shown) < 2:
@@ -122,7 +131,7 @@ def pareto_plot(c: Comparison[Any], units: Units, width: int, height: int) -> Pa
         right,
         top,
         points,
-        tuple((across.at(v), significant(v)) for v in across.ticks(wanted)),
+        tuple((across.at(v), told(v)) for v in across.ticks(wanted)),
         tuple((up.at(v), f"{units.number(v):.6g}") for v in up.ticks(5)),
         _front([p for p in points if p.efficient]),
         tuple(p.result.method for p in points if p.label is None),
