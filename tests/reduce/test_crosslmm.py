@@ -231,6 +231,21 @@ def test_decoding_with_what_is_kept_is_recomputing(inside: str, chunk: int | Non
     assert ended.shape[1] <= 2
 
 
+def test_a_vision_model_of_transformers_is_an_encoder() -> None:
+    library = tiny.transformers()
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    torch.manual_seed(0)
+    eyes = library.SiglipVisionModel(library.SiglipVisionConfig(image_size=16, patch_size=4, **sizes)).eval()
+    model = CrossLMM(decoder(), eyes, dim=8, placeholder=IMAGE, side=2, every=2).eval()
+    pictures = torch.randn(2, 2, 3, 16, 16)
+    seen = model.see(pictures)
+    assert (seen.tokens.shape, seen.originals.shape) == ((2, 8, 16), (2, 32, 16))
+    patches = eyes(pictures[1, 1:]).last_hidden_state
+    assert torch.allclose(seen.originals[1, 16:], model.projector(patches)[0], atol=1e-5)
+    ids, mask = model.prompt(text(), pictures)
+    assert model(ids, pictures, mask).shape == (2, 12, 40)
+
+
 def test_wrong_numbers_of_placeholders_are_errors() -> None:
     model = crosslmm()
     with pytest.raises(InputError, match=r"ids: has \[0, 0\] placeholders"):

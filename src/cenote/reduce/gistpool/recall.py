@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from cenote.core import InputError
 from cenote.core.answers import Answered
 from cenote.core.planted import FactPrompts, recalled
 from cenote.reduce.gistpool.compressors import Compressor
@@ -31,6 +32,20 @@ class Recall(NamedTuple):
     slots: int
     bytes: int
     seconds: float
+
+
+def kept(found: float, whole: float, none: float) -> float:
+    """How much of what a context is worth is kept: 1 as with the whole context, 0 as with none; of accuracies or of `-log p`.
+
+    Raises:
+        InputError: where the context is worth nothing, so that no share of it can be told.
+
+    >>> kept(found=0.5, whole=1.0, none=0.0)
+    0.5
+    """
+    if whole == none:
+        raise InputError(f"whole, none: are both {whole}; where the context is worth nothing, no share of it is kept")
+    return (found - none) / (whole - none)
 
 
 @torch.no_grad()
