@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from cenote.core.answers import Answered
-from cenote.core.planted import FactPrompts, planted, prompts, recalled
-from cenote.reduce.gistpool.compressors import AveragePool, Compressor, FullContext, GistPool, NoContext
+from cenote.core.planted import planted, prompts
+from cenote.reduce.gistpool.compressors import AveragePool, FullContext, GistPool, NoContext
+from cenote.reduce.gistpool.recall import recall
 from cenote.reduce.gistpool.windows import cost
 
 pytestmark = pytest.mark.real("a decoder of 135 million parameters")
@@ -30,25 +29,15 @@ def _no_graph() -> Iterator[None]:
         yield
 
 
-def of(compressor: Compressor, model: Any, asked: FactPrompts) -> Answered:
-    """One context, read once, for all its questions."""
-    left = compressor.compress(model, asked.context)
-
-    def tell(_: Tensor, prompt: Tensor, mask: Tensor) -> Tensor:
-        return compressor.answer(model, prompt, left.of(torch.zeros(len(prompt), dtype=torch.long)), mask)
-
-    return recalled(tell, asked)
-
-
 def test_facts_are_recalled_from_the_whole_context_and_from_windows_of_one(smollm2: Any) -> None:
     model, tokenizer = smollm2
     asked = prompts(tokenizer, planted([PROSE], facts=4, seed=3))
-    full = of(FullContext(model, adapt=None), model, asked)
+    full = recall(FullContext(model, adapt=None), model, asked).facts
     assert full.right.float().mean() >= 0.75
-    single = of(AveragePool(model, 1, adapt=None), model, asked)
+    single = recall(AveragePool(model, 1, adapt=None), model, asked).facts
     assert single.agrees(full).all()
     assert torch.allclose(single.nll, full.nll, atol=0.02)
-    none = of(NoContext(model, adapt=None), model, asked)
+    none = recall(NoContext(model, adapt=None), model, asked).facts
     assert not none.right.any()
     assert (none.nll > full.nll + 3).all()
 

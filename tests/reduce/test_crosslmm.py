@@ -106,7 +106,7 @@ def test_a_constant_video_gives_the_value_of_any_of_its_tokens() -> None:
     y = opened(H, opened.remember(token.expand(2, 12, 16)), VISUAL, ~VISUAL)
     for where, cross in ((VISUAL, opened.v2v), (~VISUAL, opened.t2v)):
         assert cross is not None
-        expected = torch.tanh(cross.gate) * cross.o(cross.v(token[0, 0]))
+        expected = torch.tanh(cross.gate) * cross.o(cross.v(opened.memory_norm(token[0, 0])))
         assert torch.allclose((y - H)[where], expected.expand(int(where.sum()), -1), atol=1e-6)
 
 
@@ -128,8 +128,9 @@ def test_attention_is_that_of_torch() -> None:
     opened = layer(hidden=0, text=False)
     cross = opened.v2v
     assert cross is not None
+    memory = opened.memory_norm(MEMORY)
     q, k, v = (m(x).unflatten(2, (4, 4)).transpose(1, 2) for m, x in
-               ((cross.q, opened.norm(H)), (cross.k, MEMORY), (cross.v, MEMORY)))  # fmt: skip
+               ((cross.q, opened.norm(H)), (cross.k, memory), (cross.v, memory)))  # fmt: skip
     read = torch.tanh(cross.gate) * cross.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
     expected = H + read * VISUAL[..., None]
     assert torch.allclose(opened(H, opened.remember(MEMORY), VISUAL, ~VISUAL), expected, atol=1e-6)
@@ -230,6 +231,21 @@ def test_decoding_with_what_is_kept_is_recomputing(inside: str, chunk: int | Non
     assert ended.shape[1] <= 2
 
 
+def test_a_vision_model_of_transformers_is_an_encoder() -> None:
+    library = tiny.transformers()
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    torch.manual_seed(0)
+    eyes = library.SiglipVisionModel(library.SiglipVisionConfig(image_size=16, patch_size=4, **sizes)).eval()
+    model = CrossLMM(decoder(), eyes, dim=8, placeholder=IMAGE, side=2, every=2).eval()
+    pictures = torch.randn(2, 2, 3, 16, 16)
+    seen = model.see(pictures)
+    assert (seen.tokens.shape, seen.originals.shape) == ((2, 8, 16), (2, 32, 16))
+    patches = eyes(pictures[1, 1:]).last_hidden_state
+    assert torch.allclose(seen.originals[1, 16:], model.projector(patches)[0], atol=1e-5)
+    ids, mask = model.prompt(text(), pictures)
+    assert model(ids, pictures, mask).shape == (2, 12, 40)
+
+
 def test_wrong_numbers_of_placeholders_are_errors() -> None:
     model = crosslmm()
     with pytest.raises(InputError, match=r"ids: has \[0, 0\] placeholders"):
@@ -268,6 +284,8 @@ def test_the_first_stage_trains_projector_and_v2v_the_second_everything() -> Non
     assert {id(p) for p in model.encoder.parameters()} == {id(p) for p in second[1]["params"]}  # type: ignore[union-attr]
     train_crosslmm(model, lambda: clips, second, steps=1)
     assert all(float(dual.t2v.gate) != 0 for dual in layers)  # type: ignore[union-attr, arg-type]
+    apart = training_stage(model, 2, lr=1e-3, gate_lr=1e-2)
+    assert [(group["lr"], len(group["params"])) for group in apart[1:]] == [(1e-2, 9), (2e-6, 2)]
     both = training_stage(model, 1, text=True)
     assert any(p is layers[0].t2v.gate for p in both[0]["params"])  # type: ignore[union-attr]
 

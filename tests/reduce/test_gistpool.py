@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from cenote.core import InputError
-from cenote.core.answers import UNASKED, answer_loss
+from cenote.core.answers import UNASKED, answer_loss, answered
+from cenote.core.planted import FactPrompts
 from cenote.models.live import HeadRecorder, InputsRecorder, edited
 from cenote.models.low_rank import LowRank
 from cenote.models.own_weights import OwnWeights
 from cenote.reduce.gistpool.compressed import Compressed
 from cenote.reduce.gistpool.compressors import AveragePool, Compressor, FullContext, GistPool, NoContext
+from cenote.reduce.gistpool.recall import recall
 from cenote.reduce.gistpool.training import AskedContexts, distance, told, train_compressor
 from cenote.reduce.gistpool.windows import cost, dilution_bound, interleaved, readable, windows
 from tests import tiny
@@ -421,3 +423,19 @@ def test_distillation_pulls_towards_the_whole_context() -> None:
     assert far[1] < 0.5 * far[0]
     with pytest.raises(InputError, match="labels: no token"):
         answer_loss(torch.zeros(1, 2, 4), torch.full((1, 2), UNASKED))
+
+
+def test_facts_are_asked_for_behind_one_reading() -> None:
+    model = decoder()
+    context, prompt = words(1, 9), words(3, 4, seed=2)
+    labels = prompt.masked_fill(torch.arange(4) < 2, UNASKED)
+    asked = FactPrompts(context, prompt, labels, torch.ones_like(prompt, dtype=torch.bool))
+    found = {c: recall(c, model, asked) for c in compressors(model)}
+    whole, *_, none = found.values()
+    assert (whole.tokens, whole.slots, none.slots, none.bytes) == (9, 9, 0, 0)
+    expected = model(torch.cat([context.expand(3, -1), prompt], 1)).logits[:, 9:]
+    assert torch.allclose(whole.facts.nll, answered(expected, labels).nll, atol=1e-4)
+    assert whole.facts.agrees(whole.facts).all()
+    for compressor, one in found.items():
+        if isinstance(compressor, (GistPool, AveragePool)):
+            assert (one.slots, one.bytes) == (3, whole.bytes // 3)

@@ -155,7 +155,7 @@ def _decoder(seed: int, steps: int) -> tuple[nn.Module, list[float]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
+    model: nn.Module = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=KEYS * VALUES + KEYS + VALUES,
             hidden_size=WIDTH,

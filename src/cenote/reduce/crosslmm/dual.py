@@ -55,6 +55,9 @@ class GatedCross(nn.Module):
             raise InputError(f"heads: {heads} do not divide dim {dim}")
         self.heads, self.chunk = heads, chunk
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+        for linear in (self.q, self.k, self.v):
+            # as torch's own multi-head attention: scores of normalised tokens begin at the size of 1, not nearly even
+            nn.init.xavier_uniform_(linear.weight)
         self.gate = nn.Parameter(torch.zeros(()))
 
     def project(self, memory: Float[Tensor, "batch tokens dim"]) -> Projected:
@@ -81,8 +84,8 @@ class DualCrossAttention(nn.Module):
     """Visual tokens read the original ones (V2V), and text reads them (T2V), each by its own weights and gate; then a gated
     feed-forward part:
 
-        h[vis]  += tanh(g_v) Attn(W_q norm(h[vis]),  memory)
-        h[text] += tanh(g_t) Attn(W_q' norm(h[text]), memory)
+        h[vis]  += tanh(g_v) Attn(W_q norm(h[vis]),  norm(memory))
+        h[text] += tanh(g_t) Attn(W_q' norm(h[text]), norm(memory))
         h       += tanh(g_f) FFN(norm(h))
 
     All tokens of all frames are keys of every query, without a causal mask. With all gates at 0, where they start, it is the
@@ -109,7 +112,7 @@ class DualCrossAttention(nn.Module):
         >>> torch.equal(layer(h, memory, visual, ~visual), h)
         True
 
-    Note: `tanh`, the start at 0, `W_o`, pre-norms, and the gate of the feed-forward part are inferred.
+    Note: `tanh`, the start at 0, `W_o`, pre-norms (of the memory, too), and the gate of the feed-forward part are inferred.
     """
 
     def __init__(
@@ -128,7 +131,7 @@ class DualCrossAttention(nn.Module):
             raise InputError("visual, text: nothing would read the memory; give one of them as True")
         hidden = 4 * dim if hidden is None else hidden
         require_at_least(0, hidden=hidden)
-        self.norm = nn.LayerNorm(dim)
+        self.norm, self.memory_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.v2v = GatedCross(dim, heads, chunk) if visual else None
         self.t2v = None if not text else self.v2v if shared and visual else GatedCross(dim, heads, chunk)
         self.wide = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU()) if hidden else None
@@ -142,7 +145,7 @@ class DualCrossAttention(nn.Module):
         """Keys and values of the original tokens; what stands in padding, NaN too, reaches nothing."""
         if mask is None:
             mask = torch.ones(memory.shape[:2], dtype=torch.bool, device=memory.device)
-        clean = memory.masked_fill(~mask[..., None], 0.0)
+        clean = self.memory_norm(memory.masked_fill(~mask[..., None], 0.0))
         of_visual = None if self.v2v is None else self.v2v.project(clean)
         of_text = of_visual if self.t2v is self.v2v else None if self.t2v is None else self.t2v.project(clean)
         return Memory(of_visual, of_text, mask)

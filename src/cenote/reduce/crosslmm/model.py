@@ -56,7 +56,8 @@ class CrossLMM(nn.Module):
 
     Args:
         decoder: a causal decoder of transformers; it is run, not changed.
-        encoder: frames `[frames, ...]` -> their tokens `[frames, tokens, dim]`, a square grid each.
+        encoder: frames `[frames, ...]` -> their tokens `[frames, tokens, dim]`, a square grid each, or what holds them as
+            `last_hidden_state` (SigLIP).
         dim: of the encoder's tokens.
         placeholder: token that stands in the text where a merged token goes.
         side: of the merged grid of a frame, `p`.
@@ -131,6 +132,8 @@ class CrossLMM(nn.Module):
         real = _frame_mask(frames, frame_mask)
         batch, count = real.shape
         found = self.encoder(frames[real])
+        # of a vision model of transformers, whose tokens are all patches
+        found = getattr(found, "last_hidden_state", found)
         if not isinstance(found, Tensor) or found.dim() != 3 or len(found) != int(real.sum()):
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise InputError(f"encoder: expected tokens [{int(real.sum())}, tokens, dim], got {got}")
@@ -241,7 +244,7 @@ class CrossLMM(nn.Module):
             asking = {"v2v": layer.v2v, "t2v": layer.t2v}
             gates = {kind: cross.gate for kind, cross in asking.items() if cross is not None}
             gates |= {} if layer.gate is None else {"ffn": layer.gate}
-            found[name] = {kind: float(torch.tanh(gate)) for kind, gate in gates.items()}
+            found[name] = {kind: float(torch.tanh(gate.detach())) for kind, gate in gates.items()}
         return found
 
     def spliced(

@@ -41,6 +41,7 @@ def training_stage(
     *,
     text: bool | None = None,
     lr: float | None = None,
+    gate_lr: float | None = None,
     encoder_lr: float = 2e-6,
 ) -> list[dict[str, Any]]:
     """Freeze and free what a stage trains, and give its groups of parameters, each with its rate.
@@ -53,6 +54,8 @@ def training_stage(
         number: 1 or 2.
         text: whether text asks (T2V); from stage 2 on by default.
         lr: of all but the encoder.
+        gate_lr: of the gates alone, which begin shut: at the rate of weights they open slowly, and what little goes through
+            them teaches little. Ours; by default as the weights.
         encoder_lr: in stage 2.
 
     Note: what is frozen in stage 1 is inferred.
@@ -68,9 +71,12 @@ def training_stage(
         if not text and layer.t2v is not None and layer.t2v is not layer.v2v:
             layer.t2v.requires_grad_(False)
     eyes = list(model.encoder.parameters()) if isinstance(model.encoder, nn.Module) else []
-    apart = {id(p) for p in eyes}
+    gates = [p for p in model.layers.parameters() if not p.dim() and p.requires_grad] if gate_lr is not None else []
+    apart = {id(p) for p in (*eyes, *gates)}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
     groups: list[dict[str, Any]] = [{"params": rest, "lr": lr}]
+    if gates:
+        groups.append({"params": gates, "lr": gate_lr})
     if number == 2 and eyes:
         groups.append({"params": eyes, "lr": encoder_lr})
     return groups
