@@ -64,7 +64,7 @@ def test_the_verdict_says_what_to_take(found: Frontier) -> None:
         "Half of the vectors is enough",
         f"{found.recommended}, {found[found.recommended].metric:.3f} nDCG@10 against {found['unreduced'].metric:.3f}",
         "Means left as they are, against those of unit norm: ",
-        "the first vectors of each document (-0.",
+        "As many vectors without pooling: the first of each document (-0.",
         "One mean vector per document (1/8 of the vectors)",
         "With 40 queries a difference under ",
     ):
