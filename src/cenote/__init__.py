@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from cenote.bridges.scikit_learn import ProbeClassifier as ProbeClassifier
     from cenote.bridges.scikit_learn import ProbeRegressor as ProbeRegressor
     from cenote.core.sets import Bags as Bags
+    from cenote.features.given import Dataset as Dataset
     from cenote.jobs.probe import load as load
 
 # these need torch, scikit-learn or scipy, or are whole floors: imported when they are first named
 _LATER = {
     "Bags": "cenote.core.sets",
+    "Dataset": "cenote.features.given",
     "ProbeClassifier": "cenote.bridges.scikit_learn",
     "ProbeRegressor": "cenote.bridges.scikit_learn",
     "load": "cenote.jobs.probe",

@@ -1,11 +1,12 @@
 import joblib
 import numpy as np
 import pytest
+import torch
 from sklearn.base import clone
 from sklearn.metrics import r2_score
 from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_score
 
-from cenote import InputError, ProbeClassifier, ProbeRegressor
+from cenote import Bags, InputError, ProbeClassifier, ProbeRegressor
 
 RNG = np.random.default_rng(0)
 Y = np.array(["cat", "dog", "owl"])[np.arange(90) % 3]
@@ -107,3 +108,50 @@ def test_training_that_gives_no_numbers_is_told() -> None:
     for model, y in ((ProbeRegressor("mean", **QUICK), X[:, 0, 0]), (ProbeClassifier("mean", **QUICK), Y)):
         with pytest.raises(InputError, match="mean: its training gave no finite numbers; are X or y very large"):
             model.fit(X * np.float32(1e30), y)
+
+
+@pytest.mark.parametrize("form", ["reversed", "big-endian", "float64", "tensor", "bags", "list"])
+def test_arrays_of_any_form_give_the_same(form: str) -> None:
+    rng = np.random.default_rng(1)
+    X = rng.normal(size=(40, 5, 8)).astype("float32")
+    y = (X[:, :, 0].max(1) > 1).astype(int)
+    given = {
+        "reversed": X[:, ::-1].copy()[:, ::-1],
+        "big-endian": X.astype(">f4"),
+        "float64": X.astype("float64"),
+        "tensor": torch.from_numpy(X),
+        "bags": Bags.from_list(list(X)),
+        "list": list(X),
+    }[form]
+    expected = ProbeClassifier("mean", epochs=2).fit(X, y).predict_proba(X)
+    assert np.allclose(ProbeClassifier("mean", epochs=2).fit(given, y).predict_proba(given), expected, atol=1e-5)
+
+
+def test_several_labels_at_once() -> None:
+    rng = np.random.default_rng(1)
+    X = rng.normal(size=(60, 5, 8)).astype("float32")
+    y = (X[:, :, :3].mean(1) > 0).astype(int)
+    probe = ProbeClassifier("mean", epochs=60, learning_rates=(0.1,)).fit(X, y)
+    assert probe.predict(X).shape == (60, 3)
+    assert (probe.predict(X) == y).mean() > 0.8
+    assert probe.predict_proba(X).shape == (60, 3)
+
+
+def test_targets_of_another_kind_are_told() -> None:
+    X = np.zeros((6, 2, 3), "float32")
+    with pytest.raises(InputError, match="y: holds float64 targets with fractions; ProbeRegressor fits those"):
+        ProbeClassifier("mean").fit(X, np.linspace(0, 1, 6))
+    with pytest.raises(InputError, match="y: "):
+        ProbeClassifier("mean").fit(X, np.arange(12).reshape(6, 2))
+    with pytest.raises(InputError, match="X: expected an array of numbers, got texts"):
+        ProbeClassifier("mean").fit(np.full((6, 2, 3), "a"), [0, 1] * 3)
+
+
+def test_predicting_before_fitting_is_told_as_scikit_learn_tells_it() -> None:
+    from sklearn.exceptions import NotFittedError
+
+    for probe in (ProbeClassifier("mean"), ProbeRegressor("mean")):
+        with pytest.raises(NotFittedError):
+            probe.predict(np.zeros((1, 2, 3)))
+        with pytest.raises(NotFittedError):
+            probe.transform(np.zeros((1, 2, 3)))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests import tiny
 
 from cenote.bridges.sentence_transformers import CenotePooling, replace_pooling
 from cenote.core import Bags, InputError
@@ -39,6 +40,32 @@ def test_mean_reproduces_the_original(minilm: Any) -> None:
         atol=1e-6,
         rtol=0,
     )
+
+
+def test_what_a_model_was_told_stays(tmp_path: Path) -> None:
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    folder = tiny.made(
+        tmp_path, "BertModel", tiny.words, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, vocab_size=40, max_position_embeddings=64,
+    )  # fmt: skip
+    old = st.SentenceTransformer(
+        modules=[Transformer(str(folder)), Pooling(32, pooling_mode="mean", include_prompt=False)],
+        device="cpu",
+        prompts={"query": "a b c "},
+        default_prompt_name="query",
+        truncate_dim=8,
+        similarity_fn_name="dot",
+    )
+    new = replace_pooling(old, "mean-all")
+    assert new[1].include_prompt is False
+    assert new.truncate_dim == 8
+    assert new.similarity_fn_name == "dot"
+    assert new.default_prompt_name == "query"
+    torch.testing.assert_close(
+        new.encode(["d e"], convert_to_tensor=True), old.encode(["d e"], convert_to_tensor=True), atol=1e-6, rtol=0
+    )
+    assert replace_pooling(old, "mean", include_prompt=True)[1].include_prompt is True
 
 
 @real

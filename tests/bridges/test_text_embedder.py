@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from cenote.bridges.low_rank import LowRank
+from cenote.models.low_rank import LowRank
 from cenote.bridges.text_embedder import DESIGNS, EmbedderConfig, TextEmbedder
 from cenote.core import InputError
 from cenote.pool import Triple, nearest

@@ -12,20 +12,25 @@ from numpy import ndarray
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit, StratifiedShuffleSplit
+from sklearn.utils.multiclass import type_of_target
 from sklearn.utils.validation import check_is_fitted
 
 from cenote.compare.metrics import METRICS, r2
 from cenote.core import Bags, InputError
+from cenote.core.arrays import as_tensor
 from cenote.features.dataset import Task, TokenDataset
 from cenote.jobs.probe.measure import metric_name
 from cenote.jobs.probe.module import build_probe
 from cenote.jobs.probe.recipe import Recipe
 from cenote.jobs.probe.training import TargetScale, predict, train
 
-Sets = ndarray | Sequence[ndarray]
+Sets = ndarray | torch.Tensor | Bags | Sequence[ndarray | torch.Tensor]
 
 
 class _ProbeEstimator(BaseEstimator):  # type: ignore[misc]
+    # of what was pickled by versions that knew no several labels
+    _several = False
+
     def __init__(
         self,
         method: str = "efficient-probing",
@@ -90,6 +95,7 @@ class _ProbeEstimator(BaseEstimator):  # type: ignore[misc]
             raise InputError(
                 f"{self.method}: its training gave no finite numbers; are X or y very large? scale them first"
             )
+        self._several = task == "multilabel"
         self.probe_ = trained.probes[0]
         self.learning_rate_ = trained.learning_rate
         self.validation_score_ = trained.validation[0]
@@ -157,29 +163,46 @@ class ProbeClassifier(ClassifierMixin, _ProbeEstimator):  # type: ignore[misc]
 
         Args:
             X: `[items, tokens, dim]`, or a list of `[tokens, dim]` arrays.
-            y: `[items]` class labels.
+            y: `[items]` class labels, or `[items, labels]` of 0 and 1, where an item may have several.
             groups: per item the group that must not stand on both sides of the validation split.
 
         Raises:
-            InputError: where shapes do not fit or there is one class only.
+            InputError: where shapes do not fit, there is one class only, or targets have fractions.
         """
-        self.classes_, numbers = np.unique(np.asarray(y), return_inverse=True)
+        labels = np.asarray(y)
+        try:
+            kind = type_of_target(labels, input_name="y")
+        except ValueError as error:
+            raise InputError(f"y: {error}") from None
+        if kind.startswith("continuous"):
+            raise InputError(f"y: holds {labels.dtype} targets with fractions; ProbeRegressor fits those")
+        if kind == "multilabel-indicator":
+            self.classes_ = np.arange(labels.shape[1])
+            return self._fit(
+                X, as_tensor(torch.float32, y=labels), "multilabel", tuple(map(str, self.classes_)), groups
+            )
+        if labels.ndim != 1:
+            raise InputError(f"y: expected [items] labels, or [items, labels] of 0 and 1, got shape {labels.shape}")
+        self.classes_, numbers = np.unique(labels, return_inverse=True)
         if len(self.classes_) < 2:
             raise InputError(f"y: holds the one class {self.classes_.tolist()}; a classifier needs two")
         task: Task = "binary" if len(self.classes_) == 2 else "multiclass"
         return self._fit(X, torch.as_tensor(numbers), task, tuple(map(str, self.classes_)), groups)
 
     def predict_proba(self, X: Sets) -> ndarray:
-        """Probabilities `[items, classes]`, in the order of `classes_`."""
+        """Probabilities `[items, classes]`, in the order of `classes_`; of several labels at once each its own."""
         scores = torch.as_tensor(self._scores(X))
+        if self._several:
+            return scores.sigmoid().numpy()
         if scores.shape[1] == 1:
             p = scores.sigmoid()
             return torch.cat([1 - p, p], 1).numpy()
         return scores.softmax(1).numpy()
 
     def predict(self, X: Sets) -> ndarray:
-        """Most probable class of each item."""
-        return self.classes_[self.predict_proba(X).argmax(1)]
+        """Most probable class of each item, or `[items, labels]` of 0 and 1 where `y` was so."""
+        p = self.predict_proba(X)
+        return (p > 0.5).astype(np.int64) if self._several else self.classes_[p.argmax(1)]
 
 
 class ProbeRegressor(RegressorMixin, _ProbeEstimator):  # type: ignore[misc]
@@ -223,13 +246,20 @@ class ProbeRegressor(RegressorMixin, _ProbeEstimator):  # type: ignore[misc]
 
 
 def _as_features(X: Sets) -> torch.Tensor | Bags:
-    if isinstance(X, ndarray) and X.dtype != object:
+    if isinstance(X, Bags):
+        X = Bags(X.values.float(), X.offsets)
+        if bool((X.lengths() == 0).any()):
+            raise InputError("X: some items have no token")
+        x: torch.Tensor | Bags = X
+        values = X.values
+    elif isinstance(X, torch.Tensor) or (isinstance(X, ndarray) and X.dtype != object):
         if X.ndim != 3:
-            raise InputError(f"X: expected [items, tokens, dim] or a list of [tokens, dim] arrays, got shape {X.shape}")
-        values = torch.as_tensor(X, dtype=torch.float32)
-        x: torch.Tensor | Bags = values
+            raise InputError(
+                f"X: expected [items, tokens, dim] or a list of [tokens, dim] arrays, got shape {tuple(X.shape)}"
+            )
+        x = values = as_tensor(torch.float32, X=X)
     else:
-        sets = [torch.as_tensor(np.asarray(s), dtype=torch.float32) for s in X]
+        sets = [as_tensor(torch.float32, X=s) for s in X]
         for i, s in enumerate(sets):
             if s.dim() != 2 or s.shape[0] == 0:
                 raise InputError(

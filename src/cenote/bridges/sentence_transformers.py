@@ -46,6 +46,8 @@ FIELDS: dict[str, Any] = {
 }
 """What `config.json` must say to build the pool again."""
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+KEPT = ("prompts", "default_prompt_name", "truncate_dim", "similarity_fn_name")
+"""What a model is told besides its modules."""
 
 
 class CenotePooling(nn.Module):
@@ -322,6 +324,8 @@ class PooledVectors(nn.Module):
 def replace_pooling(model: Any, method: str, **settings: Any) -> Any:
     """A loaded `SentenceTransformer` with another pooling; its other modules are shared with the one given.
 
+    Prompts, the width that embeddings are cut to, the similarity, and whether tokens of a prompt are pooled stay as they were.
+
     Args:
         model: with one pooling module.
         method: name of a pool, as in `cenote list`.
@@ -336,10 +340,13 @@ def replace_pooling(model: Any, method: str, **settings: Any) -> Any:
         raise InputError(
             f"model: expected one pooling module, found {len(places)} among {[type(m).__name__ for m in modules]}"
         )
-    modules[places[0]] = CenotePooling(method, **settings)
-    return type(model)(
-        modules=modules, device=str(model.device), prompts=model.prompts, default_prompt_name=model.default_prompt_name
-    )
+    old = modules[places[0]]
+    modules[places[0]] = CenotePooling(method, **{"include_prompt": getattr(old, "include_prompt", True), **settings})
+    kept = {name: getattr(model, name) for name in KEPT if getattr(model, name, None) is not None}
+    replaced = type(model)(modules=modules, device=str(model.device), **kept)
+    if model.training:
+        replaced.train()
+    return replaced
 
 
 def _without_prompt(x: Tensor, mask: Tensor | None, length: int, prefix_tokens: int) -> Tensor | None:

@@ -18,10 +18,10 @@ from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cenote.bridges.low_rank import LowRank
 from cenote.bridges.transformers import width_of
 from cenote.core import InputError, files
 from cenote.core.requirements import require_at_least, require_one_of
+from cenote.models.low_rank import LINEARS, LowRank
 from cenote.pool.fitting import FittedPool, Known, form_of, named_pool
 from cenote.pool.layers.base import stack_layers
 from cenote.pool.layers.multi_layer_trainable.contrastive import Nearest, Triple, hard_negative_loss, nearest
@@ -29,7 +29,6 @@ from cenote.pool.training import History, in_batches, linear_schedule, train
 
 FORMAT = 1
 CARD, STATE, BACKBONE, TOKENIZER = "embedder.json", "embedder.safetensors", "backbone", "tokenizer"
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DESIGNS: dict[int, tuple[str, bool, dict[str, Any]]] = {
     1: ("last", False, {}),
     2: ("last-layer-trainable", False, {"last_only": True}),

@@ -1,6 +1,6 @@
 """What exists: the published systems, the methods that can be built by name, and the public names of the rooms."""
 
-from cenote.catalog.entries import Method, System, create, find, method, methods, systems
+from cenote.catalog.entries import Method, System, create, find, import_own, method, methods, systems
 from cenote.catalog.names import ROOMS, lazy, public
 from cenote.catalog.parts import Part, parts
 from cenote.core.later import load
@@ -12,6 +12,7 @@ __all__ = [
     "System",
     "create",
     "find",
+    "import_own",
     "lazy",
     "load",
     "method",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+import sys
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
+from importlib import import_module, resources
 from importlib.resources.abc import Traversable
+from numbers import Integral
 from typing import Any, Literal
 
 from cenote.catalog.names import places, read, unique
@@ -192,6 +194,9 @@ def methods(*, room: str | None = None, kind: str | None = None, fast: bool | No
 def method(name: str) -> Method:
     """The method of that name, or the only one that builds the class or the system of that name.
 
+    A dotted path names a class of somebody else, of a module that is imported already: a name out of a file runs no code. See
+    `import_own`.
+
     Raises:
         InputError: where there is none, naming what builds the system or the class of that name, or the nearest names.
 
@@ -201,10 +206,56 @@ def method(name: str) -> Method:
     known = _methods()
     if name in known:
         return known[name]
+    if "." in name:
+        return _own(name)
     builders = builders_of(name)
     if len(builders) != 1:
         raise InputError(f"no method is called {name!r}; {_instead(name)}")
     return builders[0]
+
+
+def import_own(name: str) -> None:
+    """Import the module of a dotted path such as `mypackage.pools.MyPool`, as whoever writes it down wants; other names are
+    left alone.
+
+    Raises:
+        InputError: where there is no such module, or it cannot be imported.
+    """
+    module = name.rpartition(".")[0]
+    if not module or name in _methods():
+        return
+    try:
+        import_module(module)
+    except Exception as error:  # whatever somebody's module raises
+        raise InputError(f"{name}: the module {module} cannot be imported ({type(error).__name__}: {error})") from None
+
+
+def _own(path: str) -> Method:
+    """The method that a class of an imported module is."""
+    module, _, name = path.rpartition(".")
+    if module not in sys.modules:
+        raise InputError(
+            f"{path}: the module {module} is not imported; import it first, if it is yours (cenote predict --own {module})"
+        )
+    built = getattr(sys.modules[module], name, None)
+    if not isinstance(built, type):
+        raise InputError(f"{path}: there is no class {name} in {module}")
+    above = (f"{base.__module__}.{base.__qualname__}" for base in built.__mro__)
+    found = next((_BASES[base] for base in above if base in _BASES), None)
+    if found is None:
+        raise InputError(f"{path}: derives from none of {', '.join(_BASES)}; see docs/architecture.md")
+    room, kind = found
+    summary = (inspect.getdoc(built) or "of your own").strip().splitlines()[0]
+    return Method(name=path, path=path, room=room, kind=kind, summary=summary)
+
+
+_BASES = {
+    "cenote.pool.base.Pool": ("pool", "sets"),
+    "cenote.pool.layers.base.LayerPool": ("pool", "layers"),
+    "cenote.pool.graph.base.GraphPool": ("pool", "graphs"),
+    "cenote.reduce.base.Reducer": ("reduce", "tokens"),
+}
+"""What people derive from, and where it is compared."""
 
 
 def builders_of(name: str) -> list[Method]:
@@ -235,9 +286,13 @@ def create(name: str, /, *args: Any, **kwargs: Any) -> Any:
     built, arguments = entry.load(), {**(entry.settings or {}), **kwargs}
     signature = inspect.signature(built)
     try:
-        signature.bind(*args, **arguments)
+        bound = signature.bind(*args, **arguments)
     except TypeError as error:
         raise InputError(f"{name}: {error}; it takes {', '.join(signature.parameters)}") from None
+    for argument, value in bound.arguments.items():
+        counts = signature.parameters[argument].annotation in (int, "int")
+        if counts and (isinstance(value, bool) or not isinstance(value, Integral)):
+            raise InputError(f"{argument}: expected a whole number for {name}, got {value!r}")
     return built(*args, **arguments)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,12 @@ from cenote.core import InputError
 from cenote.core.memory import MAX_ITEM_SIZE
 
 # what is compared, and how it is judged
-Methods = Annotated[str, typer.Option(help="fast, all, or names separated by commas (see cenote list).")]
+Methods = Annotated[
+    str, typer.Option(help="fast, all, or names separated by commas (see cenote list); your own: mypackage.MyPool.")
+]
+Own = Annotated[
+    str | None, typer.Option("--own", help="A module of yours to import first, whose pool was saved: mypackage.pools.")
+]
 Seeds = Annotated[int, typer.Option(min=1, help="How many initialisations of each probe.")]
 Out = Annotated[Path, typer.Option(help="Folder for results; the same folder again resumes.")]
 Metric = Annotated[str | None, typer.Option(help="Default by task: AUROC, accuracy, mean average precision, R2.")]
@@ -150,3 +156,14 @@ def parsed_size(text: str, option: str = "--max-item-size") -> int:
 def split_names(text: str | None) -> list[str] | None:
     """`"text,label"` as a list."""
     return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def import_from_here(*names: str) -> None:
+    """Import the modules of what is named by a dotted path, from the present folder too."""
+    from cenote.catalog import import_own
+
+    here = str(Path.cwd())
+    if any("." in name for name in names) and here not in sys.path:
+        sys.path.insert(0, here)
+    for name in names:
+        import_own(name)

@@ -21,6 +21,7 @@ def predict(
     out: Annotated[Path, typer.Option(help="CSV file to write.")] = Path("predictions.csv"),
     vectors: options.Vectors = None,
     max_item_size: options.MaxItemSize = options.DEFAULT_SIZE,
+    own: options.Own = None,
     as_json: options.Json = False,
 ) -> None:
     """Write a prediction per item, its scores, and the tokens that the probe looked at most."""
@@ -30,6 +31,8 @@ def predict(
     from cenote.jobs.probe import load
 
     files.require_place(out, "out")
+    if own is not None:
+        options.import_from_here(f"{own}.")
     saved = load(best)
     items = features.read(
         data,

@@ -88,6 +88,7 @@ def probe(
     from cenote.jobs.extract import ModelSpec, Options
     from cenote.jobs.probe.arms import chosen_methods
 
+    options.import_from_here(*methods.split(","))
     chosen_methods(methods)
     known_engine(engine)
     labelling = Labelling(task, label, group, split, seed=split_seed)

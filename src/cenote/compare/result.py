@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Generic, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import cenote.core.files as files
+from cenote.compare import table
 from cenote.compare.words import Words
+from cenote.core.errors import InputError
 from cenote.core.json_text import json_text
 
 FILE = "comparison.json"
@@ -87,7 +90,7 @@ class PairTest:
 R = TypeVar("R", bound=ArmResult)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Comparison(Generic[R]):
     """The whole verdict. A job names its class of results, and adds what it knows besides.
 
@@ -149,6 +152,44 @@ class Comparison(Generic[R]):
             if result.method == method:
                 return result
         raise KeyError(f"{method!r} was not compared; there are {[r.method for r in self.results]}")
+
+    def __repr__(self) -> str:
+        best = ", ".join(f"{r.method} {r.metric:.3f}" for r in self.results[:3])
+        more = f", and {len(self.results) - 3} more" if len(self.results) > 3 else ""
+        return f"<{type(self).__name__} by {self.metric_name}: {best}{more}>"
+
+    def __str__(self) -> str:
+        return self.sentence
+
+    def _repr_html_(self) -> str:
+        return table.to_html(self)
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """One dictionary an arm, best first, see `cenote.compare.table.rows`."""
+        return table.rows(self)
+
+    def to_frame(self) -> Any:
+        """The rows as a `pandas.DataFrame`, by method.
+
+        Raises:
+            InputError: where pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise InputError("to_frame: needs pandas; install it, or take to_rows or to_csv") from None
+        return pandas.DataFrame(self.to_rows()).set_index("method")
+
+    def to_csv(self, path: str | Path | None = None) -> str:
+        """The rows as CSV, with a header line; also written to `path`, if given."""
+        text = table.to_csv(self)
+        if path is not None:
+            files.write_whole(Path(path), text)
+        return text
+
+    def to_latex(self, columns: Sequence[str] | None = None) -> str:
+        """The rows as a `tabular` (booktabs), the winner in bold, see `cenote.compare.table.to_latex`."""
+        return table.to_latex(self, columns)
 
     def to_json(self) -> str:
         """The comparison as text; `from_json` reads it back."""

@@ -16,6 +16,7 @@ _SEQUENCE, _SPATIAL = "cenote.pool.sequence", "cenote.pool.spatial"
 _PROBE, _EXTRACT, _HARNESS = "cenote.jobs.probe", "cenote.jobs.extract", "cenote.study.harness"
 
 MODULES: dict[str, tuple[str, ...]] = {
+    "cenote.bridges.low_rank": ("cenote.models.low_rank",),
     "cenote.features.layered": ("cenote.features.dataset",),
     "cenote.models.pooled": ("cenote.bridges.transformers", "cenote.pool.fitting"),
     "cenote.models.sentence_transformers": ("cenote.bridges.sentence_transformers",),

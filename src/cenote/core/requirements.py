@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable
 from numbers import Real
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 
@@ -111,3 +112,31 @@ def require_floating(x: Tensor) -> None:
     """
     if not x.is_floating_point():
         raise InputError(f"x: expected floating point features, got {x.dtype}; use x.float()")
+
+
+def require_dtype_of(module: nn.Module, x: Tensor) -> None:
+    """Raise `InputError` unless `x` has the dtype of the module's matrices, without which torch cannot multiply them.
+
+    Where autocast is on, torch sees to it.
+
+    >>> require_dtype_of(nn.Linear(2, 2), torch.zeros(1, 2, dtype=torch.float64))
+    Traceback (most recent call last):
+    cenote.core.errors.InputError: x: expected torch.float32 as the parameters of Linear, got torch.float64; use ...
+    """
+    for parameter in module.parameters():
+        if parameter.dim() > 1 and parameter.is_floating_point():
+            if parameter.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+                own, came = (_METHODS.get(d, f".to({d})") for d in (parameter.dtype, x.dtype))
+                raise InputError(
+                    f"x: expected {parameter.dtype} as the parameters of {type(module).__name__}, got {x.dtype}; use x{own}, "
+                    f"or {came} on the module"
+                )
+            return
+
+
+_METHODS = {
+    torch.float16: ".half()",
+    torch.bfloat16: ".bfloat16()",
+    torch.float32: ".float()",
+    torch.float64: ".double()",
+}

@@ -10,12 +10,15 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cenote.core import masks, segments
+from cenote.core.arrays import as_tensor
 from cenote.core.errors import InputError
 from cenote.core.moments import set_variance
 from cenote.core.requirements import require_floating
@@ -310,22 +313,23 @@ class Bags(Tokens):
         self.offsets = offsets
 
     @classmethod
-    def from_list(cls, sets: Sequence[Float[Tensor, "_ dim"]]) -> Bags:
-        """Join a list of `[tokens_i, dim]` tensors.
+    def from_list(cls, sets: Sequence[Float[Tensor, "_ dim"] | NDArray[Any]]) -> Bags:
+        """Join a list of `[tokens_i, dim]` tensors or arrays.
 
         Raises:
-            InputError: where the list is empty or a tensor is not two-dimensional or of another width.
+            InputError: where the list is empty or one of it is not two-dimensional, of another width, or no numbers.
         """
-        if not sets:
+        if not len(sets):
             raise InputError("Bags.from_list: got an empty list; at least one set is needed to know the width")
-        for i, s in enumerate(sets):
+        tensors = [as_tensor(sets=s) for s in sets]
+        for i, s in enumerate(tensors):
             if s.dim() != 2:
                 raise InputError(f"Bags.from_list: set {i} must be [tokens, dim], got shape {tuple(s.shape)}")
-        widths = {s.shape[-1] for s in sets}
+        widths = {s.shape[-1] for s in tensors}
         if len(widths) > 1:
             raise InputError(f"Bags.from_list: the sets have different widths {sorted(widths)}")
-        lengths = torch.tensor([0, *(s.shape[0] for s in sets)])
-        return cls(torch.cat(list(sets)), lengths.cumsum(0).to(sets[0].device))
+        lengths = torch.tensor([0, *(s.shape[0] for s in tensors)])
+        return cls(torch.cat(tensors), lengths.cumsum(0).to(tensors[0].device))
 
     @classmethod
     def from_padded(

@@ -223,6 +223,21 @@ class TokenDataset:
         return replace(self, x=self.token_source.in_memory())
 
 
+def require_data(data: object) -> None:
+    """Raise `InputError` unless these are labelled token features.
+
+    >>> require_data("digits")
+    Traceback (most recent call last):
+    cenote.core.errors.InputError: data: expected a TokenDataset, got str; cenote.features.read makes one of a file or folder
+    """
+    if isinstance(data, TokenDataset):
+        return
+    how = "cenote.features.read makes one of a file or folder"
+    if not isinstance(data, str):
+        how = f"cenote.Dataset.from_arrays(x, y) makes one of arrays, {how}"
+    raise InputError(f"data: expected a TokenDataset, got {type(data).__name__}; {how}")
+
+
 def LayeredDataset(name: str, x: Tensor | Bags, *known: Any, layers: Sequence[int] = (), **more: Any) -> TokenDataset:
     """A `TokenDataset` with several layers in memory.
 

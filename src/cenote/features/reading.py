@@ -154,9 +154,47 @@ def read_labelled(
     source = _open(path, csv, vector_column, id_column, labelling is not None, problems)
     if not source.layers and layers not in (None, "all", "last"):
         raise InputError(f"layers: {path} holds one layer; leave layers out")
+    data = assembled(
+        path.stem,
+        source,
+        labelling,
+        problems,
+        prefix_tokens=prefix_tokens,
+        grid=grid,
+        source_words=f"{path} ({source.format})",
+    )
+    return data if not source.layers else _chosen(data, source.layers, layers)
+
+
+def assembled(
+    name: str,
+    source: Source,
+    labelling: Labelling | None,
+    problems: Problems,
+    *,
+    prefix_tokens: int,
+    grid: tuple[int, int] | None,
+    source_words: str,
+) -> TokenDataset:
+    """What a reader found, checked and read.
+
+    Args:
+        name: for people.
+        source: the reader's.
+        labelling: of its columns, None for data to predict.
+        problems: so far.
+        prefix_tokens, grid: as of `read`.
+        source_words: where it comes from.
+
+    Returns:
+        Of several layers `x` has them side by side.
+
+    Raises:
+        InputError: that lists everything that is wrong.
+    """
     check_ids(source.ids, problems)
     if not source.ids:
-        raise InputError(f"{path}: holds no item")
+        raise InputError(f"{problems.where}: holds no item")
 
     made, split = None, torch.full((len(source.ids),), SPLITS.index("test"))
     groups, split_seed = None, None
@@ -175,8 +213,8 @@ def read_labelled(
     assert made is not None or labelling is None
     made = made or _unlabelled(len(source.ids))
     x = _shaped(filled)
-    data = TokenDataset(
-        name=path.stem,
+    return TokenDataset(
+        name=name,
         x=x,
         y=made.y,
         task=made.task,
@@ -187,18 +225,17 @@ def read_labelled(
         prefix_tokens=prefix_tokens,
         grid=grid,
         token_labels=marked if marked is None or isinstance(x, Bags) else marked.view(x.shape[:2]),
-        source=f"{path} ({source.format})",
+        source=source_words,
         cautions=_cautions(source, labelling),
         split_seed=split_seed,
     )
-    return data if not source.layers else _chosen(data, x, source.layers, layers)
 
 
-def _chosen(
-    data: TokenDataset, x: Tensor | Bags, held: tuple[int, ...], layers: str | int | Sequence[int] | None
-) -> TokenDataset:
-    """Some of the layers, which lie side by side in each token of `x`."""
-    if not isinstance(x, Bags):
+def _chosen(data: TokenDataset, held: tuple[int, ...], layers: str | int | Sequence[int] | None) -> TokenDataset:
+    """Some of the layers, which lie side by side in each token."""
+    x = data.x
+    assert isinstance(x, Tensor | Bags)
+    if isinstance(x, Tensor):
         x = x.unflatten(-1, (len(held), -1)).transpose(1, 2)
     every = replace(data, x=stacked(x, held))
     numbers = layer_numbers(layers, held)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from cenote.core.requirements import require_dtype_of
 from cenote.core.sets import Bags, PaddedTokens, Tokens, as_tokens
 from cenote.pool.traits import Traits
 
@@ -42,7 +43,7 @@ class Pool(Traits, ABC):
         mask: Bool[Tensor, "batch *tokens"] | None = None,
     ) -> Float[Tensor, "batch *out"]:
         """Pool `x` to `[batch, out_dim]`; `mask` is True on real tokens."""
-        tokens = as_tokens(x, mask, self.dim)
+        tokens = self._tokens(x, mask)
         return _zero_where_empty(tokens, self.pool_only(tokens))
 
     def attend(
@@ -51,9 +52,14 @@ class Pool(Traits, ABC):
         mask: Bool[Tensor, "batch *tokens"] | None = None,
     ) -> Pooled:
         """As calling the pool, and also what each output took from each token."""
-        tokens = as_tokens(x, mask, self.dim)
+        tokens = self._tokens(x, mask)
         output, weights = self.pool(tokens)
         return Pooled(_zero_where_empty(tokens, output), None if weights is None else tokens.heads_first(weights))
+
+    def _tokens(self, x: Tensor | Tokens, mask: Tensor | None) -> Tokens:
+        tokens = as_tokens(x, mask, self.dim)
+        require_dtype_of(self, tokens.values)
+        return tokens
 
     @abstractmethod
     def pool(self, tokens: Tokens) -> Pooled:

@@ -14,10 +14,18 @@ from cenote.testing import rules
 from cenote.testing.contract import ContractError, require_attributes, run_rules
 from cenote.testing.contract import difference as _difference
 
-__all__ = ["PLAIN_MODULE", "ContractError", "check_pool"]
+__all__ = ["LONG", "PLAIN_MODULE", "ContractError", "check_pool"]
 
 PLAIN_MODULE = ("ragged equals padded", "attend agrees with calling", "wrong input is named")
 """The rules that only a class written with cenote keeps; `check_pool(module, leave_out=PLAIN_MODULE)` checks any module."""
+
+LONG = frozenset({
+    "gradients are right",
+    "half precision over many tokens",
+    "torch compile in one graph",
+    "torch export",
+})  # fmt: skip
+"""Names of the rules that take seconds."""
 
 
 def check_pool(pool: nn.Module, *, tokens: int = 9, seed: int = 0, leave_out: Collection[str] = ()) -> None:

@@ -25,6 +25,21 @@ def test_what_is_first_in_a_tuple_is_changed_and_the_rest_stays() -> None:
     assert torch.equal(seen["0"].gave, found)
 
 
+def test_what_is_given_by_name_is_seen_too() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Pair()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x=x)[0]
+
+    model, x = Outer(), torch.ones(2)
+    with passing(model, {"inner": torch.zeros_like}) as seen:
+        assert model(x).tolist() == [0.0, 0.0]
+    assert torch.equal(seen["inner"].given, x)
+
+
 def test_gradients_flow_through_what_is_changed() -> None:
     model, factor = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.ones(2, requires_grad=True)
     with passing(model, {"1": lambda y: factor * y}):

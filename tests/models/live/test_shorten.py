@@ -408,6 +408,22 @@ def rows_of(wanted: str, start: int) -> Any:
     return {"last": [8], "first": [start], "all": slice(start, None), "named": slice(3, 6)}[wanted]
 
 
+def test_all_rows_of_a_batch_without_padding_are_read() -> None:
+    case, seen = zoo.MODELS["vit"]("sdpa"), list[Tensor]()
+
+    def reduce(x: Tensor, sizes: Tensor, mask: Tensor, attention: Tensor) -> Reduced:
+        seen.append(attention)
+        return dropping(torch.arange(17) % 2 == 0)(x, sizes, mask)
+
+    with (
+        recorded(case.model, "rows", rows="all") as found,
+        edited(case.model, Shorten(reduce, 0, rows="all", protect=1)),
+    ):
+        case.model(**case.inputs)
+    weights = next(w for place, (w, *_) in found["rows"].items() if place.block == 0)
+    torch.testing.assert_close(seen[0], weights.mean(2), rtol=1e-5, atol=1e-6)
+
+
 def test_signals_are_never_a_full_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     case, most = zoo.MODELS["vit"]("sdpa"), [0]
     softmax = AttentionCall.softmax

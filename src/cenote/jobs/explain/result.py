@@ -59,7 +59,7 @@ class ExplanationResult(ArmResult):
         return self.ms
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Audit(Table[ExplanationResult]):
     """The whole verdict of `cenote explain`.
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from cenote.catalog import Method, method, methods
+from cenote.catalog import Method, import_own, method, methods
 from cenote.compare.arms import Arm, OnShare, unheard
 from cenote.compare.cells import Cell
 from cenote.compare.metrics import METRICS
@@ -22,12 +22,17 @@ from cenote.jobs.probe import cost, module, training
 from cenote.jobs.probe.module import Probe, build_probe
 from cenote.jobs.probe.recipe import Recipe
 from cenote.models.base import layer_numbers
+from cenote.testing import ContractError, check_pool
+from cenote.testing.pools import LONG
 
 BASELINE = "mean"
 KINDS = ("sets", "layers", "graphs")
 EMBEDDINGS = 0
 
 MAX_PAIRWISE_TOKENS = 8192
+
+OWN_TOKENS = 9
+"""That a pool of one's own is tried on, where items differ."""
 
 LARGEST_COPY = 2**31
 """Bytes of features that are written to a temporary file for other processes."""
@@ -110,6 +115,11 @@ class Trial(Arm):
             pool = build_probe(name, data).pool
         except InputError as error:
             return str(error).removeprefix(f"{name}: ")
+        if "." in name and self.column.method.kind == "sets":
+            try:
+                check_pool(pool, tokens=data.tokens or OWN_TOKENS, leave_out=LONG)
+            except ContractError as error:
+                return f"breaks what every pool keeps:\n{error}"
         if getattr(pool, "pairwise", False) and int(data.lengths().max()) > MAX_PAIRWISE_TOKENS:
             longest = int(data.lengths().argmax())
             return (
@@ -173,6 +183,8 @@ class Trial(Arm):
 
     def build(self) -> Probe:
         """A fresh probe."""
+        # of one's own, in another process
+        self.column.method.load()
         return build_probe(self.column.method.name, self.column.data)
 
     def probe(self, cell: Cell, seed_number: int) -> Probe:
@@ -195,11 +207,11 @@ def remembered() -> Fingerprint:
     return fingerprint
 
 
-def chosen_methods(wanted: str | Sequence[str], layered: bool = False, edges: bool = False) -> tuple[str, ...]:
+def chosen_methods(wanted: str | Sequence[str | type], layered: bool = False, edges: bool = False) -> tuple[str, ...]:
     """Names of pools: `"fast"`, `"all"`, or a list (commas in a text separate). `mean` is always among them.
 
     Args:
-        wanted: as said.
+        wanted: as said; a dotted path names a pool of your own, whose module is imported.
         layered: whether `"fast"` and `"all"` include pools of layers.
         edges: whether they include pools of graphs.
 
@@ -211,9 +223,11 @@ def chosen_methods(wanted: str | Sequence[str], layered: bool = False, edges: bo
         fast = True if wanted == "fast" else None
         names = [m.name for kind in kinds for m in methods(room="pool", kind=kind, fast=fast)]
     else:
-        names = [n.strip() for n in wanted.split(",")] if isinstance(wanted, str) else list(wanted)
+        names = [n.strip() for n in wanted.split(",")] if isinstance(wanted, str) else [_name_of(w) for w in wanted]
         if not names or "" in names:
             raise InputError("methods: the list has no name in it; try --methods fast")
+    for name in names:
+        import_own(name)
     entries = [method(name) for name in names]
     for entry in entries:
         name = entry.name
@@ -222,8 +236,20 @@ def chosen_methods(wanted: str | Sequence[str], layered: bool = False, edges: bo
     return tuple(dict.fromkeys([BASELINE, *(entry.name for entry in entries)]))
 
 
+def _name_of(wanted: object) -> str:
+    """A method's name; of a class its dotted path, by which it is found again."""
+    if isinstance(wanted, str):
+        return wanted
+    if isinstance(wanted, type) and "<" not in wanted.__qualname__ and "." not in wanted.__qualname__:
+        return f"{wanted.__module__}.{wanted.__qualname__}"
+    raise InputError(
+        f"methods: expected names or classes, which can be built anew for every seed, got {wanted!r}; give the class, defined "
+        f"at the top of a module"
+    )
+
+
 def columns_of(
-    data: TokenDataset, wanted: str | Sequence[str], layers: Layers = None
+    data: TokenDataset, wanted: str | Sequence[str | type], layers: Layers = None
 ) -> tuple[list[Column], str, dict[str, str]]:
     """`(columns, name of the baseline, skipped)`: the baseline is the mean of the last chosen layer.
 

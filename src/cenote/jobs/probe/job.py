@@ -20,7 +20,7 @@ from cenote.core import InputError, files
 from cenote.core.memory import return_freed_blocks
 from cenote.core.requirements import require_one_of
 from cenote.features import facts
-from cenote.features.dataset import SPLITS, TokenDataset
+from cenote.features.dataset import SPLITS, TokenDataset, require_data
 from cenote.jobs.probe.arms import Layers, Trial, columns_of, remembered
 from cenote.jobs.probe.cautions import Seen, cautions, tests_more
 from cenote.jobs.probe.folds import planned
@@ -36,7 +36,7 @@ HUGE_ITEM_BYTES = 2**24
 
 def compare(
     data: TokenDataset,
-    methods: str | Sequence[str] = "fast",
+    methods: str | Sequence[str | type] = "fast",
     *,
     seeds: int | Sequence[int] = 3,
     out: str | Path | None = None,
@@ -56,7 +56,9 @@ def compare(
 
     Args:
         data: see `cenote.features.read`, `cenote.features.digits`.
-        methods: `"fast"`, `"all"`, or names; `mean`, the baseline, is always among them.
+        methods: `"fast"`, `"all"`, or names; `mean`, the baseline, is always among them. A pool of your own by its class, or by
+            its dotted path (`"mypackage.pools.MyPool"`): it is tried against what every pool keeps first, see
+            `cenote.testing.check_pool`.
         seeds: how many (0, 1, ...), or which.
         out: folder for the finished cells, `comparison.json`, attention samples, and the probes of the winner and of the
             recommended method; given the same folder again, finished cells are not recomputed. `None`: nothing is written.
@@ -93,6 +95,7 @@ def compare(
         >>> result.baseline
         'mean'
     """
+    require_data(data)
     recipe = recipe or Recipe()
     columns, baseline, skipped = columns_of(data, methods, layers)
     seed_numbers = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)

@@ -18,10 +18,16 @@ DEFAULTS: dict[Task, str] = {
     "regression": "R2",
 }
 FITTING: dict[Task, tuple[str, ...]] = {
-    "binary": ("AUROC", "accuracy", "balanced accuracy"),
-    "multiclass": ("accuracy", "balanced accuracy"),
-    "multilabel": ("mean average precision",),
-    "regression": ("R2",),
+    "binary": (
+        *("AUROC", "accuracy", "balanced accuracy", "F1", "average precision", "Matthews"),
+        *("negative log loss", "negative calibration error"),
+    ),
+    "multiclass": (
+        *("accuracy", "balanced accuracy", "macro F1", "Matthews", "quadratic kappa"),
+        *("negative log loss", "negative calibration error"),
+    ),
+    "multilabel": ("mean average precision", "macro F1", "micro F1"),
+    "regression": ("R2", "negative MAE", "negative RMSE", "Spearman"),
 }
 
 

@@ -98,7 +98,7 @@ def tokens_of_raw(
 def compare_raw(
     items: RawItems,
     model: ModelSpec,
-    methods: str | Sequence[str] = "fast",
+    methods: str | Sequence[str | type] = "fast",
     *,
     out: str | Path,
     labelling: Labelling | None = None,

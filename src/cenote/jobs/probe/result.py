@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from cenote.compare.metrics import OF_SHARES
 from cenote.compare.result import ArmResult
 from cenote.compare.result import Comparison as Table
 from cenote.compare.words import Words
@@ -51,7 +52,7 @@ class MethodResult(ArmResult):
         return self.latency_ms
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Comparison(Table[MethodResult]):
     """The whole verdict of `cenote probe`.
 
@@ -80,5 +81,5 @@ class Comparison(Table[MethodResult]):
 
     @property
     def words(self) -> Words:
-        """All metrics but R2 are shares."""
-        return Words(percent=self.metric_name != "R2", reference="{} on the mean", remedy="the recipe")
+        """Shares are told in per cent."""
+        return Words(percent=self.metric_name in OF_SHARES, reference="{} on the mean", remedy="the recipe")

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 import cenote.core.files as files
-from cenote.catalog import create
+from cenote.catalog import create, method
 from cenote.core import Bags, InputError
 from cenote.core.json_text import json_text
 from cenote.core.requirements import require_one_of
@@ -181,6 +181,8 @@ def load(folder: str | Path) -> SavedProbe:
     named = 2 if card["task"] == "binary" else card["outputs"]
     if len(card["classes"]) != named:
         raise InputError(f"{folder}: probe.json names {len(card['classes'])} classes, expected {named}; {AGAIN}")
+    if "." in card["method"]:
+        method(card["method"])  # told as it is, where its module is not imported
     try:
         with seeded(0):
             pool = create(card["method"], **{**card["arguments"], "dim": card["dim"]})

@@ -106,6 +106,19 @@ class Run:
         self._so_far[place] = so_far
         return {"step": self.step, "query_start": so_far - queries, "prompt": self._prompts[place]}
 
+    @property
+    def decoding(self) -> bool:
+        """Whether what the model reads now stands behind a prompt, in a cache that tells."""
+        return bool(self._before)
+
+    def hears(self) -> bool:
+        """Whether this thread is the one that entered."""
+        return threading.get_ident() == self.thread
+
+    def looks(self, edit: Edit) -> None:
+        """This edit looked, and rightly left all as it was."""
+        self._acted.add(id(edit))
+
     def counts(self, edit: Edit, place: Place, number: int) -> None:
         """This edit acted, on that many."""
         if number:

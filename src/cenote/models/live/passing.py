@@ -48,7 +48,9 @@ def passing(model: nn.Module, at: Mapping[str, Change | None]) -> Iterator[dict[
             there = ", ".join(repr(name) for name in list(modules)[1:13])
             raise InputError(f"at: the model has no module {path!r}; it has {there}, ...")
     seen: dict[str, Passed] = {}
-    hooks = [modules[path].register_forward_hook(_hook(path, change, seen)) for path, change in at.items()]
+    hooks = [
+        modules[path].register_forward_hook(_hook(path, change, seen), with_kwargs=True) for path, change in at.items()
+    ]
     try:
         yield seen
     finally:
@@ -57,10 +59,11 @@ def passing(model: nn.Module, at: Mapping[str, Change | None]) -> Iterator[dict[
 
 
 def _hook(path: str, change: Change | None, seen: dict[str, Passed]) -> Callable[..., Any]:
-    def hook(_module: nn.Module, given: tuple[Any, ...], gave: Any) -> Any:
+    def hook(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], gave: Any) -> Any:
+        given = next(value for value in (*args, *named.values()) if isinstance(value, Tensor))
         first = gave if isinstance(gave, Tensor) else gave[0]
         new = first if change is None else change(first)
-        seen[path] = Passed(given[0], new)
+        seen[path] = Passed(given, new)
         if change is None:
             return None
         return new if isinstance(gave, Tensor) else (new, *gave[1:])

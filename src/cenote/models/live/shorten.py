@@ -261,8 +261,9 @@ class _Signals(AttentionEdit):
             part[:, start : start + CHUNK] = chosen[:, start : start + CHUNK]
             if part.any():
                 some = call.only(part)
-                assert some.real is not None
-                weights = some.softmax(some.scores()).masked_fill(~some.real[:, None, :, None], 0.0)
+                weights = some.softmax(some.scores())
+                if some.real is not None:
+                    weights = weights.masked_fill(~some.real[:, None, :, None], 0.0)
                 total = total + weights.sum(2)
         return total / chosen.sum(1).view(-1, 1, 1)
 

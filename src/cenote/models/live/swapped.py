@@ -38,7 +38,7 @@ class AsMixer(nn.Module):
         x = given.get("hidden_states", given.get(self._names[0]))
         if not isinstance(x, Tensor):
             raise InputError("module: its place is called without hidden states, first or by the name hidden_states")
-        y = self.mixer(x, mask=_mask(given.get("attention_mask"), x), positions=given.get("position_ids"))
+        y = self.mixer(x, mask=told_mask(given.get("attention_mask"), x), positions=given.get("position_ids"))
         if y.shape != x.shape:
             raise InputError(
                 f"module: a mixer gave {tuple(y.shape)} for states {tuple(x.shape)}; expected the same shape"
@@ -160,8 +160,8 @@ def _length(forward: Callable[..., Any]) -> int:
     return commas + 1
 
 
-def _mask(mask: Any, x: Tensor) -> Tensor | None:
-    """Which tokens are real, `[batch, tokens]`: those that read themselves."""
+def told_mask(mask: Any, x: Tensor) -> Tensor | None:
+    """Which tokens are real by a block's mask, `[batch, tokens]`: those that read themselves; None without a mask."""
     if not isinstance(mask, Tensor):
         return None
     seen = mask[..., -x.shape[1] :]

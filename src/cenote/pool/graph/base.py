@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.graphs import Graphs, check_edges
-from cenote.core.requirements import require_floating
+from cenote.core.requirements import require_dtype_of, require_floating
 from cenote.core.segments import accumulation_dtype
 from cenote.pool.graph.precision import in_double
 from cenote.pool.traits import Traits
@@ -113,6 +113,7 @@ class GraphPool(Traits, ABC):
         """Pool a checked batch of graphs."""
 
     def _pooled(self, graph: Graph) -> GraphPooled:
+        require_dtype_of(self, graph.x)
         pooled: GraphPooled = in_double(self, self.pool, graph) if self.precise else self.pool(graph)
         empty = graph.batch.bincount(minlength=graph.size) == 0
         return pooled._replace(output=pooled.output.masked_fill(empty.unsqueeze(1), 0))

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cenote.core.errors import InputError
-from cenote.core.requirements import require_floating
+from cenote.core.requirements import require_dtype_of, require_floating
 from cenote.core.sets import PaddedTokens
 from cenote.pool.traits import Traits
 
@@ -135,6 +135,7 @@ class LayerPool(Traits, ABC):
             )
         if x.shape[1] < self.min_layers:
             raise InputError(f"x: this pool needs at least {self.min_layers} layers, got {x.shape[1]}")
+        require_dtype_of(self, x)
         if mask is None:
             return x
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:

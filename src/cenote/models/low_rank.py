@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from cenote.core import InputError
 from cenote.core.requirements import require_at_least, require_positive, require_rate
 
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a block, as most decoders call them."""
+
 
 class LowRank(nn.Module):
     """What is added to linear layers of a model while its block lasts: `y = W x + (alpha / r) B A dropout(x)`.

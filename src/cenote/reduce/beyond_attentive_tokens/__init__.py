@@ -1,0 +1,1 @@
+"""Important tokens and diverse ones: the attentive matched, the others clustered."""

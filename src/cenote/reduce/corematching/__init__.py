@@ -1,0 +1,1 @@
+"""Core neurons and core tokens of vision-language models."""

@@ -1,0 +1,1 @@
+"""Long contexts of a decoder, compressed into a few activations: GistPool, average pooling, plain gisting."""

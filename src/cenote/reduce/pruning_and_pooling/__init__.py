@@ -1,0 +1,1 @@
+"""Pruning or pooling, whichever an image's scores ask for."""
