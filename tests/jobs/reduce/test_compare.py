@@ -152,6 +152,20 @@ def test_an_interrupted_run_keeps_what_is_done_and_goes_on(tmp_path: Path) -> No
     assert (out / FILE).is_file()
 
 
+def test_what_a_reducer_refuses_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Indexes._made
+
+    def refusing(self: Indexes, family: Family | None, *rest: Any) -> Any:
+        if family is not None and family.built == "evenly-spaced":
+            raise InputError("documents: not these")
+        return made(self, family, *rest)
+
+    monkeypatch.setattr(Indexes, "_made", refusing)
+    found = compare(*themes(12, 12), methods=["evenly-spaced"], factors=(2,), seeds=1)
+    assert found.skipped == {"evenly-spaced x2": "documents: not these"}
+    assert "sequential x2" in {r.method for r in found.results}
+
+
 def test_two_norms_of_one_pass_are_those_of_two_reducers() -> None:
     documents, _, _ = themes(9, 9)
     for name in ("hierarchical", "sequential"):
