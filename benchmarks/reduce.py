@@ -27,7 +27,6 @@ from cenote.models.token_vectors import TokenEncoder
 WITHIN = 0.002
 PROTOTYPE = {
     "unreduced": 0.3976,
-    "one-mean": 0.3897,
     "hierarchical-raw x2": 0.3963,
     "hierarchical-raw x3": 0.3873,
     "hierarchical-raw x4": 0.3854,

@@ -104,3 +104,29 @@ def test_a_collection_of_ones_own_needs_a_model(cenote: Run, beir: Path, tmp_pat
     (beir / "corpus.jsonl").write_text('{"_id": "a", "text": " "}\n{"_id": "b", "text": "b"}')
     code, _, err = cenote("reduce", beir, *QUICK, "--out", tmp_path / "out")
     assert (code, "documents: 1 of 2 documents holds no text (a); leave them out with --skip-bad" in err) == (2, True)
+
+
+def test_features_that_are_there_already(cenote: Run, beir: Path, tmp_path: Path) -> None:
+    """Token stores of documents and queries, as `cenote extract` writes them."""
+    pytest.importorskip("transformers", reason="cenote[models] is not installed")
+    from tests import tiny
+
+    model = tiny.bert(tmp_path / "bert")
+    for name in ("corpus", "queries"):
+        rows = [json.loads(line) for line in (beir / f"{name}.jsonl").read_text().splitlines()]
+        table = tmp_path / f"{name}.jsonl"
+        table.write_text("\n".join(json.dumps({"id": r["_id"], "text": " ".join(r["text"][:24])}) for r in rows))
+        code, _, err = cenote("extract", table, "--backbone", model, "--out", tmp_path / name)
+        assert code == 0, err
+    command = ("reduce", tmp_path / "corpus", *QUICK[2:], "--out", tmp_path / "out")
+    judged = ("--qrels", beir / "qrels" / "test.tsv")
+    code, _, err = cenote(*command, "--queries", tmp_path / "queries", *judged)
+    assert code == 0, err
+    found = Frontier.load(tmp_path / "out")
+    assert (found.dataset["queries"], found.dataset["protected"], found.dataset["width"]) == (12, 1, 32)
+    for more, told in (
+        (judged, "--queries: the documents are a feature store; name that of the queries"),
+        (("--queries", tmp_path / "queries"), "--qrels: name a file with lines"),
+    ):
+        code, _, err = cenote(*command, *more)
+        assert (code, told in err) == (2, True), err

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cenote.core import InputError
-from cenote.features.hashed_words import NAME as HASHED
 
 if TYPE_CHECKING:
     from cenote.jobs.reduce.encoding import Encoder
@@ -32,8 +31,10 @@ Punctuation = Annotated[
 
 def default_model() -> str:
     """MiniLM where its package and transformers are installed, else words by their spelling."""
+    from cenote.features.hashed_words import NAME
+
     there = all(importlib.util.find_spec(name) is not None for name in (PACKAGE, "transformers"))
-    return MINILM if there else HASHED
+    return MINILM if there else NAME
 
 
 def encoder_of(model: str, layer: int | None, punctuation: bool, max_length: int | None, **loading: Any) -> Encoder:
@@ -42,9 +43,9 @@ def encoder_of(model: str, layer: int | None, punctuation: bool, max_length: int
     Raises:
         InputError: where there is no such model, or it gives no vector for each token.
     """
-    if model == HASHED and not Path(model).exists():
-        from cenote.features.hashed_words import HashedWords
+    from cenote.features.hashed_words import NAME, HashedWords
 
+    if model == NAME and not Path(model).exists():
         return HashedWords()
     if model == MINILM and not Path(model).exists():
         if importlib.util.find_spec(PACKAGE) is None:

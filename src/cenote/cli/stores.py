@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cenote.core import InputError
-from cenote.core.requirements import require_one_of
-from cenote.features.vectors import Meta
+
+if TYPE_CHECKING:
+    from cenote.features.vectors import Meta
 
 KINDS = ("exact", "lancedb", "qdrant")
 
@@ -32,6 +33,8 @@ def opened(address: str, meta: Meta | None = None) -> Any:
     Raises:
         InputError: where there is no such kind, its library is not installed, or it holds something else.
     """
+    from cenote.core.requirements import require_one_of
+
     kind, separator, folder = address.partition("://")
     if not separator:
         kind, folder = "exact", address

@@ -64,7 +64,7 @@ def test_the_verdict_says_what_to_take(found: Frontier) -> None:
         "Half of the vectors is enough",
         f"{found.recommended}, {found[found.recommended].metric:.3f} nDCG@10 against {found['unreduced'].metric:.3f}",
         "Means left as they are, against those of unit norm: ",
-        "the first vectors of each document (-0.",
+        "As many vectors without pooling: the first of each document (-0.",
         "One mean vector per document (1/8 of the vectors)",
         "With 40 queries a difference under ",
     ):
@@ -150,6 +150,20 @@ def test_an_interrupted_run_keeps_what_is_done_and_goes_on(tmp_path: Path) -> No
     assert whole.complete
     assert whole.sentence == fresh.sentence
     assert (out / FILE).is_file()
+
+
+def test_what_a_reducer_refuses_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Indexes._made
+
+    def refusing(self: Indexes, family: Family | None, *rest: Any) -> Any:
+        if family is not None and family.built == "evenly-spaced":
+            raise InputError("documents: not these")
+        return made(self, family, *rest)
+
+    monkeypatch.setattr(Indexes, "_made", refusing)
+    found = compare(*themes(12, 12), methods=["evenly-spaced"], factors=(2,), seeds=1)
+    assert found.skipped == {"evenly-spaced x2": "documents: not these"}
+    assert "sequential x2" in {r.method for r in found.results}
 
 
 def test_two_norms_of_one_pass_are_those_of_two_reducers() -> None:

@@ -53,23 +53,24 @@ def index(
     wanted = [(name, text) for name, text in zip(texts.ids, texts.texts, strict=True) if name in new]
     kept = len(texts.ids) - len(wanted)
     before = after = added = 0
-    seconds = [0.0, 0.0, 0.0]
+    encoding = reducing = adding = 0.0
     for start in range(0, len(wanted), AT_ONCE):
         some = wanted[start : start + AT_ONCE]
-        clock = [time.perf_counter()]
+        start_encoding = time.perf_counter()
         bags = encoder.documents([text for _, text in some])
-        clock.append(time.perf_counter())
+        start_reducing = time.perf_counter()
         reduced = bags if reducer is None else in_batches(reducer, bags, encoder.protect)
-        clock.append(time.perf_counter())
+        start_adding = time.perf_counter()
         added += store.add([name for name, _ in some], reduced)
-        clock.append(time.perf_counter())
-        seconds = [s + b - a for s, a, b in zip(seconds, clock, clock[1:], strict=False)]
+        encoding += start_reducing - start_encoding
+        reducing += start_adding - start_reducing
+        adding += time.perf_counter() - start_adding
         before, after = before + len(bags.values), after + len(reduced.values)
         on_done(kept + min(start + AT_ONCE, len(wanted)))
     # a store without an index of its own, as the exact one, has nothing to train
     train = getattr(store, "train", None)
     trained = bool(train()) if train is not None and wanted else False
-    return Indexed(held, added, kept, len(store), store.nbytes, before, after, *seconds, trained)
+    return Indexed(held, added, kept, len(store), store.nbytes, before, after, encoding, reducing, adding, trained)
 
 
 def search(queries: Sequence[str], encoder: Encoder, store: VectorStore, k: int = 10) -> Hits:

@@ -64,6 +64,10 @@ class Index(Arm):
         family = self.wanted[0].family if self.wanted else None
         return (type(self), measure, *(() if family is None else (method(family.built).load(),)))
 
+    def unfit(self) -> str | None:
+        """Why its reducer cannot be used on these documents."""
+        return self.indexes.unfit(self.wanted[0]) if self.wanted else None
+
     def gains_by_processes(self) -> bool:
         """Indexes of one family are made in one pass, and products use the threads that there are."""
         return False

@@ -43,6 +43,20 @@ class Indexes:
 
     def __init__(self, bench: Bench, factors: Sequence[float]) -> None:
         self.bench, self.factors = bench, tuple(factors)
+        self._tried: dict[tuple[str, float], str | None] = {}
+
+    def unfit(self, wanted: Wanted) -> str | None:
+        """Why the collection cannot be reduced so, tried on two documents; `None` where it can."""
+        if wanted.family is None:
+            return None
+        key = (wanted.family.built, wanted.factor)
+        if key not in self._tried:
+            try:
+                self._made(wanted.family, [wanted.factor], wanted.seed, self.bench.sample(2))
+                self._tried[key] = None
+            except InputError as error:
+                self._tried[key] = str(error)
+        return self._tried[key]
 
     def of(self, wanted: Wanted) -> ExactStore:
         """The index, whole."""
@@ -54,11 +68,11 @@ class Indexes:
         return stores[wanted]
 
     def pool_ms(self, wanted: Wanted) -> float:
-        """Of reducing one document by this factor alone: the mean of some, spread over the collection."""
+        """CPU time of reducing one document by this factor alone: the mean of some, spread over the collection."""
         sample = self.bench.sample(TIMED)
-        start = time.perf_counter()
+        start = time.process_time()
         self._made(wanted.family, [wanted.factor], wanted.seed, sample)
-        return 1000 * (time.perf_counter() - start) / len(sample)
+        return 1000 * (time.process_time() - start) / len(sample)
 
     def remove(self) -> None:
         """All of them."""
@@ -68,9 +82,9 @@ class Indexes:
         for ids, bags in self.bench.documents.batches():
             if not any(store.missing(ids) for store in stores.values()):
                 continue
-            made = self._made(wanted.family, self.factors, wanted.seed, bags)
+            made = self._made(wanted.family, list(dict.fromkeys(one.factor for one in stores)), wanted.seed, bags)
             for one, store in stores.items():
-                found = made[one.factor if one.family is not None else self.factors[0]]
+                found = made[one.factor]
                 store.add(ids, unit_norm(found) if one.norm == UNIT else found)
         for one, store in stores.items():
             if store.vectors >= self.bench.documents.vectors:
@@ -86,8 +100,8 @@ class Indexes:
         """All that one pass makes."""
         if wanted.family is None:
             return [replace(wanted, norm=norm) for norm in (UNIT, RAW)]
-        norms = norms_of(wanted.family)
-        return [replace(wanted, factor=factor, norm=norm) for factor in self.factors for norm in norms]
+        each = [replace(wanted, factor=f, norm=norm) for f in self.factors for norm in norms_of(wanted.family)]
+        return [one for one in each if self.unfit(one) is None]
 
     def _opened(self, wanted: Wanted, place: Path) -> ExactStore:
         name = "one-mean" if wanted.family is None else wanted.family.built

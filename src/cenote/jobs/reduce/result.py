@@ -27,8 +27,8 @@ class IndexResult(ArmResult):
         mrr: mean of the reciprocal rank of the first answer, of ten.
         recall: mean share of the answers that are among the first hundred.
         alike: mean overlap of the first ten with those of all vectors, by Jaccard.
-        pool_ms: of reducing one document.
-        search_ms: of one query.
+        pool_ms: CPU time of reducing one document.
+        search_ms: CPU time of one query.
     """
 
     reducer: str

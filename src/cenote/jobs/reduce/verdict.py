@@ -79,6 +79,8 @@ def of_ties(found: Frontier, chosen: str) -> str:
     own = found[chosen]
     others = {r.method for r in found.candidates if r.factor == own.factor and r.method != chosen}
     tied = [t for t in _pairs(found, chosen) if t.second in others and t.p_adjusted > SIGNIFICANT]
+    # an interval without 0 and a corrected p-value that is not small say neither
+    tied = [t for t in tied if t.interval[0] <= 0 <= t.interval[1]]
     tied.sort(key=lambda t: t.difference)
     if not tied:
         return ""
@@ -87,7 +89,7 @@ def of_ties(found: Frontier, chosen: str) -> str:
     text = f"{listed(named)}{more} cannot be told from it"
     quick = min((found[t.second] for t in tied), key=lambda r: r.pool_ms or 0.0)
     if own.pool_ms and quick.pool_ms is not None and quick.pool_ms < own.pool_ms / 2:
-        text += f"; {quick.method} takes {quick.pool_ms:.2g} ms a document, {chosen} {own.pool_ms:.2g}"
+        text += f"; {quick.method} takes {quick.pool_ms:.2g} ms of CPU time a document, {chosen} {own.pool_ms:.2g}"
     return f"{text}."
 
 
@@ -106,7 +108,7 @@ def of_norm(found: Frontier, chosen: str) -> str:
 def of_controls(found: Frontier, chosen: str) -> str:
     """What keeping the first, or random, vectors loses; and a control that could stand in place of what is recommended."""
     factor, told, unbeaten = found[chosen].factor, [], []
-    kinds = {"first-k": "the first vectors of each document", "random-drop": "vectors drawn at random"}
+    kinds = {"first-k": "the first of each document", "random-drop": "drawn at random"}
     for kind, words in kinds.items():
         control = next((r for r in found.results if r.reducer == kind and r.factor == factor), None)
         if control is None:
@@ -115,7 +117,7 @@ def of_controls(found: Frontier, chosen: str) -> str:
         test = next((t for t in _pairs(found, chosen) if t.second == control.method), None)
         if test is not None and (test.p_adjusted > SIGNIFICANT or test.difference < 0):
             unbeaten.append(control.method)
-    text = f"Keeping as many, but {' or '.join(told)}." if told else ""
+    text = f"As many vectors without pooling: {', '.join(told)}." if told else ""
     if unbeaten:
         text += f" {chosen} cannot be told from {listed(unbeaten)}: how it chooses was not shown to matter here."
     return text.strip()
