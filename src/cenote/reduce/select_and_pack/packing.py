@@ -103,13 +103,31 @@ def pack_plan(
 
 
 def pack_tokens(x: Float[Tensor, "batch tokens dim"], info: PackInfo) -> Float[Tensor, "containers length dim"]:
-    """Into the containers; padding is zero."""
+    """Into the containers; padding is zero.
+
+    Args:
+        x: tokens, those that are not kept included.
+        info: of `pack_plan`.
+
+    >>> info = pack_plan(torch.tensor([[True, False, True]]), length=3)
+    >>> pack_tokens(torch.tensor([[[1.0], [2.0], [3.0]]]), info).flatten().tolist()
+    [1.0, 3.0, 0.0]
+    """
     found = x[info.image.clamp(min=0), info.position.clamp(min=0)]
     return torch.where(info.real[..., None], found, torch.zeros_like(found))
 
 
 def unpack_tokens(packed: Float[Tensor, "containers length dim"], info: PackInfo) -> Float[Tensor, "batch tokens dim"]:
-    """Back to their places; zeros where nothing was packed."""
+    """Back to their places; zeros where nothing was packed.
+
+    Args:
+        packed: what became of the tokens in the containers.
+        info: by which they were packed.
+
+    >>> info = pack_plan(torch.tensor([[True, False, True]]), length=3)
+    >>> unpack_tokens(torch.tensor([[[1.0], [3.0], [9.0]]]), info).flatten().tolist()
+    [1.0, 0.0, 3.0]
+    """
     real = info.real
     out = packed.new_zeros(*info.shape, packed.shape[-1])
     return out.index_put((info.image[real], info.position[real]), packed[real])
