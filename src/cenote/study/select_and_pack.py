@@ -169,7 +169,8 @@ def losses_of(model: Namer, arm: str, train: Canvases, steps: int, seed: int, ke
 def run(seed: int, size: Size) -> Findings:
     """Train every arm on the same canvases; compare precision, what is kept, and where it lies."""
     seeds = seeds_of(seed, size, **SEEDS)
-    arms, shares, slots, right, curves = Arms(), Arms(), Arms(), Arms(), {}
+    arms, shares, slots, right = Arms(), Arms(), Arms(), Arms()
+    curves: dict[str, list[list[float]]] = {}
     level, objects, faster = [], [], []
     pools = {s: canvases("train", TRAIN[size], torch.Generator().manual_seed(s)) for s in seeds}
     for arm in (DENSE, *GATES):
@@ -177,16 +178,18 @@ def run(seed: int, size: Size) -> Findings:
         for s in seeds:
             test = canvases("test", TEST[size], torch.Generator().manual_seed(1000 + s))
             cells = labels_of_masks(test.masks, (CELLS, CELLS))
+            kept: list[float] = []
             with torch.random.fork_rng():
                 torch.manual_seed(s)
-                model, kept = Namer(arm), []
+                model = Namer(arm)
                 descend(model.parameters(), losses_of(model, arm, pools[s], STEPS[size], s, kept), STEPS[size], RATE)
                 with torch.no_grad():
                     logits, found = model.eval()(test.images)
                     if arm == TAUGHT:
                         x = torch.randn(len(cells), CELLS**2, DIM)
-                        own = [packing_time(model.sparse[0].attention, x, p) for p in ("stream", "padded")]
-                        faster.append(own[1].seconds / own[0].seconds)
+                        attention: Any = model.sparse[0].attention
+                        padded, packed = (packing_time(attention, x, p).seconds for p in ("padded", "stream"))
+                        faster.append(padded / packed)
                         objects.append(float(cells.double().mean()))
                         level.append(float(test.labels.double().mean()))
             curves[arm].append(kept)
