@@ -16,3 +16,16 @@ from cenote.reduce.colbert_token_pooling.documents import real_documents as real
 from cenote.reduce.colbert_token_pooling.reducers import HierarchicalPooling as HierarchicalPooling
 from cenote.reduce.colbert_token_pooling.reducers import KMeansPooling as KMeansPooling
 from cenote.reduce.colbert_token_pooling.reducers import SequentialPooling as SequentialPooling
+from cenote.reduce.corematching.live import CoreMatching as CoreMatching
+from cenote.reduce.corematching.matching import above_elbow as above_elbow
+from cenote.reduce.corematching.matching import core_neurons as core_neurons
+from cenote.reduce.corematching.matching import matching as matching
+from cenote.reduce.corematching.matching import object_share as object_share
+from cenote.reduce.corematching.matching import projections as projections
+from cenote.reduce.corematching.reducers import ElbowTokens as ElbowTokens
+from cenote.reduce.zeroth_order_pruning.reducers import DiverseTokens as DiverseTokens
+from cenote.reduce.zeroth_order_pruning.reducers import ZOOPrune as ZOOPrune
+from cenote.reduce.zeroth_order_pruning.sensitivity import exact_sensitivity as exact_sensitivity
+from cenote.reduce.zeroth_order_pruning.sensitivity import losses_left_out as losses_left_out
+from cenote.reduce.zeroth_order_pruning.sensitivity import select as select
+from cenote.reduce.zeroth_order_pruning.sensitivity import sensitivity as sensitivity
