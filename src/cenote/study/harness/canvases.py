@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from cenote.core.seeded import seeded
 
-
 SHAPES, GROUNDS, COLOURS = 4, 4, 6
 CELLS, PATCH = 8, 8
 IMAGE, FIRST_SHAPE, FIRST_GROUND, FIRST_COLOUR = 1, 2, 6, 10
