@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,11 +16,13 @@ from cenote.cli import encoders, interrupts, options
 from cenote.cli.console import clock, emit, say, sized, talking
 from cenote.cli.leaderboard import leaderboard
 from cenote.cli.progress import arms_bar
+from cenote.cli.reduce_images import is_images, reduce_images
+from cenote.cli.reduce_images import table_of as images_table
 from cenote.core import InputError
 
 if TYPE_CHECKING:
     from cenote.features.corpora import Corpus
-    from cenote.jobs.reduce import Asked, Frontier
+    from cenote.jobs.reduce import Asked, EncoderFrontier, Frontier
     from cenote.jobs.reduce.encoding import Encoder
 
 EMBEDDED = "manuals"
@@ -31,7 +33,7 @@ def reduce(
         str,
         typer.Argument(
             help="BEIR folder (corpus.jsonl, queries.jsonl, qrels/), folder of TREC files, a file of documents (JSONL, TSV, "
-            "TREC), or a feature store; manuals: the embedded one."
+            "TREC), a feature store, or a folder of images; manuals: the embedded collection."
         ),
     ] = EMBEDDED,
     queries: Annotated[
@@ -43,8 +45,16 @@ def reduce(
     model: encoders.Model = None,
     out: options.Out = Path("reduce-out"),
     methods: options.Methods = "fast",
-    factors: Annotated[str, typer.Option(help="How many times fewer vectors: 2,3,4,6; 1.5 too.")] = "2,3,4,6",
-    loss: Annotated[float | None, typer.Option(min=0, help="How much of nDCG@10 may be lost; default 0.02.")] = None,
+    factors: Annotated[
+        str | None,
+        typer.Option(help="How many times fewer; 1.5 too. Default 2,3,4,6 of vectors, 2,4 of an encoder's tokens."),
+    ] = None,
+    blocks: Annotated[
+        str | None, typer.Option(help="Of an image encoder: behind which blocks tokens are fewer, such as 2,5.")
+    ] = None,
+    label: options.Label = None,
+    limit: options.Limit = None,
+    loss: Annotated[float | None, typer.Option(min=0, help="How much of the metric may be lost; default 0.02.")] = None,
     most_bytes: Annotated[
         str | None, typer.Option("--bytes", help="What the index may take: 100MB; then the best of these is named.")
     ] = None,
@@ -76,22 +86,42 @@ def reduce(
 
     if loss is not None and most_bytes is not None:
         raise InputError("--loss, --bytes: are two questions; give one of them")
+    given = None if factors is None else _factors(factors)
+    loading = {
+        "revision": revision, "device": device, "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle
+    }  # fmt: skip
+    start = time.perf_counter()
+    if is_images(corpus):
+        foreign = {
+            "--queries": queries, "--qrels": qrels, "--bytes": most_bytes, "--max-length": max_length,
+            "--dry-run": dry_run, "--by-position": by_position, "--punctuation": punctuation,
+        }  # fmt: skip
+        if named := [name for name, value in foreign.items() if value]:
+            raise InputError(f"{named[0]}: is of collections of texts, and {corpus} holds images; leave it out")
+        if device != "cpu":
+            raise InputError("--device: encoders are timed on the CPU; leave it out")
+        images = reduce_images(
+            corpus, model, methods, given, None if blocks is None else _blocks(blocks), label, limit, layer, skip_bad,
+            console, {name: value for name, value in loading.items() if name != "device"},
+            out=out, seeds=seeds, significance=significance, **({} if loss is None else {"loss": loss}),
+        )  # fmt: skip
+        _show(images, images_table(images, console.width), out, start, console, as_json)
+        return
+    if named := [name for name, value in (("--blocks", blocks), ("--label", label), ("--limit", limit)) if value]:
+        raise InputError(f"{named[0]}: is of folders of images, and {corpus} is none; leave it out")
+    wanted: dict[str, Any] = {} if given is None else {"factors": given}
+    wanted |= {} if loss is None else {"loss": loss}
     asked = Asked(
         methods,
-        _factors(factors),
-        **({} if loss is None else {"loss": loss}),
+        **wanted,
         most_bytes=None if most_bytes is None else options.parsed_size(most_bytes, "--bytes"),
         seeds=seeds,
         significance=significance,  # type: ignore[arg-type]
     )
-    start = time.perf_counter()
     if _is_store(corpus):
         found = _of_stores(Path(corpus), queries, qrels, asked, out, skip_bad, console, dry_run)
     else:
         read = _read(corpus, queries, qrels, split, by_position, skip_bad, console)
-        loading = {
-            "revision": revision, "device": device, "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle
-        }  # fmt: skip
         with console.status(Text("loading the model")):
             encoder = encoders.encoder_of(_model(model, corpus, console), layer, punctuation, max_length, **loading)
         if dry_run:
@@ -99,16 +129,33 @@ def reduce(
             return
         with arms_bar(console, _count(asked) + 1) as on_method:
             found = compare_corpus(read, encoder, asked, out=out, on_method=on_method)
-    from cenote.report import write
-
-    page = write(out)
-    _tell(found, console)
-    say(console, f"{time.perf_counter() - start:.0f} s; report: {page}")
-    if as_json:
-        emit({**dataclasses.asdict(found), "verdict": found.verdict, "report": page})
+    _show(found, table_of(found, console.width), out, start, console, as_json)
     if not found.complete:
         interrupts.tell(f"kept {len(found.results)} of {_count(asked)} in {out}; run the same command again to go on")
         raise typer.Exit(interrupts.EXIT)
+
+
+def _show(
+    found: Frontier | EncoderFrontier, table: Table, out: Path, start: float, console: Console, as_json: bool
+) -> None:
+    from cenote.report import write
+
+    page = write(out)
+    console.print(table)
+    for name, why in found.skipped.items():
+        say(console, f"left out {name}: {why}")
+    console.print(Text(f"\n{found.sentence}", "bold red" if found.no_verdict else "bold"))
+    say(console, f"\nuse {found.recommended}: {found.reason}", "bold")
+    say(console, f"{time.perf_counter() - start:.0f} s; report: {page}")
+    if as_json:
+        emit({**dataclasses.asdict(found), "verdict": found.verdict, "report": page})
+
+
+def _blocks(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--blocks: expected numbers separated by commas, such as 2,5, got {text!r}") from None
 
 
 def _factors(text: str) -> tuple[float, ...]:
@@ -235,14 +282,6 @@ def _plan(corpus: Corpus, encoder: Encoder, asked: Asked, console: Console, as_j
     )
     if as_json:
         emit(dataclasses.asdict(plan))
-
-
-def _tell(found: Frontier, console: Console) -> None:
-    console.print(table_of(found, console.width))
-    for name, why in found.skipped.items():
-        say(console, f"left out {name}: {why}")
-    console.print(Text(f"\n{found.sentence}", "bold red" if found.no_verdict else "bold"))
-    say(console, f"\nuse {found.recommended}: {found.reason}", "bold")
 
 
 def table_of(found: Frontier, width: int) -> Table:

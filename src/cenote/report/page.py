@@ -13,6 +13,8 @@ from cenote.jobs.explain import choices, heads
 from cenote.jobs.explain.result import JOB as EXPLAIN
 from cenote.jobs.explain.result import Audit
 from cenote.jobs.probe.result import Comparison
+from cenote.jobs.reduce.encoder import JOB as ENCODER
+from cenote.jobs.reduce.encoder import EncoderFrontier
 from cenote.jobs.reduce.result import JOB as REDUCE
 from cenote.jobs.reduce.result import Frontier
 from cenote.report import formats
@@ -28,13 +30,17 @@ from cenote.report.leaderboard import leaderboard
 from cenote.report.looks import BAR_HEIGHT, FULL_COLOUR, samples
 from cenote.report.matrix import matrix
 from cenote.report.pareto import pareto_plot
+from cenote.report.table import render_table
 
 PROBE = "probe"
-KINDS: dict[str, type[Comparison] | type[Audit] | type[Frontier]] = {
+KINDS: dict[str, type[Comparison] | type[Audit] | type[Frontier] | type[EncoderFrontier]] = {
     PROBE: Comparison,
     EXPLAIN: Audit,
     REDUCE: Frontier,
+    ENCODER: EncoderFrontier,
 }
+COMMANDS = {ENCODER: REDUCE}
+"""That write what is not called as they are."""
 MOST_BYTES = 3_000_000
 WIDE, NARROW = (920, 430), (360, 400)
 
@@ -89,15 +95,21 @@ def _job(path: Path) -> str:
     return job if isinstance(job, str) and job in KINDS else PROBE
 
 
-def _rendered(comparison: Comparison | Audit | Frontier, attention: Attention | None, out: Path) -> str:
+def _rendered(
+    comparison: Comparison | Audit | Frontier | EncoderFrontier, attention: Attention | None, out: Path
+) -> str:
     if isinstance(comparison, Audit):
         return render_audit(comparison)
+    if isinstance(comparison, EncoderFrontier):
+        d = comparison.dataset
+        return render_table(comparison, f"{d['name']}: fewer tokens in {d['model']}, {d['images']:,} images")
     return render_frontier(comparison) if isinstance(comparison, Frontier) else render(comparison, attention, out)
 
 
 def _damaged(path: Path, error: Exception, job: str = "probe") -> InputError:
+    command = COMMANDS.get(job, job)
     return InputError(
-        f"out: {path} cannot be read ({type(error).__name__}: {error}); run `cenote {job} --out {path.parent}` again, "
+        f"out: {path} cannot be read ({type(error).__name__}: {error}); run `cenote {command} --out {path.parent}` again, "
         f"finished methods are not recomputed"
     )
 

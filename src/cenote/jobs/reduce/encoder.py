@@ -35,7 +35,7 @@ from cenote.jobs.reduce.encoder_measure import Bench, Read, Timed
 from cenote.models.live import Shorten
 from cenote.models.live.shorten import READ
 
-JOB = "reduce"
+JOB = "reduce-images"
 METRIC = "accuracy"
 BASELINE = "unreduced"
 ALWAYS = ("random-drop", "evenly-spaced")
@@ -45,6 +45,7 @@ FACTORS = (2.0, 4.0)
 LOSS = 0.02
 SEEDS = 3
 READS = ("cls", "mean")
+DEFAULT_BLOCKS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,6 +327,11 @@ def compare_encoder(
     return found
 
 
+def counted(methods: str | Sequence[str], factors: Sequence[float] | None, blocks: int) -> int:
+    """How many arms there will be besides the unreduced model."""
+    return len(_names(methods)) * len(factors or FACTORS) * blocks
+
+
 def _recommended(found: EncoderFrontier) -> EncoderFrontier:
     """With what to use: the cheapest arm that is known to lose no more than is allowed, and the sentence."""
     chosen = found.smallest()
@@ -405,6 +411,8 @@ def _why_not(name: str) -> str | None:
     entry = method(name)
     if entry.room != "reduce":
         return "is no reducer; see cenote list"
+    if "tokens" not in entry.kind:
+        return f"reduces {entry.kind}, not the tokens of an encoder"
     built = create(name, factor=2)
     if unfed := sorted(set(built.needs) - set(READ)):
         return f"asks for {unfed[0]}, which a running encoder has not"

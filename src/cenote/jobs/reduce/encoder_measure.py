@@ -258,7 +258,7 @@ class Probe:
 
     @classmethod
     def fitted(cls, x: Float[Tensor, "images dim"], labels: Int[Tensor, "images"]) -> Probe:
-        """With the weight decay that leaves the smallest error where each image is left out in turn, which has a closed form."""
+        """With the weight decay of the smallest error where each image is left out in turn, which has a closed form."""
         known, numbers = labels.unique(return_inverse=True)
         wide = x.double()
         mean, deviation = wide.mean(0), wide.std(0, correction=0)

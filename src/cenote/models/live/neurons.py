@@ -259,7 +259,8 @@ class _Narrow(nn.Module):
 
     def __init__(self, old: nn.Module, seat: _Seat, axis: int) -> None:
         super().__init__()
-        self._old, self._seat, self._axis = (old,), seat, axis
+        self._old: tuple[Any] = (old,)
+        self._seat, self._axis = seat, axis
 
     def forward(self, x: Float[Tensor, "*any width"]) -> Float[Tensor, "*any out"]:
         seat, edit, (old,) = self._seat, self._seat.edit, self._old
@@ -287,8 +288,8 @@ class _Narrow(nn.Module):
         (old,), seat = self._old, self._seat
         assert seat.used is not None
         assert seat.real is not None
-        weight = old.weight.detach() if isinstance(old, nn.Linear) else old.weight.detach().T  # type: ignore[union-attr,operator]
-        bias = None if old.bias is None else old.bias.detach()  # type: ignore[union-attr]
+        weight = old.weight.detach() if isinstance(old, nn.Linear) else old.weight.detach().T
+        bias = None if old.bias is None else old.bias.detach()
         used, real = seat.used, seat.real
         neurons = self._seat.edit.of_block[seat.place].neurons
         if not self._axis and weight.shape[0] == 2 * neurons:
