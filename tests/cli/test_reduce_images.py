@@ -3,11 +3,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests import tiny
 from typer.testing import CliRunner
 
 from cenote.cli.app import app
 from cenote.core import InputError
+from tests import tiny
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'cenote[models]'")
 RUN = CliRunner()

@@ -240,22 +240,13 @@ def _own(path: str) -> Method:
     built = getattr(sys.modules[module], name, None)
     if not isinstance(built, type):
         raise InputError(f"{path}: there is no class {name} in {module}")
-    above = (f"{base.__module__}.{base.__qualname__}" for base in built.__mro__)
-    found = next((_BASES[base] for base in above if base in _BASES), None)
-    if found is None:
-        raise InputError(f"{path}: derives from none of {', '.join(_BASES)}; see docs/architecture.md")
-    room, kind = found
+    # what says so is the base of a room
+    base = next((b for b in built.__mro__ if "method_kind" in vars(b) and b.__module__.startswith("cenote.")), None)
+    if base is None:
+        raise InputError(f"{path}: derives from no base of a room, such as Pool or Reducer; see docs/architecture.md")
+    room, kind = base.__module__.split(".")[1], base.method_kind  # type: ignore[attr-defined]
     summary = (inspect.getdoc(built) or "of your own").strip().splitlines()[0]
     return Method(name=path, path=path, room=room, kind=kind, summary=summary)
-
-
-_BASES = {
-    "cenote.pool.base.Pool": ("pool", "sets"),
-    "cenote.pool.layers.base.LayerPool": ("pool", "layers"),
-    "cenote.pool.graph.base.GraphPool": ("pool", "graphs"),
-    "cenote.reduce.base.Reducer": ("reduce", "tokens"),
-}
-"""What people derive from, and where it is compared."""
 
 
 def builders_of(name: str) -> list[Method]:

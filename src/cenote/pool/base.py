@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -36,6 +36,8 @@ class Pool(Traits, ABC):
 
     Its `dim`, `out_dim`, `vectors` and what it says of itself are those of `cenote.pool.traits.Traits`.
     """
+
+    method_kind: ClassVar[str] = "sets"
 
     def forward(
         self,

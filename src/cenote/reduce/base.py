@@ -94,6 +94,8 @@ class Reducer(nn.Module, ABC):
         order_matters: whether other tokens are put together where the tokens come in another order.
     """
 
+    method_kind: ClassVar[str] = "tokens"
+
     needs: ClassVar[frozenset[str]] = frozenset()
     keeps: Literal["members", "means", "directions"] = "means"
     counts: Literal["exact", "at most", "free"] = "exact"

@@ -83,6 +83,8 @@ class GraphPool(Traits, ABC):
     The others are those of `cenote.pool.traits.Traits`.
     """
 
+    method_kind: ClassVar[str] = "graphs"
+
     reads_edges: ClassVar[bool] = True
     discrete: ClassVar[bool] = False
     precise: bool = False

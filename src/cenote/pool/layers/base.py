@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -75,6 +75,8 @@ class LayerPool(Traits, ABC):
 
     The others are those of `cenote.pool.traits.Traits`.
     """
+
+    method_kind: ClassVar[str] = "layers"
 
     layer_invariant: bool = False
     min_layers: int = 1
