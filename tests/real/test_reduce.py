@@ -1,4 +1,4 @@
-"""Reducers in a real vision transformer: where all tokens stay its states are the same to the bit, and half of them are half."""
+"""Reducers in a real vision transformer: where all tokens stay nothing changes, and half of them are half."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ from cenote.reduce import ppt, set_thresholds, watched
 pytestmark = pytest.mark.real("a vision transformer of 22 million parameters")
 
 ROWS = {"token-pooling": "all", "token-pooling-means": "all"}
-NAMES = ("token-pooling", "token-pooling-means", "ppt", "bat", "tome", "dpc-knn", "evit", "top-attention", "random-drop")
+NAMES = (
+    "token-pooling",
+    "token-pooling-means",
+    "ppt",
+    "bat",
+    "tome",
+    "dpc-knn",
+    "evit",
+    "top-attention",
+    "random-drop",
+)
 PIXELS = torch.randn(2, 3, 84, 84, generator=torch.Generator().manual_seed(0))
 
 
