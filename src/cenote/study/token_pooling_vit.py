@@ -1,12 +1,12 @@
 """Tokens chosen as medoids rebuild all others with less error than random tokens or the most significant ones, at every number
-that is left, and a vision transformer without fine-tuning names digits with 8 of 64 of them at least as well as with the 8 most
+that is left, and a vision transformer without fine-tuning names digits with 2 of 16 of them at least as well as with the 2 most
 significant. Weighed by significance they rebuild the significant better than unweighted.
 
-Refuted if random or most significant tokens rebuild better, if the most significant ones are more than a point better at 8 of
-64, or if weights help what is significant no more than not.
+Refuted if random or most significant tokens rebuild better, if the most significant ones are more than a point better at 2 of
+16, or if weights help what is significant no more than not.
 
-A vision transformer reads each of the 64 pixels of a digit as a token, with a class token, and is trained without reduction; it
-must be right in 90 % first. Tokens are reduced between attention and MLP of the second of three blocks.
+A vision transformer reads the 16 patches of 2 x 2 pixels of a digit as tokens, with a class token, and is trained without
+reduction; it must be right in 90 % first. Tokens are reduced between attention and MLP of the second of four blocks.
 
 Knocked out: the clusters (the assignment of each image is permuted over its tokens: as many groups, as large, and their
 medoids), the image (medoids of another image), and the weights (permuted over the tokens of each image, for the first medoids
@@ -25,12 +25,13 @@ from torch import Tensor
 from cenote.core.clusters import medoids_of, squared_distances
 from cenote.reduce import EvenlySpacedTokens, KMeansTokens, KMedoidsTokens, RandomTokens, TopAttentionTokens
 from cenote.study.harness import Arms, Check, Findings, Part, Size, above, draw_arms, gate, seeds_of, study
-from cenote.study.harness.reduced_vit import Reading, Trained, accuracy_with, fine_tuned, on_pixels, rebuilt
+from cenote.study.harness.reduced_vit import Reading, Trained, accuracy_with, fine_tuned, on_digits, rebuilt
 
 SEEDS = {"small": 3, "full": 5}
 BLOCK = 1
-LEFT = (32, 16, 8)
-FEWEST = 8
+PATCH = 2
+LEFT = (8, 4, 2)
+FEWEST = 2
 LEVEL = 0.9
 TUNING, TUNING_RATE = 3, 1e-3
 
@@ -93,7 +94,7 @@ TUNED = (WK, TOP, GROUPS)
 def run(seed: int, size: Size) -> Findings:
     """Train one network per seed; reduce its tokens by every arm, and fine-tune with three of them."""
     seeds = seeds_of(seed, size, **SEEDS)
-    networks = [on_pixels(s, size) for s in seeds]
+    networks = [on_digits(s, size, patch=PATCH) for s in seeds]
     loss, weighted, right = ({k: Arms() for k in LEFT} for _ in range(3))
     for left in LEFT:
         for name, reducer in ARMS.items():
@@ -118,7 +119,7 @@ def run(seed: int, size: Size) -> Findings:
     def names(arm: str) -> tuple[Check, ...]:
         return (
             above(
-                f"accuracy at {FEWEST} of 64, {arm} minus {TOP}",
+                f"accuracy at {FEWEST} of 16, {arm} minus {TOP}",
                 right[FEWEST].minus(arm, TOP),
                 expected=0.0,
                 refuted=-0.01,
@@ -199,4 +200,4 @@ def _permuted(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _draw(figure: Any, arms: Arms) -> None:
-    draw_arms(figure.subplots(), arms, f"accuracy with {FEWEST} of 64 tokens")
+    draw_arms(figure.subplots(), arms, f"accuracy with {FEWEST} of 16 tokens")

@@ -16,14 +16,17 @@ from cenote.study.harness.data import Digits, digits
 from cenote.study.harness.verdict import Size
 
 PATCHES = 64
-WIDTH, DEPTH, HEADS = 32, 3, 4
+WIDTH, DEPTH, HEADS = 32, 4, 4
 BATCH = 64
-RATE, WARM_UP = 3e-3, 2
-EPOCHS: dict[Size, int] = {"smoke": 1, "small": 15, "full": 30}
-CANVAS_EPOCHS: dict[Size, int] = {"smoke": 1, "small": 12, "full": 30}
-DRAWS: dict[Size, int] = {"smoke": 1, "small": 2, "full": 3}
+RATE, WARM_UP = 3e-3, 1
+PLACES = 0.5
+TUNED = 1200
+SHIFTS: dict[Size, int] = {"smoke": 1, "small": 5, "full": 10}
+EPOCHS: dict[Size, int] = {"smoke": 1, "small": 8, "full": 10}
+CANVAS_EPOCHS: dict[Size, int] = {"smoke": 1, "small": 3, "full": 4}
+DRAWS: dict[Size, int] = {"smoke": 1, "small": 12, "full": 16}
 KEPT: dict[Size, int] = {"smoke": 24, "small": 10_000, "full": 10_000}
-CANVAS, CELL, ENLARGED = 32, 4, 16
+CANVAS, CELL, ENLARGED, STEP = 32, 4, 16, 8
 CONTRAST = 0.6
 
 Images = tuple[Float[Tensor, "items 1 height width"], Int[Tensor, "items"]]
@@ -39,13 +42,23 @@ class Trained(NamedTuple):
     accuracy: float
 
 
-def on_pixels(seed: int, size: Size) -> Trained:
-    """A network that reads each of the 8 x 8 pixels of a digit as a token."""
-    train, test = (
-        (source.x.view(-1, 1, 8, 8)[: KEPT[size]], source.y[: KEPT[size]])
-        for source in (digits("train"), digits("test"))
-    )
-    return _trained(seed, EPOCHS[size], train, test, classes=10, image=8, patch=1)
+def on_digits(seed: int, size: Size, *, patch: int) -> Trained:
+    """A network that names digits of 8 x 8 pixels, trained on shifted ones; with a `patch` of 1 each pixel is a token."""
+    generator = torch.Generator().manual_seed(seed)
+    train, test = digits("train"), digits("test")
+    shifted = shifts(train.x.view(-1, 1, 8, 8).repeat(SHIFTS[size], 1, 1, 1), generator)
+    images = (shifted[: KEPT[size]], train.y.repeat(SHIFTS[size])[: KEPT[size]])
+    tested = (test.x.view(-1, 1, 8, 8)[: KEPT[size]], test.y[: KEPT[size]])
+    return _trained(seed, EPOCHS[size], images, tested, classes=10, image=8, patch=patch)
+
+
+def shifts(images: Float[Tensor, "items 1 8 8"], generator: torch.Generator) -> Float[Tensor, "items 1 8 8"]:
+    """Each moved by up to one pixel in either direction; what comes in is empty."""
+    wider = F.pad(images, (1, 1, 1, 1))
+    by = torch.randint(3, (len(images), 2), generator=generator)
+    at = torch.arange(8)
+    rows, columns = by[:, :1] + at, by[:, 1:] + at
+    return wider[torch.arange(len(images))[:, None, None], 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
 
 
 def on_canvases(seed: int, size: Size, *, backgrounds: bool = False) -> Trained:
@@ -70,7 +83,7 @@ def canvases(
     """
     items = len(source.y) * draws
     digit = F.interpolate(source.x.view(-1, 1, 8, 8), scale_factor=2.0).repeat(draws, 1, 1, 1)
-    places = torch.randint((CANVAS - ENLARGED) // CELL + 1, (items, 2), generator=generator) * CELL
+    places = torch.randint((CANVAS - ENLARGED) // STEP + 1, (items, 2), generator=generator) * STEP
     stripes = torch.randint(2, (items,), generator=generator)
     wave = 2 + 2 * torch.rand(items, 1, 1, generator=generator)
     phase = 6.3 * torch.rand(items, 1, 1, generator=generator)
@@ -82,9 +95,9 @@ def canvases(
     half = torch.randint(4, (items, 1, 1), generator=generator)
     line = torch.where(half < 2, across, down)
     ground = torch.where((line < CANVAS // 2) == (half % 2 == 0), ground, 0.0)
-    x = ground.unsqueeze(1)
-    for n, (top, left) in enumerate(places.tolist()):
-        x[n, :, top : top + ENLARGED, left : left + ENLARGED] = digit[n]
+    x, inside = ground.unsqueeze(1), torch.arange(ENLARGED)
+    rows, columns = places[:, :1] + inside, places[:, 1:] + inside
+    x[torch.arange(items)[:, None, None], 0, rows[:, :, None], columns[:, None, :]] = digit[:, 0]
     return x, source.y.repeat(draws), stripes
 
 
@@ -108,7 +121,8 @@ def fine_tuned(trained: Trained, at: Mapping[int, Any], epochs: int, rate: float
     state = {name: value.clone() for name, value in trained.vit.state_dict().items()}
     vit = _vit(trained.vit.head.out_features, *_form(trained))
     vit.load_state_dict(state)
-    losses = train_reduced(vit, *trained.train, at, epochs=epochs, learning_rate=rate, batch=BATCH, seed=seed)
+    x, y = (part[:TUNED] for part in trained.train)
+    losses = train_reduced(vit, x, y, at, epochs=epochs, learning_rate=rate, batch=BATCH, seed=seed)
     return trained._replace(vit=vit, losses=losses)
 
 
@@ -155,6 +169,8 @@ def _trained(seed: int, epochs: int, train: Images, test: Images, *, classes: in
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         vit = _vit(classes, image, patch)
+        # as large as what a patch says, or places are learned last
+        torch.nn.init.normal_(vit.pos_embed, std=PLACES)
     warm_up = min(WARM_UP, epochs - 1)
     losses = train_reduced(vit, *train, epochs=epochs, learning_rate=RATE, warm_up=warm_up, batch=BATCH, seed=seed)
     found = Trained(vit, train, test, losses, 0.0)
