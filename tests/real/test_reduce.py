@@ -1,4 +1,4 @@
-"""Reducers in a real vision transformer: where all tokens stay its states are the same to the bit, and half of them are half."""
+"""Reducers in a real vision transformer: where all tokens stay nothing changes, and half of them are half."""
 
 from __future__ import annotations
 

@@ -212,27 +212,47 @@ def kmedoids(
     Returns:
         The cluster of each vector, -1 for padding; and the medoid of each cluster, of those beyond the count any number.
     """
-    tokens, most = mask.shape[1], first.shape[1]
-    none, pairs = _beyond(counts, most), mask[:, :, None] & mask[:, None]
-    weights = torch.where(mask, torch.ones_like(distances[:, 0]) if weights is None else weights.detach(), 0.0)
-    medoids, at = first, torch.arange(tokens, device=mask.device).expand_as(mask)
+    most = first.shape[1]
+    none, medoids = _beyond(counts, most), first
     assignment = to_medoids(distances, medoids, none, mask)
     for _ in range(iterations if most else 0):
-        slot = assignment.remainder(most + 1)
-        total = weights.new_zeros(len(mask), most + 1).scatter_add(1, slot, weights).gather(1, slot)
-        fair = torch.where((total <= 0) & mask, torch.ones_like(weights), weights).to(distances.dtype)
-        same = (assignment[:, :, None] == assignment[:, None]) & pairs
-        # the cost of candidate m, that of its members i
-        cost = torch.einsum("bi,bim->bm", fair, torch.where(same, distances, 0.0))
-        least = cost.new_full((len(mask), most + 1), torch.inf).scatter_reduce(1, slot, cost, "amin")
-        cheapest = at.masked_fill(cost > least.gather(1, slot), tokens)
-        found = torch.full_like(least, tokens, dtype=torch.long).scatter_reduce(1, slot, cheapest, "amin")[:, :most]
-        found = torch.where(found == tokens, medoids, found)
+        found = medoids_of(distances, assignment, medoids, mask, weights)
         if torch.equal(found, medoids):
             break
         medoids = found
         assignment = to_medoids(distances, medoids, none, mask)
     return assignment, medoids
+
+
+def medoids_of(
+    distances: Float[Tensor, "batch tokens tokens"],
+    assignment: Int[Tensor, "batch tokens"],
+    before: Int[Tensor, "batch most"],
+    mask: Bool[Tensor, "batch tokens"],
+    weights: Float[Tensor, "batch tokens"] | None = None,
+) -> Int[Tensor, "batch most"]:
+    """Of each cluster the member to which the members are nearest, `argmin_m sum_i w_i d(i, m)`.
+
+    Args:
+        distances: `d`, from each vector (rows) to each medoid (columns).
+        assignment: the cluster of each vector, -1 for padding.
+        before: what stays where a cluster is empty.
+        mask: True = a real vector.
+        weights: `w`, at least zero; None for all alike, as in a cluster whose weights sum to zero.
+    """
+    tokens, most = mask.shape[1], before.shape[1]
+    weights = torch.where(mask, torch.ones_like(distances[:, 0]) if weights is None else weights.detach(), 0.0)
+    slot = assignment.remainder(most + 1)
+    total = weights.new_zeros(len(mask), most + 1).scatter_add(1, slot, weights).gather(1, slot)
+    fair = torch.where((total <= 0) & mask, torch.ones_like(weights), weights).to(distances.dtype)
+    same = (assignment[:, :, None] == assignment[:, None]) & mask[:, :, None] & mask[:, None]
+    # the cost of candidate m, that of its members i
+    cost = torch.einsum("bi,bim->bm", fair, torch.where(same, distances, 0.0))
+    least = cost.new_full((len(mask), most + 1), torch.inf).scatter_reduce(1, slot, cost, "amin")
+    at = torch.arange(tokens, device=mask.device).expand_as(mask)
+    cheapest = at.masked_fill(cost > least.gather(1, slot), tokens)
+    found = torch.full_like(least, tokens, dtype=torch.long).scatter_reduce(1, slot, cheapest, "amin")[:, :most]
+    return torch.where(found == tokens, before, found)
 
 
 def density_peaks(

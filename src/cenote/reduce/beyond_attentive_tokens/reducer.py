@@ -1,4 +1,7 @@
-"""Attentive tokens matched, inattentive ones clustered, at a total that is known beforehand."""
+"""Attentive tokens matched, inattentive ones clustered, at a total that is known beforehand.
+
+Source: Long et al. 2023, arXiv 2211.11315.
+"""
 
 from __future__ import annotations
 

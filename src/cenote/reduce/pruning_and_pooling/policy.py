@@ -1,4 +1,7 @@
-"""Scores, the policy, and both reductions, in the order in which the paper's block has its tokens: plain arithmetic."""
+"""Scores, the policy, and both reductions, in the order in which the paper's block has its tokens: plain arithmetic.
+
+Source: Wu et al. 2023, arXiv 2310.01812.
+"""
 
 from __future__ import annotations
 

@@ -95,8 +95,8 @@ def cost_of(vit: ReducibleViT, counts: Sequence[int], at: Mapping[int, object] |
         counts,
         dim,
         tokens=tokens,
-        hidden=vit.blocks[0].mlp.fc1.out_features,  # type: ignore[union-attr]
-        patch_numbers=vit.patch_embed.proj.weight[0].numel(),  # type: ignore[union-attr]
+        hidden=vit.hidden,
+        patch_numbers=vit.numbers,
         prefix=vit.prefix,
         classes=vit.head.out_features,
         reducing=reducing,

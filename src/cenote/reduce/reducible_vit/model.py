@@ -87,6 +87,17 @@ class Perceptron(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class PatchEmbedding(nn.Module):
+    """One linear map of the numbers of each patch."""
+
+    def __init__(self, channels: int, dim: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, patch, patch)
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch tokens dim"]:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
 class ReducingBlock(nn.Module):
     """`x + attention(LN(x))`, then fewer tokens, then `x + MLP(LN(x))` of these. Names of parameters are those of timm.
 
@@ -204,11 +215,9 @@ class ReducibleViT(nn.Module):
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.dist_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02) if distilled else None
         self.pos_embed = nn.Parameter(torch.randn(1, self.patches + self.prefix, dim) * 0.02)
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(channels, dim, patch, patch)
-        self.blocks = nn.ModuleList(
-            ReducingBlock(dim, heads, 4 * dim if hidden is None else hidden, qkv_bias) for _ in range(depth)
-        )
+        self.hidden, self.numbers = 4 * dim if hidden is None else hidden, channels * patch**2
+        self.patch_embed = PatchEmbedding(channels, dim, patch)
+        self.blocks = nn.ModuleList(ReducingBlock(dim, heads, self.hidden, qkv_bias) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=EPS)
         self.head = nn.Linear(dim, classes)
         self.head_dist = nn.Linear(dim, classes) if distilled else None
@@ -296,7 +305,7 @@ class ReducibleViT(nn.Module):
         return VisionRun(self._classified(self.norm(whole.tokens[:, : self.prefix])), tuple(counts), whole)
 
     def _embedded(self, images: Tensor) -> Tensor:
-        x = self.patch_embed.proj(images).flatten(2).transpose(1, 2)
+        x = self.patch_embed(images)
         if x.shape[1] != self.patches:
             raise InputError(f"images: expected {self.patches} patches of {self.patch} pixels, got {x.shape[1]}")
         prefix = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]

@@ -57,7 +57,7 @@ class _Clusters(BudgetReducer):
         self.init = init or ("heaviest" if weighted else "farthest")
         require_one_of(INITS, init=self.init)
         self.weighted, self.iterations, self.seed = weighted, iterations, seed
-        self.needs = frozenset({"attention"}) if weighted or self.init == "heaviest" else frozenset()
+        self.needs = frozenset({"attention"}) if weighted or self.init == "heaviest" else frozenset()  # type: ignore[misc]
         self.order_matters = self.init == "random"
 
     def extra_repr(self) -> str:

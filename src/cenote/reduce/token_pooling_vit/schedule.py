@@ -150,7 +150,7 @@ def searched_schedule(
             (loss + strength * mass).backward()
             stepper.step()
             for layer in layers:
-                layer.retention.data.clamp_(0, 1)  # type: ignore[union-attr, operator]
+                layer.retention.data.clamp_(0, 1)  # type: ignore[operator]
     found, most = [], vit.patches
     for layer in layers:
         most = min(most, max(1, round(float(layer.retained().sum()))))  # type: ignore[operator]
