@@ -45,6 +45,25 @@ def test_search_is_exact_over_several_parts(tmp_path: Path, monkeypatch: pytest.
     assert store.nbytes >= 2 * DOCUMENTS.values.numel()
 
 
+def test_candidates_of_another_search_are_ordered_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors, "PART_BYTES", 2 * 8 * 6)
+    store = ExactStore(tmp_path, META)
+    store.add(IDS, DOCUMENTS)
+    store.delete(IDS[:1])
+    whole = store.search(QUERIES, 11)
+    among = [sorted(row[1:8]) for row in whole.ids]
+    found = store.rerank(QUERIES, among, 4)
+    assert found.ids == [row[1:5] for row in whole.ids]
+    torch.testing.assert_close(found.scores, whole.scores[:, 1:5])
+    for candidates, told in (
+        ([["d1"]] * 2, "expected as many for each of 3 queries, got 1, 1"),
+        ([["d1"], ["d1"], ["d0"]], r"1 are not in the store \(d0\)"),
+        ([["d1"], ["d1", "d2"], ["d1"]], "got 1, 2, 1"),
+    ):
+        with pytest.raises(InputError, match=told):
+            store.rerank(QUERIES, candidates)
+
+
 def test_adding_deleting_and_adding_again_changes_nothing(tmp_path: Path) -> None:
     store = ExactStore(tmp_path, META)
     store.add(IDS, DOCUMENTS)

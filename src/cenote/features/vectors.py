@@ -235,6 +235,31 @@ class ExactStore:
         best = merged(best, best._replace(scores=best.scores[:, :0], numbers=best.numbers[:, :0]), count)
         return Hits([[names[n] for n in row] for row in best.numbers.tolist()], best.scores)
 
+    def rerank(self, bags: Bags, candidates: Sequence[Sequence[str]], k: int = 10) -> Hits:
+        """The `k` best of each query's candidates, which another search found, by exact MaxSim.
+
+        Raises:
+            InputError: where there are not as many lists as queries, they differ in length, or one names what is not there.
+        """
+        require_at_least(1, k=k)
+        require_width(bags, self.meta)
+        if len(candidates) != len(bags) or len({len(names) for names in candidates}) > 1:
+            told = ", ".join(str(len(names)) for names in candidates[:5]) or "none"
+            raise InputError(f"candidates: expected as many for each of {len(bags)} queries, got {told}")
+        place = {name: n for n, name in enumerate(self.ids)}
+        unknown = [name for names in candidates for name in names if name not in place]
+        if unknown:
+            raise InputError(f"candidates: {len(unknown)} are not in the store ({some(unknown)})")
+        if not len(bags) or not candidates[0]:
+            return Hits([[] for _ in candidates], torch.zeros(len(bags), 0))
+        names, scores = [], []
+        for query, among in zip(bags, candidates, strict=True):
+            documents = self.select(torch.tensor([place[name] for name in among]))
+            best = search(Bags.from_list([query.float()]), documents, k)
+            names.append([among[n] for n in best.numbers[0].tolist()])
+            scores.append(best.scores[0])
+        return Hits(names, torch.stack(scores))
+
     def delete(self, ids: Sequence[str]) -> int:
         """Delete documents; how many were there."""
         with files.alone(self.folder, "index"):

@@ -23,6 +23,7 @@ class Row:
     against: PairTest | None
     recommended: bool
     efficient: bool
+    kept: float
 
     @property
     def sure(self) -> bool:
@@ -50,7 +51,14 @@ def render_frontier(found: Frontier) -> str:
         c=found,
         units=units,
         rows=[
-            Row(r, tests.get(r.method), r.method == found.recommended, r.method in found.pareto) for r in found.results
+            Row(
+                r,
+                tests.get(r.method),
+                r.method == found.recommended,
+                r.method in found.pareto,
+                found.kept(r.method)[0],
+            )
+            for r in found.results
         ],
         whole=found[found.baseline],
         plots=[plot for plot in plots if plot],

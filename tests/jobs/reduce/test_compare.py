@@ -73,6 +73,10 @@ def test_the_verdict_says_what_to_take(found: Frontier) -> None:
     assert found.smallest(loss=0.0) in (None, *(r.method for r in found.candidates))
     assert found.best_within(found["sequential x2"].bytes) is not None
     assert found.best_within(1) is None
+    share, (low, high) = found.kept(found.recommended)
+    assert low <= share <= high
+    assert share == pytest.approx(found[found.recommended].metric / found["unreduced"].metric)
+    assert found.kept("unreduced") == (1.0, (1.0, 1.0))
     assert 0 < found.detectable < 0.5
     assert [row["method"] for row in found.table] == [r.method for r in found.results]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -88,6 +89,7 @@ class Frontier(Table[IndexResult]):
                 "difference": tests[r.method].difference if r.method in tests else 0.0,
                 "interval": tests[r.method].interval if r.method in tests else (0.0, 0.0),
                 "p_adjusted": tests[r.method].p_adjusted if r.method in tests else None,
+                "kept": self.kept(r.method)[0],
                 "vectors": r.vectors,
                 "bytes": r.bytes,
                 "mrr@10": r.mrr,
@@ -98,6 +100,15 @@ class Frontier(Table[IndexResult]):
             }
             for r in self.results
         ]
+
+    def kept(self, method: str) -> tuple[float, tuple[float, float]]:
+        """What is kept of the metric of all vectors, as a share, with its interval; that metric is taken as it is."""
+        whole = self[self.baseline].metric
+        test = next((t for t in self.against_baseline if t.first == method), None)
+        if test is None or not whole:
+            return (1.0, (1.0, 1.0)) if whole else (math.nan, (math.nan, math.nan))
+        low, high = test.interval
+        return 1 + test.difference / whole, (1 + low / whole, 1 + high / whole)
 
     @property
     def candidates(self) -> tuple[IndexResult, ...]:

@@ -130,8 +130,8 @@ def of_one_mean(found: Frontier) -> str:
     if control is None or test is None:
         return ""
     text = f"One mean vector per document (1/{control.factor:.0f} of the vectors){_against(found, ONE_MEAN)}"
-    lost = test.p_adjusted <= SIGNIFICANT and test.difference < 0
-    return f"{text}." if lost else f"{text}: no loss was shown, so ask whether you need a vector for each token."
+    unseen = test.p_adjusted > SIGNIFICANT and test.interval[1] >= 0
+    return f"{text}: no loss was shown, so ask whether you need a vector for each token." if unseen else f"{text}."
 
 
 def of_power(found: Frontier) -> str:
