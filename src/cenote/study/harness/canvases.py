@@ -1,8 +1,7 @@
 """Canvases of coloured shapes, questions about them, and a small LLaVA that answers them.
 
-Four objects of 2 x 2 patches stand on 8 x 8; each is a shape on a ground, in a colour. Two shapes and two grounds make the four, so
-that a question, "colour of the SHAPE on GROUND", needs both its words, and these meet in the first block of the language model:
-who looks for the object does so from the second block on.
+Four objects of 2 x 2 patches stand on 8 x 8: each of four shapes once, in a colour, on a ground that says nothing. The question
+is one word, the shape, behind the image; the answer is its colour.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from cenote.core.seeded import seeded
 
 SHAPES, GROUNDS, COLOURS = 4, 4, 6
 CELLS, PATCH = 8, 8
-IMAGE, FIRST_SHAPE, FIRST_GROUND, FIRST_COLOUR = 1, 2, 6, 10
-TRAIN, TEST, BATCH, STEPS, RATE = 4096, 256, 32, 900, 3e-3
+IMAGE, FIRST_SHAPE, FIRST_COLOUR = 1, 2, 6
+TRAIN, TEST, BATCH, STEPS, RATE = 2048, 256, 32, 400, 3e-3
 WIDTH, NEURONS, BLOCKS, HEADS = 64, 192, 4, 4
 VISION_WIDTH, VISION_BLOCKS = 64, 2
 CHANCE = 1 / COLOURS
@@ -27,12 +26,14 @@ STACK = "model.language_model.layers"
 
 
 class Canvases(NamedTuple):
-    """Pixels, prompts (image tokens, a shape, a ground), numbers of the colours asked for, and the patches of the object."""
+    """Pixels, prompts (image tokens, a shape), numbers of the colours asked for, the patches of the object, and the colours of
+    all shapes."""
 
     pixels: Float[Tensor, "items 3 side side"]
     words: Int[Tensor, "items tokens"]
     colours: Int[Tensor, "items"]
     asked: Bool[Tensor, "items patches"]
+    of_shapes: Int[Tensor, "items shapes"]
 
     @property
     def image(self) -> Bool[Tensor, "items tokens"]:
@@ -54,27 +55,27 @@ def canvases(count: int, seed: int) -> Canvases:
     palette = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]]).float()
     side = CELLS * PATCH
     pixels = torch.zeros(count, 3, side, side)
-    words = torch.full((count, CELLS * CELLS + 2), IMAGE)
+    words = torch.full((count, CELLS * CELLS + 1), IMAGE)
     colours = torch.zeros(count, dtype=torch.long)
     asked = torch.zeros(count, CELLS, CELLS, dtype=torch.bool)
+    of_shapes = torch.zeros(count, SHAPES, dtype=torch.long)
     for i in range(count):
-        shapes = draw.choice(SHAPES, 2, replace=False)
-        grounds = draw.choice(GROUNDS, 2, replace=False)
-        blocks = draw.choice((CELLS // 2) ** 2, 4, replace=False)
-        chosen = int(draw.integers(4))
-        of_objects = draw.integers(COLOURS, size=4)
-        for number, (block, colour) in enumerate(zip(blocks, of_objects, strict=True)):
-            shape, ground = shapes[number // 2], grounds[number % 2]
+        grounds = draw.integers(GROUNDS, size=SHAPES)
+        blocks = draw.choice((CELLS // 2) ** 2, SHAPES, replace=False)
+        chosen = int(draw.integers(SHAPES))
+        of_shapes[i] = torch.from_numpy(draw.integers(COLOURS, size=SHAPES))
+        for shape, (block, ground) in enumerate(zip(blocks, grounds, strict=True)):
+            colour = int(of_shapes[i, shape])
             one = 0.25 * (ground + 1) * torch.ones(3, PATCH, PATCH) * (1 - glyphs[shape])
             one = one + palette[colour][:, None, None] * glyphs[shape]
             y, x = 2 * PATCH * (block // (CELLS // 2)), 2 * PATCH * (block % (CELLS // 2))
             pixels[i, :, y : y + 2 * PATCH, x : x + 2 * PATCH] = one.repeat(1, 2, 2)
-            if number == chosen:
-                words[i, -2:] = torch.tensor([FIRST_SHAPE + shape, FIRST_GROUND + ground])
-                colours[i] = int(colour)
+            if shape == chosen:
+                words[i, -1] = FIRST_SHAPE + shape
+                colours[i] = colour
                 asked[i, y // PATCH : y // PATCH + 2, x // PATCH : x // PATCH + 2] = True
     noise = torch.from_numpy(draw.normal(size=tuple(pixels.shape))).float()
-    return Canvases(pixels + 0.05 * noise, words, colours, asked.flatten(1))
+    return Canvases(pixels + 0.05 * noise, words, colours, asked.flatten(1), of_shapes)
 
 
 def small_llava(seed: int) -> Any:
@@ -89,7 +90,8 @@ def small_llava(seed: int) -> Any:
         vocab_size=FIRST_COLOUR + COLOURS, hidden_size=WIDTH, intermediate_size=NEURONS, num_hidden_layers=BLOCKS,
         num_attention_heads=HEADS, num_key_value_heads=HEADS, pad_token_id=0,
     )  # fmt: skip
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, vision_feature_layer=-1)
+    settings: dict[str, Any] = {"image_token_id": IMAGE, "vision_feature_layer": -1}
+    config = LlavaConfig(vision_config=vision, text_config=text, **settings)
     with seeded(seed):
         return LlavaForConditionalGeneration(config)
 
@@ -101,10 +103,11 @@ class Trained(NamedTuple):
     losses: list[float]
 
 
-def trained(seed: int, steps: int = STEPS) -> Trained:
-    """Projector and language model trained to answer; the vision tower stays as it was drawn."""
+def trained(seed: int, steps: int = STEPS, items: int = TRAIN) -> Trained:
+    """Projector and language model trained to answer; the vision tower stays as it was drawn. All shapes of a canvas are
+    asked for at once, by questions that do not see each other."""
     model = small_llava(seed)
-    data = canvases(TRAIN, seed)
+    data = canvases(items, seed)
     with torch.no_grad():
         seen = torch.cat([features(model, some) for some in data.pixels.split(256)])
     parts = [model.model.multi_modal_projector, model.model.language_model, model.lm_head]
@@ -112,20 +115,33 @@ def trained(seed: int, steps: int = STEPS) -> Trained:
     optimiser = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps)
     order = torch.Generator().manual_seed(seed)
+    may, positions = _questions()
+    questions = torch.arange(FIRST_SHAPE, FIRST_SHAPE + SHAPES).expand(BATCH, -1)
     losses = []
     for _ in range(steps):
-        some = torch.randint(TRAIN, (BATCH,), generator=order)
-        words = model.get_input_embeddings()(data.words[some, -2:])
+        some = torch.randint(items, (BATCH,), generator=order)
+        words = model.get_input_embeddings()(questions)
         given = torch.cat([model.model.multi_modal_projector(seen[some]), words], 1)
-        last = model.model.language_model(inputs_embeds=given, use_cache=False).last_hidden_state[:, -1]
-        loss = nn.functional.cross_entropy(model.lm_head(last)[:, FIRST_COLOUR:], data.colours[some])
+        told = {"attention_mask": may.expand(BATCH, -1, -1, -1), "position_ids": positions, "use_cache": False}
+        states = model.model.language_model(inputs_embeds=given, **told).last_hidden_state[:, -SHAPES:]
+        logits = model.lm_head(states)[..., FIRST_COLOUR:]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), data.of_shapes[some].flatten())
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         schedule.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return Trained(model.eval(), losses)
+
+
+def _questions() -> tuple[Bool[Tensor, "1 1 tokens tokens"], Int[Tensor, "1 tokens"]]:
+    """Which tokens each reads, and where it stands, behind one image."""
+    patches = CELLS * CELLS
+    question = torch.cat([torch.full((patches,), -1), torch.arange(SHAPES)])
+    same = (question[:, None] == question) | (question == -1)
+    positions = torch.arange(patches + SHAPES).clamp(max=patches)
+    return (same & torch.ones_like(same).tril())[None, None], positions[None]
 
 
 def features(model: Any, pixels: Float[Tensor, "items 3 side side"]) -> Float[Tensor, "items patches dim"]:
