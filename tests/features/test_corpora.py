@@ -78,8 +78,11 @@ def test_files_beside_each_other(tmp_path: Path) -> None:
 def test_judgements_that_count_the_queries(tmp_path: Path) -> None:
     """As those of Cranfield: its queries are called 1, 2, 4, 8, ..., and judged as 1, 2, 3, 4, ..."""
     folder = trec(tmp_path / "cran", ("1", "4"), "1 0 A1 1\n2 0 A2 1\n")
-    with pytest.raises(InputError, match=r"queries \(2\); leave them out with --skip-bad, or say with --by-position"):
-        read_corpus(folder)
+    for skip_bad in (False, True):
+        with pytest.raises(
+            InputError, match=r"queries \(2\), and all are numbers .*: say --by-position where they count"
+        ):
+            read_corpus(folder, skip_bad=skip_bad)
     corpus = read_corpus(folder, by_position=True)
     assert (corpus.queries, corpus.gains) == ((("1", "2"), ("about 1", "about 4")), ({0: 1.0}, {1: 1.0}))
 

@@ -135,7 +135,7 @@ class LanceStore:
                 self._table.search(asked, vector_column_name="vectors")
                 .distance_type("cosine")
                 .limit(max(self.candidates, k))
-                .select(["id", "vectors"])
+                .select(["id", "vectors", "_distance"])
                 .to_arrow()
             )
             if not len(found):

@@ -142,19 +142,23 @@ def judged(ids: Sequence[str], query_ids: Sequence[str], qrels: Qrels, skip_bad:
     place = {name: i for i, name in enumerate(ids)}
     problems, notes = Problems("qrels"), []
 
-    def refuse(kind: str, text: str, otherwise: str = "") -> None:
+    def refuse(kind: str, text: str) -> None:
         if skip_bad:
             notes.append(f"{text}: left out")
         else:
-            problems.add(kind, f"{text}; leave them out with --skip-bad{otherwise}")
+            problems.add(kind, f"{text}; leave them out with --skip-bad")
 
     strangers = [q for q in qrels if q not in set(query_ids)]
     if strangers:
-        counted = all(q.isdecimal() and 1 <= int(q) <= len(query_ids) for q in qrels)
-        otherwise = ", or say with --by-position that the qrels count the queries" if counted else ""
         told = f"{len(strangers):,} of {len(qrels):,} judged queries {_are(len(strangers))} not among the queries"
         told = f"{told} ({_some(strangers)})"
-        refuse("query", told, otherwise)
+        if all(q.isdecimal() and 1 <= int(q) <= len(query_ids) for q in qrels):
+            # the others would be judged by the answers of other queries, and nobody would see it
+            problems.add(
+                "query", f"{told}, and all are numbers up to that of the queries: say --by-position where they count"
+            )
+        else:
+            refuse("query", told)
     lines = [(q, d, gain) for q in query_ids for d, gain in qrels.get(q, {}).items()]
     unknown = list(dict.fromkeys(d for _, d, _ in lines if d not in place))
     if unknown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,20 @@ def test_the_verdict_says_what_to_take(found: Frontier) -> None:
     assert found.kept("unreduced") == (1.0, (1.0, 1.0))
     assert 0 < found.detectable < 0.5
     assert [row["method"] for row in found.table] == [r.method for r in found.results]
+
+
+def test_an_index_that_finds_nothing_carries_no_verdict() -> None:
+    documents, queries, qrels = themes()
+    # the judgements are those of other queries
+    shifted = {q: {(d + 7) % 40: g for d, g in of.items()} for q, of in qrels.items()}
+    found = compare(documents, queries, shifted, **QUICK)
+    assert found.recommended == "unreduced"
+    assert "do documents, queries and judgements fit together" in found.verdict
+    # one answer among forty, found at each of the first ten places as often
+    expected = sum(1 / math.log2(r + 1) for r in range(1, 11)) / 40
+    assert found.dataset["chance"] == pytest.approx(expected)
+    loose = compare(documents, queries, qrels, **QUICK, loss=0.9)
+    assert "and 0.9 of it may be lost: ask for a smaller loss" in loose.verdict
 
 
 def test_bytes_in_place_of_a_loss() -> None:

@@ -185,6 +185,7 @@ def _compared(
             "model": bench.documents.meta.model,
             "median_length": int(lengths.median()),
             "protected": bench.protect,
+            "chance": bench.chance(),
         },
         loss=float(asked.loss),
         most_bytes=asked.most_bytes,

@@ -77,6 +77,12 @@ class Bench:
         found: str = self._known["fingerprint"]
         return found
 
+    def chance(self) -> float:
+        """Mean nDCG@10 of documents in random order."""
+        count = len(self.documents)
+        found = np.array([[sum(of.values()) / count] * min(NEAR, count) for of in self.gains], float)
+        return float(gained(found, self._relevant(), NEAR).mean())
+
     def asked(self, store: VectorStore) -> dict[str, Tensor]:
         """Per query: nDCG@10 as `scores`, MRR@10, recall@100, and the numbers of the first ten documents."""
         hits = store.search(self.queries, DEEP)
@@ -101,9 +107,11 @@ class Bench:
     def _gains(self, hits: Hits) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Of what was found, in its order, and of all that is relevant."""
         found = np.array([[of.get(n, 0.0) for n in row] for row, of in zip(hits.ids, self.gains, strict=True)], float)
+        return found, self._relevant()
+
+    def _relevant(self) -> NDArray[np.float64]:
         most = max(len(of) for of in self.gains)
-        relevant = np.array([[*of.values(), *[0.0] * (most - len(of))] for of in self.gains], float)
-        return found, relevant
+        return np.array([[*of.values(), *[0.0] * (most - len(of))] for of in self.gains], float)
 
 
 @contextmanager

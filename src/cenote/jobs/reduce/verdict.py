@@ -20,9 +20,24 @@ LISTED = 3
 def worded(found: Frontier) -> Frontier:
     """The comparison with its recommendation, what it can see, and its sentence."""
     found = dataclasses.replace(found, detectable=detectable(found))
+    if doubt := unfounded(found):
+        text = f"No verdict: {doubt}."
+        return dataclasses.replace(found, recommended=found.baseline, reason=doubt, sentence=text, no_verdict=doubt)
     chosen = found.smallest(found.loss) if found.most_bytes is None else found.best_within(found.most_bytes)
     found = dataclasses.replace(found, recommended=chosen or found.baseline, reason=reason(found, chosen))
     return dataclasses.replace(found, sentence=sentence(found, chosen))
+
+
+def unfounded(found: Frontier) -> str:
+    """Why nothing can be said of reductions of an index that finds nothing itself; empty where it finds enough."""
+    whole = found[found.baseline]
+    chance, low = found.dataset["chance"], whole.interval[0]
+    what = f"the index of all vectors has {metric(whole, found)}"
+    if low <= chance or whole.metric < 2 * chance:
+        return f"{what}, where documents in random order have {chance:.3f}: do documents, queries and judgements fit together"
+    if whole.metric <= 2 * found.loss and found.most_bytes is None:
+        return f"{what}, and {found.loss:g} of it may be lost: ask for a smaller loss"
+    return ""
 
 
 def detectable(found: Frontier) -> float:
