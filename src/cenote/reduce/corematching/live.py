@@ -65,7 +65,7 @@ class CoreMatching(BlockEdit):
         >>> image = torch.tensor([[False, *[True] * 6, False, False]])
         >>> core = CoreMatching(block=0, neurons=range(3), keep=Budget(tokens=2))
         >>> with edited(model, core, spans={"image": image}):
-        ...     _ = model.generate(torch.arange(9)[None], max_new_tokens=2, do_sample=False, pad_token_id=0)
+        ...     _ = model.generate(torch.arange(1, 10)[None], max_new_tokens=2, do_sample=False, pad_token_id=0)
         >>> int(core.kept[0].sum()), core.core[1].sum().item()
         (5, 9)
 
