@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from cenote.models.low_rank import LowRank
 from cenote.bridges.text_embedder import DESIGNS, EmbedderConfig, TextEmbedder
 from cenote.core import InputError
+from cenote.models.low_rank import LowRank
 from cenote.pool import Triple, nearest
 from cenote.pool.training import History
 
