@@ -6,22 +6,21 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from cenote.cli.console import say
 from cenote.cli.leaderboard import leaderboard
 from cenote.cli.progress import arms_bar
 from cenote.core import InputError
-from cenote.features.table import label_columns
-from cenote.models.base import Backbone
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cenote.features.raw import RawItems
     from cenote.jobs.reduce import EncoderFrontier
+    from cenote.models.base import Backbone
 
 AT_ONCE = 32
 
@@ -57,7 +56,10 @@ def photographs(raw: RawItems, backbone: Backbone, label: str | None, skip_bad: 
     Raises:
         InputError: naming what cannot be read, images of several sizes, a missing label.
     """
+    import torch
+
     from cenote.features.raw import UnreadableError
+    from cenote.features.table import label_columns
 
     if backbone.layout.kind != "image":
         raise InputError(f"model: {backbone.identity.name} takes {backbone.layout.kind}; name an encoder of images")
@@ -91,7 +93,8 @@ def _prepared(backbone: Backbone, contents: list[Any]) -> Tensor:
     inputs = backbone.prepare(contents).inputs
     if "pixel_values" not in inputs:
         raise InputError(f"model: {backbone.identity.name} is not called with images alone ({', '.join(inputs)})")
-    return inputs["pixel_values"]
+    pixels: Tensor = inputs["pixel_values"]
+    return pixels
 
 
 def reduce_images(

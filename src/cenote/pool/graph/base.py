@@ -115,7 +115,8 @@ class GraphPool(Traits, ABC):
         """Pool a checked batch of graphs."""
 
     def _pooled(self, graph: Graph) -> GraphPooled:
-        require_dtype_of(self, graph.x)
+        if not self.precise:
+            require_dtype_of(self, graph.x)
         pooled: GraphPooled = in_double(self, self.pool, graph) if self.precise else self.pool(graph)
         empty = graph.batch.bincount(minlength=graph.size) == 0
         return pooled._replace(output=pooled.output.masked_fill(empty.unsqueeze(1), 0))
