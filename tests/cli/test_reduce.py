@@ -61,7 +61,8 @@ def test_json_is_for_machines(cenote: Run, beir: Path, tmp_path: Path) -> None:
     assert told["verdict"] == told["sentence"]
     assert told["most_bytes"] == 100_000_000
     assert {r["method"] for r in told["results"]} >= {"unreduced", "sequential x4", "first-k x4", "random-drop x4"}
-    assert "use sequential" in err
+    assert "use unreduced" in err
+    assert told["sentence"].startswith("Keep all vectors: they take ")
 
 
 def test_a_dry_run_writes_nothing(cenote: Run, beir: Path, tmp_path: Path) -> None:

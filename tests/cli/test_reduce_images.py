@@ -69,3 +69,31 @@ def test_what_cannot_be_asked_is_told(folder: Path, tmp_path: Path, given: list[
 def test_options_of_images_are_refused_for_texts(tmp_path: Path) -> None:
     found = RUN.invoke(app, ["reduce", "--blocks", "2", "--out", str(tmp_path / "out")])
     assert "--blocks: is of folders of images" in str(found.exception)
+
+
+def test_what_another_job_found_is_not_written_over(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    texts = ["reduce", "--model", "hashed-words", "--methods", "sequential", "--factors", "8", "--seeds", "1"]
+    out.mkdir()
+    (out / "comparison.json").write_text('{"job": "reduce"}')
+    images = ["reduce", str(folder / "photos"), "--model", str(folder / "vit"), "--out", str(out)]
+    assert "holds what another job found (reduce)" in str(RUN.invoke(app, images).exception)
+    (out / "comparison.json").write_text('{"job": "explain"}')
+    assert "holds what another job found (explain)" in str(RUN.invoke(app, [*texts, "--out", str(out)]).exception)
+    assert (out / "comparison.json").read_text() == '{"job": "explain"}'
+
+
+def test_an_interrupted_run_says_so(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cenote.jobs.reduce import encoder
+
+    run, done = encoder.Reduction.run, []
+
+    def interrupted(arm: encoder.Reduction, *given: object) -> object:
+        if len(done) > 1:
+            raise KeyboardInterrupt
+        done.append(arm.name)
+        return run(arm, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(encoder.Reduction, "run", interrupted)
+    arguments = ["reduce", str(folder / "photos"), "--model", str(folder / "vit"), "--factors", "4", "--blocks", "0"]
+    assert RUN.invoke(app, [*arguments, "--out", str(tmp_path / "out")]).exit_code == 130

@@ -50,6 +50,8 @@ def test_csv(tmp_path) -> None:  # type: ignore[no-untyped-def]
     assert [row["method"] for row in read] == ["sim_pool", "mean", "noise"]
     assert float(read[0]["p_adjusted"]) == 0.008
     assert read[1]["difference"] == ""
+    with pytest.raises(cenote.InputError, match="path: "):
+        COMPARISON.to_csv("/proc/nowhere/rows.csv")
 
 
 def test_latex() -> None:

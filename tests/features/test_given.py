@@ -70,6 +70,7 @@ def test_a_split_that_is_given() -> None:
         ({"x": X[0]}, r"x: expected \[items, tokens, dim\].* got \[5, 8\]"),
         ({"x": np.full(X.shape, "a")}, "x: expected an array of numbers, got texts"),
         ({"y": Y[:50]}, "y: expected one for each of the 60 items of x, got 50"),
+        ({"y": None}, "y: expected one for each item, got None"),
         ({"y": "spam"}, "y: expected one for each item, got the one text 'spam'"),
         ({"groups": ["a"]}, "groups: expected one for each of the 60 items"),
         ({"ids": [1, 2]}, "ids: expected one for each of the 60 items"),

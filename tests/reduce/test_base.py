@@ -151,3 +151,15 @@ class _Nothing(BudgetReducer):
 
 def test_no_tokens_need_no_reducer() -> None:
     assert _Nothing(factor=2)(torch.zeros(2, 0, 3)).tokens.shape == (2, 0, 3)
+
+
+def test_random_tokens_are_drawn_for_each_set() -> None:
+    x = torch.randn(8, 40, 3, generator=torch.Generator().manual_seed(0))
+    kept = cenote.create("random-drop", factor=4)(x).assignment >= 0
+    assert len({tuple(row) for row in kept.tolist()}) == 8
+    assert torch.equal(kept[3:4], cenote.create("random-drop", factor=4)(x[3:4]).assignment >= 0)
+
+
+@pytest.mark.parametrize("name", [m.name for m in cenote.methods(room="reduce", kind="tokens")])
+def test_a_batch_of_no_set_comes_back(name: str) -> None:
+    assert cenote.create(name, factor=2)(torch.zeros(0, 6, 4)).tokens.shape[0] == 0

@@ -211,3 +211,11 @@ def test_impossible_settings_are_told() -> None:
 def test_groups_of_a_fixed_number_are_even() -> None:
     found = SequentialPooling(tokens=3, unit_norm=False)(torch.arange(7.0).view(1, 7, 1))
     assert found.sizes.tolist() == [[3.0, 2.0, 2.0]]
+
+
+def test_vectors_of_another_length_than_one_are_told() -> None:
+    with pytest.raises(
+        cenote.InputError, match="document: expected vectors of unit length, one is off by 4; scale them"
+    ):
+        pool_document(5 * DOCUMENTS[0], 3)
+    assert len(pool_document(DOCUMENTS[0].half(), 3).vectors) == 8

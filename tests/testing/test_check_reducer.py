@@ -1,5 +1,6 @@
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -136,6 +137,67 @@ class _Halves(BudgetReducer):
         return merged(x, torch.where(mask, own.minimum(counts - 1), -1), int(counts.max()), sizes)
 
 
+class _Largest(_Own):
+    """The largest value of each channel, for the mean."""
+
+    def __call__(self, x: Tensor, sizes=None, mask=None, protect=None, **signals: Tensor) -> Reduced:  # type: ignore[no-untyped-def]
+        found = super().__call__(x, sizes, mask, protect)
+        slot = found.assignment.remainder(found.sizes.shape[1] + 1)[..., None].expand_as(x)
+        low = x.new_full((len(x), found.sizes.shape[1] + 1, x.shape[2]), -torch.inf)
+        top = low.scatter_reduce(1, slot, x, "amax")[:, :-1]
+        return found._replace(tokens=torch.where(found.real.unsqueeze(-1), top.to(x.dtype), 0.0))
+
+
+class _Even(_Own):
+    """Sizes are summed, and do not weigh."""
+
+    def __call__(self, x: Tensor, sizes=None, mask=None, protect=None, **signals: Tensor) -> Reduced:  # type: ignore[no-untyped-def]
+        even, sized = super().__call__(x, None, mask, protect), super().__call__(x, sizes, mask, protect)
+        return sized._replace(tokens=even.tokens)
+
+
+class _Swapped(BudgetReducer):
+    """The first two rows that stay stand in each other's place."""
+
+    keeps = "members"
+    order_matters = True
+
+    def reduce(self, x: Tensor, sizes: Tensor, mask: Tensor) -> Reduced:
+        found = selected(x, mask & (mask.cumsum(1) <= self.budget.of(mask.sum(1))[:, None]), sizes)
+        if found.tokens.shape[1] < 2:
+            return found
+        both = found.real[:, :2].all(1)[:, None, None]
+        first = torch.where(both, found.tokens[:, :2].flip(1), found.tokens[:, :2])
+        return found._replace(tokens=torch.cat([first, found.tokens[:, 2:]], 1))
+
+
+class _Deaf(BudgetReducer):
+    """Asks for attention, and looks away."""
+
+    keeps = "members"
+    order_matters = True
+    needs = frozenset({"attention"})
+
+    def reduce(self, x: Tensor, sizes: Tensor, mask: Tensor, *, attention: Tensor) -> Reduced:
+        return selected(x, mask & (mask.cumsum(1) <= self.budget.of(mask.sum(1))[:, None]), sizes)
+
+
+class _Dicing(_Own):
+    """Draws from the global generator of numpy."""
+
+    def __call__(self, x: Tensor, sizes=None, mask=None, protect=None, **signals: Tensor) -> Reduced:  # type: ignore[no-untyped-def]
+        np.random.rand()
+        return super().__call__(x, sizes, mask, protect)
+
+
+class _HalfDetached(_Own):
+    """The gradient goes through the first original of each alone."""
+
+    def __call__(self, x: Tensor, sizes=None, mask=None, protect=None, **signals: Tensor) -> Reduced:  # type: ignore[no-untyped-def]
+        odd = torch.arange(x.shape[1])[:, None] % 2 == 1
+        return super().__call__(torch.where(odd, x.detach(), x), sizes, mask, protect)
+
+
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "reads padding": (_Reads, "padding"),
     "centres the batch": (_Centred, "batch mates"),
@@ -149,6 +211,12 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "cuts the gradient": (_Detached, "gradients"),
     "gives the assignment of others": (_Adrift, "sizes"),
     "breaks its budget": (lambda: _Greedy(factor=3), "budget"),
+    "takes the largest for the mean": (_Largest, "means"),
+    "lets sizes weigh nothing": (_Even, "means"),
+    "exchanges rows": (lambda: _Swapped(factor=3), "members"),
+    "ignores what it asks for": (lambda: _Deaf(factor=3), "signals"),
+    "draws from numpy's generator": (_Dicing, "determinism"),
+    "cuts half of the gradient": (_HalfDetached, "gradients"),
     "gives another dtype back": (lambda: _Halves(factor=3), "half precision"),
 }
 

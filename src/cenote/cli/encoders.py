@@ -46,6 +46,10 @@ def encoder_of(model: str, layer: int | None, punctuation: bool, max_length: int
     from cenote.features.hashed_words import NAME, HashedWords
 
     if model == NAME and not Path(model).exists():
+        given = {"layer": layer, "max-length": max_length, "revision": loading.get("revision")}
+        given["device"] = None if loading.get("device", "cpu") == "cpu" else loading["device"]
+        if named := [name for name, value in given.items() if value is not None]:
+            raise InputError(f"--{named[0]}: is of models, and {NAME} is none; leave it out")
         return HashedWords()
     if model == MINILM and not Path(model).exists():
         if importlib.util.find_spec(PACKAGE) is None:

@@ -106,6 +106,7 @@ def reduce(
             out=out, seeds=seeds, significance=significance, **({} if loss is None else {"loss": loss}),
         )  # fmt: skip
         _show(images, images_table(images, console.width), out, start, console, as_json)
+        _require_complete(images.complete, out)
         return
     if named := [name for name, value in (("--blocks", blocks), ("--label", label), ("--limit", limit)) if value]:
         raise InputError(f"{named[0]}: is of folders of images, and {corpus} is none; leave it out")
@@ -130,8 +131,12 @@ def reduce(
         with arms_bar(console, _count(asked) + 1) as on_method:
             found = compare_corpus(read, encoder, asked, out=out, on_method=on_method)
     _show(found, table_of(found, console.width), out, start, console, as_json)
-    if not found.complete:
-        interrupts.tell(f"kept {len(found.results)} of {_count(asked)} in {out}; run the same command again to go on")
+    _require_complete(found.complete, out)
+
+
+def _require_complete(complete: bool, out: Path) -> None:
+    if not complete:
+        interrupts.tell(f"kept what is finished in {out}; run the same command again to go on")
         raise typer.Exit(interrupts.EXIT)
 
 
@@ -202,6 +207,8 @@ def _read(
     if corpus == EMBEDDED and not Path(corpus).exists():
         if queries is not None or qrels is not None:
             raise InputError(f"corpus: the embedded {EMBEDDED} have their own queries; name a collection for yours")
+        if split != "test" or by_position:
+            raise InputError(f"--split, --by-position: are of collections of yours; the embedded {EMBEDDED} have none")
         found = manuals()
     else:
         with console.status(Text(f"reading {corpus}")):

@@ -51,4 +51,7 @@ def opened(address: str, meta: Meta | None = None) -> Any:
         return QdrantStore(Path(folder).expanduser(), meta)
     from cenote.features.vectors import ExactStore
 
-    return ExactStore(Path(folder).expanduser(), meta)
+    try:
+        return ExactStore(Path(folder).expanduser(), meta)
+    except OSError as error:
+        raise InputError(f"store: cannot write to {folder}: {error.strerror}; name another folder") from None

@@ -12,6 +12,7 @@ import cenote.core.files as files
 from cenote.compare.arms import Arm, OnShare, unheard
 from cenote.compare.cells import Cell, Cells, cell_key
 from cenote.compare.processes import finished, processors, run_in_processes, run_in_turn
+from cenote.compare.result import FILE
 from cenote.compare.sources import source_digest
 from cenote.core.errors import InputError
 from cenote.core.seeded import seeded
@@ -147,11 +148,15 @@ def _is_measurement(cell: Cell, arm: Arm) -> bool:
 
 
 @contextmanager
-def prepared(out: Path | None) -> Iterator[Path | None]:
+def prepared(out: Path | None, job: str | None = None) -> Iterator[Path | None]:
     """A folder to write results to, with one for cells in it, to which nobody else writes meanwhile; of `None`, none.
 
+    Args:
+        out: the folder.
+        job: that writes, as its comparison says under `job`; None for one that says nothing.
+
     Raises:
-        InputError: where it cannot be one, or another comparison is writing to it.
+        InputError: where it cannot be one, another comparison is writing to it, or it holds what another job found.
     """
     if out is None:
         yield None
@@ -163,9 +168,21 @@ def prepared(out: Path | None) -> Iterator[Path | None]:
     except OSError as error:
         raise InputError(f"out: cannot write to {out}: {error.strerror}; name another folder") from error
     with files.alone(out, "comparison"):
+        _require_own(out, job)
         for folder in (out, out / CELLS):
             files.remove_unfinished(folder)
         yield out
+
+
+def _require_own(out: Path, job: str | None) -> None:
+    """What another job found is not written over; what cannot be read is none's."""
+    try:
+        held = files.read_json(out / FILE)
+    except (OSError, ValueError):
+        return
+    other = held.get("job") if isinstance(held, dict) else job
+    if other != job:
+        raise InputError(f"out: {out} holds what another job found ({other or 'probe'}); name another folder")
 
 
 def _run(

@@ -184,7 +184,11 @@ class Comparison(Generic[R]):
         """The rows as CSV, with a header line; also written to `path`, if given."""
         text = table.to_csv(self)
         if path is not None:
-            files.write_whole(Path(path), text)
+            files.require_place(Path(path), "path")
+            try:
+                files.write_whole(Path(path), text)
+            except OSError as error:
+                raise InputError(f"path: cannot write {path}: {error.strerror}; name another place") from None
         return text
 
     def to_latex(self, columns: Sequence[str] | None = None) -> str:

@@ -266,7 +266,9 @@ def _found(where: Path, split: str) -> tuple[str, dict[str, Path]]:
         if (where / "queries.jsonl").is_file():
             files["queries"] = where / "queries.jsonl"
         splits = sorted((where / "qrels").glob("*.tsv"))
-        chosen = next((file for file in splits if file.stem == split), splits[0] if len(splits) == 1 else None)
+        chosen = next(
+            (file for file in splits if file.stem == split), splits[0] if len(splits) == 1 and split == "test" else None
+        )
         if chosen is None and splits:
             raise InputError(f"split: {where / 'qrels'} has {', '.join(f.stem for f in splits)}; name one with --split")
         return "BEIR folder", files | ({} if chosen is None else {"qrels": chosen})

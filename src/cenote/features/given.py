@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -162,6 +162,8 @@ def _column(**given: Any) -> list[Any]:
     ((name, values),) = given.items()
     if isinstance(values, str | bytes):
         raise InputError(f"{name}: expected one for each item, got the one text {values!r}")
+    if not hasattr(values, "tolist") and not isinstance(values, Iterable):
+        raise InputError(f"{name}: expected one for each item, got {values!r}")
     plain = values.tolist() if hasattr(values, "tolist") else list(values)
     if not isinstance(plain, list):
         raise InputError(f"{name}: expected one for each item, got {plain!r}")

@@ -89,6 +89,7 @@ class Reducer(nn.Module, ABC):
             `[batch, tokens, ...]`.
         keeps: `"members"`: what is left are rows of the input; `"means"`: convex combinations of rows; `"directions"`: such
             combinations brought to unit length.
+        mean_weights: what means are weighed by: the sizes alone, or something of the class's own besides.
         counts: how many are left: `"exact"`, `"at most"` (fewer where tokens can't be told apart), or `"free"` (by what the
             tokens are, without a budget).
         order_matters: whether other tokens are put together where the tokens come in another order.
@@ -98,6 +99,7 @@ class Reducer(nn.Module, ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     keeps: Literal["members", "means", "directions"] = "means"
+    mean_weights: Literal["sizes", "own"] = "sizes"
     counts: Literal["exact", "at most", "free"] = "exact"
     order_matters: bool = False
 

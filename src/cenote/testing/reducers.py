@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,11 +93,11 @@ def check_reducer(reducer: Reducing, dim: int = 8, *, leave_out: Collection[str]
     """Check that a reducer keeps what is promised of every reducer.
 
     Padding, what stands in it and batch mates change nothing. Each original went to a token or was dropped, and sizes say how
-    many went where. Members are rows of the input, means stand within what they are means of. Every set keeps a budget, the
-    empty one and that of one token too; a factor of 1 changes no bit. Protected tokens stay as they are, in place. Equal tokens
-    that are merged are merged to themselves. Where the order of tokens does not matter it does not. Half precision gives
-    the same tokens to rounding; the same call gives the same, and global random generators stay as they are. Gradients
-    reach the input.
+    many went where. Members are rows that went to their token; means are those by sizes, or stand within what they are means
+    of; signals that are asked for are read. Every set keeps a budget, the empty one and that of one token too; a factor of 1
+    changes no bit. Protected tokens stay as they are, in place. Equal tokens that are merged are merged to themselves. Where
+    the order of tokens does not matter it does not. Half precision gives the same tokens to rounding; the same call gives the
+    same, and global random generators stay as they are. Gradients reach every original that is in what is left.
 
     Args:
         reducer: to check; built with a factor of 2 or more, or whatever makes it reduce.
@@ -209,31 +211,49 @@ def _rule_members(trial: _Trial) -> str | None:
     if trial.reducer.keeps != "members":
         return None
     found = trial.reduced()
-    rows = (found.tokens[:, :, None] == trial.x[:, None]).all(-1) & trial.mask[:, None]
-    if not bool(rows.any(-1)[found.real].all()):
-        return "members: a token that is left is no row of the input"
+    for item, token in found.real.nonzero().tolist():
+        rows = trial.x[item, found.assignment[item] == token]
+        if not bool((rows == found.tokens[item, token]).all(-1).any()):
+            return "members: a token that is left is none of the rows that went to it"
     return None
 
 
 def _rule_means(trial: _Trial) -> str | None:
-    if trial.reducer.keeps != "means":
+    """Of originals of uneven sizes."""
+    if trial.reducer.keeps == "members":
         return None
-    found = trial.reduced()
+    given = trial.mask * torch.arange(1.0, trial.mask.shape[1] + 1)
+    found = trial.reduced(sizes=given)
+    own = getattr(trial.reducer, "mean_weights", "sizes") == "own"
     for item, token in found.real.nonzero().tolist():
-        rows = trial.x[item, found.assignment[item] == token]
+        members = found.assignment[item] == token
+        rows, weights = trial.x[item, members], given[item, members]
         value, slack = found.tokens[item, token], CLOSE * float(rows.abs().max())
-        if bool((value < rows.amin(0) - slack).any()) or bool((value > rows.amax(0) + slack).any()):
-            return "means: a token that is left lies outside of what it is the mean of"
+        if own and trial.reducer.keeps == "means":
+            if bool((value < rows.amin(0) - slack).any()) or bool((value > rows.amax(0) + slack).any()):
+                return "means: a token that is left lies outside of what it is the mean of"
+            continue
+        mean = (weights[:, None] * rows).sum(0) / weights.sum()
+        if trial.reducer.keeps == "directions" and len(rows) > 1:
+            mean = torch.nn.functional.normalize(mean, dim=0)
+        if not own and difference(value, mean) > 10 * CLOSE:
+            return "means: a token that is left is not the mean, by sizes, of what went to it; say mean_weights = 'own'"
+        if own and len(rows) > 1 and abs(float(value.norm()) - 1) > CLOSE:
+            return "means: a merged token is not of unit length"
     return None
 
 
-def _rule_directions(trial: _Trial) -> str | None:
-    if trial.reducer.keeps != "directions":
+def _rule_signals(trial: _Trial) -> str | None:
+    """What is asked for is read: a policy may look at one of several at a time, so all are changed together."""
+    if not trial.signals:
         return None
-    found = trial.reduced()
-    merged = found.real & (found.sizes > 1)
-    if difference(found.tokens.norm(dim=-1)[merged], torch.ones(int(merged.sum()))) > CLOSE:
-        return "directions: a merged token is not of unit length"
+    flipped = {
+        name: signal.flip(_SHAPES.get(name, ("batch", "tokens")).index("tokens"))
+        for name, signal in trial.signals.items()
+    }
+    found, other = trial.whole_set(), trial.whole_set(**{name: s[:1] for name, s in flipped.items()})
+    if torch.equal(found.assignment, other.assignment) and torch.equal(found.tokens, other.tokens):
+        return f"signals: {', '.join(trial.signals)}: asked for, and others change nothing"
     return None
 
 
@@ -332,10 +352,10 @@ def _rule_determinism(trial: _Trial) -> str | None:
     with torch.random.fork_rng():
         # a state that nobody seeds
         torch.manual_seed(UNLIKELY_SEED)
-        before = torch.get_rng_state()
+        before = _generators()
         first, second = trial.reduced(), trial.reduced()
-        after = torch.get_rng_state()
-    if not torch.equal(before, after):
+        after = _generators()
+    if before != after:
         return "determinism: the global random generator was used; take a seed"
     if not torch.equal(first.tokens, second.tokens) or not torch.equal(first.assignment, second.assignment):
         return "determinism: the same call gave something else"
@@ -347,14 +367,30 @@ def _rule_gradients(trial: _Trial) -> str | None:
     found = trial.reduced(x)
     if not found.tokens.requires_grad:
         return "gradients: none reach the input"
-    (gradient,) = torch.autograd.grad(found.tokens.sum(), x)
+    along = torch.randn(found.tokens.shape, generator=torch.Generator().manual_seed(2))
+    (gradient,) = torch.autograd.grad((found.tokens * along).sum(), x)
     if not bool(gradient.isfinite().all()):
         return "gradients: are NaN or infinite"
-    if not bool(gradient[trial.mask].abs().sum() > 0):
-        return "gradients: none reach the input"
+    if not bool((gradient.abs().sum(-1) > 0)[_shown(trial, found)].all()):
+        return "gradients: do not reach every original that is in what is left"
     if bool(gradient[~trial.mask].abs().sum() > 0):
         return "gradients: reach padding"
     return None
+
+
+def _generators() -> tuple[Any, ...]:
+    """States of the generators that everybody shares."""
+    state: Any = np.random.get_state()
+    _, key, place, *rest = state
+    return torch.get_rng_state().numpy().tobytes(), key.tobytes(), place, *rest, random.getstate()
+
+
+def _shown(trial: _Trial, found: Reduced) -> Tensor:
+    """The originals that are in what is left: of members those that are the tokens themselves."""
+    went = found.assignment >= 0
+    if trial.reducer.keeps != "members":
+        return went
+    return went & (found.expand(found.tokens) == trial.x).all(-1)
 
 
 def _rule_expand(trial: _Trial) -> str | None:
@@ -374,7 +410,7 @@ _RULES = (
     _rule_left_padding,
     _rule_members,
     _rule_means,
-    _rule_directions,
+    _rule_signals,
     _rule_budget,
     _rule_identity,
     _rule_few_tokens,

@@ -175,3 +175,20 @@ def test_a_model_in_training_is_refused() -> None:
     images, labels = pictures()
     with pytest.raises(InputError, match="model: is in training mode"):
         compare_encoder(tiny().train(), images, labels)
+
+
+def test_another_activation_is_another_encoder() -> None:
+    from torch import nn
+
+    from cenote.jobs.reduce.encoder_measure import Bench
+
+    prints = set()
+    for activation in (nn.GELU, nn.ReLU):
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation=activation()).eval()
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.fill_(0.1)
+        model = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False).eval()
+        images, labels = torch.zeros(4, 5, 8), torch.tensor([0, 1, 0, 1])
+        prints.add(Bench(model, images, labels, "cls", 1, 4, 2, "layers").fingerprint())
+    assert len(prints) == 2

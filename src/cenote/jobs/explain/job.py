@@ -29,7 +29,7 @@ from cenote.jobs.explain.arms import BASELINE, explanations
 from cenote.jobs.explain.items import named, pictures
 from cenote.jobs.explain.measure import METRIC, POINTS, Bench
 from cenote.jobs.explain.pictures import Pictures
-from cenote.jobs.explain.result import Audit
+from cenote.jobs.explain.result import JOB, Audit
 from cenote.jobs.explain.subject import Subject
 from cenote.jobs.explain.texts import Texts
 from cenote.jobs.explain.verdict import worded
@@ -96,7 +96,7 @@ def audit(
     if all(why is not None for why in unfit.values()):
         told_why = [f"{of}: {why}" for of, why in (skipped | unfit).items()]
         raise InputError(f"methods: no explanation is left{f' ({told_why[0]})' if told_why else ''}")
-    with prepared(None if out is None else Path(out)) as folder:
+    with prepared(None if out is None else Path(out), JOB) as folder:
         cells = None if folder is None else folder / CELLS
         measured = measure_arms(arms, BASELINE, folder=cells, workers=1, on_share=on_method)
         measured = _with_struck(dataclasses.replace(measured, skipped={**skipped, **measured.skipped}))

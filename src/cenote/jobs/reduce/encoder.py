@@ -23,7 +23,7 @@ from cenote.compare.engine import measure as measure_arms
 from cenote.compare.inference import Measure
 from cenote.compare.judge import judge
 from cenote.compare.provenance import provenance
-from cenote.compare.result import ArmResult
+from cenote.compare.result import ArmResult, PairTest
 from cenote.compare.result import Comparison as Table
 from cenote.compare.statistics import Significance
 from cenote.compare.units import Units
@@ -46,6 +46,8 @@ LOSS = 0.02
 SEEDS = 3
 READS = ("cls", "mean")
 DEFAULT_BLOCKS = 2
+THREE = 3.0
+"""Of `n` images without a single change, `3 / n` is the 95 % bound of the share that changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,16 @@ class EncoderResult(ArmResult):
     def cost(self) -> float | None:
         """Multiply-adds of one image."""
         return self.multiply_adds
+
+
+def lowest(test: PairTest, units: int) -> float:
+    """The lower end of a difference's interval; where no unit differs, what so many units without a change still allow.
+
+    >>> lowest(PairTest("half", "all", 0.0, (0.0, 0.0), 1.0, 1.0), 30)
+    -0.1
+    """
+    low, high = test.interval
+    return low if high > low else min(low, -THREE / units)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +143,7 @@ class EncoderFrontier(Table[EncoderResult]):
             loss: default: that of the comparison.
         """
         allowed = self.loss if loss is None else loss
-        lower = {t.first: t.interval[0] for t in self.against_baseline}
+        lower = {t.first: lowest(t, self.dataset["images"]) for t in self.against_baseline}
         fit = [
             r
             for r in self.results
@@ -294,7 +306,7 @@ def compare_encoder(
     bench = Bench.of(model, images, numbers, read, prefix, state, batch, stack)
     chosen = _blocks(blocks, bench.blocks)
     arms = _arms(bench, _names(methods), _factors(factors), chosen, seeds)
-    with prepared(None if out is None else Path(out)) as folder:
+    with prepared(None if out is None else Path(out), JOB) as folder:
         measured = measure_arms(
             arms, BASELINE, folder=None if folder is None else folder / CELLS, workers=1, on_share=on_method
         )
@@ -337,16 +349,22 @@ def _recommended(found: EncoderFrontier) -> EncoderFrontier:
     chosen = found.smallest()
     base = found[found.baseline]
     tests = {t.first: t for t in found.against_baseline}
-    warned = f"No verdict: {found.no_verdict}. " if found.no_verdict else ""
+    if found.no_verdict:
+        return dataclasses.replace(
+            found,
+            recommended=found.baseline,
+            reason=found.no_verdict,
+            sentence=f"No verdict: {found.no_verdict}. Keep all tokens, or try it on more images.",
+        )
     if chosen is None:
         reason = f"of no reduction can it be said that it loses at most {found.words.amount(found.loss)}"
         return dataclasses.replace(
-            found, recommended=found.baseline, reason=reason, sentence=f"{warned}Keep all tokens: {reason}."
+            found, recommended=found.baseline, reason=reason, sentence=f"Keep all tokens: {reason}."
         )
     r, test = found[chosen], tests[chosen]
     reason = f"the fewest multiply-adds of which the data say that they lose at most {found.words.amount(found.loss)}"
     text = (
-        f"{warned}{chosen} is enough: {found.words.amount(r.metric)} against {found.words.amount(base.metric)} "
+        f"{chosen} is enough: {found.words.amount(r.metric)} against {found.words.amount(base.metric)} "
         f"({found.words.difference(test.difference, test.interval)}), {r.multiply_adds / base.multiply_adds:.2f} of the "
         f"multiply-adds"
     )

@@ -219,12 +219,12 @@ class Bench:
             digest = hashlib.sha256()
             for name, value in sorted(self.model.state_dict().items()):
                 digest.update(name.encode())
-                digest.update(
-                    value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else b""
-                )
+                digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
             for value in (self.images, self.labels):
                 digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
             digest.update(repr((self.read, self.prefix, self.state, self.stack, type(self.model).__name__)).encode())
+            # activations and the eps of norms are no weights
+            digest.update(f"{self.model!r} {getattr(self.model, 'config', '')!r}".encode())
             self._known["fingerprint"] = digest.hexdigest()
         found: str = self._known["fingerprint"]
         return found

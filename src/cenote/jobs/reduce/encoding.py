@@ -73,7 +73,7 @@ def encoded(
     Args:
         texts: of the documents.
         encoder: see `Encoder`.
-        folder: where they are kept; those of other texts are deleted.
+        folder: where they are kept; of those of other texts only the latest stay.
         on_done: called with how many are done.
     """
     meta = meta_of(encoder)
@@ -154,11 +154,11 @@ def digest_of(bags: Bags) -> str:
 
 
 def kept(folder: Path, digest: str, meta: Meta) -> ExactStore:
-    """The store of a digest in a folder, where no other stays."""
+    """The store of a digest in a folder, where of others only the latest stays: whoever goes back to it loses nothing."""
     own = folder / digest[:16]
-    for other in folder.glob("*") if folder.is_dir() else ():
-        if other != own:
-            shutil.rmtree(other, ignore_errors=True)
+    others = [other for other in folder.glob("*") if other != own] if folder.is_dir() else []
+    for other in sorted(others, key=lambda path: path.stat().st_mtime)[:-1]:
+        shutil.rmtree(other, ignore_errors=True)
     return ExactStore(own, meta)
 
 

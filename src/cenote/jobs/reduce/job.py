@@ -27,7 +27,7 @@ from cenote.jobs.reduce.arms import BASELINE, FACTORS, arms, families
 from cenote.jobs.reduce.encoding import Encoder, directions, encoded, stored
 from cenote.jobs.reduce.indexes import Indexes
 from cenote.jobs.reduce.measure import METRIC, Bench, jaccard, named_gains
-from cenote.jobs.reduce.result import LOSS, Frontier
+from cenote.jobs.reduce.result import JOB, LOSS, Frontier
 from cenote.jobs.reduce.verdict import worded
 
 TOKENS = "tokens"
@@ -227,7 +227,7 @@ def _folder(out: str | Path | None) -> Iterator[Path]:
         with files.temporary_folder() as folder:
             yield folder
         return
-    with prepared(Path(out)) as kept:
+    with prepared(Path(out), JOB) as kept:
         assert kept is not None
         yield kept
 

@@ -129,8 +129,8 @@ class Frontier(Table[IndexResult]):
         return max((r for r in fit if r.factor == factor), key=lambda r: r.metric).method
 
     def best_within(self, most_bytes: int) -> str | None:
-        """The best index that takes no more bytes; `None` where there is none."""
-        fit = [r for r in self.candidates if r.bytes <= most_bytes]
+        """The best index that takes no more bytes, that of all vectors too; `None` where there is none."""
+        fit = [r for r in (*self.candidates, self[self.baseline]) if r.bytes <= most_bytes]
         return max(fit, key=lambda r: r.metric).method if fit else None
 
     @property

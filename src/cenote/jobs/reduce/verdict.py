@@ -20,10 +20,13 @@ LISTED = 3
 def worded(found: Frontier) -> Frontier:
     """The comparison with its recommendation, what it can see, and its sentence."""
     found = dataclasses.replace(found, detectable=detectable(found))
-    if doubt := unfounded(found):
+    if doubt := found.no_verdict or unfounded(found):
         text = f"No verdict: {doubt}."
         return dataclasses.replace(found, recommended=found.baseline, reason=doubt, sentence=text, no_verdict=doubt)
     chosen = found.smallest(found.loss) if found.most_bytes is None else found.best_within(found.most_bytes)
+    if chosen == found.baseline:
+        text = f"Keep all vectors: they take {size(found[chosen].bytes)}, and no smaller index is better."
+        return dataclasses.replace(found, recommended=chosen, reason=text.partition(": ")[2].rstrip("."), sentence=text)
     found = dataclasses.replace(found, recommended=chosen or found.baseline, reason=reason(found, chosen))
     return dataclasses.replace(found, sentence=sentence(found, chosen))
 
@@ -53,7 +56,9 @@ def reason(found: Frontier, chosen: str | None) -> str:
     if chosen is None:
         if found.most_bytes is None:
             return f"of no smaller index can it be said that it loses at most {found.loss:g}"
-        return f"no index that was compared takes at most {size(found.most_bytes)}"
+        told = f"no index that may be recommended takes at most {size(found.most_bytes)}"
+        fits = [r.method for r in found.results if r.control and r.bytes <= found.most_bytes]
+        return f"{told}; of the controls {listed(fits)} would fit" if fits else told
     if found.most_bytes is not None:
         return f"the best of those that take at most {size(found.most_bytes)}"
     return f"the smallest of which the data say that it loses at most {found.loss:g}, and the best of its factor"
@@ -71,7 +76,6 @@ def sentence(found: Frontier, chosen: str | None) -> str:
 def lead(found: Frontier, chosen: str | None) -> str:
     """What to take."""
     base = found[found.baseline]
-    warned = f"No verdict: {found.no_verdict}. " if found.no_verdict else ""
     if chosen is None:
         best = max(found.candidates, key=lambda r: r.metric, default=None)
         text = f"Keep all vectors: {found.reason}"
@@ -79,14 +83,14 @@ def lead(found: Frontier, chosen: str | None) -> str:
             text += (
                 f". The best that is smaller, {best.method}, has {metric(best, found)}{_against(found, best.method)}"
             )
-        return f"{warned}{text}."
+        return f"{text}."
     small = found[chosen]
     share = SHARES.get(small.factor, f"1/{small.factor:g}")
     text = (
         f"{share} of the vectors {'is enough' if found.most_bytes is None else 'fits'}: {chosen}, {metric(small, found)} "
         f"against {base.metric:.3f}{_against(found, chosen)}, {size(small.bytes)} instead of {size(base.bytes)}"
     )
-    return f"{warned}{text}."
+    return f"{text}."
 
 
 def of_ties(found: Frontier, chosen: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Literal
 
 import torch
@@ -36,11 +37,11 @@ class FirstTokens(BudgetReducer):
 
 
 class RandomTokens(BudgetReducer):
-    """Tokens drawn at random; all others are dropped. Sets of one length keep the same positions.
+    """Tokens drawn at random, for each set anew; all others are dropped.
 
     Args:
         factor, tokens, fraction, rounding: how many are left.
-        seed: of the draw, which a set's batch mates have no part in.
+        seed: of the draw, which hangs on it and on the set's own tokens alone.
 
     Example:
         >>> RandomTokens(factor=2)(torch.rand(1, 8, 3)).tokens.shape
@@ -71,8 +72,10 @@ class RandomTokens(BudgetReducer):
         lengths = mask.sum(1)
         kept = torch.zeros_like(mask)
         for item, (n, count) in enumerate(zip(lengths.tolist(), self.budget.of(lengths).tolist(), strict=True)):
-            drawn = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))[:count].to(x.device)
-            kept[item, mask[item].nonzero().squeeze(1)[drawn]] = True
+            own = mask[item].nonzero().squeeze(1)
+            content = zlib.crc32(x[item, own].detach().cpu().contiguous().numpy().tobytes())
+            generator = torch.Generator().manual_seed(self.seed * 2**32 + content)
+            kept[item, own[torch.randperm(n, generator=generator)[:count].to(x.device)]] = True
         return selected(x, kept, sizes)
 
 

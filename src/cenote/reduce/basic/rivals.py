@@ -48,7 +48,7 @@ class BipartiteMerging(BudgetReducer):
         keys: Float[Tensor, "batch kv_heads tokens width"],
     ) -> Reduced:
         assignment = bipartite_clusters(keys.mean(1), self.budget.of(mask.sum(1)), mask, sizes)
-        return merged(x, assignment, int(assignment.max()) + 1, sizes)
+        return merged(x, assignment, int(assignment.max()) + 1 if len(x) else 0, sizes)
 
     def multiply_adds(self, tokens: int, left: int, dim: int) -> int:  # noqa: ARG002
         """At most: similarities of one half of the tokens with the other."""
@@ -96,7 +96,7 @@ class DensityPeaks(BudgetReducer):
     ) -> Reduced:
         distances = squared_distances(x, mask) / x.shape[2]
         assignment, _ = density_peaks(distances, self.budget.of(mask.sum(1)), mask, neighbours=self.neighbours)
-        return merged(x, assignment, int(assignment.max()) + 1, sizes)
+        return merged(x, assignment, int(assignment.max()) + 1 if len(x) else 0, sizes)
 
     def multiply_adds(self, tokens: int, left: int, dim: int) -> int:  # noqa: ARG002
         """Distances between all tokens."""
@@ -122,6 +122,7 @@ class FusedTopTokens(BudgetReducer):
         The paper's fused token is the sum by attentions that do not sum to 1; this is the mean.
     """
 
+    mean_weights = "own"
     needs = frozenset({"attention"})
     rows = "first"
 

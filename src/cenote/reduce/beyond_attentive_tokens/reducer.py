@@ -90,6 +90,7 @@ class AttentiveAndDiverse(BudgetReducer):
         means. Of two that are equally dense the first is denser, nothing is drawn.
     """
 
+    mean_weights = "own"
     needs = frozenset({"attention"})
     rows = "first"
 

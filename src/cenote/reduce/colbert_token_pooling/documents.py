@@ -18,6 +18,8 @@ from cenote.core.requirements import require_at_least, require_one_of
 from cenote.reduce.base import Budget
 
 METHODS = ("hierarchical", "kmeans", "sequential")
+UNIT = 1e-2
+"""How far from 1 a length may be: half precision is nearer."""
 
 
 @dataclass(frozen=True)
@@ -206,4 +208,10 @@ def _require_vectors(document: Tensor) -> None:
         raise InputError(
             f"document: {len(numbers)} of {len(document)} vectors are zero, NaN or infinite (the first is number "
             f"{numbers[0]}); leave padding out first, as real_documents does"
+        )
+    off = (document.detach().float().norm(dim=1) - 1).abs().amax() if len(document) else 0.0
+    if float(off) > UNIT:
+        raise InputError(
+            f"document: expected vectors of unit length, one is off by {float(off):.3g}; scale them with "
+            f"torch.nn.functional.normalize"
         )

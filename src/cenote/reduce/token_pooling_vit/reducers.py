@@ -191,6 +191,8 @@ class KMeansTokens(_Clusters):
         Marin et al. 2021, "Token Pooling in Vision Transformers", arXiv 2110.03860.
     """
 
+    mean_weights = "own"
+
     def clusters(
         self,
         x: Float[Tensor, "batch tokens dim"],
