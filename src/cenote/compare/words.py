@@ -32,7 +32,7 @@ class Words:
         >>> Words().amount(0.5), Words(percent=True).amount(0.5)
         ('0.500', '50.0 %')
         """
-        return f"{100 * value:.{self._digits}f} %" if self.percent else f"{value:.{self._digits}f}"
+        return f"{self._written(100 * value)} %" if self.percent else self._written(value)
 
     def difference(self, value: float, interval: tuple[float, float]) -> str:
         """Of two metrics; without an interval where none is known.
@@ -40,11 +40,18 @@ class Words:
         >>> Words(percent=True).difference(0.061, (0.042, 0.08))
         '6.1 points (4.2 to 8.0)'
         """
-        scale, unit, d = (100.0, " points", self._digits) if self.percent else (1.0, "", self._digits)
+        scale, unit = (100.0, " points") if self.percent else (1.0, "")
         low, high = (scale * v for v in interval)
         if not (math.isfinite(low) and math.isfinite(high)):
-            return f"{scale * value:.{d}f}{unit}"
-        return f"{scale * value:.{d}f}{unit} ({low:.{d}f} to {high:.{d}f})"
+            return f"{self._written(scale * value)}{unit}"
+        return f"{self._written(scale * value)}{unit} ({self._written(low)} to {self._written(high)})"
+
+    def _written(self, value: float) -> str:
+        """
+        >>> Words()._written(-0.0001)
+        '0.000'
+        """
+        return f"{round(value, self._digits) + 0.0:.{self._digits}f}"
 
     @property
     def _digits(self) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cenote.core import InputError
 from cenote.core.reduced import Reduced
+from cenote.jobs.reduce.measure import one_thread
 from cenote.models.live import BlockEdit, Place, Shorten, StateRecorder, Where, attentions, edited
 from cenote.models.live.places import blocks as blocks_of
 
@@ -228,17 +229,6 @@ class Bench:
             self._known["fingerprint"] = digest.hexdigest()
         found: str = self._known["fingerprint"]
         return found
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch computes on one thread for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True, eq=False)
