@@ -128,7 +128,7 @@ def arms(indexes: Indexes, wanted: Sequence[Family], seeds: Sequence[int]) -> li
                 if name is None:
                     continue
                 asked = tuple(Wanted(family, factor, norm, seed) for seed in drawn)
-                summary = family.summary if norm != RAW else f"{family.summary}; means as they are"
+                summary = _summary(family, name, norm)
                 found.append(
                     Index(f"{name} x{factor:g}", summary, name, indexes, asked, control=family.built in CONTROLS)
                 )
@@ -143,6 +143,14 @@ def count(wanted: Sequence[Family], factors: Sequence[float]) -> int:
     """How many arms there will be."""
     each = sum(1 if family.member is not None else 2 for family in wanted)
     return 3 + each * len(set(factors))
+
+
+def _summary(family: Family, name: str, norm: str) -> str:
+    """The catalog's, of the raw form where it has one."""
+    if norm != RAW:
+        return family.summary
+    known = next((m.summary for m in methods(room="reduce") if m.name == name), None)
+    return known or f"{family.summary}; means as they are"
 
 
 def _left(family: Family) -> str | None:
