@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,7 +87,9 @@ def reduce(
 
     if loss is not None and most_bytes is not None:
         raise InputError("--loss, --bytes: are two questions; give one of them")
-    given = None if factors is None else _factors(factors)
+    wanted: dict[str, Any] = {} if loss is None else {"loss": loss}
+    if factors is not None:
+        wanted["factors"] = _numbers("--factors", factors, float, "2,3,4")
     loading = {
         "revision": revision, "device": device, "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle
     }  # fmt: skip
@@ -101,17 +104,15 @@ def reduce(
         if device != "cpu":
             raise InputError("--device: encoders are timed on the CPU; leave it out")
         images = reduce_images(
-            corpus, model, methods, given, None if blocks is None else _blocks(blocks), label, limit, layer, skip_bad,
-            console, {name: value for name, value in loading.items() if name != "device"},
-            out=out, seeds=seeds, significance=significance, **({} if loss is None else {"loss": loss}),
+            corpus, model, methods, None if blocks is None else _numbers("--blocks", blocks, int, "2,5"), label, limit,
+            layer, skip_bad, console, {name: value for name, value in loading.items() if name != "device"},
+            out=out, seeds=seeds, significance=significance, **wanted,
         )  # fmt: skip
         _show(images, images_table(images, console.width), out, start, console, as_json)
         _require_complete(images.complete, out)
         return
     if named := [name for name, value in (("--blocks", blocks), ("--label", label), ("--limit", limit)) if value]:
         raise InputError(f"{named[0]}: is of folders of images, and {corpus} is none; leave it out")
-    wanted: dict[str, Any] = {} if given is None else {"factors": given}
-    wanted |= {} if loss is None else {"loss": loss}
     asked = Asked(
         methods,
         **wanted,
@@ -156,18 +157,11 @@ def _show(
         emit({**dataclasses.asdict(found), "verdict": found.verdict, "report": page})
 
 
-def _blocks(text: str) -> tuple[int, ...]:
+def _numbers(option: str, text: str, kind: Callable[[str], Any], example: str) -> tuple[Any, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(kind(part) for part in text.split(","))
     except ValueError:
-        raise InputError(f"--blocks: expected numbers separated by commas, such as 2,5, got {text!r}") from None
-
-
-def _factors(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"--factors: expected numbers separated by commas, such as 2,3,4, got {text!r}") from None
+        raise InputError(f"{option}: expected numbers separated by commas, such as {example}, got {text!r}") from None
 
 
 def _model(model: str | None, corpus: str, console: Console) -> str:

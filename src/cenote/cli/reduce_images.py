@@ -101,7 +101,6 @@ def reduce_images(
     data: str,
     model: str | None,
     methods: str,
-    factors: tuple[float, ...] | None,
     blocks: tuple[int, ...] | None,
     label: str | None,
     limit: int | None,
@@ -128,8 +127,7 @@ def reduce_images(
     for name, why in found.left_out:
         say(console, f"left out {name}: {why}")
     prefix = backbone.layout.prefix_tokens
-    settings: dict[str, Any] = {} if factors is None else {"factors": factors}
-    arms = counted(methods, factors, len(blocks) if blocks else DEFAULT_BLOCKS) + 1
+    arms = counted(methods, asked.get("factors"), len(blocks) if blocks else DEFAULT_BLOCKS) + 1
     with arms_bar(console, arms) as on_method:
         return compare_encoder(
             whole.eval(),
@@ -142,7 +140,6 @@ def reduce_images(
             state=layer,
             name=Path(data).name,
             on_method=on_method,
-            **settings,
             **asked,
         )
 

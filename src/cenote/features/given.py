@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,10 +13,9 @@ from cenote.core.arrays import as_tensor
 from cenote.features.arrays import common_dtype
 from cenote.features.dataset import Task, TokenDataset
 from cenote.features.labelling import FRACTIONS, Labelling
-from cenote.features.reading import assembled
+from cenote.features.reading import assembled, layered
 from cenote.features.source import Filled, Source
 from cenote.features.table import GROUP_NAME, SPLIT_NAME, Column
-from cenote.features.tokens import stacked
 from cenote.features.validate import Problems
 
 ID, LABEL = "id", "label"
@@ -106,7 +104,7 @@ class Dataset(TokenDataset):
             grid=grid,
             source_words=f"{name} (in memory)",
         )
-        return data if not held else _layered(data, held)
+        return data if not held else layered(data, held)
 
 
 def _tokens(x: Any, mask: Any, layers: Sequence[int] | None) -> tuple[Tensor, list[int], tuple[int, ...]]:
@@ -168,11 +166,3 @@ def _column(**given: Any) -> list[Any]:
     if not isinstance(plain, list):
         raise InputError(f"{name}: expected one for each item, got {plain!r}")
     return [cell.tolist() if hasattr(cell, "tolist") else cell for cell in plain]
-
-
-def _layered(data: TokenDataset, held: tuple[int, ...]) -> TokenDataset:
-    x = data.x
-    if isinstance(x, Tensor):
-        x = x.unflatten(-1, (len(held), -1)).transpose(1, 2)
-    assert isinstance(x, Tensor | Bags)
-    return replace(data, x=stacked(x, held))

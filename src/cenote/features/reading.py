@@ -231,13 +231,18 @@ def assembled(
     )
 
 
-def _chosen(data: TokenDataset, held: tuple[int, ...], layers: str | int | Sequence[int] | None) -> TokenDataset:
-    """Some of the layers, which lie side by side in each token."""
+def layered(data: TokenDataset, held: tuple[int, ...]) -> TokenDataset:
+    """The same with stacks of layers, which lie side by side in each token of `data`."""
     x = data.x
     assert isinstance(x, Tensor | Bags)
     if isinstance(x, Tensor):
         x = x.unflatten(-1, (len(held), -1)).transpose(1, 2)
-    every = replace(data, x=stacked(x, held))
+    return replace(data, x=stacked(x, held))
+
+
+def _chosen(data: TokenDataset, held: tuple[int, ...], layers: str | int | Sequence[int] | None) -> TokenDataset:
+    """Some of the layers, which lie side by side in each token."""
+    every = layered(data, held)
     numbers = layer_numbers(layers, held)
     return every.at(numbers[0]) if len(numbers) == 1 else every.only(numbers)
 

@@ -24,7 +24,6 @@ from cenote.compare.inference import Measure
 from cenote.compare.judge import judge
 from cenote.compare.provenance import provenance
 from cenote.compare.result import ArmResult, PairTest
-from cenote.compare.result import Comparison as Table
 from cenote.compare.statistics import Significance
 from cenote.compare.units import Units
 from cenote.compare.words import Words
@@ -32,6 +31,7 @@ from cenote.core import InputError
 from cenote.core.requirements import require_at_least, require_one_of
 from cenote.jobs.reduce import encoder_measure
 from cenote.jobs.reduce.encoder_measure import Bench, Read, Timed
+from cenote.jobs.reduce.result import Smaller
 from cenote.models.live import Shorten
 from cenote.models.live.shorten import READ
 
@@ -93,8 +93,8 @@ def lowest(test: PairTest, units: int) -> float:
     return low if high > low else min(low, -THREE / units)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncoderFrontier(Table[EncoderResult]):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class EncoderFrontier(Smaller[EncoderResult]):
     """The whole verdict of `cenote reduce` of an encoder: what fewer tokens cost in accuracy.
 
     Attributes:
@@ -110,21 +110,11 @@ class EncoderFrontier(Table[EncoderResult]):
     job: str = JOB
 
     @property
-    def verdict(self) -> str:
-        """The sentence."""
-        return self.sentence
-
-    @property
     def table(self) -> list[dict[str, Any]]:
         """A row per arm, best first: what a data frame is made of."""
-        tests = {t.first: t for t in self.against_baseline}
         return [
             {
-                "method": r.method,
-                self.metric_name: r.metric,
-                "difference": tests[r.method].difference if r.method in tests else 0.0,
-                "interval": tests[r.method].interval if r.method in tests else (0.0, 0.0),
-                "p_adjusted": tests[r.method].p_adjusted if r.method in tests else None,
+                **self.beside_baseline(r),
                 "agreement": r.agreement,
                 "tokens": r.tokens[-1],
                 "multiply_adds": r.multiply_adds,
@@ -144,12 +134,7 @@ class EncoderFrontier(Table[EncoderResult]):
         """
         allowed = self.loss if loss is None else loss
         lower = {t.first: lowest(t, self.dataset["images"]) for t in self.against_baseline}
-        fit = [
-            r
-            for r in self.results
-            if not r.control and not r.reference and r.method != self.baseline and lower[r.method] >= -allowed
-        ]
-        return min(fit, key=lambda r: (r.multiply_adds, -r.metric)).method if fit else None
+        return next((r.method for r in self.candidates if lower[r.method] >= -allowed), None)
 
     @property
     def tested(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from cenote.compare.result import ArmResult
 from cenote.compare.result import Comparison as Table
@@ -49,8 +49,38 @@ class IndexResult(ArmResult):
         return float(self.bytes)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Frontier(Table[IndexResult]):
+R = TypeVar("R", bound=ArmResult)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Smaller(Table[R]):
+    """Arms that keep less of something, beside one that keeps all of it."""
+
+    @property
+    def verdict(self) -> str:
+        """The sentence."""
+        return self.sentence
+
+    @property
+    def candidates(self) -> tuple[R, ...]:
+        """What may be recommended: no control, and not what keeps all; the cheapest first, of equal ones the best."""
+        found = [r for r in self.results if not r.control and not r.reference and r.method != self.baseline]
+        return tuple(sorted(found, key=lambda r: (r.cost or 0.0, -r.metric)))
+
+    def beside_baseline(self, result: R) -> dict[str, Any]:
+        """Its metric, and what it differs by from what keeps all."""
+        test = next((t for t in self.against_baseline if t.first == result.method), None)
+        return {
+            "method": result.method,
+            self.metric_name: result.metric,
+            "difference": 0.0 if test is None else test.difference,
+            "interval": (0.0, 0.0) if test is None else test.interval,
+            "p_adjusted": None if test is None else test.p_adjusted,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Frontier(Smaller[IndexResult]):
     """The whole verdict of `cenote reduce` of a collection: what fewer vectors cost in search.
 
     Attributes:
@@ -74,21 +104,11 @@ class Frontier(Table[IndexResult]):
     job: str = JOB
 
     @property
-    def verdict(self) -> str:
-        """The sentence."""
-        return self.sentence
-
-    @property
     def table(self) -> list[dict[str, Any]]:
         """A row per index, best first: what a data frame is made of."""
-        tests = {t.first: t for t in self.against_baseline}
         return [
             {
-                "method": r.method,
-                self.metric_name: r.metric,
-                "difference": tests[r.method].difference if r.method in tests else 0.0,
-                "interval": tests[r.method].interval if r.method in tests else (0.0, 0.0),
-                "p_adjusted": tests[r.method].p_adjusted if r.method in tests else None,
+                **self.beside_baseline(r),
                 "kept": self.kept(r.method)[0],
                 "vectors": r.vectors,
                 "bytes": r.bytes,
@@ -109,12 +129,6 @@ class Frontier(Table[IndexResult]):
             return (1.0, (1.0, 1.0)) if whole else (math.nan, (math.nan, math.nan))
         low, high = test.interval
         return 1 + test.difference / whole, (1 + low / whole, 1 + high / whole)
-
-    @property
-    def candidates(self) -> tuple[IndexResult, ...]:
-        """What may be recommended: no control, and not the index of all vectors; the smallest first, of equal ones the best."""
-        found = [r for r in self.results if not r.control and not r.reference and r.method != self.baseline]
-        return tuple(sorted(found, key=lambda r: (r.bytes, -r.metric)))
 
     def smallest(self, loss: float = LOSS) -> str | None:
         """The smallest index of which the data say that it loses no more: the lower end of its difference's interval.
