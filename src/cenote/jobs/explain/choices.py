@@ -7,13 +7,13 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from cenote.compare.provenance import provenance
 from cenote.core import InputError, files
-from cenote.core.json_text import json_text
 from cenote.explain.answer_attentiveness.audit import ChoiceAudit, Summary
 from cenote.explain.answer_attentiveness.formats import LETTERS, Format, Question
+from cenote.jobs.explain.kept import Kept
 from cenote.models.decoder import Decoder
 
 JOB = "choices"
@@ -71,7 +71,7 @@ class Style:
 
 
 @dataclass(frozen=True)
-class Choices:
+class Choices(Kept):
     """Whether a model looks at the listed answers.
 
     Attributes:
@@ -81,6 +81,10 @@ class Choices:
         provenance: where it is from.
         job: tells the file from those of other jobs.
     """
+
+    file: ClassVar[str] = FILE
+    what: ClassVar[str] = "audit of choices"
+    again: ClassVar[str] = "cenote explain --choices"
 
     model: str
     styles: tuple[Style, ...]
@@ -98,36 +102,16 @@ class Choices:
         """The finding in words, of the style in which the model looks at the choices most."""
         return f"{self.model}, choices {self.best.name}: {self.best.sentence}"
 
-    def save(self, folder: Path) -> Path:
-        """Write `choices.json`."""
-        path = Path(folder) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = files.sealed({**dataclasses.asdict(self), "sentence": self.sentence})
-        files.write_whole(path, json_text(content, indent=1))
-        return path
-
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: naming the file, where it is none of these.
-        """
-        path = Path(folder) / FILE
-        try:
-            raw = files.opened(files.read_json(path), path)
-            styles = []
-            for style in raw["styles"]:
-                items = [
-                    Asked(**{**i, "choices": tuple(i["choices"]), "probabilities": tuple(i["probabilities"])})
-                    for i in style["items"]
-                ]
-                styles.append(Style(**{**style, "items": tuple(items)}))
-            return cls(raw["model"], tuple(styles), tuple(raw["notes"]), raw["provenance"])
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(
-                f"out: {path} holds no audit of choices ({error}); run cenote explain --choices again"
-            ) from None
+    def of_json(cls, raw: Any) -> Self:
+        styles = []
+        for style in raw["styles"]:
+            items = [
+                Asked(**{**i, "choices": tuple(i["choices"]), "probabilities": tuple(i["probabilities"])})
+                for i in style["items"]
+            ]
+            styles.append(Style(**{**style, "items": tuple(items)}))
+        return cls(raw["model"], tuple(styles), tuple(raw["notes"]), raw["provenance"])
 
 
 def questions(path: str | Path, limit: int | None = None) -> list[Question]:

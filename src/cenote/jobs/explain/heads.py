@@ -7,15 +7,15 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
 from cenote.compare.provenance import provenance
-from cenote.core import InputError, files
-from cenote.core.json_text import json_text
+from cenote.core import InputError
 from cenote.explain.head_pursuit.heads import ConceptHeads, concept_dictionary, concept_heads, head_outputs
 from cenote.explain.repeated_tokens import FoundHead, head_atlas
+from cenote.jobs.explain.kept import Kept
 from cenote.models.decoder import Decoder
 
 JOB = "heads"
@@ -57,7 +57,7 @@ class Concept:
 
 
 @dataclass(frozen=True)
-class Heads:
+class Heads(Kept):
     """The atlas of a decoder's heads.
 
     Attributes:
@@ -67,6 +67,10 @@ class Heads:
         provenance: where it is from.
         job: tells the file from those of other jobs.
     """
+
+    file: ClassVar[str] = FILE
+    what: ClassVar[str] = "atlas of heads"
+    again: ClassVar[str] = "cenote explain --heads"
 
     model: str
     kinds: dict[str, Kind]
@@ -102,34 +106,14 @@ class Heads:
             )
         return said
 
-    def save(self, folder: Path) -> Path:
-        """Write `heads.json`."""
-        path = Path(folder) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = files.sealed({**dataclasses.asdict(self), "sentence": self.sentence})
-        files.write_whole(path, json_text(content, indent=1))
-        return path
-
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: naming the file, where it is none of these.
-        """
-        path = Path(folder) / FILE
-        try:
-            raw = files.opened(files.read_json(path), path)
-            kinds = {name: Kind(_grid(k["scores"]), _heads(k["found"])) for name, k in raw["kinds"].items()}
-            concept = None
-            if (told := raw["concept"]) is not None:
-                best = tuple((FoundHead(*head), tuple(words)) for head, words in told["best"])
-                concept = Concept(told["name"], told["words"], _grid(told["scores"]), best, tuple(told["split"]))
-            return cls(raw["model"], kinds, concept, raw["provenance"])
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(
-                f"out: {path} holds no atlas of heads ({error}); run cenote explain --heads again"
-            ) from None
+    def of_json(cls, raw: Any) -> Self:
+        kinds = {name: Kind(_grid(k["scores"]), _heads(k["found"])) for name, k in raw["kinds"].items()}
+        concept = None
+        if (told := raw["concept"]) is not None:
+            best = tuple((FoundHead(*head), tuple(words)) for head, words in told["best"])
+            concept = Concept(told["name"], told["words"], _grid(told["scores"]), best, tuple(told["split"]))
+        return cls(raw["model"], kinds, concept, raw["provenance"])
 
 
 def heads(
