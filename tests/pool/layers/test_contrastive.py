@@ -51,6 +51,9 @@ WORKER = """
     # as training in parallel averages gradients over the processes
     (loss / 2).backward()
     torch.save((loss.detach(), q.grad, d.grad, n.grad), f"{place}/out{rank}.pt")
+    # who leaves first would close sockets that the other still reads
+    dist.barrier()
+    dist.destroy_process_group()
 """
 
 
