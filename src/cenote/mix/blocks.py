@@ -1,0 +1,261 @@
+"""Attention among blocks of keys: tokens cut into blocks, blocks pooled, and attention that reads chosen blocks alone.
+
+Tokens are counted from 0 within each item, so that padding, wherever it stands, moves no block: `leftward` lays the real ones
+to the left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor, nn
+
+from cenote.core.errors import InputError
+from cenote.core.requirements import require_at_least, require_one_of, require_several
+
+Pooling = Literal["max", "min", "avg"]
+
+
+class Leftward(NamedTuple):
+    """Real tokens on the left.
+
+    Attributes:
+        order: number of the token that stands at each slot, `[batch, tokens]`.
+        real: slots that hold a real token.
+    """
+
+    order: Int[Tensor, "batch tokens"]
+    real: Bool[Tensor, "batch tokens"]
+
+    def laid(self, x: Shaped[Tensor, "batch heads tokens *width"]) -> Shaped[Tensor, "batch heads tokens *width"]:
+        """Tokens in that order; padding behind them."""
+        return x.gather(2, self._wide(self.order, x))
+
+    def back(self, x: Shaped[Tensor, "batch heads tokens *width"]) -> Shaped[Tensor, "batch heads tokens *width"]:
+        """Each where it stood."""
+        return x.gather(2, self._wide(self.order.argsort(1), x))
+
+    @staticmethod
+    def _wide(order: Tensor, x: Tensor) -> Tensor:
+        return order.view(len(order), 1, -1, *[1] * (x.dim() - 3)).expand_as(x)
+
+
+def leftward(mask: Bool[Tensor, "batch tokens"]) -> Leftward:
+    """How real tokens are laid to the left, each in its order.
+
+    Example:
+        >>> leftward(torch.tensor([[False, True, True]])).order
+        tensor([[1, 2, 0]])
+    """
+    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+    return Leftward(order, mask.gather(1, order))
+
+
+def count(tokens: int, block: int) -> int:
+    """How many blocks so many tokens make; the last may be short.
+
+    >>> count(9, 4)
+    3
+    """
+    require_at_least(1, block=block)
+    return -(-tokens // block)
+
+
+def windows(
+    x: Shaped[Tensor, "batch heads tokens *width"], block: int, fill: float | bool = 0.0
+) -> Shaped[Tensor, "batch heads blocks block *width"]:
+    """Tokens cut into blocks, the last one filled up."""
+    missing = count(x.shape[2], block) * block - x.shape[2]
+    if missing:
+        x = torch.cat([x, x.new_full((*x.shape[:2], missing, *x.shape[3:]), fill)], 2)
+    return x.unflatten(2, (-1, block))
+
+
+def pooled(
+    x: Float[Tensor, "batch heads tokens width"],
+    block: int,
+    pools: Sequence[Pooling] = ("avg",),
+    real: Bool[Tensor, "batch tokens"] | None = None,
+) -> Float[Tensor, "batch heads blocks channels"]:
+    """Of each block its largest, smallest and mean channels, one behind the other, over the tokens that it has.
+
+    Args:
+        x: tokens.
+        block: how many make one.
+        pools: in this order.
+        real: False on padding, which takes no part.
+
+    Returns:
+        Zeros for a block without tokens.
+
+    Example:
+        >>> pooled(torch.tensor([[[[1.0], [3.0], [8.0]]]]), 2, ("max", "avg"))
+        tensor([[[[3., 2.],
+                  [8., 8.]]]])
+    """
+    require_several(pools=pools)
+    for pool in pools:
+        require_one_of(get_args(Pooling), pools=pool)
+    if real is None:
+        real = torch.ones(x.shape[0], x.shape[2], dtype=torch.bool, device=x.device)
+    there = windows(real[:, None], block, False)[..., None]
+    cut = windows(x, block)
+    found = []
+    for pool in pools:
+        if pool == "avg":
+            found.append(cut.masked_fill(~there, 0.0).sum(3) / there.sum(3).clamp(min=1).to(x.dtype))
+        else:
+            worst = float("-inf") if pool == "max" else float("inf")
+            filled = cut.masked_fill(~there, worst)
+            found.append(filled.amax(3) if pool == "max" else filled.amin(3))
+    return torch.cat(found, -1).masked_fill(~there.any(3), 0.0)
+
+
+def repeated(x: Shaped[Tensor, "batch kv_heads *rest"], heads: int) -> Shaped[Tensor, "batch heads *rest"]:
+    """Keys of grouped queries, once for each query head: query head h reads key head `h // (heads / kv_heads)`.
+
+    Raises:
+        InputError: where the heads do not come apart into groups.
+    """
+    if heads % x.shape[1]:
+        raise InputError(f"k: {x.shape[1]} heads of keys cannot be shared by {heads} heads of queries")
+    return x if heads == x.shape[1] else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def readable(
+    chosen: Bool[Tensor, "batch heads queries blocks"],
+    block: int,
+    keys: int,
+    real: Bool[Tensor, "batch keys"] | None = None,
+) -> Bool[Tensor, "batch heads queries keys"]:
+    """Which keys may be read: those of chosen blocks that are not later than the query; the queries are the last tokens."""
+    queries = chosen.shape[2]
+    may = chosen.repeat_interleave(block, -1)[..., :keys]
+    at = torch.arange(keys, device=chosen.device)
+    may = may & (at <= at[keys - queries :, None])
+    return may if real is None else may & real[:, None, None]
+
+
+def masked_attention(
+    q: Float[Tensor, "batch heads queries width"],
+    k: Float[Tensor, "batch kv_heads keys width"],
+    v: Float[Tensor, "batch kv_heads keys value_width"],
+    may: Bool[Tensor, "batch #heads queries keys"],
+    scale: float | None = None,
+) -> Float[Tensor, "batch heads queries value_width"]:
+    """Softmax attention over the keys that may be read; zeros for a query that may read none."""
+    weights = masked_weights(q, k, may, scale)
+    return weights.to(v.dtype) @ repeated(v, q.shape[1])
+
+
+def masked_weights(
+    q: Float[Tensor, "batch heads queries width"],
+    k: Float[Tensor, "batch kv_heads keys width"],
+    may: Bool[Tensor, "batch #heads queries keys"],
+    scale: float | None = None,
+) -> Float[Tensor, "batch heads queries keys"]:
+    """The weights of the same, at least float32."""
+    scores = (q @ repeated(k, q.shape[1]).mT).to(_wide(q.dtype)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    nothing = ~may.any(-1, keepdim=True)
+    return scores.masked_fill(~may & ~nothing, float("-inf")).softmax(-1).masked_fill(nothing, 0.0)
+
+
+def block_attention(
+    q: Float[Tensor, "batch heads tokens width"],
+    k: Float[Tensor, "batch kv_heads tokens width"],
+    v: Float[Tensor, "batch kv_heads tokens value_width"],
+    chosen: Bool[Tensor, "batch heads tokens blocks"],
+    block: int,
+    real: Bool[Tensor, "batch tokens"] | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "batch heads tokens value_width"]:
+    """Causal attention that reads chosen blocks alone, and computes no other score.
+
+    For one block after the other the queries that chose it are gathered, head by head; their parts are merged by the
+    log-sum-exps of their scores, `o = sum_p e^(l_p - m) o_p / sum_p e^(l_p - m)`. Time and memory follow the number of chosen
+    (query, block) pairs, never tokens x tokens.
+
+    Args:
+        q, k, v: after positions, real tokens on the left.
+        chosen: of each query the blocks that it reads; of its own block only what is not later.
+        block: tokens of a block.
+        real: False on padding.
+        scale: of scores, `width^-0.5` by default.
+
+    Returns:
+        Zeros for padding, and for a query that chose nothing.
+    """
+    batch, heads, tokens, width = q.shape
+    scale = width**-0.5 if scale is None else scale
+    if real is None:
+        real = torch.ones(batch, tokens, dtype=torch.bool, device=q.device)
+    items = batch * heads
+    queries, keys, values = (repeated(x, heads).flatten(0, 1) for x in (q, k, v))
+    there = real.repeat_interleave(heads, 0)
+    picked = (chosen & real[:, None, :, None]).flatten(0, 1)
+    at = torch.arange(tokens, device=q.device)
+    first = torch.arange(items, device=q.device)[:, None] * tokens
+    parts: list[Tensor] = []
+    sums: list[Tensor] = []
+    of: list[Tensor] = []
+    for number in range(chosen.shape[-1]):
+        span = slice(number * block, min((number + 1) * block, tokens))
+        rows = picked[:, span.start :, number]
+        most = int(rows.sum(1).max()) if rows.numel() else 0
+        if not most:
+            continue
+        order = (~rows).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+        full = rows.gather(1, order)
+        order = order + span.start
+        asked = queries.gather(1, order[..., None].expand(-1, -1, width))
+        scores = (asked @ keys[:, span].mT).to(_wide(q.dtype)) * scale
+        may = (at[span] <= order[..., None]) & there[:, None, span]
+        # of rows that only fill up
+        may = may | ~full[..., None]
+        scores = scores.masked_fill(~may, float("-inf"))
+        total = scores.logsumexp(-1)
+        mixed = (scores - total[..., None]).exp().to(v.dtype) @ values[:, span]
+        parts.append(mixed[full])
+        sums.append(total[full])
+        of.append((order + first)[full])
+    if not parts:
+        return v.new_zeros(batch, heads, tokens, v.shape[-1])
+    part, log, index = torch.cat(parts), torch.cat(sums), torch.cat(of)
+    top = log.new_full((items * tokens,), float("-inf")).scatter_reduce(0, index, log.detach(), "amax")
+    weight = (log - top[index]).exp()
+    whole = weight.new_zeros(items * tokens).index_add(0, index, weight)
+    out = weight.new_zeros(items * tokens, v.shape[-1]).index_add(0, index, weight[:, None] * part)
+    return (out / whole.masked_fill(whole == 0, 1.0)[:, None]).to(v.dtype).view(batch, heads, tokens, -1)
+
+
+def top_blocks(
+    scores: Float[Tensor, "batch heads queries blocks"], keep: int | Int[Tensor, "batch"]
+) -> Bool[Tensor, "batch heads queries blocks"]:
+    """The highest scores of each query; of equal ones the first.
+
+    Args:
+        scores: of blocks.
+        keep: how many, of each item.
+    """
+    rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return rank < (keep if isinstance(keep, int) else keep.view(-1, 1, 1, 1))
+
+
+def own_block(queries: int, block: int, device: torch.device | None = None) -> Int[Tensor, "queries"]:
+    """The block of each token."""
+    return torch.arange(queries, device=device) // block
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def padded(sequences: Sequence[Tensor]) -> tuple[Tensor, Bool[Tensor, "batch tokens"]]:
+    """Sequences `[tokens, heads, width]` of several lengths as `[batch, heads, tokens, width]`, and where they are real."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    together = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True).transpose(1, 2)
+    at = torch.arange(together.shape[2])
+    return together, (at < lengths[:, None]).to(together.device)
