@@ -72,7 +72,9 @@ def route(
     require_at_least(1, block=block, top=top)
     require_at_least(0, first=first, last=last)
     if first + last + 1 > top:
-        raise InputError(f"top: {top} blocks, and {first} first, {last} last and the own one are always taken; raise top")
+        raise InputError(
+            f"top: {top} blocks, and {first} first, {last} last and the own one are always taken; raise top"
+        )
     wide = torch.promote_types(q.dtype, torch.float32)
     means = pooled(k.to(wide), block, ("avg",), real)
     scores = q.to(wide) @ repeated(means, q.shape[1]).mT
