@@ -144,8 +144,8 @@ def expected(
 ) -> Float[Tensor, "*heads queries"]:
     """What the far keys are expected to have, from their moments: `log n + q.mu s + q'Sigma q s^2 / 2`.
 
-    Scores of Gaussian keys are Gaussian, and the mean of `e^score` is then `e^(m + v / 2)`. All queries of a head are one product
-    with its covariance.
+    Scores of Gaussian keys are Gaussian, and the mean of `e^score` is then `e^(m + v / 2)`. All queries of a head are one
+    product with its covariance.
 
     Args:
         q: queries, of the heads that the moments are of.

@@ -25,8 +25,8 @@ class BlockGate(nn.Module):
     """A score of each block of keys for each block of queries, from what they are before positions.
 
     `G = rope(pool_Q(q) W_q) rope(pool_K(k) W_k)^T / sqrt(gate_width)`, positions those at which the blocks begin. With one pool
-    of queries and a gate as wide as a head there is no `W_q`, and `W_k` is of each query head; else both are there, `W_k` of each
-    head of keys.
+    of queries and a gate as wide as a head there is no `W_q`, and `W_k` is of each query head; else both are there, `W_k` of
+    each head of keys.
 
     Args:
         width: of a head.

@@ -30,8 +30,8 @@ EPSILON = 1e-9
 class GroupGate(nn.Module):
     """A score of each block of the cache for each token and head of keys, from what they are before positions.
 
-    `s_kj = rope_p(norm(qg_k)) . rope(norm(Kg_j)) / sqrt(gate_width)`, with `qg_k = sum_g q_kg W_kg` over the heads of a group and
-    `Kg_j = [max; min; avg] W_k` of the keys of block j.
+    `s_kj = rope_p(norm(qg_k)) . rope(norm(Kg_j)) / sqrt(gate_width)`, with `qg_k = sum_g q_kg W_kg` over the heads of a group
+    and `Kg_j = [max; min; avg] W_k` of the keys of block j.
 
     Args:
         width: of a head.
@@ -197,8 +197,8 @@ class CompressedKeys:
 
     Args:
         gate: makes them.
-        rope: position that a block has: of its first token; `"end"`: of a block that decoding filled that of its last, as in the
-            authors' code, where those of the prompt have their first.
+        rope: position that a block has: of its first token; `"end"`: of a block that decoding filled that of its last, as in
+            the authors' code, where those of the prompt have their first.
 
     Attributes:
         keys: `[batch, kv_heads, blocks, gate_width]`.

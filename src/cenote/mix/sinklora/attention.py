@@ -37,8 +37,8 @@ class Groups:
         sink_scope: `"both"`: these read all tokens too, which in a causal decoder is what they read anyway; `"keys"`: not.
         no_wrap: a query reads no later token; False: as in the authors' code, where in shifted heads the first half group lies
             behind the last one and reads it.
-        segment_axis: `"sequence"`, another reading: all of the second half is shifted, but not the half group that would come to
-            lie behind the last one; `return_fraction` is not looked at (inferred).
+        segment_axis: `"sequence"`, another reading: all of the second half is shifted, but not the half group that would come
+            to lie behind the last one; `return_fraction` is not looked at (inferred).
         sink_at: positions of the sinks, other than the first; a control.
 
     Raises:
@@ -118,23 +118,23 @@ class Groups:
         return torch.tensor([number for number in found if number < tokens], dtype=torch.long, device=device)
 
     def readable(
-        self, heads: int, tokens: int, device: torch.device | None = None
-    ) -> Bool[Tensor, "heads tokens tokens"]:
-        """Which tokens each reads, as a whole."""
+        self, heads: int, tokens: int, device: torch.device | None = None, rows: Int[Tensor, "rows"] | None = None
+    ) -> Bool[Tensor, "heads rows tokens"]:
+        """Which tokens each reads, or each of some rows."""
         laid = self.layout(heads, tokens, device)
         slot = laid.argsort(1)[:, :tokens]
-        group = slot // self.size(tokens)
         at = torch.arange(tokens, device=device)
-        earlier = at <= at[:, None]
-        ordered = slot[:, None] <= slot[:, :, None]
+        rows = at if rows is None else rows
+        asked = slot[:, rows, None]
+        earlier = at <= rows[:, None]
+        ordered = slot[:, None] <= asked
         if self.no_wrap:
             ordered = ordered & earlier
         sink = torch.zeros(tokens, dtype=torch.bool, device=device)
         sink[self.sink_tokens(tokens, device)] = True
-        seen = sink[None, :].expand(tokens, -1)
-        if self.sink_scope == "both":
-            seen = seen | sink[:, None]
-        return (group[:, None] == group[:, :, None]) & ordered | (seen & earlier)
+        seen = sink | sink[rows, None] if self.sink_scope == "both" else sink
+        size = self.size(tokens)
+        return (slot[:, None] // size == asked // size) & ordered | (seen & earlier)
 
 
 def grouped_attention(
@@ -164,7 +164,7 @@ def grouped_attention(
         >>> torch.allclose(grouped_attention(q, q, q, Groups(ratio=1.0, return_fraction=1.0)), dense, atol=1e-6)
         True
     """
-    batch, heads, tokens, width = q.shape
+    batch, heads, tokens = q.shape[:3]
     k, v = repeated(k, heads), repeated(v, heads)
     laid = None if mask is None else leftward(mask)
     real = torch.ones(batch, tokens, dtype=torch.bool, device=q.device) if laid is None else laid.real
@@ -200,7 +200,8 @@ def grouped_attention(
     back = layout.argsort(1)[None, :, :tokens, None].expand(batch, -1, -1, v.shape[-1])
     y = mixed.gather(2, back)
     if groups.sink_at is not None and groups.sink_scope == "both":
-        at = torch.arange(tokens, device=q.device)
-        earlier = (at <= sinks[:, None]) & real[:, None, None, :tokens] & real[:, None, sinks, None]
-        y = y.index_copy(2, sinks, masked_attention(q[:, :, sinks], k[:, :, :tokens], v[:, :, :tokens], earlier, scale))
+        may = (
+            groups.readable(heads, tokens, q.device, sinks) & real[:, None, None, :tokens] & real[:, None, sinks, None]
+        )
+        y = y.index_copy(2, sinks, masked_attention(q[:, :, sinks], k[:, :, :tokens], v[:, :, :tokens], may, scale))
     return y if laid is None else laid.back(y)
