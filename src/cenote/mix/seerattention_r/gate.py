@@ -253,14 +253,9 @@ class CompressedKeys:
         self.tokens = known.shape[1] * block + k.shape[2]
         there = real[:, :full].unflatten(1, (-1, block))
         if full:
-            late = self.rope == "end" and decoding
-            # of a block that begins with padding, where its first token stands
-            first = (
-                there.to(torch.uint8).argmax(-1)
-                if not late
-                else there.new_full(there.shape[:2], block - 1, dtype=torch.long)
-            )
-            chosen = first + torch.arange(0, full, block, device=k.device)
+            chosen = block_starts(real[:, :full], block)
+            if self.rope == "end" and decoding:
+                chosen = torch.arange(block - 1, full, block, device=k.device).expand(len(k), -1)
             keys = torch.cat([keys, self.gate.keys(k[:, :, :full], at.at(chosen), real[:, :full])], 2)
         known = torch.cat([known, there.any(-1)], 1)
         self._waiting, self._there = k[:, :, full:], real[:, full:]
@@ -296,6 +291,17 @@ def row_target(
     tops, log = row_maxima(q, k, block, real, scale)
     weights = (tops - log[..., None]).exp().unflatten(1, (k.shape[1], -1)).amax(2)
     return weights / (weights.sum(-1, keepdim=True) + EPSILON)
+
+
+def block_starts(real: Bool[Tensor, "batch tokens"], block: int) -> Int[Tensor, "batch blocks"]:
+    """The first real token of each block, or its first where none is.
+
+    >>> block_starts(torch.tensor([[False, False, False, True, True]]), 2).tolist()
+    [[0, 3, 4]]
+    """
+    there = nn.functional.pad(real, (0, -real.shape[1] % block)).unflatten(1, (-1, block))
+    first = torch.arange(0, real.shape[1], block, device=real.device)
+    return there.to(torch.uint8).argmax(-1) + first
 
 
 def valid_blocks(
