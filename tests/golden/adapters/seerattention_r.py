@@ -42,7 +42,7 @@ def decoded(case: Case) -> dict[str, Tensor]:
     how = (
         {"budget": config["block_budget"]}
         if config["sparsity_method"] == "token_budget"
-        else {"threshold": config["threshold"]}
+        else {"threshold": config.get("threshold", config.get("sparsity_threshold"))}
     )
     cache = CompressedKeys(gate, "end")
     start = config["prefill_len"]

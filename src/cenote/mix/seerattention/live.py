@@ -162,7 +162,7 @@ class SparsePrompts(BeforePositions):
 
 
 Chooser = Callable[[AttentionCall, int, Tensor], Tensor]
-"""From a call with real tokens on the left, the tokens of a block and which are real: logits `[batch, heads, blocks, blocks]`."""
+"""From a call with real tokens on the left, the tokens of a block and which are real: `[batch, heads, blocks, blocks]`."""
 
 
 class SeerLoss(GateLoss):

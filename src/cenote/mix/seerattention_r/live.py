@@ -28,7 +28,7 @@ from cenote.mix.seerattention_r.gate import (
     select,
     valid_blocks,
 )
-from cenote.models.live import AttentionCall, Place, Where, edited
+from cenote.models.live import AttentionCall, Place, Where
 from cenote.models.live.edits import Trace
 
 
@@ -52,6 +52,7 @@ class SeerAttentionR(LayerGates):
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)).eval()
+        >>> from cenote.models.live import edited
         >>> gates = SeerAttentionR(model, block=4)
         >>> with edited(model, SparseDecoding(gates, budget=4)):
         ...     model.generate(torch.arange(1, 13)[None], max_new_tokens=3, do_sample=False, eos_token_id=None).shape
