@@ -192,43 +192,62 @@ def block_attention(
     scale = width**-0.5 if scale is None else scale
     if real is None:
         real = torch.ones(batch, tokens, dtype=torch.bool, device=q.device)
-    items = batch * heads
-    queries, keys, values = (repeated(x, heads).flatten(0, 1) for x in (q, k, v))
-    there = real.repeat_interleave(heads, 0)
-    picked = (chosen & real[:, None, :, None]).flatten(0, 1)
-    at = torch.arange(tokens, device=q.device)
-    first = torch.arange(items, device=q.device)[:, None] * tokens
-    parts: list[Tensor] = []
-    sums: list[Tensor] = []
-    of: list[Tensor] = []
-    for number in range(chosen.shape[-1]):
-        span = slice(number * block, min((number + 1) * block, tokens))
-        rows = picked[:, span.start :, number]
-        most = int(rows.sum(1).max()) if rows.numel() else 0
-        if not most:
-            continue
-        order = (~rows).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
-        full = rows.gather(1, order)
-        order = order + span.start
-        asked = queries.gather(1, order[..., None].expand(-1, -1, width))
-        scores = (asked @ keys[:, span].mT).to(_wide(q.dtype)) * scale
-        may = (at[span] <= order[..., None]) & there[:, None, span]
-        # of rows that only fill up
-        may = may | ~full[..., None]
-        scores = scores.masked_fill(~may, float("-inf"))
-        total = scores.logsumexp(-1)
-        mixed = (scores - total[..., None]).exp().to(v.dtype) @ values[:, span]
-        parts.append(mixed[full])
-        sums.append(total[full])
-        of.append((order + first)[full])
-    if not parts:
-        return v.new_zeros(batch, heads, tokens, v.shape[-1])
-    part, log, index = torch.cat(parts), torch.cat(sums), torch.cat(of)
-    top = log.new_full((items * tokens,), float("-inf")).scatter_reduce(0, index, log.detach(), "amax")
-    weight = (log - top[index]).exp()
-    whole = weight.new_zeros(items * tokens).index_add(0, index, weight)
-    out = weight.new_zeros(items * tokens, v.shape[-1]).index_add(0, index, weight[:, None] * part)
-    return (out / whole.masked_fill(whole == 0, 1.0)[:, None]).to(v.dtype).view(batch, heads, tokens, -1)
+    k, v = repeated(k, heads), repeated(v, heads)
+    picked = chosen & real[:, None, :, None]
+    own = torch.arange(tokens, device=q.device) // block
+    # each block reads itself
+    cut = [windows(x, block) for x in (q, k, v)]
+    there = windows(real[:, None], block, False)
+    ahead = torch.ones(block, block, dtype=torch.bool, device=q.device).tril()
+    first, first_log = _part(*cut, ahead & there[..., None, :], scale)
+    outs = [first.flatten(2, 3)[:, :, :tokens].flatten(0, 2)]
+    itself = picked.gather(-1, own.view(1, 1, -1, 1).expand(batch, heads, -1, 1))[..., 0]
+    log = first_log.flatten(2, 3)[:, :, :tokens].masked_fill(~itself, float("-inf"))
+    logs, index = [log.flatten()], [torch.arange(batch * heads * tokens, device=q.device)]
+    past = picked & (torch.arange(chosen.shape[-1], device=q.device) < own[:, None])
+    for item, head, number in past.any(2).nonzero().tolist():
+        rows = past[item, head, :, number].nonzero()[:, 0]
+        span = slice(number * block, (number + 1) * block)
+        asked = q[item, head].index_select(0, rows)
+        out, log = _part(asked, k[item, head, span], v[item, head, span], real[item, None, span], scale)
+        outs.append(out)
+        logs.append(log)
+        index.append(rows + (item * heads + head) * tokens)
+    return _merged(torch.cat(outs), torch.cat(logs), torch.cat(index), batch * heads * tokens).view(
+        batch, heads, tokens, -1
+    )
+
+
+def _part(
+    q: Float[Tensor, "*batch queries width"],
+    k: Float[Tensor, "*batch keys width"],
+    v: Float[Tensor, "*batch keys value_width"],
+    may: Bool[Tensor, "*_batch _queries keys"],
+    scale: float,
+) -> tuple[Float[Tensor, "*batch queries value_width"], Float[Tensor, "*batch queries"]]:
+    """What some keys give, and the log-sum-exp of their scores, -inf of none."""
+    scores = ((q * scale) @ k.mT).to(_wide(q.dtype))
+    if bool(may.all()):
+        weights = scores.softmax(-1)
+        top = scores.amax(-1)
+    else:
+        nothing = ~may.any(-1, keepdim=True)
+        scores = scores.masked_fill_(~(may | nothing), float("-inf"))
+        weights, top = scores.softmax(-1), scores.amax(-1).masked_fill(nothing[..., 0], float("-inf"))
+    # the largest weight is e^top / sum
+    return weights.to(v.dtype) @ v, top - weights.amax(-1).log()
+
+
+def _merged(
+    parts: Float[Tensor, "parts width"], logs: Float[Tensor, "parts"], index: Int[Tensor, "parts"], rows: int
+) -> Float[Tensor, "rows width"]:
+    """`sum_p e^(l_p - m) o_p / sum_p e^(l_p - m)`, of the parts of each row."""
+    top = logs.new_full((rows,), float("-inf")).scatter_reduce(0, index, logs.detach(), "amax")
+    top = top.masked_fill(top == float("-inf"), 0.0)
+    weight = (logs - top[index]).exp()
+    whole = weight.new_zeros(rows).index_add(0, index, weight)
+    out = parts.new_zeros(rows, parts.shape[-1]).index_add(0, index, weight.to(parts.dtype)[:, None] * parts)
+    return out / whole.masked_fill(whole == 0, 1.0).to(parts.dtype)[:, None]
 
 
 def top_blocks(

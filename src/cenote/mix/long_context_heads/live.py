@@ -66,8 +66,8 @@ class Read(NamedTuple):
     of: int
 
 
-class AdaptiveHeads(AttentionEdit):
-    """Each query of each head reads near keys alone, sinks and a window, where these are expected to have most of its attention.
+class QAdA(AttentionEdit):
+    """Each query of each head reads near keys alone, sinks and a window, where these are expected to have most of its weight.
 
     What far keys would have is expected from their mean and covariance, `log n + q.mu s + q'Sigma q s^2 / 2`, without a look at
     them; a query is local where near keys then have a share of `tau` or more. Where all heads of a group are local, a decoded
@@ -99,7 +99,7 @@ class AdaptiveHeads(AttentionEdit):
         >>> from cenote.models.live import edited
         >>> sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)).eval()
-        >>> heads = AdaptiveHeads(tau=0.6, sinks=1, window=4)
+        >>> heads = QAdA(tau=0.6, sinks=1, window=4)
         >>> with edited(model, heads):
         ...     made = model.generate(torch.arange(1, 13)[None], max_new_tokens=3, do_sample=False, eos_token_id=None)
         >>> 0.0 <= heads.share_local() <= 1.0

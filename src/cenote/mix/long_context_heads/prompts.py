@@ -75,9 +75,8 @@ def look(
         rows: queries at a time.
     """
     require_at_least(1, rows=rows)
-    batch, heads, tokens, width = q.shape
-    kv_heads = k.shape[1]
-    scale = width**-0.5 if scale is None else scale
+    batch, tokens, kv_heads = q.shape[0], q.shape[2], k.shape[1]
+    scale = q.shape[3] ** -0.5 if scale is None else scale
     if real is None:
         real = torch.ones(batch, tokens, dtype=torch.bool, device=q.device)
     number = torch.arange(tokens, device=q.device)
