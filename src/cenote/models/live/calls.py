@@ -142,9 +142,9 @@ class AttentionCall:
 
     def scores(self) -> Float[Tensor, "batch heads queries keys"]:
         """Before the softmax, at least float32; -inf where a key may not be read."""
-        kv_heads = self.k.shape[1]
-        q = self.q.reshape(self.batch, kv_heads, -1, self.q.shape[3])
-        scores = (q @ self.k.mT).view(self.batch, self.heads, -1, self.keys)
+        # one product per key head; of three dimensions, as one of four is taken apart first, which costs as much for a single query
+        k = self.k.flatten(0, 1)
+        scores = torch.bmm(self.q.reshape(len(k), -1, k.shape[2]), k.mT).view(*self.q.shape[:3], self.keys)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.scale
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
@@ -171,8 +171,9 @@ class AttentionCall:
         self, weights: Float[Tensor, "batch heads queries keys"]
     ) -> Float[Tensor, "batch heads queries value_width"]:
         """What these weights make of the values."""
-        by_key_heads = weights.to(self.v.dtype).reshape(self.batch, self.v.shape[1], -1, self.keys)
-        return (by_key_heads @ self.v).view(self.batch, self.heads, -1, self.v.shape[3])
+        v = self.v.flatten(0, 1)
+        by_key_heads = weights.to(v.dtype).reshape(len(v), -1, self.keys)
+        return torch.bmm(by_key_heads, v).view(*self.q.shape[:2], -1, v.shape[2])
 
     def _span(self, name: str, keys: bool = False) -> Bool[Tensor, "batch tokens"]:
         if name not in self.spans:
