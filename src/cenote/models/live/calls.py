@@ -142,7 +142,7 @@ class AttentionCall:
 
     def scores(self) -> Float[Tensor, "batch heads queries keys"]:
         """Before the softmax, at least float32; -inf where a key may not be read."""
-        # one product per key head; of three dimensions, as one of four is taken apart first, which costs as much for a single query
+        # one product per key head; one of four dimensions is taken apart first, which costs as much again for a single query
         k = self.k.flatten(0, 1)
         scores = torch.bmm(self.q.reshape(len(k), -1, k.shape[2]), k.mT).view(*self.q.shape[:3], self.keys)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.scale
