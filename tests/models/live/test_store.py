@@ -186,7 +186,7 @@ def test_caches_that_cannot_be_written_in_place(implementation: str, kind: str) 
 def test_what_takes_no_cache() -> None:
     with pytest.raises(InputError, match="model: ViTModel takes no cache"), in_place(zoo.MODELS["vit"]("sdpa").model):
         pass
-    with pytest.raises(InputError, match="model: expected a torch.nn.Module"), in_place(3):  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"model: expected a torch\.nn\.Module"), in_place(3):  # type: ignore[arg-type]
         pass
     with pytest.raises(InputError, match="cache: expected one of transformers' caches, got tuple"):
         adopt(())

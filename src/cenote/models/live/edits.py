@@ -90,6 +90,9 @@ class AttentionEdit(Edit):
     called.
     """
 
+    innermost: bool = False
+    """Whether its `attends` stands in the place of the user's function, so that those of all others stand around it."""
+
     def inputs(self, call: AttentionCall) -> AttentionCall:
         """Other queries, keys, values, scale or `allowed`: `call.replace(...)`."""
         return call
@@ -220,7 +223,8 @@ def apply(
         weights = _written_out(call, acts)
         y = call.mixed(F.dropout(weights, dropout))
     else:
-        y, weights = _with_rows(call, acts, functools.reduce(_around, acts, fused))
+        inside_out = sorted(acts, key=lambda act: not act.edit.innermost)
+        y, weights = _with_rows(call, acts, functools.reduce(_around, inside_out, fused))
     for act in acts:
         if overrides(act.edit, "context"):
             y = whole(act.edit, "context", act.edit.context(act.seen(call), y), y)

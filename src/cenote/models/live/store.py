@@ -1,16 +1,18 @@
 """Keys and values that a decoder keeps, written in place, and exact decoding from them.
 
-transformers' own cache is made anew at each token, all keys of all layers copied for one more. Here a layer has room for twice as
-many as it needed when the room was last too small, and a token is written where it belongs; what the model reads are views, equal
-to the bit. Where policies forget keys, a layer goes on counting the tokens that it saw, so that positions stay right.
+transformers' own cache is made anew at each token, all keys of all layers copied for one more. Here a layer has room for twice
+as many as it needed when the room was last too small, and a token is written where it belongs; what the model reads are views,
+equal to the bit. Where policies forget keys, a layer goes on counting the tokens that it saw, so that positions stay right.
 
-What it does not know: sliding windows and states of linear layers, which keep the layers that transformers made for them; caches
-of a fixed size, quantised or offloaded ones.
+What it does not know: sliding windows and states of linear layers, which keep the layers that transformers made for them;
+caches of a fixed size, quantised or offloaded ones.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -31,11 +33,14 @@ LEAST = 64
 """Tokens that a layer has room for at first."""
 
 
-class StoreLayer(DynamicLayer):  # type: ignore[misc]
+class StoreLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values of one layer; `keys` and `values`, `[batch, kv_heads, tokens, width]`, are views of a larger room.
 
     What was read before a `crop` may be written over behind it. Where gradients flow through keys they are copied, as
     transformers does.
+
+    Args:
+        room: for how many tokens there is room at first; by default 64, or what the first ones need.
 
     Attributes:
         seen: tokens that were stored, those that were forgotten among them.
@@ -46,14 +51,19 @@ class StoreLayer(DynamicLayer):  # type: ignore[misc]
         notes: what else is kept beside this layer: tensors `[batch, ...]` follow the items, and a crop clears all.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    keys: Any
+    values: Any
+
+    def __init__(self, room: int | None = None, **options: Any) -> None:
+        super().__init__(**options)  # type: ignore[no-untyped-call]
+        if room is not None:
+            require_at_least(1, room=room)
         self.seen = 0
         self.numbers: Int[Tensor, "batch kv_heads tokens"] | None = None
         self.per_key: dict[str, Tensor] = {}
         self.notes: dict[str, Any] = {}
         self._rooms: dict[str, Tensor] = {}
-        self._least = LEAST
+        self._least = LEAST if room is None else room
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store more tokens.
@@ -115,11 +125,6 @@ class StoreLayer(DynamicLayer):  # type: ignore[misc]
             return 0
         held = [self._rooms[name] if self._in_room(name, x) else x for name, x in self._stored()]
         return sum(x.numel() * x.element_size() for x in held)
-
-    def reserve(self, tokens: int) -> None:
-        """Make the first room for so many tokens."""
-        require_at_least(1, tokens=tokens)
-        self._least = tokens
 
     def get_seq_length(self) -> int:
         """How many tokens were seen: what positions go on from."""
@@ -213,7 +218,7 @@ class StoreLayer(DynamicLayer):  # type: ignore[misc]
         return room[:, :, :total]
 
 
-class KeyValueStore(Cache):  # type: ignore[misc]
+class KeyValueStore(Cache):
     """The cache of a decoder, written in place; a cache of transformers, equal to `DynamicCache` to the bit.
 
     Args:
@@ -232,7 +237,10 @@ class KeyValueStore(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, config: Any = None, room: int | None = None) -> None:
-        super().__init__(layers=DynamicCache(config=config).layers if config is not None else [])
+        found = DynamicCache(config=config)
+        new = functools.partial(StoreLayer, room)
+        given = {"layers": found.layers} if found.layers else {"layer_class_to_replicate": new}
+        super().__init__(**given)
         adopt(self, room)
 
     @property
@@ -258,7 +266,7 @@ def nbytes(cache: Any) -> int:
 
 
 def adopt(cache: Any, room: int | None = None) -> None:
-    """Let the growing layers of a cache write in place from now on; what they hold stays. Those of another kind stay as they are.
+    """Let the growing layers of a cache write in place from now on; what they hold stays. Those of another kind are left alone.
 
     Raises:
         InputError: for a cache of a fixed size, a quantised or an offloaded one.
@@ -283,14 +291,10 @@ def adopt(cache: Any, room: int | None = None) -> None:
             cache.layers[number] = _adopted(layer, room)
     if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
         cache.layer_class_to_replicate = StoreLayer
-    elif not cache.layers and getattr(cache, "layer_class_to_replicate", None) is None:
-        cache.layer_class_to_replicate = StoreLayer
 
 
 def _adopted(layer: Any, room: int | None) -> StoreLayer:
-    new = StoreLayer()
-    if room is not None:
-        new.reserve(room)
+    new = StoreLayer(room)
     if layer.is_initialized and layer.keys is not None and layer.keys.numel():
         new.update(layer.keys, layer.values)
     return new
@@ -323,7 +327,7 @@ def with_store(model: nn.Module, given: Mapping[str, Any]) -> tuple[dict[str, An
         held = getattr(came, "self_attention_cache", came)
         adopt(held)
         return dict(given), held
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     asked = given.get("use_cache")
     keeps = bool(getattr(text, "use_cache", False)) if asked is None else bool(asked)
@@ -345,10 +349,10 @@ def in_place(model: nn.Module) -> Iterator[None]:
     """
     require_module(model)
     cache_argument(model)
-    names = list(inspect.signature(model.forward).parameters)
+    names, thread = list(inspect.signature(model.forward).parameters), threading.get_ident()
 
     def enters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        if module is not model:
+        if module is not model or threading.get_ident() != thread:
             return None
         return (), with_store(model, {**dict(zip(names, args, strict=False)), **kwargs})[0]
 
@@ -367,6 +371,8 @@ class GroupedSteps(AttentionEdit):
     Args:
         at: the places.
     """
+
+    innermost = True
 
     def __init__(self, at: Where | None = None) -> None:
         self.at = at or Where(kinds=["self"])
