@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.live import zoo
-from tests.models.live.test_decoding import generated, padded
 from torch import Tensor
 
 from cenote.core import InputError
@@ -15,6 +13,8 @@ from cenote.mix import H2O, Dense, KVPolicy, OracleTopK, Quest, RandomKeys, Sink
 from cenote.models.live import InputsRecorder, edited
 from cenote.models.live.reading import Held, Reads
 from cenote.models.live.store import KeyValueStore, StoreLayer, exact_decoding
+from tests.models.live import zoo
+from tests.models.live.test_decoding import generated, padded
 
 GENERATOR = torch.Generator().manual_seed(0)
 

@@ -60,7 +60,8 @@ class KVPolicy(ABC):
 
         Args:
             model: a decoder of transformers; on leaving it is as it was.
-            prompt: how many tokens are the prompt, where it comes in several calls or, as drafts do, in one with what is behind it.
+            prompt: how many tokens are the prompt, where it comes in several calls or in one with what is behind it, as with
+                drafts.
 
         Returns:
             What was read, counted where it was gathered.

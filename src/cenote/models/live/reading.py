@@ -284,8 +284,8 @@ class _Seat(AttentionEdit):
                 self.run._last = weakref.ref(cache)
         if self.given_prompt is None and before < generation.prompt(None):
             raise InputError(
-                "prompt: tokens of the first call were taken back, so that not all of them were the prompt; say how many tokens "
-                "it has (prompt=) where drafts come with it"
+                "prompt: tokens of the first call were taken back, so that not all of them were the prompt; say how many "
+                "tokens it has (prompt=) where drafts come with it"
             )
         generation.comes(cache, given)
         self.now = generation
