@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from cenote.core import InputError
+from cenote.core import InputError, grouped
 
 Kind = Literal["self", "cross", "joint", "block"]
 Allowed = Callable[[Int[Tensor, "batch rows"]], Bool[Tensor, "_batch _heads _rows keys"]]
@@ -142,9 +142,7 @@ class AttentionCall:
 
     def scores(self) -> Float[Tensor, "batch heads queries keys"]:
         """Before the softmax, at least float32; -inf where a key may not be read."""
-        # one product per key head; one of four dimensions is taken apart first, which costs as much again for a single query
-        k = self.k.flatten(0, 1)
-        scores = torch.bmm(self.q.reshape(len(k), -1, k.shape[2]), k.mT).view(*self.q.shape[:3], self.keys)
+        scores = grouped.products(self.q, self.k)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.scale
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
@@ -171,9 +169,7 @@ class AttentionCall:
         self, weights: Float[Tensor, "batch heads queries keys"]
     ) -> Float[Tensor, "batch heads queries value_width"]:
         """What these weights make of the values."""
-        v = self.v.flatten(0, 1)
-        by_key_heads = weights.to(v.dtype).reshape(len(v), -1, self.keys)
-        return torch.bmm(by_key_heads, v).view(*self.q.shape[:2], -1, v.shape[2])
+        return grouped.mixed(weights.to(self.v.dtype), self.v)
 
     def _span(self, name: str, keys: bool = False) -> Bool[Tensor, "batch tokens"]:
         if name not in self.spans:

@@ -85,13 +85,24 @@ class Edit:
 class AttentionEdit(Edit):
     """A change in attention. Override one or more; what is overridden decides the cost.
 
-    With `inputs` and `context` the attention function that the user loaded still runs. With `scores` or `weights` the
-    computation is written out, for all queries. What is not overridden is never called.
+    With `inputs` and `context` the attention function that the user loaded still runs. With `attends` another computation
+    takes its place. With `scores` or `weights` the computation is written out, for all queries. What is not overridden is never
+    called.
     """
+
+    innermost: bool = False
+    """Whether its `attends` stands in the place of the user's function, so that those of all others stand around it."""
 
     def inputs(self, call: AttentionCall) -> AttentionCall:
         """Other queries, keys, values, scale or `allowed`: `call.replace(...)`."""
         return call
+
+    def attends(
+        self, call: AttentionCall, fused: Callable[[AttentionCall], Tensor]
+    ) -> Float[Tensor, "batch heads queries width"]:
+        """Outputs of the heads, computed otherwise; `fused(call)` gives what the user's function makes. Not asked where an edit
+        has explicit scores or weights."""
+        return fused(call)
 
     def scores(
         self, call: AttentionCall, scores: Float[Tensor, "batch heads queries keys"]
@@ -212,11 +223,19 @@ def apply(
         weights = _written_out(call, acts)
         y = call.mixed(F.dropout(weights, dropout))
     else:
-        y, weights = _with_rows(call, acts, fused)
+        inside_out = sorted(acts, key=lambda act: not act.edit.innermost)
+        y, weights = _with_rows(call, acts, functools.reduce(_around, inside_out, fused))
     for act in acts:
         if overrides(act.edit, "context"):
             y = whole(act.edit, "context", act.edit.context(act.seen(call), y), y)
     return Attended(y, weights)
+
+
+def _around(fused: Callable[[AttentionCall], Tensor], act: Act) -> Callable[[AttentionCall], Tensor]:
+    """What computes attention, with the way of this edit around it where it has one."""
+    if not overrides(act.edit, "attends"):
+        return fused
+    return lambda call: whole(act.edit, "attends", act.edit.attends(act.seen(call), fused))
 
 
 def _written_out(call: AttentionCall, acts: Sequence[Act]) -> Float[Tensor, "batch heads queries keys"]:
