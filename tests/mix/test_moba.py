@@ -147,7 +147,8 @@ def test_prompts_of_a_decoder_are_sparse_and_decoding_reads_everything() -> None
     # the prompt sparse, what follows through a cache that is read whole
     with torch.no_grad():
         with edited(model, MoBA(block=4, top=2, at=all_but_last(model, 1))):
-            first = model(input_ids=ids, attention_mask=mask.long(), use_cache=True)
+            start = (mask.long().cumsum(1) - 1).clamp(min=0)
+            first = model(input_ids=ids, attention_mask=mask.long(), position_ids=start, use_cache=True)
         name = "cache" if getattr(first, "cache", None) is not None else "past_key_values"
         longer = torch.cat([mask, torch.ones(2, 1, dtype=torch.bool)], 1)
         place = (longer.long().cumsum(1) - 1)[:, -1:]
