@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from cenote.core import grouped
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_at_least, require_one_of, require_several
 
@@ -148,7 +149,7 @@ def masked_attention(
 ) -> Float[Tensor, "batch heads queries value_width"]:
     """Softmax attention over the keys that may be read; zeros for a query that may read none."""
     weights = masked_weights(q, k, may, scale)
-    return weights.to(v.dtype) @ repeated(v, q.shape[1])
+    return grouped.mixed(weights.to(v.dtype), v)
 
 
 def masked_weights(
@@ -158,7 +159,7 @@ def masked_weights(
     scale: float | None = None,
 ) -> Float[Tensor, "batch heads queries keys"]:
     """The weights of the same, at least float32."""
-    scores = (q @ repeated(k, q.shape[1]).mT).to(_wide(q.dtype)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = grouped.products(q, k).to(_wide(q.dtype)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     nothing = ~may.any(-1, keepdim=True)
     return scores.masked_fill(~may & ~nothing, float("-inf")).softmax(-1).masked_fill(nothing, 0.0)
 

@@ -16,7 +16,7 @@ from cenote.core.answers import UNASKED, answer_loss
 from cenote.core.errors import InputError
 from cenote.core.language import accepted
 from cenote.core.requirements import require_at_least, require_positive
-from cenote.core.rotary import Angles
+from cenote.core.rotary import Angles, angles
 from cenote.mix.blocks import Leftward, Pooling, block_attention, leftward
 from cenote.mix.layer_gates import (
     BeforePositions,
@@ -45,7 +45,7 @@ class SeerAttention(LayerGates):
     Args:
         model: a causal decoder with rotary positions; it is not changed, nor held.
         block: tokens of a block.
-        gate_width: `None` for the width of a head.
+        gate_width: `None` for the width of a head, whose positions are then those of the model.
         q_pools, k_pools, force_double: of each gate, see `BlockGate`.
         blocks: numbers of the decoder's blocks that have a gate; None for all.
 
@@ -269,4 +269,6 @@ def _logits(
 ) -> Float[Tensor, "batch heads blocks blocks"]:
     dtype = gate.key_maps.dtype
     starts = by.at(laid.order[:, :: gate.block])
+    if gate.gate_width != gate.width:
+        starts = angles(torch.arange(0, q.shape[2], gate.block, device=q.device)[None], gate.gate_width)
     return gate(laid.laid(q).to(dtype), laid.laid(k).to(dtype), starts, laid.real)

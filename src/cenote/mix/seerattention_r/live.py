@@ -9,13 +9,14 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from cenote.core import grouped, routing
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_at_least
-from cenote.core.rotary import Angles
-from cenote.mix.blocks import Pooling, masked_attention
+from cenote.core.rotary import Angles, angles
+from cenote.mix.blocks import Pooling
 from cenote.mix.layer_gates import BeforePositions, GateLoss, Heads, LayerGates, divergence, real_keys, require_plain
 from cenote.mix.seerattention_r.gate import (
     MASKED,
@@ -41,7 +42,7 @@ class SeerAttentionR(LayerGates):
     Args:
         model: a causal decoder with rotary positions; it is not changed, nor held.
         block: tokens of a block.
-        gate_width: `None` for the width of a head.
+        gate_width: `None` for the width of a head, whose positions are then those of the model.
         query, k_pools, norm, blind: of each gate, see `GroupGate`.
         blocks: numbers of the decoder's blocks that have a gate; None for all.
 
@@ -147,23 +148,25 @@ class SparseDecoding(BeforePositions):
         cache = self._caches[call.place]
         real = real_keys(call)
         q, k, by = self.before(call)
+        by = _own(gate, by, real)
         with torch.no_grad():
             cache.append(k.to(dtype), by, real[:, -call.queries :])
         self._last[call.place] = call.k[:, :, -1]
         if call.queries > 1 or call.keys == 1:
             return fused(call)
         require_plain(call)
-        valid = cache.real[:, None]
+        there = cache.real[:, None]
         with torch.no_grad():
             if self.choose is None:
-                scores = gate.scores(gate.queries(q.to(dtype), by), cache.keys, valid)
+                scores = gate.scores(gate.queries(q.to(dtype), by), cache.keys, there)
             else:
-                scores = self.choose(call, gate.block, real).masked_fill(~valid[:, None], MASKED)
-            kept = select(scores, budget=self.budget, threshold=self.threshold, block=gate.block, valid=valid)
+                scores = self.choose(call, gate.block, real).masked_fill(~there[:, None], MASKED)
+            kept = select(scores, budget=self.budget, threshold=self.threshold, block=gate.block, valid=there)
         self.kept.keep(call.place, kept, detach=True)
         may = kept.repeat_interleave(gate.block, -1)[..., : call.keys] & real[:, None, None]
-        group = call.heads // kept.shape[1]
-        return masked_attention(call.q, call.k, call.v, may.repeat_interleave(group, 1), call.scale)
+        numbers, valid = routing.packed(may[:, :, 0])
+        k, v = (grouped.gathered(x, numbers) for x in (call.k, call.v))
+        return grouped.attend(call.q, k, v, call.scale, readable=valid[:, :, None])
 
     def _require_same(self, call: AttentionCall) -> None:
         """The cache must be the one that was seen growing."""
@@ -203,6 +206,7 @@ class SeerRowLoss(GateLoss):
     def loss(self, call: AttentionCall, q: Tensor, k: Tensor, by: Angles) -> Float[Tensor, ""]:
         gate = cast(GroupGate, self.gates.of(call.place))
         dtype, real = gate.key_maps.dtype, real_keys(call)
+        by = _own(gate, by, real)
         number = real.long().cumsum(1) - 1
         lengths = real.sum(1)
         counts = real & (number >= (lengths * self.skipped).long()[:, None])
@@ -217,3 +221,11 @@ class SeerRowLoss(GateLoss):
         each = divergence(logits, target).masked_fill(~counts[:, None, first:, None], 0.0).sum((1, 2, 3))
         blocks = valid.any(1).sum(1)
         return (each / (counts.sum(1) * blocks * target.shape[1]).clamp(min=1)).mean()
+
+
+def _own(gate: GroupGate, by: Angles, real: Bool[Tensor, "batch keys"]) -> Angles:
+    """Angles of the last tokens as wide as the gate: the model's, or its own where it is of another width."""
+    if gate.gate_width == gate.width:
+        return by
+    number = (real.long().cumsum(1) - 1).clamp(min=0)
+    return angles(number[:, -by.cos.shape[1] :], gate.gate_width)
