@@ -16,7 +16,11 @@ from tests.mix.decoders import decoder, generated, logits, numbers, state_of, te
 
 
 def qkv(tokens: int = 19, heads: int = 4, kv_heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    return numbers(2, heads, tokens, 8), numbers(2, kv_heads, tokens, 8, seed=1), numbers(2, kv_heads, tokens, 8, seed=2)
+    return (
+        numbers(2, heads, tokens, 8),
+        numbers(2, kv_heads, tokens, 8, seed=1),
+        numbers(2, kv_heads, tokens, 8, seed=2),
+    )
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -206,8 +210,8 @@ def test_the_mixer_is_causal_heeds_padding_and_shows_its_weights() -> None:
 def test_what_cannot_be_is_said() -> None:
     with pytest.raises(InputError, match="last: expected from 0 to below 3, got 3"):
         all_but_last(decoder(), 3)
+    q = numbers(19, 2, 8)
     with pytest.raises(InputError, match="offsets: expected to rise from 0 to 19"):
-        q = numbers(19, 2, 8)
         moba_attention_packed(q, q, q, torch.tensor([0, 7]), 4, 2)
     with pytest.raises(InputError, match="heads: 16 channels, 3 heads"):
         MoBAMixer(16, heads=3)

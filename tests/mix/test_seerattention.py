@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from cenote.core import InputError
 from cenote.core.rotary import angles, rotated, unrotated
-from cenote.mix.blocks import masked_weights, pooled
+from cenote.mix.blocks import masked_weights, pooled, pooled_target
 from cenote.mix.layer_gates import distil
-from cenote.mix.seerattention.gate import BlockGate, above, pooled_target, top_share
+from cenote.mix.seerattention.gate import BlockGate, above, top_share
 from cenote.mix.seerattention.live import SeerAttention, SeerLoss, SparsePrompts, gate_loss, train_jointly
 from cenote.models.live import HeadRecorder, Where, edited
 from tests.mix.decoders import decoder, generated, logits, numbers, state_of, texts, unchanged
@@ -88,7 +88,9 @@ def test_padding_is_in_no_target() -> None:
     q, k = numbers(2, 4, 11, 8), numbers(2, 2, 11, 8, seed=1)
     real = torch.arange(11) < torch.tensor([[11], [6]])
     target = pooled_target(q, k, 4, real)
-    torch.testing.assert_close(target[1:, :, :2, :2], pooled_target(q[1:, :, :6], k[1:, :, :6], 4), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        target[1:, :, :2, :2], pooled_target(q[1:, :, :6], k[1:, :, :6], 4), atol=1e-6, rtol=1e-5
+    )
     assert float(target[1, :, 2].abs().max()) == 0.0
 
 

@@ -251,6 +251,77 @@ def _merged(
     return out / whole.masked_fill(whole == 0, 1.0).to(parts.dtype)[:, None]
 
 
+def pooled_target(
+    q: Float[Tensor, "batch heads tokens width"],
+    k: Float[Tensor, "batch kv_heads tokens width"],
+    block: int,
+    real: Bool[Tensor, "batch tokens"] | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "batch heads blocks blocks"]:
+    """What a gate of blocks learns: of each pair of blocks the largest weight of the causal attention map, rows divided by their sums.
+
+    One block of keys at a time, with running maxima and sums of rows; no tokens x tokens map is made.
+
+    Args:
+        q, k: after positions, real tokens on the left.
+        block: tokens of a block.
+        real: False on padding.
+        scale: of scores, `width^-0.5` by default.
+
+    Returns:
+        Zeros in rows of blocks that hold padding alone.
+
+    Example:
+        >>> q = torch.randn(1, 2, 6, 8)
+        >>> pooled_target(q, q, block=2).sum(-1)
+        tensor([[[1.0000, 1.0000, 1.0000],
+                 [1.0000, 1.0000, 1.0000]]])
+    """
+    tops, log = row_maxima(q, k, block, real, scale)
+    rows = windows((tops - log[..., None]).exp(), block).amax(3)
+    return rows / rows.sum(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+
+
+def row_maxima(
+    q: Float[Tensor, "batch heads tokens width"],
+    k: Float[Tensor, "batch kv_heads keys width"],
+    block: int,
+    real: Bool[Tensor, "batch keys"] | None = None,
+    scale: float | None = None,
+) -> tuple[Float[Tensor, "batch heads tokens blocks"], Float[Tensor, "batch heads tokens"]]:
+    """Of each query its largest score in each block of keys, and the log-sum-exp of all; the queries are the last tokens.
+
+    Returns:
+        Largest scores, -inf where a block may not be read; log-sum-exps, 0 of a query that is padding.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    keys = repeated(k, q.shape[1])
+    length, before = k.shape[2], k.shape[2] - q.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    blocks = count(length, block)
+    tops = torch.full((*q.shape[:3], blocks), float("-inf"), dtype=wide, device=q.device)
+    top = torch.full(q.shape[:3], float("-inf"), dtype=wide, device=q.device)
+    total = torch.zeros(q.shape[:3], dtype=wide, device=q.device)
+    at = torch.arange(length, device=q.device)
+    for number in range(blocks):
+        span = slice(number * block, min((number + 1) * block, length))
+        # earlier queries cannot read any of it
+        rows = slice(max(0, span.start - before), None)
+        scores = (q[:, :, rows] @ keys[:, :, span].mT).to(wide) * scale
+        may = at[span] <= at[before:][rows, None]
+        if real is not None:
+            may = may & real[:, None, None, span] & real[:, None, before:, None][:, :, rows]
+        scores = scores.masked_fill(~may, float("-inf"))
+        here = scores.amax(-1)
+        new = torch.maximum(top[..., rows], here)
+        shift = new.masked_fill(new == float("-inf"), 0.0)
+        sums = total[..., rows] * (top[..., rows] - shift).exp() + (scores - shift[..., None]).exp().sum(-1)
+        tops[..., rows, number], top[..., rows], total[..., rows] = here, new, sums
+    nothing = total == 0
+    log = top.masked_fill(nothing, 0.0) + total.masked_fill(nothing, 1.0).log()
+    return tops, log
+
+
 def top_blocks(
     scores: Float[Tensor, "batch heads queries blocks"], keep: int | Int[Tensor, "batch"]
 ) -> Bool[Tensor, "batch heads queries blocks"]:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from cenote.core.rotary import Angles, angles, rotated
-from cenote.mix.seerattention.gate import BlockGate, above, pooled_target, top_share
+from cenote.mix.blocks import pooled_target
+from cenote.mix.seerattention.gate import BlockGate, above, top_share
 from tests.golden.cases import ADAPTERS, Case, adapter
 
 POOLS = ("max", "min", "avg")

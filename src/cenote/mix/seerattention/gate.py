@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_at_least
 from cenote.core.rotary import Angles, rotated
-from cenote.mix.blocks import Pooling, count, own_block, pooled, repeated, top_blocks, windows
+from cenote.mix.blocks import Pooling, own_block, pooled, repeated, top_blocks
 
 LATER = -1e9
 """Logit of a block that a query cannot read."""
@@ -99,7 +99,7 @@ class BlockGate(nn.Module):
             queries = queries @ self.query_maps
         keys = repeated(keys @ self.key_maps, self.heads)
         logits = rotated(queries, starts) @ rotated(keys, starts).mT / math.sqrt(self.gate_width)
-        return logits.masked_fill(~_earlier(logits, real, self.block), LATER)
+        return logits.masked_fill(~earlier(logits, real, self.block), LATER)
 
 
 def above(
@@ -153,77 +153,6 @@ def top_share(
     return _kept(logits, top_blocks(logits, keep), real, block, keep_diagonal, last_dense)
 
 
-def pooled_target(
-    q: Float[Tensor, "batch heads tokens width"],
-    k: Float[Tensor, "batch kv_heads tokens width"],
-    block: int,
-    real: Bool[Tensor, "batch tokens"] | None = None,
-    scale: float | None = None,
-) -> Float[Tensor, "batch heads blocks blocks"]:
-    """What a gate learns: of each pair of blocks the largest weight of the causal attention map, rows divided by their sums.
-
-    One block of keys at a time, with running maxima and sums of rows; no tokens x tokens map is made.
-
-    Args:
-        q, k: after positions, real tokens on the left.
-        block: tokens of a block.
-        real: False on padding.
-        scale: of scores, `width^-0.5` by default.
-
-    Returns:
-        Zeros in rows of blocks that hold padding alone.
-
-    Example:
-        >>> q = torch.randn(1, 2, 6, 8)
-        >>> pooled_target(q, q, block=2).sum(-1)
-        tensor([[[1.0000, 1.0000, 1.0000],
-                 [1.0000, 1.0000, 1.0000]]])
-    """
-    tops, log = row_maxima(q, k, block, real, scale)
-    rows = windows((tops - log[..., None]).exp(), block).amax(3)
-    return rows / rows.sum(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
-
-
-def row_maxima(
-    q: Float[Tensor, "batch heads tokens width"],
-    k: Float[Tensor, "batch kv_heads keys width"],
-    block: int,
-    real: Bool[Tensor, "batch keys"] | None = None,
-    scale: float | None = None,
-) -> tuple[Float[Tensor, "batch heads tokens blocks"], Float[Tensor, "batch heads tokens"]]:
-    """Of each query its largest score in each block of keys, and the log-sum-exp of all; the queries are the last tokens.
-
-    Returns:
-        Largest scores, -inf where a block may not be read; log-sum-exps, 0 of a query that is padding.
-    """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    keys = repeated(k, q.shape[1])
-    length, before = k.shape[2], k.shape[2] - q.shape[2]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    blocks = count(length, block)
-    tops = torch.full((*q.shape[:3], blocks), float("-inf"), dtype=wide, device=q.device)
-    top = torch.full(q.shape[:3], float("-inf"), dtype=wide, device=q.device)
-    total = torch.zeros(q.shape[:3], dtype=wide, device=q.device)
-    at = torch.arange(length, device=q.device)
-    for number in range(blocks):
-        span = slice(number * block, min((number + 1) * block, length))
-        # earlier queries cannot read any of it
-        rows = slice(max(0, span.start - before), None)
-        scores = (q[:, :, rows] @ keys[:, :, span].mT).to(wide) * scale
-        may = at[span] <= at[before:][rows, None]
-        if real is not None:
-            may = may & real[:, None, None, span] & real[:, None, before:, None][:, :, rows]
-        scores = scores.masked_fill(~may, float("-inf"))
-        here = scores.amax(-1)
-        new = torch.maximum(top[..., rows], here)
-        shift = new.masked_fill(new == float("-inf"), 0.0)
-        sums = total[..., rows] * (top[..., rows] - shift).exp() + (scores - shift[..., None]).exp().sum(-1)
-        tops[..., rows, number], top[..., rows], total[..., rows] = here, new, sums
-    nothing = total == 0
-    log = top.masked_fill(nothing, 0.0) + total.masked_fill(nothing, 1.0).log()
-    return tops, log
-
-
 def _maps(heads: int, into: int, out: int) -> nn.Parameter:
     maps = torch.empty(heads, into, out)
     for one in maps:
@@ -238,7 +167,7 @@ def _blocks(logits: Tensor, real: Tensor | None, block: int) -> Int[Tensor, "bat
     return -(-real.sum(1) // block)
 
 
-def _earlier(logits: Tensor, real: Tensor | None, block: int) -> Bool[Tensor, "batch 1 blocks blocks"]:
+def earlier(logits: Tensor, real: Tensor | None, block: int) -> Bool[Tensor, "batch 1 blocks blocks"]:
     """Which blocks of keys a block of queries may read."""
     at = own_block(logits.shape[-1], 1, logits.device)
     there = at < _blocks(logits, real, block)[:, None]
@@ -253,4 +182,4 @@ def _kept(
         kept = kept | (at == at[:, None])
     if last_dense:
         kept = kept | (at >= _blocks(logits, real, block)[:, None] - 2)[:, None, :, None]
-    return kept & _earlier(logits, real, block)
+    return kept & earlier(logits, real, block)

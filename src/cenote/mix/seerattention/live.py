@@ -17,7 +17,8 @@ from cenote.core.errors import InputError
 from cenote.core.language import accepted
 from cenote.core.requirements import require_at_least, require_positive
 from cenote.core.rotary import Angles, angles
-from cenote.mix.blocks import Leftward, Pooling, block_attention, leftward
+from cenote.mix.block_rivals import BlockScorer
+from cenote.mix.blocks import Leftward, Pooling, block_attention, leftward, pooled_target
 from cenote.mix.layer_gates import (
     BeforePositions,
     GateLoss,
@@ -31,7 +32,7 @@ from cenote.mix.layer_gates import (
     warmed_cosine,
     whole_prompt,
 )
-from cenote.mix.seerattention.gate import BlockGate, above, pooled_target, top_share
+from cenote.mix.seerattention.gate import LATER, BlockGate, above, earlier, top_share
 from cenote.models.live import AttentionCall, Where, edited
 from cenote.models.live.edits import Trace
 
@@ -102,7 +103,7 @@ class SparsePrompts(BeforePositions):
         keep_diagonal: a block always reads itself; False as in the authors' code.
         last_dense: the last two rows of blocks read everything.
         at: the places; those that have gates by default.
-        choose: in place of the gates, what chooses blocks, see `Chooser`: rivals.
+        choose: in place of the gates, what scores blocks, see `cenote.mix.block_rivals`.
 
     Attributes:
         kept: of each place the blocks that each prompt kept, `[batch, heads, blocks, blocks]`.
@@ -120,7 +121,7 @@ class SparsePrompts(BeforePositions):
         keep_diagonal: bool = True,
         last_dense: bool = True,
         at: Where | None = None,
-        choose: Chooser | None = None,
+        choose: BlockScorer | None = None,
     ) -> None:
         super().__init__(gates, at)
         if (threshold is None) == (share is None):
@@ -154,15 +155,12 @@ class SparsePrompts(BeforePositions):
                 logits = _logits(gate, *self.before(call), laid)
             else:
                 logits = self.choose(call.replace(q=laid.laid(call.q), k=laid.laid(call.k)), gate.block, laid.real)
+                logits = logits.masked_fill(~earlier(logits, laid.real, gate.block), LATER)
         options = {**self.options, "real": laid.real, "block": gate.block}
         if self.share is not None:
             return top_share(logits, self.share, **options)
         assert self.threshold is not None
         return above(logits, self.threshold, **options)
-
-
-Chooser = Callable[[AttentionCall, int, Tensor], Tensor]
-"""From a call with real tokens on the left, the tokens of a block and which are real: `[batch, heads, blocks, blocks]`."""
 
 
 class SeerLoss(GateLoss):

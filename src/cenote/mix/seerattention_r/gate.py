@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_at_least, require_one_of
 from cenote.core.rotary import Angles, rotated
-from cenote.mix.blocks import Pooling, count, pooled, top_blocks
-from cenote.mix.seerattention.gate import row_maxima
+from cenote.mix.blocks import Pooling, count, pooled, row_maxima, top_blocks
 
 Query = Literal["proj", "avgproj", "avg", "orig"]
 BlockRope = Literal["start", "end"]

@@ -16,6 +16,7 @@ from cenote.core import grouped, routing
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_at_least
 from cenote.core.rotary import Angles, angles
+from cenote.mix.block_rivals import BlockScorer
 from cenote.mix.blocks import Pooling
 from cenote.mix.layer_gates import BeforePositions, GateLoss, Heads, LayerGates, divergence, real_keys, require_plain
 from cenote.mix.seerattention_r.gate import (
@@ -101,7 +102,8 @@ class SparseDecoding(BeforePositions):
         threshold: in place of a budget, blocks whose softmax is above it.
         start: blocks of the decoder before this one read everything.
         rope: position of a block that decoding filled, see `CompressedKeys`.
-        choose: in place of the gates' scores, what scores blocks, see `Scorer`: rivals.
+        choose: in place of the gates, what scores blocks, see `cenote.mix.block_rivals`; query heads of a group share the
+            highest of their scores.
 
     Attributes:
         kept: of each place the blocks that each token read, `[batch, kv_heads, 1, blocks]`, step by step.
@@ -119,7 +121,7 @@ class SparseDecoding(BeforePositions):
         threshold: float | None = None,
         start: int = 0,
         rope: BlockRope = "start",
-        choose: Scorer | None = None,
+        choose: BlockScorer | None = None,
     ) -> None:
         require_at_least(0, start=start)
         if (budget is None) == (threshold is None):
@@ -160,7 +162,8 @@ class SparseDecoding(BeforePositions):
             if self.choose is None:
                 scores = gate.scores(gate.queries(q.to(dtype), by), cache.keys, there)
             else:
-                scores = self.choose(call, gate.block, real).masked_fill(~there[:, None], MASKED)
+                scores = routing.over_group(self.choose(call, gate.block, real), call.k.shape[1])
+                scores = scores.masked_fill(~there[:, None], MASKED)
             kept = select(scores, budget=self.budget, threshold=self.threshold, block=gate.block, valid=there)
         self.kept.keep(call.place, kept, detach=True)
         may = kept.repeat_interleave(gate.block, -1)[..., : call.keys] & real[:, None, None]
@@ -179,10 +182,6 @@ class SparseDecoding(BeforePositions):
             )
         if not torch.equal(self._last[call.place], call.k[:, :, before - 1]):
             raise InputError("model: the items of the cache changed places; decode without beams (num_beams=1)")
-
-
-Scorer = Callable[[AttentionCall, int, Tensor], Tensor]
-"""From a call of one query, the tokens of a block and which keys are real: scores `[batch, kv_heads, 1, blocks]`."""
 
 
 class SeerRowLoss(GateLoss):
