@@ -258,7 +258,7 @@ def pooled_target(
     real: Bool[Tensor, "batch tokens"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "batch heads blocks blocks"]:
-    """What a gate of blocks learns: of each pair of blocks the largest weight of the causal attention map, rows divided by their sums.
+    """Of each pair of blocks the largest weight of the causal attention map, rows divided by their sums: what gates learn.
 
     One block of keys at a time, with running maxima and sums of rows; no tokens x tokens map is made.
 

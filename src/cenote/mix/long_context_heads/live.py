@@ -57,13 +57,13 @@ class Read(NamedTuple):
         local: queries and heads that read near keys alone, `[batch, heads, queries]`.
         counted: queries that are no padding, and have far keys, `[batch, queries]`.
         keys: keys that each head of keys read for its last query, `[batch, kv_heads]`.
-        of: keys that there were.
+        of: keys that there were, `[batch]`.
     """
 
     local: Bool[Tensor, "batch heads queries"]
     counted: Bool[Tensor, "batch queries"]
     keys: Int[Tensor, "batch kv_heads"]
-    of: int
+    of: Int[Tensor, "batch"]
 
 
 class QAdA(AttentionEdit):
@@ -155,7 +155,7 @@ class QAdA(AttentionEdit):
     def keys_read(self) -> float:
         """Of the keys that there were, those that decoding read, per head of keys; NaN where nothing was decoded."""
         steps = [found for all_ in self.read.values() for found in all_ if found.local.shape[2] == 1]
-        there = sum(found.of * found.keys.numel() for found in steps)
+        there = sum(int(found.of.sum()) * found.keys.shape[1] for found in steps)
         return sum(int(found.keys.sum()) for found in steps) / there if there else float("nan")
 
     def attends(
@@ -306,7 +306,7 @@ class QAdA(AttentionEdit):
             whole = ~local[:, :, -1].unflatten(1, (call.k.shape[1], -1)).all(2)
         near = tokens.clamp(max=self.sinks + self.window)
         keys = torch.where(whole, tokens[:, None], near[:, None])
-        self.read.setdefault(call.place, []).append(Read(local, far, keys, int(tokens.max())))
+        self.read.setdefault(call.place, []).append(Read(local, far, keys, tokens))
 
 
 @dataclass
