@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from cenote.core import InputError
+from cenote.core.answers import UNASKED
 from cenote.mix.blocks import masked_weights, repeated
 from cenote.mix.long_context_heads.agreement import agreement, needle_misses, score_auc
 from cenote.mix.long_context_heads.criterion import Masses, Moments, expected, local_keys, masses, static_labels
-from cenote.mix.long_context_heads.live import Calibration, QAdA, calibrate, random_words
+from cenote.mix.long_context_heads.live import HeadCalibration, QAdA, calibrate_heads, random_words, sweep_heads
 from cenote.mix.long_context_heads.prompts import look
 from cenote.models.live import Where, edited, recorded
 from tests.mix.decoders import decoder, generated, logits, numbers, state_of, texts, unchanged
@@ -105,7 +106,7 @@ def test_every_query_of_a_text_is_looked_at_as_it_would_be_alone(rows: int) -> N
         torch.testing.assert_close(found.guessed[item, :, i], guess, atol=1e-4, rtol=1e-4)
         alone = scores[:, 0, near].softmax(-1)[:, None] @ repeated(v, 4)[item][:, near]
         torch.testing.assert_close(found.local[item, :, i], alone[:, 0], atol=1e-4, rtol=1e-4)
-        assert int(found.count[item, i]) == int(far.sum())
+        assert int(found.away[item, i]) == int(far.sum())
 
 
 def test_a_window_of_everything_is_the_decoder_to_the_bit() -> None:
@@ -151,7 +152,7 @@ def test_decoding_is_recomputing_and_a_row_of_a_batch_is_the_row_alone(rule: str
 
 def test_labels_decide_per_query_head_and_groups_are_read_where_one_head_needs_it() -> None:
     model, (ids, mask) = decoder(num_hidden_layers=1), texts()
-    given = Calibration({}, {0: torch.tensor([0.9, 0.1, 0.8, 0.7])}, {})
+    given = HeadCalibration({}, {0: torch.tensor([0.9, 0.1, 0.8, 0.7])}, {})
     heads = QAdA(sinks=2, window=6, rule="static", calibration=given, share=0.75)
     with edited(model, heads), recorded(model, "inputs", "heads") as found:
         generated(model, ids, mask, tokens=2)
@@ -171,7 +172,7 @@ def test_calibration_on_random_words_gives_moments_and_shares_of_each_head() -> 
     text = random_words(["a", "b"], 40)
     assert set(text.split()) == {"a", "b"}
     ids = torch.tensor([[5 + ord(word) - 97 for word in text.split()], [6] * 40])
-    found = calibrate(model, ids, tau=0.6, sinks=2, window=6)
+    found = calibrate_heads(model, ids, tau=0.6, sinks=2, window=6)
     with torch.no_grad(), recorded(model, "inputs") as seen:
         model(ids)
     call = next(iter(seen["inputs"].values()))[0]
@@ -186,7 +187,7 @@ def test_calibration_on_random_words_gives_moments_and_shares_of_each_head() -> 
         with edited(model, QAdA(0.6, 2, 6, calibration=found, form=form)):  # type: ignore[arg-type]
             generated(model, ids, mask, tokens=2)
     with pytest.raises(InputError, match="no text is longer than 2 sinks and a window of 60"):
-        calibrate(model, ids, sinks=2, window=60)
+        calibrate_heads(model, ids, sinks=2, window=60)
 
 
 def test_agreement_with_the_oracle() -> None:
@@ -208,6 +209,29 @@ def test_a_far_key_with_most_of_the_weight_is_a_needle_that_was_missed() -> None
     told: Tensor = torch.ones(1, 2, 12, dtype=torch.bool)
     assert needle_misses(weights, near, told)[0, :, 11].tolist() == [True, True]
     assert not bool(needle_misses(weights, near, ~told).any())
+
+
+def test_lighter_tails_than_gaussian_are_over_estimated_by_large_queries() -> None:
+    keys = torch.ones(48, 8).double()
+    keys[::2] = -1.0
+    for size, least, most in ((0.1, 0.0, 0.05), (1.0, 0.5, float("inf"))):
+        q = size * torch.ones(1, 8).double()
+        true = (q @ keys.T / 8**0.5).logsumexp(-1)
+        off = float((expected(q, Moments.of(keys)) - true).exp()) - 1
+        assert least < off < most
+
+
+def test_a_sweep_shows_what_is_lost_by_how_much_is_local() -> None:
+    model, (ids, mask) = decoder(num_hidden_layers=2), texts()
+    answers = torch.full_like(ids, UNASKED)
+    answers[:, -1] = logits(model, ids, mask)[:, -2].argmax(-1)
+    options = {"sinks": 2, "window": 6, "mask": mask, "answers": answers}
+    none, some, all_ = sweep_heads(model, ids, (1.0, 0.6, 0.0), **options)  # type: ignore[arg-type]
+    assert (none.share, none.recall) == (0.0, 1.0)
+    assert 0 < some.share < all_.share == 1.0
+    assert none.loss != all_.loss
+    (drawn,) = sweep_heads(model, ids, (0.5,), rule="random", **options)  # type: ignore[arg-type]
+    assert 0.3 < drawn.share < 0.7
 
 
 def test_what_cannot_be_is_said() -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from cenote.core import InputError
 from cenote.core.rotary import angles, rotated, unrotated
 from cenote.mix.blocks import masked_weights, pooled, pooled_target
-from cenote.mix.layer_gates import distil
+from cenote.mix.layer_gates import distil_gates
 from cenote.mix.seerattention.gate import BlockGate, above, top_share
 from cenote.mix.seerattention.live import SeerAttention, SeerLoss, SparsePrompts, gate_loss, train_jointly
 from cenote.models.live import HeadRecorder, Where, edited
@@ -49,7 +49,7 @@ def test_pools_matrices_and_sizes_of_every_kind() -> None:
     for q_pools, k_pools in itertools.product(chosen, chosen):
         gate = BlockGate(8, 4, 2, 4, q_pools=q_pools, k_pools=k_pools)  # type: ignore[arg-type]
         double = len(q_pools) > 1
-        assert gate.double is double
+        assert gate.two_maps is double
         assert gate.key_maps.shape == (2 if double else 4, 8 * len(k_pools), 8)
         found = gate(q, k, angles(torch.arange(0, 10, 4)[None], 8))
         assert found.shape == (1, 4, 3, 3)
@@ -149,7 +149,7 @@ def test_distilling_teaches_the_gates_and_leaves_the_decoder_bit_for_bit(tmp_pat
     model, (ids, mask) = decoder(num_hidden_layers=2), texts(24)
     gates, before = SeerAttention(model, block=4), state_of(model)
     first = {name: value.clone() for name, value in gates.state_dict().items()}
-    losses = distil(SeerLoss(gates), model, lambda: (ids, mask), steps=25, lr=1e-2, warmup=2)
+    losses = distil_gates(SeerLoss(gates), model, lambda: (ids, mask), steps=25, lr=1e-2, warmup=2)
     assert losses[-1] < 0.7 * losses[0]
     assert unchanged(model, before)
     assert all(not torch.equal(value, first[name]) for name, value in gates.state_dict().items())

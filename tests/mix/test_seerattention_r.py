@@ -12,7 +12,7 @@ from cenote.core.rotary import Angles, angles, rotated
 from cenote.mix.block_rivals import block_rival
 from cenote.mix.blocks import masked_weights, pooled, readable
 from cenote.mix.coverage import covered, ends
-from cenote.mix.layer_gates import distil
+from cenote.mix.layer_gates import distil_gates
 from cenote.mix.losses import decoded_losses, token_losses, trailing
 from cenote.mix.seerattention_r.gate import CompressedKeys, GroupGate, row_target, select, valid_blocks
 from cenote.mix.seerattention_r.live import SeerAttentionR, SeerRowLoss, SparseDecoding
@@ -124,6 +124,7 @@ def test_few_blocks_are_read_one_choice_per_head_of_keys_and_none_of_padding() -
     assert float((steps - plain).abs().max()) > 0.1
     assert torch.equal(again, steps)
     assert {place.block for place in decoding.kept} == {1, 2}
+    assert 0.3 < decoding.keys_read() < 0.8
     for kept in (kept for all_ in decoding.kept.values() for kept in all_):
         assert kept.shape[:3] == (2, 2, 1)
         assert not bool(kept[0, :, :, 0].any())
@@ -154,7 +155,7 @@ def test_decoded_losses_are_those_of_the_text_at_once() -> None:
 def test_distilling_moves_gates_alone(tmp_path: Path) -> None:
     model, (ids, mask) = decoder(num_hidden_layers=2), texts(24)
     gates, before = SeerAttentionR(model, block=4), state_of(model)
-    losses = distil(SeerRowLoss(gates), model, lambda: (ids, mask), steps=20, lr=1e-2, last_lr=1e-5, warmup=2)
+    losses = distil_gates(SeerRowLoss(gates), model, lambda: (ids, mask), steps=20, lr=1e-2, last_lr=1e-5, warmup=2)
     assert losses[-1] < 0.7 * losses[0]
     assert unchanged(model, before)
     assert all(p.grad is None for p in model.parameters())

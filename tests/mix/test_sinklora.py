@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from cenote.core import InputError
 from cenote.mix.blocks import masked_attention
+from cenote.mix.losses import losses_by_length, token_losses
 from cenote.mix.sinklora.attention import Groups, grouped_attention
 from cenote.mix.sinklora.live import (
     GroupedAttention,
@@ -22,6 +23,7 @@ from cenote.mix.sinklora.live import (
     recovered,
     train_longer,
 )
+from cenote.mix.sinklora.patterns import Pattern
 from cenote.models.interpolation import interpolated
 from cenote.models.live import edited
 from cenote.models.own_weights import OwnWeights
@@ -97,6 +99,22 @@ def test_an_output_has_no_gradient_from_later_inputs(groups: Groups) -> None:
         grads = torch.autograd.grad(y[:, :, i].sum(), (q, k, v), retain_graph=True)
         assert all(float(grad[:, :, i + 1 :].abs().max()) == 0.0 for grad in grads)
         assert float(grads[2][:, :, i].abs().max()) > 0.0
+
+
+@pytest.mark.parametrize("kind", ["window", "fixed", "strided", "random"])
+def test_rivals_read_about_as_many_earlier_tokens(kind: str) -> None:
+    pattern = Pattern(kind, group=16)  # type: ignore[arg-type]
+    may = pattern.readable(2, 64)
+    assert not bool((may & torch.ones(64, 64, dtype=torch.bool).triu(1)).any())
+    assert bool(may[0].diagonal().all())
+    assert 10 <= float(may[0, 32:].sum(-1).float().mean()) <= 22
+    model, (ids, mask) = decoder(num_hidden_layers=1), texts()
+    with edited(model, GroupedAttention(Pattern(kind, group=4))):  # type: ignore[arg-type]
+        found = logits(model, ids, mask)
+        alone = logits(model, ids[:1, 5:])
+    assert bool(found.isfinite().all())
+    if kind == "window":
+        torch.testing.assert_close(alone, found[:1, 5:], atol=1e-4, rtol=1e-4)
 
 
 def test_sinks_are_read_by_all_and_may_stand_elsewhere() -> None:
@@ -206,6 +224,21 @@ def test_pressed_positions_are_those_of_a_slower_decoder_and_come_back() -> None
     assert torch.equal(logits(model, ids, mask), plain)
     with pytest.raises(InputError, match="has no rotary positions"), interpolated(torch.nn.Linear(1, 1), 2.0):
         pass
+
+
+def test_losses_by_length() -> None:
+    model, (ids, _) = decoder(num_hidden_layers=1), texts()
+    found = losses_by_length(model, ids, [6, 18])
+    assert found[18] == pytest.approx(float(token_losses(model, ids).mean()))
+    with pytest.raises(InputError, match="lengths: expected from 2 to 18 tokens, got 19"):
+        losses_by_length(model, ids, [19])
+
+
+def test_half_precision_of_the_decoder_is_trained_too() -> None:
+    model, (ids, mask) = decoder(num_hidden_layers=1).bfloat16(), texts()
+    adapter = SinkLoRA(model, rank=2)
+    losses = train_longer(adapter, model, lambda: (ids, mask), steps=2, groups=Groups(4), lr=1e-2, warmup=1)
+    assert losses[1] < losses[0]
 
 
 def test_recovery_and_passkeys() -> None:

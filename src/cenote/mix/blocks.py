@@ -197,10 +197,10 @@ def block_attention(
     picked = chosen & real[:, None, :, None]
     own = torch.arange(tokens, device=q.device) // block
     # each block reads itself
-    cut = [windows(x, block) for x in (q, k, v)]
+    queries, keys, values = (windows(x, block) for x in (q, k, v))
     there = windows(real[:, None], block, False)
     ahead = torch.ones(block, block, dtype=torch.bool, device=q.device).tril()
-    first, first_log = _part(*cut, ahead & there[..., None, :], scale)
+    first, first_log = _part(queries, keys, values, ahead & there[..., None, :], scale)
     outs = [first.flatten(2, 3)[:, :, :tokens].flatten(0, 2)]
     itself = picked.gather(-1, own.view(1, 1, -1, 1).expand(batch, heads, -1, 1))[..., 0]
     log = first_log.flatten(2, 3)[:, :, :tokens].masked_fill(~itself, float("-inf"))

@@ -39,7 +39,7 @@ def heads_of(model: nn.Module) -> Heads:
     Raises:
         InputError: where it does not say.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     queries = getattr(config, "num_attention_heads", None)
     dim = getattr(config, "hidden_size", None)
@@ -133,10 +133,10 @@ class BeforePositions(AttentionEdit):
     def parts(self, model: nn.Module) -> Sequence[Edit]:
         heads = heads_of(model)
         for gate in self.gates.gates.values():
-            told = (gate.heads, gate.width)
-            if told != (heads.queries, heads.width):
+            own: Any = gate
+            if (own.heads, own.width) != (heads.queries, heads.width):
                 raise InputError(
-                    f"gates: are of {gate.heads} heads of width {gate.width}, and the model has {heads.queries} of width "
+                    f"gates: are of {own.heads} heads of width {own.width}, and the model has {heads.queries} of width "
                     f"{heads.width}; make them from this model"
                 )
         return self.angles, self
@@ -203,9 +203,10 @@ class GateLoss(BeforePositions, ABC):
     def inputs(self, call: AttentionCall) -> AttentionCall:
         if not whole_prompt(call):
             raise InputError("model: gates learn from whole texts; give several tokens at once, without a cache")
-        q, k, by = (x.detach() if isinstance(x, Tensor) else x for x in self.before(call))
+        q, k, by = self.before(call)
         with torch.enable_grad():
-            loss = self.scale * self.loss(call.replace(q=call.q.detach(), k=call.k.detach()), q, k, by)
+            seen = call.replace(q=call.q.detach(), k=call.k.detach())
+            loss = self.scale * self.loss(seen, q.detach(), k.detach(), by)
             if loss.requires_grad:
                 loss.backward()
         self.losses.append(float(loss.detach()))
@@ -222,7 +223,7 @@ class GateLoss(BeforePositions, ABC):
         """
 
 
-def distil(
+def distil_gates(
     learning: GateLoss,
     model: nn.Module,
     draw: Callable[[], Texts],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -74,6 +75,20 @@ def decoded_losses(
         cache, start = getattr(output, name), end
         found.append(_told(output.logits[:, -1:], ids[:, end : end + 1]))
     return torch.cat(found, 1)
+
+
+def losses_by_length(model: nn.Module, ids: Int[Tensor, "batch tokens"], lengths: Sequence[int]) -> dict[int, float]:
+    """The mean loss of texts cut to these lengths; its exponential is perplexity.
+
+    Raises:
+        InputError: for a length that the texts do not have.
+    """
+    found = {}
+    for length in lengths:
+        if not 2 <= length <= ids.shape[1]:
+            raise InputError(f"lengths: expected from 2 to {ids.shape[1]} tokens, got {length}")
+        found[length] = float(token_losses(model, ids[:, :length]).mean())
+    return found
 
 
 def trailing(losses: Float[Tensor, "batch tokens"], last: int) -> Float[Tensor, ""]:

@@ -29,7 +29,7 @@ def gate_of(case: Case) -> BlockGate:
         pools(keys),
         force_double=double,
     )
-    assert gate.double == double
+    assert gate.two_maps == double
     names = {"mask_linear_k.weight": "key_maps", "mask_linear_q.weight": "query_maps"}
     gate.load_state_dict({names[name]: value for name, value in case.params.items()})
     return gate

@@ -80,12 +80,12 @@ class Moments(NamedTuple):
     """Of the far keys of a head, at least float32.
 
     Attributes:
-        count: how many, `[...]`.
+        keys: how many, `[...]`.
         mean: `[..., width]`.
         covariance: of the population, `[..., width, width]`.
     """
 
-    count: Num[Tensor, "*heads"]
+    keys: Num[Tensor, "*heads"]
     mean: Float[Tensor, "*heads width"]
     covariance: Float[Tensor, "*heads width width"]
 
@@ -111,8 +111,8 @@ class Moments(NamedTuple):
     ) -> Moments:
         """Those of these keys too (Chan's form of Welford's update): what running over tokens comes to."""
         new = Moments.of(keys, among)
-        count = self.count + new.count
-        share = (new.count / count.clamp(min=1))[..., None]
+        count = self.keys + new.keys
+        share = (new.keys / count.clamp(min=1))[..., None]
         apart = new.mean - self.mean
         mean = self.mean + share * apart
         between = (share * (1 - share))[..., None] * apart[..., :, None] * apart[..., None, :]
@@ -164,7 +164,7 @@ def expected(
     inside = mean + spread / 2
     if longest is not None:
         inside = torch.minimum(inside, wide.norm(dim=-1) * longest.to(wide.dtype)[..., None] * s)
-    return moments.count.to(wide.dtype).log()[..., None] + inside
+    return moments.keys.to(wide.dtype).log()[..., None] + inside
 
 
 def static_labels(shares: Float[Tensor, "blocks heads"], local: float) -> Bool[Tensor, "blocks heads"]:

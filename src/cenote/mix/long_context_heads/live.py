@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cenote.core.answers import UNASKED, answer_loss, answered
 from cenote.core.errors import InputError
 from cenote.core.language import accepted
 from cenote.core.requirements import require_at_least, require_one_of
@@ -30,7 +31,7 @@ Rule = Literal["qada", "oracle", "static", "random", "near"]
 
 
 @dataclass(frozen=True)
-class Calibration:
+class HeadCalibration:
     """What a run over a text told of a decoder's heads.
 
     Attributes:
@@ -115,7 +116,7 @@ class QAdA(AttentionEdit):
         window: int = 1024,
         rule: Rule = "qada",
         *,
-        calibration: Calibration | None = None,
+        calibration: HeadCalibration | None = None,
         share: float | None = None,
         form: Form = "full",
         clip: bool = False,
@@ -129,7 +130,7 @@ class QAdA(AttentionEdit):
         if not 0 <= tau <= 1:
             raise InputError(f"tau: expected a share from 0 to 1, got {tau}")
         if rule == "static" and calibration is None:
-            raise InputError("calibration: 'static' needs one; see calibrate")
+            raise InputError("calibration: 'static' needs one; see calibrate_heads")
         if rule in ("static", "random") and share is None:
             raise InputError(f"share: {rule!r} needs how much is local")
         self.at = require_where(at) if at is not None else Where(kinds=["self"])
@@ -185,8 +186,11 @@ class QAdA(AttentionEdit):
     ) -> Tensor:
         require_plain(call)
         laid = leftward(real)
+        q, k, v = (laid.laid(x) for x in (call.q, call.k, call.v))
         found = look(
-            *(laid.laid(x) for x in (call.q, call.k, call.v)),
+            q,
+            k,
+            v,
             laid.real,
             sinks=self.sinks,
             window=self.window,
@@ -195,7 +199,7 @@ class QAdA(AttentionEdit):
             known=self._known(call),
         )
         state.moments = found.moments
-        far = (found.count > 0) & laid.real
+        far = (found.away > 0) & laid.real
         y = fused(call)
         if not self.prompts:
             return y
@@ -278,7 +282,7 @@ class QAdA(AttentionEdit):
         moments = state.moments
         if known is not None:
             mean = known.mean.expand(call.batch, -1, -1)
-            moments = Moments(moments.count, mean, known.covariance.expand(call.batch, -1, -1, -1))
+            moments = Moments(moments.keys, mean, known.covariance.expand(call.batch, -1, -1, -1))
         longest = state.longest if self.clip else None
         return expected(grouped, moments.as_(self.form), call.scale, longest)
 
@@ -334,7 +338,7 @@ class _Calibrating(AttentionEdit):
         q, k, v = (laid.laid(x.detach()) for x in (call.q, call.k, call.v))
         options = {"sinks": self.sinks, "window": self.window, "scale": call.scale}
         found = look(q, k, v, laid.real, exact=True, **options)  # type: ignore[arg-type]
-        counted = found.count > 0
+        counted = found.away > 0
         if not bool(counted.any()):
             raise InputError(
                 f"input_ids: no text is longer than {self.sinks} sinks and a window of {self.window}; give a longer one"
@@ -346,13 +350,13 @@ class _Calibrating(AttentionEdit):
         total = counted.sum()
         local = found.exact.local(self.tau) & counted[:, None]
         self.shares[block] = local.sum((0, 2)) / total
-        per_key = (found.guessed - found.count.clamp(min=1).log()[:, None]).masked_fill(~counted[:, None], 0.0)
+        per_key = (found.guessed - found.away.clamp(min=1).log()[:, None]).masked_fill(~counted[:, None], 0.0)
         self.expected[block] = per_key.sum((0, 2)) / total
         return call
 
 
 @torch.no_grad()
-def calibrate(
+def calibrate_heads(
     model: nn.Module,
     ids: Int[Tensor, "batch tokens"],
     mask: Bool[Tensor, "batch tokens"] | None = None,
@@ -360,7 +364,7 @@ def calibrate(
     tau: float = 0.9,
     sinks: int = 16,
     window: int = 1024,
-) -> Calibration:
+) -> HeadCalibration:
     """Run a decoder over texts, random words in the paper, and keep what its heads' far keys are like.
 
     Args:
@@ -375,7 +379,7 @@ def calibrate(
     found = _Calibrating(tau, sinks, window, one_stack(model))
     with edited(model, found):
         model(input_ids=ids, **told(mask), **accepted(model, use_cache=False, logits_to_keep=1))
-    return Calibration(found.moments, found.shares, found.expected)
+    return HeadCalibration(found.moments, found.shares, found.expected)
 
 
 def random_words(words: Sequence[str], count: int, seed: int = 0) -> str:
@@ -388,3 +392,49 @@ def random_words(words: Sequence[str], count: int, seed: int = 0) -> str:
     if not words:
         raise InputError("words: give at least one")
     return " ".join(np.random.default_rng(seed).choice(list(words), count).tolist())
+
+
+class Swept(NamedTuple):
+    """What a decoder does at one threshold.
+
+    Attributes:
+        tau: the threshold.
+        share: of the (query, head) pairs that have far keys, those that were local.
+        loss: mean `-log p` of all tokens but the first.
+        recall: share of the asked answers that are told right; NaN without.
+    """
+
+    tau: float
+    share: float
+    loss: float
+    recall: float
+
+
+@torch.no_grad()
+def sweep_heads(
+    model: nn.Module,
+    ids: Int[Tensor, "batch tokens"],
+    taus: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+    answers: Int[Tensor, "batch tokens"] | None = None,
+    **options: Any,
+) -> list[Swept]:
+    """Loss and recall of a decoder by how much of it is local.
+
+    Args:
+        model: a causal decoder.
+        ids, mask: texts.
+        taus: thresholds; of rules that have none, shares.
+        answers: of each token that is asked for its number, else `cenote.core.answers.UNASKED`.
+        options: of `QAdA`.
+    """
+    found = []
+    by_share = options.get("rule") in ("static", "random")
+    for tau in taus:
+        heads = QAdA(**{**options, "share" if by_share else "tau": tau})
+        with edited(model, heads):
+            logits = model(input_ids=ids, **told(mask), **accepted(model, use_cache=False)).logits
+        labels = ids if mask is None else ids.masked_fill(~mask, UNASKED)
+        right = float("nan") if answers is None else float(answered(logits, answers).right.float().mean())
+        found.append(Swept(tau, heads.share_local(), float(answer_loss(logits, labels)), right))
+    return found

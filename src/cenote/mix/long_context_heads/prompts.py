@@ -25,7 +25,7 @@ class Looked(NamedTuple):
         near: log mass of near keys, `[batch, heads, tokens]`.
         far: exact log mass of far keys; None where it was not asked for.
         guessed: log mass of far keys by their moments.
-        count: how many keys are far, `[batch, tokens]`.
+        away: how many keys are far, `[batch, tokens]`.
         local: what near keys alone give, `[batch, heads, tokens, value_width]`.
         moments: of the keys that are far from the last query, of each head of keys.
     """
@@ -33,7 +33,7 @@ class Looked(NamedTuple):
     near: Float[Tensor, "batch heads tokens"]
     far: Float[Tensor, "batch heads tokens"] | None
     guessed: Float[Tensor, "batch heads tokens"]
-    count: Int[Tensor, "batch tokens"]
+    away: Int[Tensor, "batch tokens"]
     local: Float[Tensor, "batch heads tokens value_width"]
     moments: Moments
 
@@ -130,7 +130,7 @@ def _guessed(
 ) -> Float[Tensor, "batch kv_heads group queries"]:
     """`log n + m + v / 2`, by the moments so far and the keys that become far among these queries."""
     asked = queries.to(so_far.mean.dtype).unflatten(2, (-1, late.shape[-2]))
-    count = so_far.count[..., None, None] + late.sum(-1)
+    count = so_far.keys[..., None, None] + late.sum(-1)
     if known is not None:
         mean = torch.einsum("bkgqd,kd->bkgq", asked, known.mean.to(asked.dtype)) * scale
         spread = torch.einsum("bkgqd,kde,bkgqe->bkgq", asked, known.covariance.to(asked.dtype), asked) * scale**2
@@ -141,5 +141,5 @@ def _guessed(
     beyond = torch.einsum("bkgqd,bktd->bkgqt", asked, apart).masked_fill(~late, 0.0) * scale
     of = count.clamp(min=1).to(asked.dtype)
     shift = beyond.sum(-1) / of
-    spread = (so_far.count[..., None, None] * square + beyond.square().sum(-1)) / of - shift.square()
+    spread = (so_far.keys[..., None, None] * square + beyond.square().sum(-1)) / of - shift.square()
     return count.to(asked.dtype).log() + base + shift + spread / 2

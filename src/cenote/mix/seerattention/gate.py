@@ -73,9 +73,9 @@ class BlockGate(nn.Module):
             raise InputError("q_pools: give at least one way to pool queries, and one for keys")
         self.width, self.heads, self.block, self.gate_width = width, heads, block, gate_width
         self.q_pools, self.k_pools = tuple(q_pools), tuple(k_pools)
-        self.double = force_double or len(q_pools) > 1 or gate_width != width
-        self.key_maps = _maps(kv_heads if self.double else heads, width * len(k_pools), gate_width)
-        self.query_maps = _maps(heads, width * len(q_pools), gate_width) if self.double else None
+        self.two_maps = force_double or len(q_pools) > 1 or gate_width != width
+        self.key_maps = _maps(kv_heads if self.two_maps else heads, width * len(k_pools), gate_width)
+        self.query_maps = _maps(heads, width * len(q_pools), gate_width) if self.two_maps else None
 
     def forward(
         self,

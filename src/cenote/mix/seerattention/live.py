@@ -40,7 +40,7 @@ from cenote.models.live.edits import Trace
 class SeerAttention(LayerGates):
     """Gates for the prompts of a frozen decoder, one in each block.
 
-    Train them with `cenote.mix.layer_gates.distil(SeerLoss(gates), model, draw, steps=...)`; run the decoder with them by
+    Train them with `cenote.mix.layer_gates.distil_gates(SeerLoss(gates), model, draw, steps=...)`; run the decoder with them by
     `edited(model, SparsePrompts(gates, share=0.2))`.
 
     Args:
@@ -63,6 +63,10 @@ class SeerAttention(LayerGates):
         torch.Size([1, 16, 20])
 
     Source: Gao et al. (2024), arXiv 2410.13276.
+
+    Note:
+        Of the paper's rivals MInference and MoA are kernels for GPUs and cannot be installed beside; what scores blocks without
+        training, and the upper bound, are in `cenote.mix.block_rivals`.
     """
 
     def __init__(
@@ -156,15 +160,14 @@ class SparsePrompts(BeforePositions):
             else:
                 logits = self.choose(call.replace(q=laid.laid(call.q), k=laid.laid(call.k)), gate.block, laid.real)
                 logits = logits.masked_fill(~earlier(logits, laid.real, gate.block), LATER)
-        options = {**self.options, "real": laid.real, "block": gate.block}
         if self.share is not None:
-            return top_share(logits, self.share, **options)
+            return top_share(logits, self.share, laid.real, block=gate.block, **self.options)
         assert self.threshold is not None
-        return above(logits, self.threshold, **options)
+        return above(logits, self.threshold, laid.real, block=gate.block, **self.options)
 
 
 class SeerLoss(GateLoss):
-    """What SeerAttention's gates have not learned of the pooled attention maps; for `cenote.mix.layer_gates.distil`.
+    """What SeerAttention's gates have not learned of the pooled attention maps; for `cenote.mix.layer_gates.distil_gates`.
 
     The Kullback-Leibler divergence from `pooled_target` to the gate's softmax, its mean over all elements as in the authors'
     code, without the first quarter of rows.

@@ -37,8 +37,8 @@ from cenote.models.live.edits import Trace
 class SeerAttentionR(LayerGates):
     """Gates for the decoding of a frozen decoder, one in each block.
 
-    Train them with `cenote.mix.layer_gates.distil(SeerRowLoss(gates), model, draw, steps=..., last_lr=1e-5)`; decode with them
-    by `edited(model, SparseDecoding(gates, budget=512))`.
+    Train them with `distil_gates(SeerRowLoss(gates), model, draw, steps=..., last_lr=1e-5)`; decode with them by
+    `edited(model, SparseDecoding(gates, budget=512))`.
 
     Args:
         model: a causal decoder with rotary positions; it is not changed, nor held.
@@ -107,6 +107,7 @@ class SparseDecoding(BeforePositions):
 
     Attributes:
         kept: of each place the blocks that each token read, `[batch, kv_heads, 1, blocks]`, step by step.
+        read: of each computation, how many keys its heads of keys read, all items together, and how many there were.
 
     Raises:
         InputError: unless either a budget or a threshold is given; in use, for beams, for caches that were cropped, and for
@@ -130,11 +131,13 @@ class SparseDecoding(BeforePositions):
         super().__init__(gates, Where([n for n in where.blocks or () if n >= start], where.kinds, where.stack))
         self.budget, self.threshold, self.rope, self.choose = budget, threshold, rope, choose
         self.kept = Trace()
+        self.read: list[tuple[int, int]] = []
         self._caches: dict[Place, CompressedKeys] = {}
         self._last: dict[Place, Tensor] = {}
 
     def begins(self) -> None:
         self.kept.clear()
+        self.read.clear()
         self._caches.clear()
         self._last.clear()
 
@@ -167,9 +170,15 @@ class SparseDecoding(BeforePositions):
             kept = select(scores, budget=self.budget, threshold=self.threshold, block=gate.block, valid=there)
         self.kept.keep(call.place, kept, detach=True)
         may = kept.repeat_interleave(gate.block, -1)[..., : call.keys] & real[:, None, None]
+        self.read.append((int(may.sum()), int(real.sum()) * may.shape[1]))
         numbers, valid = routing.packed(may[:, :, 0])
         k, v = (grouped.gathered(x, numbers) for x in (call.k, call.v))
         return grouped.attend(call.q, k, v, call.scale, readable=valid[:, :, None])
+
+    def keys_read(self) -> float:
+        """Of the keys that there were, those that decoding read; NaN where nothing was decoded."""
+        there = sum(of for _, of in self.read)
+        return sum(read for read, _ in self.read) / there if there else float("nan")
 
     def _require_same(self, call: AttentionCall) -> None:
         """The cache must be the one that was seen growing."""
@@ -185,7 +194,7 @@ class SparseDecoding(BeforePositions):
 
 
 class SeerRowLoss(GateLoss):
-    """What SeerAttention-R's gates have not learned of single rows of attention maps; for `cenote.mix.layer_gates.distil`.
+    """What SeerAttention-R's gates have not learned of single rows of attention maps; for `distil_gates`.
 
     The Kullback-Leibler divergence from `row_target` to the gate's softmax over blocks, its mean over all elements of the rows
     that count as in the authors' code, averaged over texts.

@@ -20,8 +20,10 @@ from cenote.core import InputError, files
 from cenote.core.answers import UNASKED, answer_loss
 from cenote.core.language import accepted
 from cenote.core.requirements import require_at_least, require_positive
+from cenote.mix.blocks import leftward, masked_attention
 from cenote.mix.layer_gates import Texts, real_keys, require_plain, told, whole_prompt
 from cenote.mix.sinklora.attention import Groups, grouped_attention
+from cenote.mix.sinklora.patterns import Pattern
 from cenote.models.interpolation import interpolated
 from cenote.models.live import AttentionCall, AttentionEdit, Where, edited
 from cenote.models.live.edits import require_where
@@ -40,7 +42,8 @@ class GroupedAttention(AttentionEdit):
     For training, by `cenote.models.live.edited`; a model is evaluated outside of the block, with full attention.
 
     Args:
-        groups: who reads whom; see `Groups` for SF-Attn, S2-Attn and block-diagonal attention.
+        groups: who reads whom; see `Groups` for SF-Attn, S2-Attn and block-diagonal attention, `Pattern` for rivals, which are
+            computed as masks.
         at: the places.
 
     Raises:
@@ -58,8 +61,8 @@ class GroupedAttention(AttentionEdit):
     Source: Zhang (2024), arXiv 2406.05678.
     """
 
-    def __init__(self, groups: Groups | None = None, at: Where | None = None) -> None:
-        self.groups = Groups() if groups is None else groups
+    def __init__(self, groups: Groups | Pattern | None = None, at: Where | None = None) -> None:
+        self.groups: Groups | Pattern = Groups() if groups is None else groups
         self.at = require_where(at) if at is not None else Where(kinds=["self"])
 
     def attends(
@@ -70,6 +73,11 @@ class GroupedAttention(AttentionEdit):
         require_plain(call)
         real = real_keys(call)
         mask = None if bool(real.all()) else real
+        if isinstance(self.groups, Pattern):
+            laid = leftward(real)
+            may = self.groups.readable(call.heads, call.keys, call.q.device) & laid.real[:, None, None]
+            q, k, v = (laid.laid(x) for x in (call.q, call.k, call.v))
+            return laid.back(masked_attention(q, k, v, may, call.scale))
         return grouped_attention(call.q, call.k, call.v, self.groups, mask, call.scale)
 
 
@@ -184,7 +192,7 @@ def train_longer(
     draw: Callable[[], Texts],
     *,
     steps: int,
-    groups: Groups | None,
+    groups: Groups | Pattern | None,
     lr: float = 2e-5,
     warmup: int = 20,
 ) -> list[float]:
