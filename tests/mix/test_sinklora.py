@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from cenote.core import InputError
 from cenote.mix.blocks import masked_attention
 from cenote.mix.losses import losses_by_length, token_losses
+from cenote.mix.policies import H2O
 from cenote.mix.sinklora.attention import Groups, grouped_attention
 from cenote.mix.sinklora.live import (
     GroupedAttention,
@@ -176,6 +177,19 @@ def test_prompts_of_any_length_are_grouped_and_decoding_is_not() -> None:
         torch.testing.assert_close(steps[:, 1], behind[:, -1], atol=1e-4, rtol=1e-4)
         assert torch.equal(logits(model, ids, mask), plain)
         assert unchanged(model, before)
+
+
+def test_heavy_hitters_of_a_budget_of_everything_are_the_full_cache() -> None:
+    model, (ids, mask) = decoder(), texts()
+    made, steps = generated(model, ids, mask)
+    with H2O(budget=64, recent=32).on(model):
+        again, same = generated(model, ids, mask)
+    assert torch.equal(again, made)
+    assert torch.equal(same, steps)
+    with H2O(budget=8, recent=4).on(model) as run:
+        fewer = generated(model, ids, mask)[1]
+    assert torch.isfinite(fewer).all()
+    assert max(run.most.values()) <= 9
 
 
 def test_only_what_is_adapted_moves_and_merging_is_the_same(tmp_path: Path) -> None:
