@@ -11,7 +11,7 @@ from cenote.core import InputError
 from cenote.core.rotary import Angles, angles, rotated
 from cenote.mix.block_rivals import block_rival
 from cenote.mix.blocks import masked_weights, pooled, readable
-from cenote.mix.coverage import covered, ends
+from cenote.mix.coverage import covered_mass, ends
 from cenote.mix.layer_gates import distil_gates
 from cenote.mix.losses import decoded_losses, token_losses, trailing
 from cenote.mix.seerattention_r.gate import CompressedKeys, GroupGate, row_target, select, valid_blocks
@@ -199,7 +199,7 @@ def test_the_oracle_covers_most_and_ends_do_not_count_as_a_choice() -> None:
         begun = torch.arange(6) <= (torch.arange(24) // 4)[:, None]
         chosen = scores.masked_fill(~begun, -9.0).topk(2, -1).indices
         kept = torch.zeros_like(blocks, dtype=torch.bool).scatter(-1, chosen, True)
-        found[name] = covered(weights, readable(kept, 4, 24), ends(24, 24, 4))
+        found[name] = covered_mass(weights, readable(kept, 4, 24), ends(24, 24, 4))
     assert found["best"].mass > found["worst"].mass
     assert found["best"].inner > found["worst"].inner
-    assert covered(weights, torch.ones_like(weights, dtype=torch.bool)) == (pytest.approx(1.0), pytest.approx(1.0), 1.0)
+    assert covered_mass(weights, torch.ones_like(weights, dtype=torch.bool)) == (pytest.approx(1.0), pytest.approx(1.0), 1.0)

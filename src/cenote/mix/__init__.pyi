@@ -1,5 +1,21 @@
 # written by scripts/build_stubs.py from the catalog; do not edit
 
+from cenote.mix.block_rivals import block_rival as block_rival
+from cenote.mix.coverage import covered_mass as covered_mass
+from cenote.mix.layer_gates import distil_gates as distil_gates
+from cenote.mix.long_context_heads.live import HeadCalibration as HeadCalibration
+from cenote.mix.long_context_heads.live import QAdA as QAdA
+from cenote.mix.long_context_heads.live import calibrate_heads as calibrate_heads
+from cenote.mix.long_context_heads.live import random_words as random_words
+from cenote.mix.long_context_heads.live import sweep_heads as sweep_heads
+from cenote.mix.losses import decoded_losses as decoded_losses
+from cenote.mix.losses import token_losses as token_losses
+from cenote.mix.moba.attention import moba_attention as moba_attention
+from cenote.mix.moba.attention import moba_attention_packed as moba_attention_packed
+from cenote.mix.moba.live import MoBA as MoBA
+from cenote.mix.moba.live import MoBAMixer as MoBAMixer
+from cenote.mix.moba.live import all_but_last as all_but_last
+from cenote.mix.moba.live import train_hybrid as train_hybrid
 from cenote.mix.policies import Dense as Dense
 from cenote.mix.policies import H2O as H2O
 from cenote.mix.policies import KVPolicy as KVPolicy
@@ -7,3 +23,20 @@ from cenote.mix.policies import OracleTopK as OracleTopK
 from cenote.mix.policies import Quest as Quest
 from cenote.mix.policies import RandomKeys as RandomKeys
 from cenote.mix.policies import SinkWindow as SinkWindow
+from cenote.mix.seerattention.gate import BlockGate as BlockGate
+from cenote.mix.seerattention.live import SeerAttention as SeerAttention
+from cenote.mix.seerattention.live import SeerLoss as SeerLoss
+from cenote.mix.seerattention.live import SparsePrompts as SparsePrompts
+from cenote.mix.seerattention.live import train_jointly as train_jointly
+from cenote.mix.seerattention_r.gate import CompressedKeys as CompressedKeys
+from cenote.mix.seerattention_r.gate import GroupGate as GroupGate
+from cenote.mix.seerattention_r.live import SeerAttentionR as SeerAttentionR
+from cenote.mix.seerattention_r.live import SeerRowLoss as SeerRowLoss
+from cenote.mix.seerattention_r.live import SparseDecoding as SparseDecoding
+from cenote.mix.sinklora.attention import Groups as Groups
+from cenote.mix.sinklora.attention import grouped_attention as grouped_attention
+from cenote.mix.sinklora.live import GroupedAttention as GroupedAttention
+from cenote.mix.sinklora.live import SinkLoRA as SinkLoRA
+from cenote.mix.sinklora.live import passkey_accuracy as passkey_accuracy
+from cenote.mix.sinklora.live import train_longer as train_longer
+from cenote.mix.sinklora.patterns import Pattern as Pattern

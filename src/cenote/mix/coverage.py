@@ -23,7 +23,7 @@ class Coverage(NamedTuple):
     share: float
 
 
-def covered(
+def covered_mass(
     weights: Float[Tensor, "batch heads queries keys"],
     kept: Bool[Tensor, "batch #heads queries keys"],
     always: Bool[Tensor, "*_batch queries keys"] | None = None,
@@ -40,7 +40,7 @@ def covered(
     Example:
         >>> weights = torch.tensor([[[[0.5, 0.3, 0.2]]]])
         >>> kept = torch.tensor([[[[True, False, True]]]])
-        >>> tuple(round(x, 2) for x in covered(weights, kept, always=torch.tensor([[True, False, False]])))
+        >>> tuple(round(x, 2) for x in covered_mass(weights, kept, always=torch.tensor([[True, False, False]])))
         (0.7, 0.4, 0.67)
     """
     may = weights > 0 if may is None else may.expand_as(weights)
