@@ -9,10 +9,14 @@ from torch.nn import functional as F
 
 from cenote.core import InputError
 from cenote.mix.blocks import block_attention
+from cenote.mix.long_context_heads.live import QAdA
 from cenote.mix.moba.attention import moba_attention, moba_attention_packed, route
 from cenote.mix.moba.live import MoBA, MoBAMixer, all_but_last, keys_read, train_hybrid
-from cenote.models.live import Where, edited
+from cenote.mix.sinklora.attention import Groups
+from cenote.mix.sinklora.live import GroupedAttention
+from cenote.models.live import Edit, Where, edited
 from tests.mix.decoders import decoder, generated, logits, numbers, state_of, texts, unchanged
+from tests.models.live import zoo
 
 
 def qkv(tokens: int = 19, heads: int = 4, kv_heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,6 +209,20 @@ def test_the_mixer_is_causal_heeds_padding_and_shows_its_weights() -> None:
     values = mixer.values(x).unflatten(-1, (2, 4)).transpose(1, 2).repeat_interleave(2, 1)
     again = mixer.out((weights @ values).transpose(1, 2).flatten(2)).masked_fill(~mask[..., None], 0.0)
     torch.testing.assert_close(again, y, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("edit", [MoBA(4, 2), QAdA(0.5, 2, 6), GroupedAttention(Groups(4))])
+def test_attention_of_another_kind_is_refused(edit: Edit) -> None:
+    ids, mask = texts()
+    windowed = zoo.built("MistralForCausalLM", {**zoo.GROUPED, "sliding_window": 8}, "sdpa")
+    with pytest.raises(InputError, match="has a sliding window of fewer tokens"), edited(windowed, edit):
+        logits(windowed, ids, mask)
+    capped = zoo.built("Gemma2ForCausalLM", {**zoo.GROUPED, "head_dim": 8}, "eager")
+    with pytest.raises(InputError, match="has a soft cap"), edited(capped, edit):
+        logits(capped, ids, mask)
+    encoder = zoo.built("BertModel", zoo.TEXT, "sdpa")
+    with pytest.raises(InputError, match="give a causal decoder"), edited(encoder, edit), torch.no_grad():
+        encoder(ids)
 
 
 def test_what_cannot_be_is_said() -> None:

@@ -202,4 +202,8 @@ def test_the_oracle_covers_most_and_ends_do_not_count_as_a_choice() -> None:
         found[name] = covered_mass(weights, readable(kept, 4, 24), ends(24, 24, 4))
     assert found["best"].mass > found["worst"].mass
     assert found["best"].inner > found["worst"].inner
-    assert covered_mass(weights, torch.ones_like(weights, dtype=torch.bool)) == (pytest.approx(1.0), pytest.approx(1.0), 1.0)
+    assert covered_mass(weights, torch.ones_like(weights, dtype=torch.bool)) == (
+        pytest.approx(1.0),
+        pytest.approx(1.0),
+        1.0,
+    )

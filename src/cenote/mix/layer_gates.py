@@ -143,6 +143,12 @@ class BeforePositions(AttentionEdit):
 
     def before(self, call: AttentionCall) -> tuple[Tensor, Tensor, Angles]:
         """Queries, the keys of the same tokens, and their angles."""
+        gate: Any = self.gates.of(call.place)
+        if (gate.heads, gate.kv_heads) != (call.heads, call.k.shape[1]):
+            raise InputError(
+                f"gates: {call.place.path} has {call.heads} heads of queries and {call.k.shape[1]} of keys, its gate is for "
+                f"{gate.heads} and {gate.kv_heads}, as the model's configuration says"
+            )
         by = self.angles.of(call.place)
         return unrotated(call.q, by), unrotated(call.k[:, :, -call.queries :], by), by
 
@@ -151,14 +157,32 @@ def real_keys(call: AttentionCall) -> Bool[Tensor, "batch keys"]:
     """Which keys are no padding: those that the last query may read.
 
     Raises:
-        InputError: where queries read later keys, or keys are not all read at the end (a sliding window).
+        InputError: where queries read later keys, or a sliding window leaves out keys.
     """
-    ends = torch.zeros(call.batch, call.queries, dtype=torch.bool, device=call.q.device)
-    ends[:, -1] = True
-    last = call.only(ends).readable() if call.queries > 1 else call.readable()
+    whole = torch.ones(call.batch, call.keys, dtype=torch.bool, device=call.q.device)
+    last = _row(call, torch.full((call.batch,), call.queries - 1, device=call.q.device))
     if last is None:
-        return torch.ones(call.batch, call.keys, dtype=torch.bool, device=call.q.device)
-    return last[:, :1, -1].expand(call.batch, -1, -1).any(1)
+        if call.queries > 1:
+            raise InputError(f"model: attention at {call.place.path} reads later tokens; give a causal decoder")
+        return whole
+    first = last.to(torch.uint8).argmax(1)
+    before = (first + call.queries - call.keys - 1).clamp(min=0)
+    seen = _row(call, before)
+    if call.queries > 1 and seen is not None:
+        itself = seen.gather(1, (before + call.keys - call.queries)[:, None])[:, 0]
+        if bool((itself & ~last[:, 0] & (first > 0)).any()):
+            raise InputError(
+                f"model: {call.place.path} has a sliding window of fewer tokens than there are, which reads few keys already; "
+                f"leave its block out (at=Where(blocks))"
+            )
+    return last
+
+
+def _row(call: AttentionCall, number: Int[Tensor, "batch"]) -> Bool[Tensor, "batch keys"] | None:
+    """Which keys one query of each item may read; None for all."""
+    if call.allowed is None:
+        return None
+    return call.allowed(number[:, None])[:, :1, -1].expand(call.batch, -1, -1).any(1)
 
 
 def require_plain(call: AttentionCall) -> None:

@@ -71,7 +71,7 @@ class BlockGate(nn.Module):
             raise InputError(f"heads: {heads} heads of queries cannot share {kv_heads} heads of keys")
         if not q_pools or not k_pools:
             raise InputError("q_pools: give at least one way to pool queries, and one for keys")
-        self.width, self.heads, self.block, self.gate_width = width, heads, block, gate_width
+        self.width, self.heads, self.kv_heads, self.block, self.gate_width = width, heads, kv_heads, block, gate_width
         self.q_pools, self.k_pools = tuple(q_pools), tuple(k_pools)
         self.two_maps = force_double or len(q_pools) > 1 or gate_width != width
         self.key_maps = _maps(kv_heads if self.two_maps else heads, width * len(k_pools), gate_width)

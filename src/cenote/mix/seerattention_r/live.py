@@ -94,7 +94,9 @@ class SeerAttentionR(LayerGates):
 class SparseDecoding(BeforePositions):
     """Each decoded token reads the blocks of the cache alone that its gates choose, one choice per head of keys.
 
-    The prompt is read whole, and the cache kept whole. For `cenote.models.live.edited`; several prompts may follow one another.
+    The prompt is read whole, and the cache kept whole. Blocks are cut by slots of the cache, padding among them, as in the
+    authors' code, so that those of a padded item lie otherwise than those of the item alone. For
+    `cenote.models.live.edited`; several prompts may follow one another.
 
     Args:
         gates: of the model.

@@ -23,7 +23,7 @@ class Pattern:
 
     Args:
         kind: `"window"`: the last `group` tokens; `"fixed"`: the tokens of its own block of half a group, and the last ones of
-            earlier blocks; `"strided"`: the last half of a group, and every so-manieth token before; `"random"`: the last half
+            earlier blocks; `"strided"`: the last half of a group, and and tokens at even distances before; `"random"`: the last half
             of a group, and as many others by lot.
         group: tokens that are read, about.
         seed: of `"random"`.
