@@ -18,7 +18,7 @@ from cenote.core.language import accepted
 from cenote.core.requirements import require_at_least, require_one_of, require_positive
 from cenote.core.rotary import angles, rotated
 from cenote.mix.base import Mixer
-from cenote.mix.blocks import Leftward, block_attention, leftward, masked_weights, own_block, readable
+from cenote.mix.blocks import Leftward, block_attention, leftward, masked_attention, masked_weights, own_block, readable
 from cenote.mix.layer_gates import Texts, real_keys, require_plain, told, whole_prompt
 from cenote.mix.moba.attention import Routed, route
 from cenote.models.live import AttentionCall, AttentionEdit, Where, attentions, edited, one_stack
@@ -181,8 +181,12 @@ class MoBAMixer(Mixer):
         laid = leftward(mask)
         q, k, v = self._projected(x, positions, laid)
         chosen = route(q, k, self.block, self.top, laid.real, first=self.first, last=self.last).chosen
-        y = laid.back(block_attention(q, k, v, chosen, self.block, laid.real))
-        return self.out(y.transpose(1, 2).flatten(2))
+        if torch.compiler.is_compiling():
+            # how many queries choose a block is known only when it runs
+            y = masked_attention(q, k, v, readable(chosen, self.block, k.shape[2], laid.real))
+        else:
+            y = block_attention(q, k, v, chosen, self.block, laid.real)
+        return self.out(laid.back(y).transpose(1, 2).flatten(2))
 
     def weights_of(
         self,

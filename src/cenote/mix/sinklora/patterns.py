@@ -23,8 +23,8 @@ class Pattern:
 
     Args:
         kind: `"window"`: the last `group` tokens; `"fixed"`: the tokens of its own block of half a group, and the last ones of
-            earlier blocks; `"strided"`: the last half of a group, and and tokens at even distances before; `"random"`: the last half
-            of a group, and as many others by lot.
+            earlier blocks; `"strided"`: the last half of a group, and tokens at even distances before; `"random"`: the last
+            half of a group, and as many others by lot.
         group: tokens that are read, about.
         seed: of `"random"`.
 
