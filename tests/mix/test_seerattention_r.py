@@ -17,7 +17,7 @@ from cenote.mix.losses import decoded_losses, token_losses, trailing
 from cenote.mix.seerattention_r.gate import CompressedKeys, GroupGate, row_target, select, valid_blocks
 from cenote.mix.seerattention_r.live import SeerAttentionR, SeerRowLoss, SparseDecoding
 from cenote.models.live import edited
-from tests.mix.decoders import decoder, generated, numbers, state_of, texts, unchanged
+from tests.mix.decoders import decoder, generated, logits, numbers, state_of, texts, unchanged
 
 
 def at(tokens: int, width: int = 8) -> Angles:
@@ -135,6 +135,10 @@ def test_few_blocks_are_read_one_choice_per_head_of_keys_and_none_of_padding() -
         edited(model, SparseDecoding(gates, budget=8)),
     ):
         generated(model, ids, mask, num_beams=3)
+    with pytest.raises(InputError, match="decodes without a cache"), edited(model, SparseDecoding(gates, budget=8)):
+        generated(model, ids, mask, use_cache=False)
+    with pytest.raises(InputError, match="SparseDecoding did nothing"), edited(model, SparseDecoding(gates, budget=8)):
+        logits(model, ids, mask)
     with torch.no_grad():
         told = model(input_ids=ids, attention_mask=mask.long(), use_cache=True)
     cache = getattr(told, "cache", None) or told.past_key_values
@@ -155,8 +159,8 @@ def test_decoded_losses_are_those_of_the_text_at_once() -> None:
 def test_distilling_moves_gates_alone(tmp_path: Path) -> None:
     model, (ids, mask) = decoder(num_hidden_layers=2), texts(24)
     gates, before = SeerAttentionR(model, block=4), state_of(model)
-    losses = distil_gates(SeerRowLoss(gates), model, lambda: (ids, mask), steps=20, lr=1e-2, last_lr=1e-5, warmup=2)
-    assert losses[-1] < 0.7 * losses[0]
+    losses = distil_gates(SeerRowLoss(gates), model, lambda: (ids, mask), steps=12, lr=1e-2, last_lr=1e-5, warmup=2)
+    assert losses[-1] < 0.85 * losses[0]
     assert unchanged(model, before)
     assert all(p.grad is None for p in model.parameters())
     gates.save(tmp_path / "gates.safetensors")

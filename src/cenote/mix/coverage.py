@@ -47,7 +47,7 @@ def covered_mass(
     rows = weights.sum(-1) > 0
     kept = kept & may
     mass = (weights * kept).sum(-1)[rows].mean()
-    other = torch.ones_like(may) if always is None else ~always.expand_as(weights)
+    other = torch.ones_like(may) if always is None else ~always.to(may.device).expand_as(weights)
     there = (weights * other).sum(-1)
     inner = (weights * other * kept).sum(-1)
     some = rows & (there > 0)

@@ -30,7 +30,7 @@ from cenote.mix.seerattention_r.gate import (
     select,
     valid_blocks,
 )
-from cenote.models.live import AttentionCall, Place, Where
+from cenote.models.live import AttentionCall, Place, Run, Where
 from cenote.models.live.edits import Trace
 
 
@@ -112,9 +112,11 @@ class SparseDecoding(BeforePositions):
         read: of each computation, how many keys its heads of keys read, all items together, and how many there were.
 
     Raises:
-        InputError: unless either a budget or a threshold is given; in use, for beams, for caches that were cropped, and for
-            attention with soft caps, sinks or biases.
+        InputError: unless either a budget or a threshold is given; on leaving, where nothing was decoded; in use, for beams,
+            for caches that were cropped or not kept, and for attention with soft caps, sinks or biases.
     """
+
+    counts_itself = True
 
     def __init__(
         self,
@@ -137,6 +139,9 @@ class SparseDecoding(BeforePositions):
         self._caches: dict[Place, CompressedKeys] = {}
         self._last: dict[Place, Tensor] = {}
 
+    def joins(self, run: Run) -> None:
+        self._run = run
+
     def begins(self) -> None:
         self.kept.clear()
         self.read.clear()
@@ -149,6 +154,7 @@ class SparseDecoding(BeforePositions):
         gate = cast(GroupGate, self.gates.of(call.place))
         dtype = gate.key_maps.dtype
         if call.queries == call.keys:
+            self._require_cache(call)
             self._caches[call.place] = CompressedKeys(gate, self.rope)
         else:
             self._require_same(call)
@@ -171,6 +177,7 @@ class SparseDecoding(BeforePositions):
                 scores = scores.masked_fill(~there[:, None], MASKED)
             kept = select(scores, budget=self.budget, threshold=self.threshold, block=gate.block, valid=there)
         self.kept.keep(call.place, kept, detach=True)
+        self._run.counts(self, call.place, int(kept.sum()))
         may = kept.repeat_interleave(gate.block, -1)[..., : call.keys] & real[:, None, None]
         self.read.append((int(may.sum()), int(real.sum()) * may.shape[1]))
         numbers, valid = routing.packed(may[:, :, 0])
@@ -181,6 +188,14 @@ class SparseDecoding(BeforePositions):
         """Of the keys that there were, those that decoding read; NaN where nothing was decoded."""
         there = sum(of for _, of in self.read)
         return sum(read for read, _ in self.read) / there if there else float("nan")
+
+    def _require_cache(self, call: AttentionCall) -> None:
+        """All tokens anew, and one more than before, is decoding that keeps no cache: nothing would be left out."""
+        before, last = self._caches.get(call.place), self._last.get(call.place)
+        if before is None or last is None or before.tokens != call.keys - 1 or len(last) != call.batch:
+            return
+        if torch.allclose(last, call.k[:, :, -2], atol=1e-3, rtol=1e-3):
+            raise InputError("model: decodes without a cache, and reads everything; decode with use_cache=True")
 
     def _require_same(self, call: AttentionCall) -> None:
         """The cache must be the one that was seen growing."""
