@@ -86,8 +86,8 @@ class Rotary(ScoreModifier):
         width: of a head; even.
         base: of the frequencies; larger ones turn slower.
         stretch: how a model goes on behind the length `trained`, `factor` times as far: `"interpolated"` divides all
-            frequencies (position interpolation), `"yarn"` divides those that turn less than once within `trained`, leaves those that
-            turn 32 times or more, ramps between, and sharpens the scores by `(0.1 ln factor + 1)^2`.
+            frequencies (position interpolation), `"yarn"` divides those that turn less than once within `trained`, leaves
+            those that turn 32 times or more, ramps between, and sharpens the scores by `(0.1 ln factor + 1)^2`.
         factor, trained: of the stretch.
 
     Source: Su et al. (2021), arXiv 2104.09864; Chen et al. (2023), arXiv 2306.15595; Peng et al. (2023), arXiv 2309.00071.

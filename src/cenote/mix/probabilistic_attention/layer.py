@@ -115,10 +115,10 @@ class ProbabilisticAttention(nn.Module):
             alpha, beta: precisions of keys and of values: a number, or one per component.
             priors: `pi`, of each component for each query.
             v_init: a first guess of each query's value, which takes part in the weights.
-            v_fixed: values that are known, 0 where none is; the last channel is 1 where one is. With `v_pos` there may be as many
-                channels again before the last, of their positions.
-            key_precision, value_precision: `lam` and `kap`, of the priors of keys and values; None: the weighted mean of what was
-                seen or told.
+            v_fixed: values that are known, 0 where none is; the last channel is 1 where one is. With `v_pos` there may be as
+                many channels again before the last, of their positions.
+            key_precision, value_precision: `lam` and `kap`, of the priors of keys and values; None: the weighted mean of what
+                was seen or told.
             q_pos, key_pos, v_pos: embeddings of relative positions; those of keys are stored `[width, component, query]`.
             mask: True where a query may read a component.
 
@@ -229,9 +229,6 @@ def _told(
     precision: Tensor | float | None,
 ) -> Float[Tensor, "items groups value_width components"]:
     told, mass = known @ weights, is_known @ weights + EPSILON
-    if precision is None:
-        updated = told / mass
-    else:
-        updated = (precision * values + beta * told) / (precision + beta * mass)
+    updated = told / mass if precision is None else (precision * values + beta * told) / (precision + beta * mass)
     # where nothing is known nothing changes
     return torch.where(is_known.sum(-1, keepdim=True) > 0, updated, values)

@@ -56,7 +56,7 @@ class RankAttention(Mixer):
 
     @classmethod
     def exact(cls, dim: int, temperature: float = 1.0, hard: bool = True) -> RankAttention:
-        """One head of full rank, all maps the identity: with hard attention it gives the nearest point, for any number of points.
+        """One head of full rank, all maps the identity: with hard attention it gives the nearest of any number of points.
 
         Args:
             temperature: factor on the scores, for soft attention.

@@ -90,7 +90,8 @@ class TAPA(PhaseScores):
         amplitude = round(self.theta * width)
         if not 0 < amplitude < width:
             raise InputError(
-                f"theta: of {width} channels {amplitude} would give the amplitude and {width - amplitude} the phase; both need one"
+                f"theta: of {width} channels {amplitude} would give the amplitude and {width - amplitude} the phase; both "
+                f"need one"
             )
         return amplitude
 
@@ -149,7 +150,7 @@ def attended_in_blocks(
     positions: Positions | None = None,
     block: int = 256,
 ) -> Float[Tensor, "batch heads queries value_width"]:
-    """`softmax(scores) v` a block of keys at a time, with running maximum and sum: memory grows with the block, not with all keys.
+    """`softmax(scores) v` a block of keys at a time, with running maximum and sum: memory grows with the block alone.
 
     Args:
         scores: of which each entry depends on its own query and key alone.
