@@ -51,8 +51,10 @@ class ScalableSoftmax(Normaliser):
         self.factor = nn.Parameter(torch.tensor(float(factor)))
 
     def forward(self, scores: Scores, mask: Readable | None = None) -> Scores:
-        read = readable(scores, mask).sum(-1, keepdim=True).clamp(min=1)
-        return softmax(scores * (self.factor * read.to(scores.dtype).log()).to(scores.dtype), mask)
+        read = readable(scores, mask)
+        length = read.sum(-1, keepdim=True).clamp(min=1).to(scores.dtype)
+        # -inf times the logarithm of 1 is NaN
+        return softmax(scores.masked_fill(~read, 0.0) * (self.factor * length.log()).to(scores.dtype), read)
 
 
 class SelfAdjustedSoftmax(Normaliser):

@@ -304,7 +304,7 @@ def critical_n(
 
 
 def permuted(weights: Weights, mask: Real | None = None, generator: torch.Generator | None = None) -> Weights:
-    """The same weights at other tokens of their row: what is left of a measure then is no matter of which tokens they fall on."""
+    """The same weights at other tokens of their row: what a measure still says then does not hang on which tokens they are."""
     noise = torch.rand(weights.shape, generator=generator, device=weights.device)
     real = torch.ones_like(weights, dtype=torch.bool) if mask is None else mask.expand_as(weights)
     # real tokens in their order, and in a drawn one
