@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cenote.core import InputError
+from cenote.mix.contextual_position_encoding.model import (
+    CoPETransformer,
+    Encoding,
+    answer_error,
+    flip_flop_errors,
+    train_answers,
+)
 from cenote.mix.contextual_position_encoding.scores import CoPE
+from cenote.mix.contextual_position_encoding.tasks import counting, flip_flop, selective_copy
 from cenote.mix.position_scores import DotProduct, RelativeTable
 
 CAUSAL = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
@@ -171,3 +179,93 @@ def test_wrong_uses_are_named() -> None:
         cope("keys")(q[..., :3], k[..., :3])
     with pytest.raises(InputError, match="gate_keys"):
         CoPE(4, gate_keys="queries")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("encoding", ["cope", "cope+rel", "rel", "abs", "abs+rel", "rope", "none"])
+def test_one_token_at_a_time_is_the_whole(encoding: Encoding) -> None:
+    torch.manual_seed(0)
+    settings = {"gate_keys": "own", "every": 2 if encoding == "cope+rel" else 1}
+    model = CoPETransformer(11, 12, encoding, layers=2, dim=16, heads=2, **settings).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    tokens = torch.randint(0, 11, (2, 9))
+    whole, cache, found = model(tokens).logits, None, []
+    for i in range(9):
+        logits, cache = model(tokens[:, i : i + 1], cache=cache)
+        found.append(logits)
+    torch.testing.assert_close(torch.cat(found, 1), whole, atol=1e-5, rtol=1e-5)
+    assert cache[0].k.shape == (2, 2, 9, 8)
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), tokens], 1)
+    mask = (torch.arange(12) > 2).expand(2, -1)
+    if encoding != "abs+rel":
+        torch.testing.assert_close(model(padded, mask).logits[:, 3:], whole, atol=1e-5, rtol=1e-5)
+    later = model(torch.cat([tokens[:, :5], torch.flip(tokens[:, 5:], [1])], 1)).logits
+    torch.testing.assert_close(later[:, :5], whole[:, :5], atol=1e-5, rtol=1e-5)
+
+
+def test_the_model_is_the_published_one() -> None:
+    model = CoPETransformer(20, shared=True)
+    assert len(model.blocks) == 4
+    assert model.embedding.weight.shape == (20, 256)
+    assert model.output is None
+    assert not model.blocks[0].pre_norm
+    assert {id(b.attention.scores) for b in model.blocks} == {id(model.blocks[0].attention.scores)}
+    assert model.blocks[0].attention.scores.table.shape == (1, 64, 513)
+    mixed = CoPETransformer(20, 8, "cope+rel", every=2, dim=16)
+    assert [type(b.attention.scores).__name__ for b in mixed.blocks] == ["RelativeTable", "CoPE"] * 2
+    with pytest.raises(InputError, match="every"):
+        CoPETransformer(20, every=2)
+    with pytest.raises(InputError, match="tokens: 9 of an item, and this model has 8 positions"):
+        CoPETransformer(20, 8, "abs", dim=16)(torch.zeros(1, 9, dtype=torch.long))
+
+
+def test_bits_behind_read_are_those_written_last() -> None:
+    task = flip_flop(50, 12, 0.6, torch.Generator().manual_seed(0))
+    for text, answers in zip(task.tokens.tolist(), task.answers.tolist(), strict=True):
+        held = None
+        for i in range(0, 24, 2):
+            if text[i] == 2:
+                held = text[i + 1]
+            assert answers[i + 1] == (text[i] == 3)
+            assert text[i] != 3 or text[i + 1] == held
+    assert abs(float((task.tokens[:, 2:-2:2] == 4).double().mean()) - 0.6) < 0.05
+    assert flip_flop(3, 4, 0.5, last_only=True).answers.sum() == 3
+
+
+def test_increments_are_counted_since_the_last_zero() -> None:
+    task = counting(60, 40, 3, most=4, weights=(5, 1, 7), generator=torch.Generator().manual_seed(0))
+    for text in task.tokens.tolist():
+        held: dict[int, int] = {}
+        for a, b, _ in zip(*[iter(text[:-3])] * 3, strict=True):
+            if b == 1:
+                held[a] = 0
+            elif b == 2:
+                held[a] += 1
+        assert text[-3] == 3
+        assert text[-1] == 4 + held[text[-2]]
+        assert max(held.values()) <= 4
+    assert torch.equal(task.answers.nonzero()[:, 1], torch.full((60,), 122))
+    with pytest.raises(InputError, match="steps"):
+        counting(1, 3, 3)
+
+
+def test_marks_are_copied_without_blanks() -> None:
+    for blanks in (2, 40):
+        task = selective_copy(9, 5, blanks, generator=torch.Generator().manual_seed(0))
+        for text in task.tokens:
+            assert torch.equal(text[:-6][text[:-6] != 8], text[-5:])
+        assert bool((task.tokens[:, -6] == 9).all())
+
+
+def test_training_lowers_the_error_on_answers() -> None:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    model = CoPETransformer(5, 8, positions=4, layers=1, dim=16, heads=1, dropout=0.0, pre_norm=True)
+    losses = train_answers(model, lambda _: flip_flop(32, 3, 0.0, generator), 60, lr=2e-2)
+    assert not model.training
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    task = flip_flop(64, 3, 0.0, torch.Generator().manual_seed(1))
+    assert answer_error(model, *task) < 0.3
+    table = flip_flop_errors(model, shares=(0.0, 0.5), pairs=(3, 4), texts=64)
+    assert set(table) == {(0.0, 3), (0.0, 4), (0.5, 3), (0.5, 4)}
+    assert table[0.0, 3] < 0.3

@@ -36,11 +36,11 @@ class Attended(NamedTuple):
 
 
 class LocalPositions(nn.Module):
-    """Where a query looks: weights of the keys around a place, `exp(-(s - p)^2 / (2 sigma^2))` in `[p - D, p + D]`, 0 elsewhere.
+    """Where a query looks: weights around a place, `exp(-(s - p)^2 / (2 sigma^2))` in `[p - D, p + D]`, 0 elsewhere.
 
     Args:
-        kind: `"monotonic"`: `p_t = t`, the query's own number; `"predictive"`: `p_t = S sigmoid(v . tanh(W q))`, S the number of
-            keys.
+        kind: `"monotonic"`: `p_t = t`, the query's own number; `"predictive"`: `p_t = S sigmoid(v . tanh(W q))`, S the number
+            of keys.
         around: D.
         query_dim: of the queries, for `"predictive"`.
         sigma: `D / 2` for predictive places, infinite for monotonic ones, unless given.
@@ -96,8 +96,8 @@ class GeneralAttention(nn.Module):
         alignment: one of `cenote.mix.attention_survey.alignments.ALIGNMENTS`.
         distribution: one of `cenote.mix.normalisers.NORMALISERS`, or an object.
         query_dim: of queries; as the keys by default.
-        heads: above 1, queries, keys and values are mapped and split, and heads mapped back to `dim`; the alignment's parameters
-            are those of all heads.
+        heads: above 1, queries, keys and values are mapped and split, and heads mapped back to `dim`; the alignment's
+            parameters are those of all heads.
         learned_queries: so many queries of its own, for inner attention; 0 for queries that are given.
         local: where queries look; everywhere by default.
         settings: of the alignment: `hidden`, `activation`, `layers`, `most`, ...
