@@ -23,6 +23,7 @@ from cenote.mix.marginal_attention.families import (
     SubsetOfParents,
     UncertainCount,
 )
+from cenote.mix.marginal_attention.layers import GraphPosterior, PosteriorAttention, PosteriorEncoder, SlotPosterior
 
 N = 4
 FAMILIES: dict[str, Structure] = {
@@ -256,3 +257,74 @@ def test_large_potentials_and_long_rows_stay_finite() -> None:
         (found.marginals * torch.randn(64)).sum().backward()
         assert bool(f.grad.isfinite().all())
     assert SubsetOfParents(8)(f).marginals.sum().item() == pytest.approx(8)
+
+
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n != "window"])
+def test_layers_of_every_family_leave_padding_out_and_learn(name: str) -> None:
+    torch.manual_seed(0)
+    layer = PosteriorAttention(8, FAMILIES[name], heads=2, prior="distances").double()
+    torch.nn.init.normal_(layer.distances)
+    x, mask = torch.randn(2, 5, 8).double(), torch.tensor([[True] * 5, [False, True, True, True, False]])
+    x[~mask] = math.nan
+    y = layer(x, mask)
+    torch.testing.assert_close(y[1:, mask[1]], layer(x[1:, mask[1]]))
+    y.square().sum().backward()
+    assert all(bool(p.grad.isfinite().all()) and bool(p.grad.any()) for p in layer.parameters() if p.requires_grad)
+
+
+def test_a_layer_of_one_parent_is_a_transformers() -> None:
+    torch.manual_seed(0)
+    layer, x = PosteriorAttention(8, heads=2), torch.randn(2, 5, 8)
+    q, k, v = (m(x).view(2, 5, 2, 4).transpose(1, 2) for m in (layer.query, layer.key, layer.value))
+    expected = layer.output(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer.weights_of(x).sum(-1), torch.ones(2, 2, 5))
+    order = torch.randperm(5)
+    torch.testing.assert_close(layer(x[:, order]), layer(x)[:, order])
+
+
+def test_an_encoder_takes_a_family_per_layer_and_tells_its_evidence() -> None:
+    torch.manual_seed(0)
+    learned = UncertainCount([0.0, 0.0, 0.0], learned=True)
+    families = [SubsetOfParents(2), learned, ContiguousWindow(), OneParentPerQuery()]
+    model = PosteriorEncoder(8, families, heads=2, prior="distances")
+    x, mask = torch.randn(2, 5, 8), torch.tensor([[True] * 5, [True, True, True, False, False]])
+    y, evidence = model(x, mask)
+    alone, own = model(x[1:, :3])
+    torch.testing.assert_close(y[1:, :3], alone)
+    torch.testing.assert_close(evidence[1:], own)
+    (y.square().mean() - evidence.mean()).backward()
+    assert bool(learned.log_counts.grad.any())
+    with pytest.raises(InputError, match="families"):
+        PosteriorEncoder(8, [])
+
+
+def test_graphs_are_a_prior() -> None:
+    torch.manual_seed(0)
+    layer, x = GraphPosterior(8, heads=2, loops=False), torch.randn(1, 4, 8)
+    edges = torch.tensor([[[0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 0]]]).bool()
+    found = layer.over(x, edges)
+    torch.testing.assert_close(found[:, 0], layer.output(layer.value(x[:, 1])))
+    torch.testing.assert_close(found[:, 2], layer.output.bias[None])
+    full = layer.over(x, torch.ones_like(edges))
+    torch.testing.assert_close(full, layer(x))
+
+
+def test_slots_are_steps_of_soft_k_means() -> None:
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(1, 20, 2) * 0.1 + 3, torch.randn(1, 20, 2) * 0.1 - 3], 1)
+    start = torch.tensor([[[1.0, 1.0], [-1.0, 0.0]]])
+    model = SlotPosterior(2, 2, sigma=0.5, steps=5)
+    found = model(x, start=start)
+    torch.testing.assert_close(found.slots[0], torch.stack([x[0, :20].mean(0), x[0, 20:].mean(0)]))
+    torch.testing.assert_close(found.belongs.sum(1), torch.ones(1, 40))
+    one = SlotPosterior(2, 2, sigma=0.5, steps=1)(x, start=start).slots
+    log = -torch.cdist(start, x).square() / (2 * 0.25)
+    weights = log.softmax(1)
+    torch.testing.assert_close(one, weights @ x / weights.sum(-1, keepdim=True))
+    mask = torch.ones(1, 40, dtype=torch.bool)
+    mask[:, 20:] = False
+    torch.testing.assert_close(model(x, mask, start).slots[0, 0], x[0, :20].mean(0))
+    learned = SlotPosterior(3, 2, learned=True)
+    learned(x).slots.sum().backward()
+    assert learned.update.weight_ih.grad is not None

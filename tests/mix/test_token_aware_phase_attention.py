@@ -12,7 +12,6 @@ from torch import Tensor
 from cenote.core import InputError
 from cenote.mix.normalisers import softmax
 from cenote.mix.position_scores import DotProduct, Rotary
-from cenote.mix.scored_decoder import trained
 from cenote.mix.token_aware_phase_attention.decoder import (
     Encoding,
     TAPAConfig,
@@ -22,6 +21,7 @@ from cenote.mix.token_aware_phase_attention.decoder import (
 )
 from cenote.mix.token_aware_phase_attention.scores import TAPA, GeneralPhase, attended_in_blocks
 from cenote.mix.token_aware_phase_attention.theory import phase_mean, phase_second_moment, rope_mean
+from cenote.mix.trained import trained
 
 CAUSAL = torch.ones(7, 7, dtype=torch.bool).tril()[None, None]
 

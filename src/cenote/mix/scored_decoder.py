@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -135,7 +134,7 @@ class ScoredDecoder(nn.Module):
     def generate(
         self, tokens: Int[Tensor, "batch tokens"], count: int, mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Int[Tensor, "batch longer"]:
-        """The most probable tokens one after the other, `count` of them, behind a prompt that is padded on the left or not at all.
+        """The most probable tokens, `count` of them one by one, behind a prompt that is padded on the left or not at all.
 
         Raises:
             InputError: where an item ends in padding.
@@ -206,59 +205,6 @@ def next_token_losses(
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none").view(
         len(tokens), -1
     )
-
-
-def trained(
-    model: nn.Module,
-    loss: Callable[[int], Tensor],
-    optimizer: torch.optim.Optimizer,
-    steps: int,
-    *,
-    warm_up: float = 0.0,
-    falls_to: float = 1.0,
-    clip: float | None = None,
-) -> list[float]:
-    """Steps of an optimiser, its rate rising in a line and falling along a cosine; the model is left in eval mode.
-
-    Args:
-        loss: of the batch of each step, from 0.
-        steps: how many.
-        warm_up: share of the steps in which the rate rises.
-        falls_to: share of the rate that is left at the end; 1 for a rate that stays.
-        clip: largest norm of the gradient.
-
-    Returns:
-        The loss of every step.
-
-    Raises:
-        InputError: where a loss is not finite.
-    """
-    require_at_least(1, steps=steps)
-    require_rate(warm_up=warm_up)
-    rises = round(warm_up * steps)
-
-    def factor(step: int) -> float:
-        if step < rises:
-            return (step + 1) / rises
-        done = (step - rises) / max(1, steps - rises)
-        return falls_to + (1 - falls_to) * 0.5 * (1 + math.cos(math.pi * done))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    losses = []
-    model.train()
-    for step in range(steps):
-        value = loss(step)
-        if not bool(value.isfinite()):
-            raise InputError(f"loss: is {float(value.detach())} at step {step}; try a smaller rate")
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        if clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        schedule.step()
-        losses.append(float(value.detach()))
-    model.eval()
-    return losses
 
 
 def _norm(name: Norm, dim: int) -> nn.Module:

@@ -18,7 +18,8 @@ from cenote.mix.base import ScoreModifier
 from cenote.mix.contextual_position_encoding.scores import CoPE, GateKeys
 from cenote.mix.contextual_position_encoding.tasks import flip_flop
 from cenote.mix.position_scores import DotProduct, RelativeTable, Rotary
-from cenote.mix.scored_decoder import ScoredDecoder, next_token_losses, trained
+from cenote.mix.scored_decoder import ScoredDecoder, next_token_losses
+from cenote.mix.trained import trained
 
 Encoding = Literal["cope", "cope+rel", "rel", "abs", "abs+rel", "rope", "none"]
 
@@ -29,8 +30,8 @@ class CoPETransformer(ScoredDecoder):
     Args:
         vocabulary: number of tokens.
         block: how many tokens it is built for; of tables of distances and of absolute positions.
-        encoding: `"cope"`; its rivals, in the same model: learned absolute positions, a learned table of distances, both, rotary
-            positions, none; `"cope+rel"`: both added.
+        encoding: `"cope"`; its rivals, in the same model: learned absolute positions, a learned table of distances, both,
+            rotary positions, none; `"cope+rel"`: both added.
         positions: of the table of `CoPE`; `block + 1` by default.
         every: with `"cope+rel"`, contextual positions in every so many-th layer, distances alone in the others.
         shared: one table for all layers.
@@ -118,8 +119,8 @@ def flip_flop_errors(
     texts: int = 256,
     random_state: int = 0,
 ) -> dict[tuple[float, int], float]:
-    """Share of wrong bits in the flip-flop language, by the share of `ignore` and the number of pairs: in and out of what it was
-    trained on."""
+    """Share of wrong bits in the flip-flop language, by share of `ignore` and number of pairs: in and out of what it was trained
+    on."""
     found = {}
     for share in shares:
         for count in pairs:

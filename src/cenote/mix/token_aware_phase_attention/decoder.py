@@ -20,8 +20,9 @@ from cenote.core import InputError, files
 from cenote.core.requirements import require_at_least, require_one_of
 from cenote.mix.base import ScoreModifier
 from cenote.mix.position_scores import DotProduct, Rotary
-from cenote.mix.scored_decoder import ScoredDecoder, next_token_losses, trained
+from cenote.mix.scored_decoder import ScoredDecoder, next_token_losses
 from cenote.mix.token_aware_phase_attention.scores import TAPA, GeneralPhase
+from cenote.mix.trained import trained
 
 Encoding = Literal["tapa", "general", "linear", "rope", "interpolated", "yarn", "none"]
 CARD, TENSORS, FORMAT = "tapa_decoder.json", "tapa_decoder.safetensors", 1
