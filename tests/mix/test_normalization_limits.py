@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,9 @@ from cenote.mix.normalization_limits.measures import (
     top_set,
     vanishing_range,
 )
+from cenote.mix.normalization_limits.scan import HeadScan
+from cenote.models.live import recorded
+from tests import tiny
 
 
 def row(length: int = 7, dim: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -203,3 +207,59 @@ def test_sharp_rows_differ_from_random_sets_and_flat_ones_do_not() -> None:
         critical_n(sharp, x, (100,))
     with pytest.raises(InputError, match="n: 7 of the others"):
         expected_squared_distances(*row(), 7)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    library = tiny.transformers()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = library.LlamaForCausalLM(library.LlamaConfig(vocab_size=30, intermediate_size=16, **sizes)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(20 if "q_proj" in name else 4)
+    return model
+
+
+def test_heads_of_a_running_model_are_measured_row_by_row(llama: Any) -> None:
+    torch.manual_seed(0)
+    inputs = {"input_ids": torch.randint(0, 30, (1, 24))}
+    before = llama(**inputs).logits
+    found = HeadScan(n=3, rows=4).scan(llama, inputs)
+    assert len(found.heads) == 8
+    assert torch.equal(llama(**inputs).logits, before)
+    with recorded(llama, "inputs") as seen:
+        llama(**inputs)
+    call = list(seen["inputs"].values())[1][0]
+    rows = []
+    for i in range(20, 24):
+        weights = call.weights()[0, 3, i, : i + 1].double()
+        rows.append(distance(weights, call.v[0, 1, : i + 1].double(), 3))
+    assert found.heads[7].distance == pytest.approx(float(sum(rows) / 4), rel=1e-5)
+    assert all(h.distance <= h.bound for h in found.heads)
+    assert found.table().count("\n") == 8
+    assert "of 8 heads are flat at 24 tokens" in found.sentence()
+    without = HeadScan(n=3, rows=4, without_first=1).scan(llama, inputs)
+    assert without.heads[0].distance != found.heads[0].distance
+
+
+@pytest.mark.parametrize("name", ["softmax", "sparsemax", "sigmoid"])
+def test_encoders_lengths_embeddings_and_other_normalisers_are_scanned(name: str) -> None:
+    library = tiny.transformers()
+    torch.manual_seed(0)
+    model = library.BertModel(library.BertConfig(**{**tiny.TEXT, "max_position_embeddings": 64})).eval()
+    inputs = {"input_ids": torch.randint(0, 40, (2, 40))}
+    scan = HeadScan(n=3, vectors="embeddings", normaliser=name, rows=12, temperature=0.5)
+    found = scan.scan(model, inputs, lengths=(10, 20, 40))
+    assert len(found.heads) == 3 * 12
+    slope, fit = found.growth()
+    if name == "softmax":
+        assert slope > 0
+        assert fit > 0.5
+        assert all(0 < h.critical <= 0.5 for h in found.heads if not math.isnan(h.critical))
+    with pytest.raises(InputError, match="lengths: 41 tokens"):
+        scan.scan(model, inputs, lengths=(41,))
+    with pytest.raises(InputError, match="n: 3 top tokens, and a row reads 3"):
+        scan.scan(model, inputs, lengths=(3,))
+    with pytest.raises(InputError, match="lengths: a line needs three"):
+        scan.scan(model, inputs).growth()

@@ -119,8 +119,7 @@ def flip_flop_errors(
     texts: int = 256,
     random_state: int = 0,
 ) -> dict[tuple[float, int], float]:
-    """Share of wrong bits in the flip-flop language, by share of `ignore` and number of pairs: in and out of what it was trained
-    on."""
+    """Share of wrong bits in the flip-flop language, by share of `ignore` and number of pairs: those of training and others."""
     found = {}
     for share in shares:
         for count in pairs:

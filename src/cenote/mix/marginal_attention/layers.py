@@ -202,8 +202,8 @@ class SlotPosterior(nn.Module):
         dim: of the inputs.
         sigma: deviation of the components.
         steps: of EM.
-        learned: inputs are mapped to keys and values, and a gated unit updates the slots, as in slot attention; otherwise nothing
-            is learned but where slots start.
+        learned: inputs are mapped to keys and values, and a gated unit updates the slots, as in slot attention; otherwise
+            nothing is learned but where slots start.
 
     Source: Locatello et al. (2020), arXiv 2006.15055, as the same family of structures.
     """

@@ -116,9 +116,9 @@ def parameters_of(dim: int, rank: int, heads: int) -> int:
 
 
 def rank_at_equal_size(dim: int, heads: int, like: tuple[int, int]) -> int:
-    """The largest rank with which so many heads have no more parameters in Q and K than an arm `(heads, rank)`: `H r` is the same.
+    """The largest rank with which so many heads have no more parameters in Q and K than an arm `(heads, rank)`.
 
-    Values and outputs are full maps of every head; the arms of the paper share `H r = d`.
+    Their `H r` is the same; values and outputs are full maps of every head.
 
     >>> rank_at_equal_size(16, 4, (1, 16))
     4
