@@ -222,7 +222,7 @@ class ClickSession:
         return self.mask
 
     def simulate(self, truth: Bool[Tensor, "height width"], count: int) -> list[float]:
-        """Intersection over union with the truth, before and after each of so many clicks in the middle of the largest error."""
+        """Intersection over union with the truth, before and after each of so many clicks, see `next_click`."""
         found = [iou(self.mask, truth)]
         for _ in range(count):
             wrong = next_click(self.mask, truth)

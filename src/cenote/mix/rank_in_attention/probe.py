@@ -73,8 +73,8 @@ class RankProbe:
     """Cuts the scores of heads to a lower rank in a running model.
 
     Scores are `q_i . k_j`, after whatever positions the model has. Of all maps `q B k` of rank r the one is taken that is
-    nearest to them in the mean square over all pairs that were seen: with `C_q`, `C_k` the second moments, the singular vectors of
-    `C_q^(1/2) C_k^(1/2)`. No weights are looked up, and the model's own attention function runs.
+    nearest to them in the mean square over all pairs that were seen: with `C_q`, `C_k` the second moments, it is made of the
+    singular vectors of `C_q^(1/2) C_k^(1/2)`. No weights are looked up, and the model's own attention function runs.
 
     Args:
         model: one that `cenote.models.live` reaches.
