@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+import cenote
 from cenote.core import InputError
 from cenote.mix.attention_survey.alignments import ALIGNMENTS, KernelAlignment, alignment
 from cenote.mix.attention_survey.attention import (
@@ -19,7 +20,8 @@ from cenote.mix.attention_survey.attention import (
     MultiRepresentationalAttention,
 )
 from cenote.mix.attention_survey.hard import Baseline, reinforce, sampled
-from cenote.mix.normalisers import GumbelSoftmax, Hard, Softmax, entmax15, normaliser, sparsemax
+from cenote.mix.attention_survey.registry import find_attention, records
+from cenote.mix.normalisers import GumbelSoftmax, Hardmax, Softmax, entmax15, normaliser, sparsemax
 
 
 def inputs() -> tuple[Tensor, Tensor]:
@@ -118,7 +120,7 @@ def test_sparse_weights_solve_their_problems_and_have_their_jacobians() -> None:
 
 def test_temperatures_end_at_the_largest_and_at_the_mean() -> None:
     z = torch.randn(3, 6)
-    torch.testing.assert_close(Softmax(1e-4)(z), Hard()(z))
+    torch.testing.assert_close(Softmax(1e-4)(z), Hardmax()(z))
     torch.testing.assert_close(Softmax(1e6)(z), torch.full((3, 6), 1 / 6))
 
 
@@ -155,7 +157,7 @@ def test_sparsemax_with_masked_scores_is_finite() -> None:
 
 
 def test_of_equal_scores_the_lowest_index_is_taken() -> None:
-    assert Hard()(torch.tensor([[1.0, 2.0, 2.0]])).tolist() == [[0.0, 1.0, 0.0]]
+    assert Hardmax()(torch.tensor([[1.0, 2.0, 2.0]])).tolist() == [[0.0, 1.0, 0.0]]
 
 
 def test_a_single_key_has_all_the_weight_and_of_a_sigmoid_its_own() -> None:
@@ -193,7 +195,7 @@ def test_gradients_of_hard_attention_are_those_of_the_expectation_in_the_mean() 
         (found,) = torch.autograd.grad(reinforce(drawn.log_probability, reward, b), scores, retain_graph=True)
         torch.testing.assert_close(found, expected, atol=0.06, rtol=0)
     soft = scores.softmax(-1)
-    (straight,) = torch.autograd.grad(-(Hard()(scores) * values).sum(), scores)
+    (straight,) = torch.autograd.grad(-(Hardmax()(scores) * values).sum(), scores)
     torch.testing.assert_close(straight, torch.autograd.grad(-(soft * values).sum(), scores)[0])
 
 
@@ -205,7 +207,7 @@ def test_gumbel_samples_are_as_frequent_as_the_softmax_says_and_anneal() -> None
     torch.testing.assert_close(seen, scores.softmax(-1), atol=0.02, rtol=0)
     assert gumbel.anneal(10_000) == math.exp(-0.3)
     assert gumbel.anneal(10**9) == 0.5
-    torch.testing.assert_close(gumbel.eval()(scores), Hard()(scores))
+    torch.testing.assert_close(gumbel.eval()(scores), Hardmax()(scores))
 
 
 def test_a_wide_window_without_a_slope_is_global() -> None:
@@ -268,3 +270,13 @@ def test_two_sequences_weigh_each_other(coarse: str | None) -> None:
     else:
         over = affinity.amax(1) if coarse == "max" else affinity.mean(1)
         torch.testing.assert_close(found.x_weights[0, 0], over.softmax(-1))
+
+
+def test_no_method_is_without_a_record_and_records_can_be_searched() -> None:
+    own = {"scored-attention", "cope", "tapa", "posterior-attention", "rank-attention"}
+    named = {m.name for m in cenote.methods() if m.room != "mix" or m.name in own}
+    assert named <= set(records()) <= {m.name for m in cenote.methods()}
+    assert {r.name for r in find_attention(positions="local", alignment="similarity")} == {"edscw", "idw", "adapool"}
+    assert all("dot" in r.alignment for r in find_attention(alignment="dot"))
+    with pytest.raises(InputError, match="colour: no axis"):
+        find_attention(colour="blue")

@@ -17,7 +17,7 @@ from cenote.mix.token_aware_phase_attention.decoder import (
     TAPAConfig,
     TAPADecoder,
     length_table,
-    train_decoder,
+    train_tapa,
 )
 from cenote.mix.token_aware_phase_attention.scores import TAPA, GeneralPhase, attended_in_blocks
 from cenote.mix.token_aware_phase_attention.theory import phase_mean, phase_second_moment, rope_mean
@@ -174,11 +174,11 @@ def test_training_and_extension_lower_the_loss_and_lengths_are_told() -> None:
     def draw(length: int) -> Tensor:
         return torch.stack([text[s : s + length] for s in torch.randint(0, 100, (8,)).tolist()])
 
-    losses = train_decoder(model, lambda _: draw(12), steps=25, lr=3e-2)
+    losses = train_tapa(model, lambda _: draw(12), steps=25, lr=3e-2)
     assert losses[-1] < 0.5 * losses[0]
     before = length_table(model, text, (12, 24, 48), last=8)
     assert before.gain == before.losses[12] - before.losses[48]
-    train_decoder(model, lambda _: draw(48), steps=6, lr=5e-3, warm_up=0.1)
+    train_tapa(model, lambda _: draw(48), steps=6, lr=5e-3, warm_up=0.1)
     after = length_table(model, text, (12, 24, 48), last=8)
     assert after.losses[48] < before.losses[48]
     assert after.perplexity()[12] == math.exp(after.losses[12])

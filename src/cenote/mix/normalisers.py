@@ -114,7 +114,7 @@ class Sigmoid(Normaliser):
         return weights / total.masked_fill(total == 0, 1.0)
 
 
-class Hard(Normaliser):
+class Hardmax(Normaliser):
     """One at the largest score, the lowest index of equal ones; gradients pass as those of softmax (straight through)."""
 
     def forward(self, scores: Scores, mask: Readable | None = None) -> Scores:
@@ -140,9 +140,9 @@ class GumbelSoftmax(Normaliser):
 
     def forward(self, scores: Scores, mask: Readable | None = None) -> Scores:
         if not self.training:
-            return Hard()(scores, mask) if self.hard else softmax(scores / self.temperature, mask)
+            return Hardmax()(scores, mask) if self.hard else softmax(scores / self.temperature, mask)
         noisy = scores - torch.empty_like(scores).exponential_().log()
-        return (Hard() if self.hard else softmax)(noisy / self.temperature, mask)
+        return (Hardmax() if self.hard else softmax)(noisy / self.temperature, mask)
 
     def anneal(self, step: int, rate: float = 3e-5, least: float = 0.5) -> float:
         """`T = max(least, exp(-rate step))`, set and given back."""
@@ -158,7 +158,7 @@ NORMALISERS: Mapping[str, Callable[..., Normaliser]] = {
     "entmax15": Entmax15,
     "sigmoid": Sigmoid,
     "normalised sigmoid": lambda **settings: Sigmoid(normalised=True, **settings),
-    "hard": Hard,
+    "hard": Hardmax,
     "gumbel": GumbelSoftmax,
 }
 

@@ -11,7 +11,7 @@ from cenote.core.requirements import require_at_least, require_one_of
 from cenote.mix.attention_survey.alignments import ALIGNMENTS
 
 
-class Cost(NamedTuple):
+class AlignmentCost(NamedTuple):
     """Of scores of some queries and keys.
 
     Attributes:
@@ -34,7 +34,7 @@ def alignment_cost(
     layers: int = 3,
     most: int = 64,
     linear: bool = False,
-) -> Cost:
+) -> AlignmentCost:
     """Of an alignment of queries and keys of one width.
 
     Args:
@@ -52,26 +52,28 @@ def alignment_cost(
     pairs, d, h = queries * keys, width, hidden
     mapped = (queries + keys) * d * h
     if name in ("similarity", "dot", "scaled dot"):
-        return Cost(pairs * d, 0, "O(d)")
+        return AlignmentCost(pairs * d, 0, "O(d)")
     if name == "kernel":
         if linear:
-            return Cost(keys * d * d + queries * d * d + queries * d, 0, "O(d^2) per token, linear in their number")
-        return Cost(pairs * d, 0, "O(d)")
+            return AlignmentCost(
+                keys * d * d + queries * d * d + queries * d, 0, "O(d^2) per token, linear in their number"
+            )
+        return AlignmentCost(pairs * d, 0, "O(d)")
     if name in ("general", "biased general", "activated general"):
         extra = {"general": 0, "biased general": d, "activated general": 1}[name]
-        return Cost(queries * d * d + pairs * d, d * d + extra, "O(d^2) per query, O(d) per key")
+        return AlignmentCost(queries * d * d + pairs * d, d * d + extra, "O(d^2) per query, O(d) per key")
     if name in ("additive", "concat"):
-        return Cost(mapped + pairs * h, 2 * d * h + 2 * h, "O(d h) per token, O(h) per pair")
+        return AlignmentCost(mapped + pairs * h, 2 * d * h + 2 * h, "O(d h) per token, O(h) per pair")
     if name == "deep":
         inner = layers - 2
-        return Cost(
+        return AlignmentCost(
             mapped + pairs * (inner * h * h + h),
             2 * d * h + 2 * h + inner * (h * h + h) + 1,
             "O(d h) per token, O(h^2) per pair",
         )
     if name == "location-based":
-        return Cost(pairs * d, most * d, "O(d)")
-    return Cost(2 * keys * d * h + keys * h, 2 * d * h + 2 * h, "O(d h) per key, whatever the queries")
+        return AlignmentCost(pairs * d, most * d, "O(d)")
+    return AlignmentCost(2 * keys * d * h + keys * h, 2 * d * h + 2 * h, "O(d h) per key, whatever the queries")
 
 
 def cost_table(width: int = 64, queries: int = 1, keys: int = 128, hidden: int = 32) -> str:

@@ -1,6 +1,6 @@
 """Words to sentences to documents, each by attention.
 
-Source: Yang et al., "Hierarchical Attention Networks for Document Classification" (2016); Chaudhari et al. (2021), arXiv 1904.02874.
+Source: Yang et al., "Hierarchical Attention Networks for Document Classification" (2016); Chaudhari et al. (2021).
 """
 
 from __future__ import annotations

@@ -159,6 +159,9 @@ class OneParentPerQuery(Structure):
 
     With `f = q . k / sqrt(d)` and a uniform prior it is the Transformer's attention; with -inf where there is no edge that of
     a graph; with the logarithm of a prior of distances a relative position.
+
+    Args:
+        temperature: see `Structure`.
     """
 
     def log_sum(self, theta: Tensor) -> Float[Tensor, "*sets"]:
@@ -176,7 +179,11 @@ class OneParentPerQuery(Structure):
 
 class OneQueryPerInput(Structure):
     """Every input belongs to one query, for which queries compete: `P = softmax_i(f + log prior)`; each query is then given the
-    mean of its inputs."""
+    mean of its inputs.
+
+    Args:
+        temperature: see `Structure`.
+    """
 
     divides = True
 
@@ -194,7 +201,11 @@ class OneQueryPerInput(Structure):
 
 
 class IndependentEdges(Structure):
-    """Every edge for itself: `P = sigmoid(f + logit prior)`."""
+    """Every edge for itself: `P = sigmoid(f + logit prior)`.
+
+    Args:
+        temperature: see `Structure`.
+    """
 
     def log_sum(self, theta: Tensor) -> Float[Tensor, "*sets"]:
         return nn.functional.softplus(theta).sum((-2, -1))

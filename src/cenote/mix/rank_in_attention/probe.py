@@ -42,7 +42,7 @@ def effective_rank(spectrum: Float[Tensor, "*heads width"]) -> Float[Tensor, "*h
     return (-torch.special.xlogy(share, share).sum(-1)).exp()
 
 
-class HeadScores(NamedTuple):
+class ScoreMaps(NamedTuple):
     """Of the heads of a block, from queries and keys that were seen.
 
     Attributes:
@@ -152,7 +152,7 @@ class CutRank(AttentionEdit):
     """
 
     def __init__(
-        self, scores: Mapping[int, HeadScores], rank: int, heads: Sequence[tuple[int, int]] | None = None
+        self, scores: Mapping[int, ScoreMaps], rank: int, heads: Sequence[tuple[int, int]] | None = None
     ) -> None:
         require_at_least(1, rank=rank)
         self.rank, self.maps = rank, {}
@@ -173,14 +173,14 @@ class CutRank(AttentionEdit):
         return call.replace(q=call.q @ self.maps[call.place.block].to(call.q))
 
 
-def _of_heads(calls: Sequence[AttentionCall]) -> HeadScores:
+def _of_heads(calls: Sequence[AttentionCall]) -> ScoreMaps:
     q = torch.cat([c.q.double().transpose(0, 1).flatten(1, 2) for c in calls], 1)
     k = torch.cat([c.k.double().transpose(0, 1).flatten(1, 2) for c in calls], 1)
     k = k.repeat_interleave(len(q) // len(k), 0)
     of_queries, of_keys = (_roots(x) for x in (q, k))
     u, spectrum, v = torch.linalg.svd(of_queries[0] @ of_keys[0])
     # B = C_q^(-1/2) U S V^T C_k^(-1/2), split where the rank is cut
-    return HeadScores(spectrum, of_queries[1] @ u * spectrum.unsqueeze(-2), of_keys[1] @ v.mT)
+    return ScoreMaps(spectrum, of_queries[1] @ u * spectrum.unsqueeze(-2), of_keys[1] @ v.mT)
 
 
 def _roots(x: Float[Tensor, "heads seen width"]) -> tuple[Tensor, Tensor]:

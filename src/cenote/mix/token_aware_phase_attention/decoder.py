@@ -148,7 +148,7 @@ class Lengths(NamedTuple):
         return {length: math.exp(loss) for length, loss in self.losses.items()}
 
 
-def train_decoder(
+def train_tapa(
     model: ScoredDecoder,
     draw: Callable[[int], Int[Tensor, "batch tokens"]],
     steps: int = 200_000,
