@@ -89,8 +89,8 @@ def test_separable_tokens_are_counted_within_the_radius() -> None:
     s = (weights[chosen, None] * x[chosen]).sum(0)
     away = (weights[:, None] * x - s).norm(dim=-1)
     torch.testing.assert_close(found.radius, away[~chosen].min())
-    assert found.count == (away[chosen] <= found.radius).sum()
-    assert found.share == found.count / 3
+    assert found.inside == (away[chosen] <= found.radius).sum()
+    assert found.share == found.inside / 3
     i = int(chosen.nonzero()[0])
     others = chosen.clone()
     others[i] = False

@@ -221,6 +221,7 @@ class DeepAlignment(Alignment):
         self.first = AdditiveAlignment(query_width, key_width, hidden, activation)
         self.inner = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 2))
         for layer in self.inner:
+            assert isinstance(layer, nn.Linear)
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.bias = nn.Parameter(torch.zeros(()))

@@ -150,6 +150,7 @@ class PosteriorEncoder(nn.Module):
         evidence = x.new_zeros(len(x))
         x = x.masked_fill(~real.unsqueeze(-1), 0.0)
         for norm, attention, feed_forward in zip(self.norms, self.attention, self.feed_forward, strict=True):
+            assert isinstance(attention, PosteriorAttention)
             y, posterior = attention.attend(norm(x), real, positions, log_prior)
             x = x + y
             x = (x + feed_forward(x)).masked_fill(~real.unsqueeze(-1), 0.0)

@@ -30,7 +30,7 @@ class Separable(NamedTuple):
 
     Attributes:
         radius: `r = min_{j outside} |s - a_j x_j|`.
-        count: `N_s`, of the top tokens those with `|a_i x_i - s| <= r`.
+        inside: `N_s`, of the top tokens those with `|a_i x_i - s| <= r`.
         share: `N_s / N`; NaN where no token is outside, or none inside.
         spread: `xi_i = M sqrt(sum_{k in I, k != i} a_k^2)`, M the largest norm: how far a top token lies from the sum, were
             their directions independent (inferred); 0 outside of the top.
@@ -39,7 +39,7 @@ class Separable(NamedTuple):
     """
 
     radius: Float[Tensor, "*rows"]
-    count: Float[Tensor, "*rows"]
+    inside: Float[Tensor, "*rows"]
     share: Float[Tensor, "*rows"]
     spread: Float[Tensor, "*rows tokens"]
     by_markov: Float[Tensor, "*rows"]

@@ -65,11 +65,11 @@ class AxialProbabilisticAttention(nn.Module):
     ) -> Float[Tensor, "batch dim rows columns"]:
         """The map, with clicks: 1 and -1 where a cell was said to be of the object or not, 0 elsewhere."""
         batch = len(x)
-        lines, told = (self._lines(t) for t in (self.projections(self.norm(x)), clicks))
+        lines, told = self._lines(self.projections(self.norm(x))), self._lines(clicks)
         q, keys, values = (t.unflatten(1, (self.heads, -1)) for t in lines.chunk(3, 1))
         length = q.shape[-1]
         is_told = (told != 0).to(x.dtype).unsqueeze(1).expand(-1, self.heads, -1, -1)
-        of_label = torch.where((told > 0).unsqueeze(1), *(t.unsqueeze(-1) for t in (self.labels[1], self.labels[0])))
+        of_label = torch.where((told > 0).unsqueeze(1), self.labels[1].unsqueeze(-1), self.labels[0].unsqueeze(-1))
         alpha, beta = (p.exp().view(1, -1, 1).expand(len(q), -1, length) for p in (self.log_alpha, self.log_beta))
         y = self.attention(
             q,

@@ -95,6 +95,7 @@ class RankTransformer(nn.Module):
             own = self.positions[: x.shape[1]].expand(len(x), -1, -1)
             h = x + own if self.places == "added" else torch.cat([x, own], -1)
         for i, (modules, feed_forward) in enumerate(zip(self.attention, self.feed_forward, strict=True)):
+            assert isinstance(modules, nn.ModuleList)
             h = self.norms[2 * i](h + torch.stack([m(h, mask) for m in modules]).sum(0))
             h = self.norms[2 * i + 1](h + feed_forward(h))
         return self.output(h)
