@@ -70,6 +70,13 @@ from cenote.mix.normalization_limits.measures import vanishing_range as vanishin
 from cenote.mix.normalization_limits.scan import HeadLimits as HeadLimits
 from cenote.mix.normalization_limits.scan import HeadScan as HeadScan
 from cenote.mix.normalization_limits.scan import Limits as Limits
+from cenote.mix.policies import Dense as Dense
+from cenote.mix.policies import H2O as H2O
+from cenote.mix.policies import KVPolicy as KVPolicy
+from cenote.mix.policies import OracleTopK as OracleTopK
+from cenote.mix.policies import Quest as Quest
+from cenote.mix.policies import RandomKeys as RandomKeys
+from cenote.mix.policies import SinkWindow as SinkWindow
 from cenote.mix.position_scores import DotProduct as DotProduct
 from cenote.mix.position_scores import RelativeTable as RelativeTable
 from cenote.mix.position_scores import Rotary as Rotary

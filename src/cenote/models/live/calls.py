@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from cenote.core import InputError
+from cenote.core import InputError, grouped
 
 Kind = Literal["self", "cross", "joint", "block"]
 Allowed = Callable[[Int[Tensor, "batch rows"]], Bool[Tensor, "_batch _heads _rows keys"]]
@@ -135,14 +135,14 @@ class AttentionCall:
 
     def last(self) -> Bool[Tensor, "batch queries"]:
         """The last query of each item (of a batch that is padded on the left, or not at all)."""
+        if self.queries == 1:
+            return torch.ones(self.batch, 1, dtype=torch.bool, device=self.q.device)
         numbers = self.numbers()
         return numbers == (self.queries - 1 if self.rows is None else numbers.amax(1, keepdim=True))
 
     def scores(self) -> Float[Tensor, "batch heads queries keys"]:
         """Before the softmax, at least float32; -inf where a key may not be read."""
-        kv_heads = self.k.shape[1]
-        q = self.q.reshape(self.batch, kv_heads, -1, self.q.shape[3])
-        scores = (q @ self.k.mT).view(self.batch, self.heads, -1, self.keys)
+        scores = grouped.products(self.q, self.k)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.scale
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
@@ -169,8 +169,7 @@ class AttentionCall:
         self, weights: Float[Tensor, "batch heads queries keys"]
     ) -> Float[Tensor, "batch heads queries value_width"]:
         """What these weights make of the values."""
-        by_key_heads = weights.to(self.v.dtype).reshape(self.batch, self.v.shape[1], -1, self.keys)
-        return (by_key_heads @ self.v).view(self.batch, self.heads, -1, self.v.shape[3])
+        return grouped.mixed(weights.to(self.v.dtype), self.v)
 
     def _span(self, name: str, keys: bool = False) -> Bool[Tensor, "batch tokens"]:
         if name not in self.spans:

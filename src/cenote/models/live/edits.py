@@ -85,13 +85,24 @@ class Edit:
 class AttentionEdit(Edit):
     """A change in attention. Override one or more; what is overridden decides the cost.
 
-    With `inputs` and `context` the attention function that the user loaded still runs. With `scores` or `weights` the
-    computation is written out, for all queries. What is not overridden is never called.
+    With `inputs` and `context` the attention function that the user loaded still runs. With `attends` another computation
+    takes its place. With `scores` or `weights` the computation is written out, for all queries. What is not overridden is never
+    called.
     """
+
+    innermost: bool = False
+    """Whether its `attends` stands in the place of the user's function, so that those of all others stand around it."""
 
     def inputs(self, call: AttentionCall) -> AttentionCall:
         """Other queries, keys, values, scale or `allowed`: `call.replace(...)`."""
         return call
+
+    def attends(
+        self, call: AttentionCall, fused: Callable[[AttentionCall], Tensor]
+    ) -> Float[Tensor, "batch heads queries width"]:
+        """Outputs of the heads, computed otherwise; `fused(call)` gives what the user's function makes. Not asked where an edit
+        has explicit scores or weights."""
+        return fused(call)
 
     def scores(
         self, call: AttentionCall, scores: Float[Tensor, "batch heads queries keys"]
@@ -212,11 +223,19 @@ def apply(
         weights = _written_out(call, acts)
         y = call.mixed(F.dropout(weights, dropout))
     else:
-        y, weights = _with_rows(call, acts, fused)
+        inside_out = sorted(acts, key=lambda act: not act.edit.innermost)
+        y, weights = _with_rows(call, acts, functools.reduce(_around, inside_out, fused))
     for act in acts:
         if overrides(act.edit, "context"):
             y = whole(act.edit, "context", act.edit.context(act.seen(call), y), y)
     return Attended(y, weights)
+
+
+def _around(fused: Callable[[AttentionCall], Tensor], act: Act) -> Callable[[AttentionCall], Tensor]:
+    """What computes attention, with the way of this edit around it where it has one."""
+    if not overrides(act.edit, "attends"):
+        return fused
+    return lambda call: whole(act.edit, "attends", act.edit.attends(act.seen(call), fused))
 
 
 def _written_out(call: AttentionCall, acts: Sequence[Act]) -> Float[Tensor, "batch heads queries keys"]:
@@ -245,9 +264,11 @@ def _with_rows(call: AttentionCall, acts: Sequence[Act], fused: Callable[[Attent
     before = weights = rows.weights()
     forced: Tensor | None = None
     for act, queries in chosen:
-        among = _among(queries, rows)
+        # of a single edit, all rows are its own
+        among = None if len(chosen) == 1 else _among(queries, rows)
         weights = _rows_edited(rows, act, among, weights)
         if act.edit.forced:  # type: ignore[attr-defined]
+            among = _among(queries, rows)
             forced = among if forced is None else forced | among
     if weights is before and forced is None:
         return Attended(fused(call), None)
@@ -283,14 +304,17 @@ def _overwritten(
 
 
 def _rows_edited(
-    call: AttentionCall, act: Act, queries: Bool[Tensor, "batch queries"], weights: Tensor
+    call: AttentionCall, act: Act, queries: Bool[Tensor, "batch queries"] | None, weights: Tensor
 ) -> Float[Tensor, "batch heads queries keys"]:
-    """The weights of a call's queries, those that are chosen edited."""
-    number = int(queries.sum())
+    """The weights of a call's queries, those that are chosen edited; None for all."""
+    if queries is None:
+        number = call.batch * call.queries if call.real is None else int(call.real.sum())
+    else:
+        number = int(queries.sum())
     act.done(number)
     if not number:
         return weights
-    if number == queries.numel() or (call.real is not None and torch.equal(queries, call.real)):
+    if queries is None or number == queries.numel() or (call.real is not None and torch.equal(queries, call.real)):
         return _rows_of(act.edit, act.seen(call), weights)  # type: ignore[arg-type]
     # numbers inside of this call, which may itself be of some rows
     inside = call.replace(rows=None, real=None).only(queries)

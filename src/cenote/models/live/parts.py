@@ -12,7 +12,7 @@ from torch import Tensor
 from cenote.core import InputError
 from cenote.core.requirements import require_several
 from cenote.models.live.calls import Allowed, AttentionCall, Place
-from cenote.models.live.edits import AttentionEdit, BlockEdit, Edit, RowEdit, Where, require_spans
+from cenote.models.live.edits import AttentionEdit, BlockEdit, Edit, RowEdit, Where, overrides, require_spans
 
 
 def of_part(
@@ -41,7 +41,7 @@ def of_part(
         raise InputError(f"number: {number} of {parts} parts; they count from 0")
     if not isinstance(edit, (AttentionEdit, BlockEdit)):
         raise InputError(f"edits: expected AttentionEdit or BlockEdit, got {type(edit).__name__}")
-    if type(edit).parts is not Edit.parts:
+    if type(edit).parts is not Edit.parts or (isinstance(edit, AttentionEdit) and overrides(edit, "attends")):
         raise InputError(
             f"edits: {type(edit).__name__} acts on a batch as a whole, and not on one part of it; give it around all of them"
         )

@@ -93,7 +93,7 @@ def _attention(module: nn.Module, way: str) -> str:
 
 def _edits(attention: str) -> tuple[str, ...]:
     masks = attention in (*transformers.WITH_MASKS, "scaled_dot_product_attention")
-    return ("inputs", *(("allowed",) if masks else ()), "rows", "scores", "weights", "context")
+    return ("inputs", *(("allowed",) if masks else ()), "rows", "attends", "scores", "weights", "context")
 
 
 def _heads(module: nn.Module) -> tuple[int | None, int | None]:

@@ -149,8 +149,8 @@ def _attended(
     dropout = float(given.get("dropout") or 0.0)
     y, weights = seats.attend(seated, call, fused, dropout if module.training else 0.0)
     if not made:
-        assert weights is not None
-        return y.transpose(1, 2).contiguous(), weights.to(q.dtype) if implementation == "eager" else None
+        shown = weights.to(q.dtype) if weights is not None and implementation == "eager" else None
+        return y.transpose(1, 2).contiguous(), shown
     out, maps, as_heads = made
     return (out if y is as_heads else y.transpose(1, 2).contiguous()), maps
 
