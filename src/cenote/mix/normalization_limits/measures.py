@@ -80,9 +80,8 @@ def top_set(weights: Weights, n: int, mask: Real | None = None) -> Bool[Tensor, 
 def distances(weights: Weights, x: Vectors, selected: Bool[Tensor, "*rows tokens"]) -> Float[Tensor, "*rows tokens"]:
     """`|s - a_j x_j|` of every token, `s = sum_{i selected} a_i x_i`, in float64; no `[rows, tokens, dim]` tensor is made."""
     weights, x = weights.double(), x.double()
-    s = (weights * selected).unsqueeze(-2) @ x
-    products = (x @ s.mT).squeeze(-1)
-    squared = s.square().sum(-1) + weights.square() * x.square().sum(-1) - 2 * weights * products
+    s = _sums(weights * selected, x)
+    squared = s.square().sum(-1, keepdim=True) + weights.square() * x.square().sum(-1) - 2 * weights * _products(s, x)
     return squared.clamp(min=0.0).sqrt()
 
 
@@ -111,8 +110,7 @@ def distance(
         # with nothing selected there is nothing to be far from
         return (distances(weights, x, chosen) * outside).sum(-1) * chosen.any(-1)
     weights, x = weights.double(), x.double()
-    s = ((weights * chosen).unsqueeze(-2) @ x).squeeze(-2)
-    others = ((weights * outside).unsqueeze(-2) @ x).squeeze(-2)
+    s, others = _sums(weights * chosen, x), _sums(weights * outside, x)
     return (outside.sum(-1, keepdim=True) * s - others).norm(dim=-1) * chosen.any(-1)
 
 
@@ -124,9 +122,9 @@ def distance_bound(weights: Weights, x: Vectors, n: int, mask: Real | None = Non
     chosen = top_set(weights, n, mask)
     outside = _outside(chosen, mask)
     mass = (weights.double() * chosen).sum(-1)
-    s = (weights.double() * chosen).unsqueeze(-2) @ x.double()
+    s = _sums(weights.double() * chosen, x.double())
     norms = x.double().square().sum(-1)
-    away = (s.square().sum(-1) + norms - 2 * (x.double() @ s.mT).squeeze(-1)).clamp(min=0.0).sqrt()
+    away = (s.square().sum(-1, keepdim=True) + norms - 2 * _products(s, x.double())).clamp(min=0.0).sqrt()
     farthest = away.masked_fill(~outside, 0.0).amax(-1)
     largest = norms.sqrt().expand(chosen.shape).masked_fill(~chosen, 0.0).amax(-1)
     count = outside.sum(-1)
@@ -151,10 +149,10 @@ def expected_squared_distances(
         raise InputError(f"n: {n} of the others, and a row has {int(length.min())} tokens")
     weights, x = weights.double() * real, x.double()
     squared = weights.square() * x.square().sum(-1)
-    total = weights.unsqueeze(-2) @ x
-    own = weights * (x @ total.mT).squeeze(-1)
+    total = _sums(weights, x)
+    own = weights * _products(total, x)
     # S_j = S - y_j
-    sums = total.square().sum(-1) - 2 * own + squared
+    sums = total.square().sum(-1, keepdim=True) - 2 * own + squared
     norms = squared.sum(-1, keepdim=True) - squared
     p1 = n / (length - 1).clamp(min=1)
     p2 = n * (n - 1) / ((length - 1) * (length - 2)).clamp(min=1)
@@ -311,6 +309,18 @@ def permuted(weights: Weights, mask: Real | None = None, generator: torch.Genera
     order = (~real).to(torch.uint8).argsort(dim=-1, stable=True)
     drawn = noise.masked_fill(~real, 2.0).argsort(dim=-1)
     return torch.zeros_like(weights).scatter(-1, drawn, weights.gather(-1, order)).masked_fill(~real, 0.0)
+
+
+def _sums(weights: Weights, x: Vectors) -> Float[Tensor, "*rows dim"]:
+    """`sum_j w_j x_j`; vectors that are the same for all rows are not copied for each."""
+    if x.dim() == 2:
+        return weights @ x
+    return weights @ x.squeeze(-3) if x.shape[-3] == 1 else (weights.unsqueeze(-2) @ x).squeeze(-2)
+
+
+def _products(s: Float[Tensor, "*rows dim"], x: Vectors) -> Float[Tensor, "*rows tokens"]:
+    """`s . x_j`."""
+    return _sums(s, x.mT)
 
 
 def _outside(chosen: Tensor, mask: Tensor | None) -> Bool[Tensor, "*rows tokens"]:
