@@ -33,7 +33,7 @@ class ATConv(GridMixer):
         size: rows and columns of a kernel, odd.
         act: builds the activation.
         bias: whether the maps have biases.
-        summary: `"strips"` of cells in reading order, as released, or a `"grid"` of `size` x `size` regions, as in older drafts.
+        summary: `"strips"` of cells in reading order, as released, or a `"grid"` of regions, as in older drafts.
         route: False learns one kernel per channel, for all images.
         inhibit: False subtracts nothing from the kernels.
         bottleneck: width between the channels in which older drafts make kernels; None for one matrix over the summary.

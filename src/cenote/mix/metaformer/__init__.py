@@ -1,1 +1,1 @@
-"""A skeleton of norm, mixer, skip, norm, perceptron, skip, in which any mixer may stand; average pooling stands in PoolFormer."""
+"""A skeleton of norm, mixer, skip, norm, perceptron, skip, for any mixer; average pooling stands in PoolFormer."""

@@ -35,12 +35,12 @@ def _needing_grid(kind: Callable[[Grid], nn.Module], word: str) -> MixerMaker:
 
 
 MIXERS: Mapping[str, MixerMaker] = {
-    "pool": lambda dim, grid: PoolMixer(),
-    "attention": lambda dim, grid: SelfAttention(dim),
+    "pool": lambda _dim, _grid: PoolMixer(),
+    "attention": lambda dim, _grid: SelfAttention(dim),
     "fc": _needing_grid(SpatialLinear, "fc"),
     "random": _needing_grid(FrozenRandomMixer, "random"),
-    "depthwise": lambda dim, grid: DepthwiseConv(dim),
-    "identity": lambda dim, grid: IdentityMixer(),
+    "depthwise": lambda dim, _grid: DepthwiseConv(dim),
+    "identity": lambda _dim, _grid: IdentityMixer(),
 }
 LETTERS = {"P": "pool", "A": "attention", "F": "fc", "R": "random", "D": "depthwise", "I": "identity"}
 
