@@ -14,6 +14,7 @@ from cenote.mix.base import GridMixer, Mixer
 class IdentityMixer(Mixer):
     """Mixes nothing: every token comes out as it went in."""
 
+    mixes = False
     order_matters = False
     causal = True
 

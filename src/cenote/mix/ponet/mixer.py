@@ -176,6 +176,8 @@ class PoNetMixer(Mixer):
         self.dense_local = nn.Linear(dim, dim)
         self.dense_v = nn.Linear(dim, dim) if separate_value else None
         self.proj = nn.Linear(dim, dim) if out else nn.Identity()
+        # what is the same for all tokens drops out of the softmax
+        self.inert_parameters = ("dense_k.bias",) if separate_value and weighted else ()
 
     def mix(
         self,
