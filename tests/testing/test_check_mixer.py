@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cenote.mix.attentive_convolution.convolution import ATConv
 from cenote.mix.base import GridMixer, Mixer
-from cenote.mix.basic.attention import SelfAttention, WindowAttention
+from cenote.mix.basic.attention import AttentionMixer, WindowAttention
 from cenote.mix.basic.grids import DepthwiseConv, FrozenRandomMixer, IdentityMixer, MeanMixer, SpatialLinear
 from cenote.mix.context_broadcasting.broadcasting import (
     ContextBroadcasting,
@@ -22,8 +22,8 @@ from cenote.testing import ContractError, check_mixer
 RIGHT: dict[str, Callable[[], nn.Module]] = {
     "identity": IdentityMixer,
     "mean": MeanMixer,
-    "attention": lambda: SelfAttention(8, 2, bias=True),
-    "causal attention": lambda: SelfAttention(8, 2, causal=True),
+    "attention": lambda: AttentionMixer(8, 2, bias=True),
+    "causal attention": lambda: AttentionMixer(8, 2, causal=True),
     "windows": lambda: WindowAttention(8, 2, 2),
     "depthwise": lambda: DepthwiseConv(8),
     "one matrix": lambda: SpatialLinear((2, 3)),
@@ -199,7 +199,7 @@ class _OtherWeights(ContextBroadcasting):
         return (torch.eye(x.shape[1]).to(x) * mask.unsqueeze(-1)).unsqueeze(1)
 
 
-class _OtherWeightsOfHeads(SelfAttention):
+class _OtherWeightsOfHeads(AttentionMixer):
     def weights_of(self, x: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         return super().weights_of(x, mask, positions).flip(1)
 

@@ -2,7 +2,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cenote.mix.basic.attention import SelfAttention
+from cenote.mix.basic.attention import AttentionMixer
 from cenote.mix.basic.grids import IdentityMixer, SpatialLinear
 from cenote.mix.maps import on_map
 from cenote.mix.metaformer.block import MetaFormerBlock
@@ -43,7 +43,7 @@ def metaformer_block(case: Case) -> dict[str, Tensor]:
     word = str(config.get("token_mixer", "identity")).lower()
     if "attention" in word:
         heads = config["dim"] // config.get("head_dim", 32)
-        mixer: nn.Module = SelfAttention(config["dim"], heads, bias=config.get("qkv_bias", False))
+        mixer: nn.Module = AttentionMixer(config["dim"], heads, bias=config.get("qkv_bias", False))
     elif "fc" in word:
         shape = config["spatial_shape"]
         mixer = SpatialLinear((shape, shape) if isinstance(shape, int) else tuple(shape))

@@ -12,7 +12,7 @@ from cenote.core.requirements import require_at_least
 from cenote.mix.base import GridMixer, Mixer
 
 
-class SelfAttention(Mixer):
+class AttentionMixer(Mixer):
     """`softmax(q k^T / sqrt(head_dim)) v` by head, joined and projected.
 
     Args:
@@ -83,7 +83,7 @@ class WindowAttention(GridMixer):
     Args:
         dim: width of a token.
         window: rows and columns of a window.
-        heads, bias: as of `SelfAttention`.
+        heads, bias: as of `AttentionMixer`.
         grid, prefix: as of `GridMixer`.
     """
 
@@ -100,7 +100,7 @@ class WindowAttention(GridMixer):
         super().__init__(grid=grid, prefix=prefix)
         require_at_least(1, window=window)
         self.window = window
-        self.attention = SelfAttention(dim, heads, bias=bias)
+        self.attention = AttentionMixer(dim, heads, bias=bias)
 
     def mix_grid(
         self, x: Float[Tensor, "batch dim rows columns"], real: Bool[Tensor, "batch rows columns"]

@@ -63,10 +63,11 @@ def running_softmax(
     reach, n = 1, mass.shape[2]
     while reach < n:
         behind = F.pad(mass[..., :-reach], (reach, 0), value=FAINT)
-        joined = torch.logaddexp(mass, behind)
         earlier = F.pad(mean[:, :, :-reach], (0, 0, reach, 0))
-        mean = mean * (mass - joined).exp().unsqueeze(-1) + earlier * (behind - joined).exp().unsqueeze(-1)
-        mass, reach = joined, 2 * reach
+        # shares that sum to 1 whatever the logarithms are rounded to
+        own = (mass - behind).sigmoid().unsqueeze(-1)
+        mean = mean * own + earlier * (1 - own)
+        mass, reach = torch.logaddexp(mass, behind), 2 * reach
     state = RunningMean(mean[:, :, -1], mass[:, :, -1])
     return mean[:, :, n - v.shape[2] :].to(v.dtype), state
 

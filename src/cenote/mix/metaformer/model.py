@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_one_of
-from cenote.mix.basic.attention import SelfAttention
+from cenote.mix.basic.attention import AttentionMixer
 from cenote.mix.basic.grids import DepthwiseConv, FrozenRandomMixer, IdentityMixer, SpatialLinear
 from cenote.mix.maps import drop_rates, norm_of, start_narrow
 from cenote.mix.metaformer.block import Activation, MetaFormerBlock
@@ -36,7 +36,7 @@ def _needing_grid(kind: Callable[[Grid], nn.Module], word: str) -> MixerMaker:
 
 MIXERS: Mapping[str, MixerMaker] = {
     "pool": lambda _dim, _grid: PoolMixer(),
-    "attention": lambda dim, _grid: SelfAttention(dim),
+    "attention": lambda dim, _grid: AttentionMixer(dim),
     "fc": _needing_grid(SpatialLinear, "fc"),
     "random": _needing_grid(FrozenRandomMixer, "random"),
     "depthwise": lambda dim, _grid: DepthwiseConv(dim),
