@@ -5,14 +5,20 @@ Source: Guo, Stutz, Schiele, "Robustifying Token Attention for Vision Transforme
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.mix.base import GridMixer
+from cenote.mix.image_training import Loss, Recipe
 from cenote.mix.maps import DropPath, on_map
-from cenote.mix.tap_adl.pooling import TokenAwarePooling
+from cenote.mix.tap_adl.diversification import attention_diversification
+from cenote.mix.tap_adl.pooling import DilatedMean, TokenAwarePooling
+from cenote.mix.vision import MixedViT
 
 
 class _SplitAttention(nn.Module):
@@ -131,3 +137,59 @@ class FANBlock(nn.Module):
         x = x + self.drop_path(self.gamma1 * read)
         x = x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x), grid))
         return x.transpose(1, 2).unflatten(-1, grid), weights
+
+
+class RobustViT(MixedViT):
+    """A vision transformer with token-aware pooling before each attention; `see` gives the attentions for the loss.
+
+    Args:
+        image: height and width of images.
+        patch: of patches.
+        scales: of the poolings; 1 for none.
+        fixed: another mixer in its place: `"mean"`, the mean of nine cells, or a number, nine cells at that distance.
+        settings: of `MixedViT`.
+
+    Example:
+        >>> vit = RobustViT((8, 8), (2, 2), dim=12, depth=2, heads=3, classes=5).eval()
+        >>> attention_diversification(vit.see(torch.rand(2, 3, 8, 8)).attentions) >= 0
+        tensor(True)
+
+    Source:
+        Guo et al. 2023, arXiv 2303.11126, figure 2, with a plain ViT as host; `FANBlock` is the block of its other host.
+    """
+
+    def __init__(
+        self,
+        image: tuple[int, int],
+        patch: tuple[int, int] = (16, 16),
+        *,
+        scales: int = 4,
+        fixed: Literal["mean"] | int | None = None,
+        **settings: Any,
+    ) -> None:
+        def pooling(dim: int, grid: tuple[int, int], prefix: int) -> GridMixer:
+            if fixed is None:
+                return TokenAwarePooling(dim, scales, grid=grid, prefix=prefix)
+            return DilatedMean(1 if fixed == "mean" else fixed, grid=grid, prefix=prefix)
+
+        super().__init__(image, patch, **{"pooling": pooling if scales > 1 or fixed is not None else None, **settings})
+
+
+FAN_RECIPE = Recipe(epochs=300, learning_rate=4e-3, per=4096, warm_up=10, magnitude=9, erasing=0.3, averaged=0.9999)
+"""Published for FAN-B-Hybrid, whose stochastic depth is .35; the weight of the running mean is inferred."""
+
+
+def diversified_loss(weight: float = 1.0, threshold: float = 2.0) -> Loss:
+    """Cross-entropy and the attention diversification loss of all blocks, for `train_images` on a `MixedViT`.
+
+    Args:
+        weight: of the diversification loss.
+        threshold: as of `attention_diversification`.
+    """
+
+    def loss(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        assert isinstance(net, MixedViT)
+        seen = net.see(images)
+        return F.cross_entropy(seen.logits, targets) + weight * attention_diversification(seen.attentions, threshold)
+
+    return loss

@@ -100,6 +100,27 @@ class TokenAwarePooling(GridMixer):
         return TokenAwarePooled(mixed, weights.movedim(1, -1))
 
 
+class DilatedMean(GridMixer):
+    """The mean of nine cells at one distance, the same for all: what token-aware pooling is compared with.
+
+    Args:
+        distance: 1 for neighbours.
+        grid, prefix: as of `GridMixer`.
+    """
+
+    def __init__(self, distance: int = 1, *, grid: tuple[int, int] | None = None, prefix: int = 0) -> None:
+        super().__init__(grid=grid, prefix=prefix)
+        require_at_least(1, distance=distance)
+        self.distance = distance
+
+    def mix_grid(
+        self,
+        x: Float[Tensor, "batch dim rows columns"],
+        real: Bool[Tensor, "batch rows columns"],  # noqa: ARG002
+    ) -> Float[Tensor, "batch dim rows columns"]:
+        return dilated_mean(x, self.distance)
+
+
 def dilated_mean(x: Float[Tensor, "batch dim rows columns"], distance: int) -> Float[Tensor, "batch dim rows columns"]:
     """`P_d(x)_ij = (1/9) sum_ab x_(i + a d, j + b d)`, `a`, `b` in -1, 0, 1; zeros beyond the map."""
     rows, columns = x.shape[2:]
