@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,11 @@ import torch
 from torch import Tensor
 
 from cenote.core import InputError
+from cenote.core.graphs import Graphs
 from cenote.mix.gatv2.conv import DotProductConv, GATConv, GATv2Conv, GraphAttention
+from cenote.mix.gatv2.lookup import Lookup, lookup_accuracy, permutations, train_lookup, unseen_combinations
+from cenote.mix.gatv2.network import GraphAttentionNetwork
+from cenote.mix.gatv2.plain import GCNConv, GINConv
 from cenote.mix.gatv2.static import rank_agreement, static_key
 
 EDGES = torch.tensor([[0, 1, 2, 3, 3, 4, 1, 1, 0], [1, 2, 0, 1, 3, 1, 0, 0, 4]])
@@ -19,7 +24,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def shaken(layer: GraphAttention) -> Any:
+def shaken(layer: Any) -> Any:
     """Biases off their zeros too."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -221,3 +226,83 @@ def test_what_does_not_fit_is_named() -> None:
     ):
         with pytest.raises(InputError, match=said):
             call()
+
+
+@pytest.mark.parametrize("name", ["GCNConv", "GINConv"])
+def test_layers_without_attention_are_pytorch_geometrics(name: str) -> None:
+    geometric = pytest.importorskip("torch_geometric.nn")
+    kind: Any = {"GCNConv": GCNConv, "GINConv": GINConv}[name]
+    ours = shaken(kind(4, 5))
+    if name == "GINConv":
+        theirs = geometric.GINConv(ours.mlp, train_eps=True).double()
+        theirs.eps.data.copy_(ours.eps.data)
+    else:
+        theirs = geometric.GCNConv(4, 5).double()
+        theirs.load_state_dict(ours.state_dict())
+    x, edges = randn(6, 4), EDGES[:, EDGES[0] != EDGES[1]]
+    torch.testing.assert_close(ours(x, edges), theirs(x, edges), atol=1e-12, rtol=1e-12)
+    with pytest.raises(InputError, match="edge_attr"):
+        ours(x, edges, randn(len(edges[0]), 2))
+
+
+@pytest.mark.parametrize("conv", ["gatv2", "gat", "dot", "gcn", "gin"])
+@pytest.mark.parametrize("readout", ["mean", "sum", "max", None])
+def test_a_network_reads_graphs_apart_and_of_any_size(conv: Any, readout: Any) -> None:
+    net = GraphAttentionNetwork(4, 5, 3, layers=2, heads=2, conv=conv, readout=readout).double().eval()
+    x, other = randn(6, 4), randn(3, 4, seed=1)
+    more = torch.tensor([[0, 1], [1, 2]])
+    both = net(torch.cat([x, other]), torch.cat([EDGES, more + 6], 1), batch=torch.tensor([0] * 6 + [1] * 3))
+    apart = [net(x, EDGES), net(other, more)]
+    torch.testing.assert_close(both, torch.cat(apart))
+    graphs = Graphs(torch.cat([x, other]), torch.tensor([0, 6, 9]), torch.cat([EDGES, more + 6], 1))
+    torch.testing.assert_close(net(graphs), both)
+    assert len(net.attend(x, EDGES)) == (2 if conv in ("gatv2", "gat", "dot") else 0)
+
+
+def test_a_network_is_saved_with_its_settings(tmp_path: Path) -> None:
+    net = GraphAttentionNetwork(
+        4, 5, 3, heads=2, edge_dim=2, readout="sum", share_weights=True, dropout=0.3, residual=True
+    )
+    net.eval().save(tmp_path / "net")
+    again = GraphAttentionNetwork.load(tmp_path / "net")
+    x, attr = randn(6, 4).float(), randn(9, 2).float()
+    assert torch.equal(again(x, EDGES, attr), net(x, EDGES, attr))
+    assert again.settings == net.settings
+    found = again.attend(x, EDGES, attr)[0]
+    assert found.edge_index.shape[1] == len(found.weights)
+    with pytest.raises(InputError, match="holds no"):
+        GraphAttentionNetwork.load(tmp_path / "nothing")
+
+
+def test_dictionaries_and_unseen_pairs() -> None:
+    every = permutations(4)
+    assert len(every) == len(set(map(tuple, every.tolist()))) == 24
+    some = permutations(8, most=500)
+    assert len(set(map(tuple, some.tolist()))) == 500
+    split = unseen_combinations(every)
+    assert len(split.train) + len(split.test) == 24
+    seen = {(k, v) for row in split.train.tolist() for k, v in enumerate(row)}
+    assert len(seen) <= round(16 * 0.8**0.25)
+    assert all(any((k, v) not in seen for k, v in enumerate(row)) for row in split.test.tolist())
+    with pytest.raises(InputError, match="share"):
+        unseen_combinations(every, 0)
+
+
+def test_looking_up_is_learned_by_gatv2_and_not_by_static_attention() -> None:
+    def trained(conv: Any, **settings: Any) -> Lookup:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = Lookup(4, 16, conv=conv, **settings)
+        train_lookup(model, steps=100, batch=24, learning_rate=3e-2)
+        return model
+
+    orders = permutations(4)
+    dynamic, static, linear = trained("gatv2"), trained("gat"), trained("gatv2", slope=1.0)
+    assert lookup_accuracy(dynamic, orders) > 0.95
+    assert lookup_accuracy(static, orders) < 0.7
+    assert lookup_accuracy(linear, orders) < 0.7
+    assert dynamic.agreement(orders) < 0.9
+    assert static.agreement(orders) == 1
+    assert linear.agreement(orders) > 0.999
+    with pytest.raises(InputError, match="orders"):
+        train_lookup(dynamic, orders[:, :3], steps=1)
