@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_one_of
 from cenote.mix.attentive_convolution.convolution import ATConv
+from cenote.mix.image_training import Recipe
 from cenote.mix.maps import ChannelLayerNorm, ChannelRMSNorm, DropPath, drop_rates, on_map, start_narrow
 from cenote.mix.metaformer.block import Activation
 
@@ -30,6 +31,11 @@ class Size(NamedTuple):
     layer_scale: float | None
     drop_path: float
 
+
+ATTNET_RECIPE = Recipe(
+    epochs=300, learning_rate=4e-3, per=4096, weight_decay=0.05, warm_up=5, magnitude=9, erasing=0.25
+)
+"""Published for T2; its stochastic depth grows with the size, as `SIZES` has it."""
 
 RATIOS = (8.0, 8.0, 4.0, 4.0)
 SIZES: Mapping[str, Size] = {
