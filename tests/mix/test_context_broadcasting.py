@@ -18,7 +18,7 @@ from cenote.mix.context_broadcasting.broadcasting import (
 )
 from cenote.mix.context_broadcasting.live import broadcasting
 from cenote.mix.context_broadcasting.training import ARMS, train_arms
-from cenote.mix.density import density, density_of
+from cenote.mix.density import attention_density, density_of
 from cenote.mix.image_training import Recipe
 from cenote.mix.vision import SPOTS, MixedViT, Spot
 
@@ -79,17 +79,17 @@ def test_padding_is_not_in_the_mean() -> None:
 
 def test_density_of_uniform_and_one_hot_rows() -> None:
     uniform = torch.full((2, 3, 6, 6), 1 / 6)
-    found = density(uniform)
+    found = attention_density(uniform)
     torch.testing.assert_close(found.nats, torch.full((2, 3), math.log(6)))
     torch.testing.assert_close(found.share, torch.ones(2, 3))
     one_hot = torch.eye(6).expand(2, 3, -1, -1)
-    assert not density(one_hot).nats.any()
+    assert not attention_density(one_hot).nats.any()
     mask = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
     weights = torch.where(mask[:, None, None, :], 1 / mask.sum(1)[:, None, None, None], 0.0).expand(-1, 3, 6, -1)
-    torch.testing.assert_close(density(weights, mask).share, torch.ones(2, 3))
-    assert density(torch.ones(1, 1, 1, 1)).share.tolist() == [[0.0]]
+    torch.testing.assert_close(attention_density(weights, mask).share, torch.ones(2, 3))
+    assert attention_density(torch.ones(1, 1, 1, 1)).share.tolist() == [[0.0]]
     with pytest.raises(InputError, match="weights"):
-        density(torch.ones(2, 2, 2))  # type: ignore[arg-type]
+        attention_density(torch.ones(2, 2, 2))  # type: ignore[arg-type]
 
 
 def vit(spots: Any = None, **settings: Any) -> MixedViT:

@@ -26,7 +26,7 @@ class Density(NamedTuple):
     share: Float[Tensor, "batch heads"]
 
 
-def density(
+def attention_density(
     weights: Float[Tensor, "batch heads queries keys"], mask: Bool[Tensor, "batch keys"] | None = None
 ) -> Density:
     """The mean entropy of the rows of attention.
@@ -36,7 +36,7 @@ def density(
         mask: True = a real token, None for all; rows of others do not count, where queries are the keys.
 
     Example:
-        >>> found = density(torch.full((1, 1, 3, 3), 1 / 3))
+        >>> found = attention_density(torch.full((1, 1, 3, 3), 1 / 3))
         >>> round(float(found.nats), 4), round(float(found.share), 4)
         (1.0986, 1.0)
     """
@@ -73,4 +73,4 @@ def density_of(
     """
     with recorded(model, "rows", rows="all", at=at) as found:
         model(**inputs)
-    return [density(steps[0], mask) for steps in found["rows"].values()]
+    return [attention_density(steps[0], mask) for steps in found["rows"].values()]

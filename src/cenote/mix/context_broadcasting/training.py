@@ -1,6 +1,8 @@
 """Training in which context broadcasting is the only change.
 
 The DeiT recipe of the paper was not at hand; `train_images` takes any.
+
+Source: Nam et al., "Scratching Visual Transformer's Back with Uniform Attention", ICCV 2023.
 """
 
 from __future__ import annotations

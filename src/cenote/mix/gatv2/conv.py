@@ -223,7 +223,7 @@ class GATv2Conv(GraphAttention):
         heads: number of heads.
         slope: of the leaky ReLU below 0; 1 makes the attention static.
         share_weights: whether `W_r` is `W_l`.
-        settings: of `GraphAttention`.
+        join, dropout, loops, edge_dim, bias, residual: as of `GraphAttention`.
 
     Example:
         >>> layer = GATv2Conv(4, 8, heads=2)
@@ -305,7 +305,7 @@ class GATConv(GraphAttention):
         out_dim: width of a head.
         heads: number of heads.
         slope: of the leaky ReLU below 0.
-        settings: of `GraphAttention`.
+        join, dropout, loops, edge_dim, bias, residual: as of `GraphAttention`.
 
     Source:
         Velickovic et al. 2018, arXiv 1710.10903.
@@ -376,7 +376,7 @@ class DotProductConv(GraphAttention):
         dim: width of a node; of sources and of targets, where they are not the same nodes.
         out_dim: width of a head.
         heads: number of heads.
-        settings: of `GraphAttention`.
+        join, dropout, loops, edge_dim, bias, residual: as of `GraphAttention`.
 
     Source:
         The dot-product attention of Brody et al. 2022, arXiv 2105.14491, appendix; Vaswani et al. 2017.
