@@ -302,8 +302,8 @@ def _rule_half_precision(t: _Trial) -> str | None:
 
 def _rule_weights(t: _Trial) -> str | None:
     weights_of = getattr(t.mixer, "weights_of", None)
-    weights = None if weights_of is None else weights_of(t.x, t.mask)
-    if weights is None:
+    weights = weights_of(t.x, t.mask) if callable(weights_of) else None
+    if weights_of is None or weights is None:
         return None
     batch, n = t.mask.shape
     if weights.dim() != 4 or (weights.shape[0], *weights.shape[2:]) != (batch, n, n):

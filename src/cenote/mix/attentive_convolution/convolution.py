@@ -105,9 +105,11 @@ class ATConv(GridMixer):
             x: a feature map.
             real: False where an image has no cell; None for all.
         """
-        if self.kernel_proj is None or self.kernel_gen is None:
+        if self.static is not None:
             made = self.static.expand(len(x), -1, -1)
         else:
+            assert self.kernel_proj is not None
+            assert self.kernel_gen is not None
             u = self.kernel_proj(x)
             seen = u.new_ones(len(u), 1, *u.shape[2:]) if real is None else real.unsqueeze(1).to(u.dtype)
             share = self._means(seen)

@@ -18,7 +18,7 @@ from cenote.mix.base import Mixer
 from cenote.mix.branches import Before, Behind, branches_of, is_causal
 from cenote.mix.context_broadcasting.broadcasting import ContextBroadcasting
 from cenote.mix.vision import SPOTS, Spot
-from cenote.models.live import swapped
+from cenote.models.live import Place, swapped
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def broadcasting(
             "model: reads from left to right, and the mean of all tokens would tell it what comes later; give causal mixers, "
             "such as ContextBroadcasting(running=True)"
         )
-    places: dict[str, Callable[[nn.Module], nn.Module]] = {}
+    places: dict[Place | str, nn.Module | Callable[[nn.Module], nn.Module]] = {}
     for number, at in found.items():
         if spot == "attention front" and not at.norm:
             raise InputError(

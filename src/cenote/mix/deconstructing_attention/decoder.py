@@ -253,7 +253,7 @@ class MixedDecoder(nn.Module):
     def streams(self, tokens: int) -> dict[str, list[Float[Tensor, "1 tokens dim"]]]:
         """What enters each block of the streams that are the same for all inputs, by form."""
         self._require_streams(tokens)
-        found = {}
+        found: dict[str, list[Tensor]] = {}
         positions = torch.arange(tokens, device=self.embedding.weight.device).unsqueeze(0)
         for kind in SIDE:
             if kind not in self.variants:
@@ -280,13 +280,12 @@ class MixedDecoder(nn.Module):
         for i, block in enumerate(self.blocks):
             variant = self.variants[i]
             asks = e if variant == "staticembqk" else streams[variant][i] if variant in SIDE else None
+            assert isinstance(block, DecoderBlock)
             form, source = block.form, block.norm1(h if asks is None else asks)
             if isinstance(form, DotProductForm):
-                weights = form.maps(source, positions).expand(len(tokens), -1, -1, -1)
+                found.append(form.maps(source, positions).expand(len(tokens), -1, -1, -1))
             else:
-                assert isinstance(form, CausalForm)
-                weights = form.weights_of(source)
-            found.append(weights)
+                found.append(form.weights_of(source))
             h, _ = block(h, asks, positions)
         return found
 

@@ -169,7 +169,7 @@ class TaylorForm(_Projected):
         if self.rope:
             q, k = rotated(q, positions), rotated(k, positions)
         form = taylor_joint if self.taylor == "joint" else taylor_literal
-        y, state = form(q, k, v, mask, state)  # type: ignore[operator]
+        y, state = form(q, k, v, mask, state)
         return self.joined(y), state
 
 

@@ -183,20 +183,21 @@ class GraphAttentionNetwork(nn.Module):
         if isinstance(x, Graphs):
             if any(given is not None for given in (edge_index, edge_attr, batch, size)):
                 raise InputError("edge_index, edge_attr, batch, size: Graphs hold them already; leave them out")
-            x, edge_index, edge_attr, batch, size = x.values, x.edge_index, x.edge_attr, x.set_index(), x.batch
+            edge_index, edge_attr, batch, size = x.edge_index, x.edge_attr, x.set_index(), x.batch
+            x = x.values
         if edge_index is None:
             raise InputError("edge_index: is missing; a graph without edges has torch.empty(2, 0, dtype=torch.int64)")
-        found = []
+        h, found = x, []
         for i, conv in enumerate(self.convs):
-            x = F.dropout(x, self.dropout, self.training)
+            h = F.dropout(h, self.dropout, self.training)
             if isinstance(conv, GraphAttention):
-                found.append(conv.attend(x, edge_index, edge_attr))
-                x = found[-1].output
+                found.append(conv.attend(h, edge_index, edge_attr))
+                h = found[-1].output
             else:
-                x = conv(x, edge_index, edge_attr)
+                h = conv(h, edge_index, edge_attr)
             if i < len(self.convs) - 1 or self.head is not None:
-                x = F.elu(x)
-        return (x if self.head is None else self.head(self._read(x, batch, size))), found
+                h = F.elu(h)
+        return (h if self.head is None else self.head(self._read(h, batch, size))), found
 
     def _read(self, x: Tensor, batch: Tensor | None, size: int | None) -> Tensor:
         if batch is None:

@@ -56,6 +56,9 @@ class MetaFormerBlock(nn.Module):
         Yu et al. 2022, arXiv 2111.11418, section 3.1. Parameters carry the names of the authors' code.
     """
 
+    layer_scale_1: nn.Parameter | None
+    layer_scale_2: nn.Parameter | None
+
     def __init__(
         self,
         dim: int,

@@ -71,22 +71,14 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, dim: int, out_dim: int, size: int, stride: int, padding: int) -> None:
         super().__init__()
+        self.size, self.stride, self.padding = size, stride, padding
         self.proj = nn.Conv2d(dim, out_dim, size, stride, padding)
 
     def forward(self, x: Float[Tensor, "batch dim height width"]) -> Float[Tensor, "batch out rows columns"]:
         return self.proj(x)
 
     def grid_of(self, grid: Grid) -> Grid:
-        rows, columns = (
-            (n + 2 * p - k) // s + 1
-            for n, p, k, s in zip(
-                grid,
-                self.proj.padding,
-                self.proj.kernel_size,
-                self.proj.stride,
-                strict=True,  # type: ignore[arg-type]
-            )
-        )
+        rows, columns = ((n + 2 * self.padding - self.size) // self.stride + 1 for n in grid)
         return rows, columns
 
 

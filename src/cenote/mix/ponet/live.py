@@ -16,7 +16,7 @@ from cenote.core.errors import InputError
 from cenote.mix.base import Mixer
 from cenote.mix.branches import branches_of, is_causal
 from cenote.mix.ponet.mixer import PoNetMixer
-from cenote.models.live import as_mixer, attentions, swapped
+from cenote.models.live import Place, as_mixer, attentions, swapped
 
 
 class PoNetPlace(Mixer):
@@ -75,7 +75,8 @@ def ponet_for_attention(
         )
     found = branches_of(model, inputs, blocks)
     places = {place.block: place for place in attentions(model) if place.kind == "self"}
-    standing, modules = {}, {}
+    standing: dict[int, PoNetPlace] = {}
+    modules: dict[Place | str, nn.Module | Callable[[nn.Module], nn.Module]] = {}
     for number, at in found.items():
         place = places[number]
         out = at.projection.startswith(f"{place.path}.")
@@ -83,7 +84,7 @@ def ponet_for_attention(
         mixer = PoNetMixer(at.dim, heads, out=out) if make is None else make(at.dim, heads, out)
         standing[number] = PoNetPlace(mixer, segments, special)
         modules[place] = as_mixer(standing[number])
-    with swapped(model, modules):  # type: ignore[arg-type]
+    with swapped(model, modules):
         yield standing
 
 

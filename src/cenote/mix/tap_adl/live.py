@@ -17,7 +17,7 @@ from cenote.mix.base import GridMixer
 from cenote.mix.branches import Before, branches_of
 from cenote.mix.tap_adl.diversification import attention_diversification
 from cenote.mix.tap_adl.pooling import TokenAwarePooling
-from cenote.models.live import recorded, swapped
+from cenote.models.live import Place, recorded, swapped
 
 
 class Diversified(NamedTuple):
@@ -54,7 +54,8 @@ def pooled_before_attention(
         InputError: where no norm stands before attention.
     """
     found = branches_of(model, inputs, blocks)
-    mixers, places = {}, {}
+    mixers: dict[int, GridMixer] = {}
+    places: dict[Place | str, nn.Module | Callable[[nn.Module], nn.Module]] = {}
     for number, at in found.items():
         if not at.norm:
             raise InputError(

@@ -53,8 +53,8 @@ def _brighter(x: Tensor, strength: int, generator: torch.Generator) -> Tensor:  
 
 
 def _coarser(x: Tensor, strength: int, generator: torch.Generator) -> Tensor:  # noqa: ARG001
-    small = [max(round(n * (1 - 0.15 * strength)), 1) for n in x.shape[2:]]
-    return F.interpolate(F.adaptive_avg_pool2d(x, small), x.shape[2:])
+    height, width = (max(round(n * (1 - 0.15 * strength)), 1) for n in x.shape[2:])
+    return F.interpolate(F.adaptive_avg_pool2d(x, (height, width)), x.shape[2:])
 
 
 CORRUPTIONS: Mapping[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
