@@ -94,9 +94,9 @@ def run(seed: int, size: Size) -> Findings:
             "One seed of each arm, 800 steps without halving: 1.0 of the words by GATv2, .25 by GAT, .125 with slope 1, .69 by "
             "GAT with 8 heads. GAT's loss still fell, so that rate, halving and 1,500 steps were chosen on GAT alone "
             "(at a rate of .01 it stayed at chance).",
-            "Three seeds at a rate of .003: not decidable, because one seed of GAT stayed at chance and its gate was open. Eight "
-            "heads of GAT, reported beside the rule, found 0.85 (0.52 to 1.2). The rate became .002 and the seeds six, once; "
-            "the arm of eight heads was left out.",
+            "Three seeds at a rate of .003: not decidable, because one seed of GAT stayed at chance and its gate was open. "
+            "Eight heads of GAT, reported beside the rule, found 0.85 (0.52 to 1.2). The rate became .002 and the seeds six, "
+            "once; the arm of eight heads was left out.",
         ),
     )
 
