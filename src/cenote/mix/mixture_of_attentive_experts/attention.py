@@ -102,7 +102,9 @@ class MixtureAttention(Mixer):
             dim, attention.num_heads, drop=drop, hidden=hidden, bias=bias, causal=causal, dropout=attention.dropout
         ).to(like.device, like.dtype)
         with torch.no_grad():
-            for module, weight in zip((made.query, made.key, made.value), attention.in_proj_weight.chunk(3), strict=True):
+            for module, weight in zip(
+                (made.query, made.key, made.value), attention.in_proj_weight.chunk(3), strict=True
+            ):
                 module.weight.copy_(weight)
             made.output.weight.copy_(like)
             if bias:
@@ -237,7 +239,9 @@ class MixtureAttention(Mixer):
         return weight if heads is None else weight[heads]
 
 
-def _readable(real: Bool[Tensor, "batch sources"], queries: int, causal: bool) -> Bool[Tensor, "batch 1 queries sources"]:
+def _readable(
+    real: Bool[Tensor, "batch sources"], queries: int, causal: bool
+) -> Bool[Tensor, "batch 1 queries sources"]:
     seen = real[:, None, None].expand(-1, 1, queries, -1)
     if causal:
         seen = seen & torch.ones(queries, real.shape[1], dtype=torch.bool, device=real.device).tril()
