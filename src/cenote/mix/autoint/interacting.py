@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -38,6 +37,7 @@ class InteractingLayer(nn.Module):
         InputError: where heads do not share the units, or a setting is impossible.
 
     Example:
+        >>> import torch
         >>> InteractingLayer(4, 8)(torch.randn(2, 5, 4)).shape
         torch.Size([2, 5, 8])
 
@@ -107,6 +107,7 @@ class InteractingLayer(nn.Module):
 def averaged(weights: Float[Tensor, "batch heads fields fields"]) -> Float[Tensor, "fields fields"]:
     """The mean map over instances and heads: the picture of which fields are crossed.
 
+    >>> import torch
     >>> averaged(torch.ones(3, 2, 4, 4) / 4).sum(1).tolist()
     [1.0, 1.0, 1.0, 1.0]
     """
