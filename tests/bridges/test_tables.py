@@ -17,7 +17,11 @@ def crossed(rows: int = 200) -> tuple[pandas.DataFrame, np.ndarray]:
     """Whether a number is high matters the other way round for one colour; a third column does not matter."""
     rng = np.random.default_rng(0)
     frame = pandas.DataFrame(
-        {"colour": rng.choice(["red", "blue"], rows), "size": rng.normal(size=rows), "noise": rng.choice(list("abc"), rows)}
+        {
+            "colour": rng.choice(["red", "blue"], rows),
+            "size": rng.normal(size=rows),
+            "noise": rng.choice(list("abc"), rows),
+        }
     )
     return frame, ((frame["colour"] == "red") ^ (frame["size"] > 0)).to_numpy()
 

@@ -197,7 +197,9 @@ class AutoIntClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 where / CARD, where / STATE, REMEDY, format=int, settings=dict, classes=list, encoder=dict
             )
         except OSError as error:
-            raise InputError(f"{where}: cannot read it ({error.strerror or error}); name a folder that save wrote") from None
+            raise InputError(
+                f"{where}: cannot read it ({error.strerror or error}); name a folder that save wrote"
+            ) from None
         files.require_format(where, card, FORMAT)
         made = cls(**card["settings"])
         made.classes_ = np.array(card["classes"])

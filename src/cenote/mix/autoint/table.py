@@ -70,9 +70,7 @@ class TableEncoder:
         ([[0, 3], [2, 3]], [[1.0, 0.0], [1.0, 1.0]])
     """
 
-    def __init__(
-        self, categorical: Collection[str] = (), *, scaling: Scaling = "standard", min_count: int = 2
-    ) -> None:
+    def __init__(self, categorical: Collection[str] = (), *, scaling: Scaling = "standard", min_count: int = 2) -> None:
         require_one_of(get_args(Scaling), scaling=scaling)
         require_at_least(1, min_count=min_count)
         self.categorical, self.scaling, self.min_count = tuple(map(str, categorical)), scaling, min_count
@@ -230,7 +228,9 @@ def _encoded(column: Column, values: Iterable[Any], scaling: Scaling) -> list[li
             keys = [] if _missing(cell) else [_key(v) for v in _items(column.name, cell)]
         else:
             if _is_several(cell):
-                raise InputError(f"table: column {column.name!r} holds several values at once, and held one when fitted")
+                raise InputError(
+                    f"table: column {column.name!r} holds several values at once, and held one when fitted"
+                )
             keys = [] if _missing(cell) else [_key(cell)]
         found.append([(column.first + column.values.get(key, 0), 1.0) for key in keys] or [(column.first, 1.0)])
     return found

@@ -141,9 +141,7 @@ def measure(logits: Float[Tensor, "rows outputs"], target: Int[Tensor, "rows"]) 
     one = np.ones((1, len(truth)))
     both = np.concatenate([np.zeros_like(scores), scores], 1) if scores.shape[1] == 1 else scores
     auc = float(auroc(scores, truth, one)[0]) if scores.shape[1] == 1 else None
-    return Measured(
-        auc, -float(negative_log_loss(scores, truth, one)[0]), float(accuracy(both, truth, one)[0])
-    )
+    return Measured(auc, -float(negative_log_loss(scores, truth, one)[0]), float(accuracy(both, truth, one)[0]))
 
 
 @torch.no_grad()
