@@ -120,7 +120,7 @@ def test_rivals_cross_fields_by_their_equations() -> None:
 def test_gradients_reach_all_of_a_rival(name: str) -> None:
     model = RIVALS[name](6, 3, dim=4, deep=(5,))
     model(torch.tensor([[0, 2, 5], [1, 3, 4]]), torch.ones(2, 3)).sum().backward()
-    lost = [n for n, p in model.named_parameters() if p.grad is None and not (name == "logistic regression")]
+    lost = [n for n, p in model.named_parameters() if p.grad is None and name != "logistic regression"]
     assert not lost
     assert RIVALS[name](6, 1, dim=4)(torch.tensor([[3]]), torch.ones(1, 1)).isfinite().all()
 

@@ -33,7 +33,7 @@ def fit(
     model: nn.Module,
     items: int,
     loss: Callable[[Int[Tensor, "chosen"]], Tensor],
-    steppers: Sequence[torch.optim.Optimizer],
+    steppers: Sequence[torch.optim.Optimizer] | Callable[[int], Sequence[torch.optim.Optimizer]],
     *,
     epochs: int,
     batch: int,
@@ -47,7 +47,7 @@ def fit(
         model: to train.
         items: how many there are.
         loss: of the items of these numbers, with the model as it then is.
-        steppers: optimisers of its parameters; all step.
+        steppers: optimisers of its parameters; all step. Or from an epoch to those of this epoch, called as it begins.
         epochs, batch: as usual.
         score: after each epoch, in eval mode, larger is better; the first of the best epochs is kept. `None`: the last.
         patience: epochs without a better score behind which it ends; None for all epochs.
@@ -68,14 +68,15 @@ def fit(
         torch.manual_seed(random_state)
         for epoch in range(epochs):
             model.train()
+            now = steppers(epoch) if callable(steppers) else steppers
             for chosen in torch.randperm(items, generator=order).split(batch):
                 value = loss(chosen)
                 if not bool(value.isfinite()):
                     raise InputError(f"loss: is {float(value.detach())} at step {len(losses)}; try a smaller lr")
-                for stepper in steppers:
+                for stepper in now:
                     stepper.zero_grad(set_to_none=True)
                 value.backward()
-                for stepper in steppers:
+                for stepper in now:
                     stepper.step()
                 losses.append(float(value.detach()))
             model.eval()
@@ -89,6 +90,5 @@ def fit(
                 break
     if kept is not None:
         model.load_state_dict(kept)
-    for stepper in steppers:
-        stepper.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     return Fitted(tuple(losses), tuple(scores), best)

@@ -6,6 +6,7 @@ Source: Song et al. (2019), arXiv 1810.11921.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -122,7 +123,7 @@ class AutoInt(nn.Module):
         widths = [dim, *blocks]
         self.blocks = nn.ModuleList(
             self.layer(a, b, heads=heads, residual=residual, paper_form=paper_form, dropout=dropout)
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in pairwise(widths)
         )
         self.output = nn.Linear(fields * widths[-1], outputs)
         nn.init.normal_(self.output.weight, std=(2 / (fields * widths[-1] + 1)) ** 0.5)
@@ -167,6 +168,6 @@ def mlp(inputs: int, hidden: Sequence[int], outputs: int, dropout: float = 0.0) 
     require_all_positive(hidden=hidden)
     widths = [inputs, *hidden]
     steps: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         steps += [nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout)]
     return nn.Sequential(*steps, nn.Linear(widths[-1], outputs))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -135,9 +136,7 @@ class CompressedInteraction(ClickModel):
     ) -> None:
         super().__init__(features, fields, dim=dim, deep=deep)
         counts = [fields, *maps]
-        self.maps = nn.ModuleList(
-            nn.Linear(a * fields, b, bias=False) for a, b in zip(counts, counts[1:], strict=False)
-        )
+        self.maps = nn.ModuleList(nn.Linear(a * fields, b, bias=False) for a, b in pairwise(counts))
         self.output = nn.Linear(sum(maps), 1, bias=False)
 
     def crossed(self, e: Float[Tensor, "batch fields dim"]) -> Float[Tensor, "batch 1"]:

@@ -18,8 +18,8 @@ from cenote.core.requirements import require_at_least, require_one_of, require_r
 from cenote.mix.base import Mixer
 from cenote.mix.mixture_of_attentive_experts.experts import ExpertGate, head_factors
 
-Mixture = Literal["soft", "hard", "even"]
-"""All experts by the gate; its best alone; all evenly, which is plain attention."""
+Mixture = Literal["soft", "hard", "even", "sampled"]
+"""All experts by the gate; its best alone; all evenly, which is plain attention; one drawn by the gate, as in training."""
 
 
 class Attended(NamedTuple):
@@ -47,7 +47,7 @@ class MixtureAttention(Mixer):
 
     Attributes:
         gate: an `ExpertGate`, even before it is trained.
-        mixture: how experts are mixed in use: `"soft"`, `"hard"` or `"even"`.
+        mixture: how experts are mixed, see `Mixture`.
 
     Raises:
         InputError: for impossible settings.
@@ -142,6 +142,8 @@ class MixtureAttention(Mixer):
         gates = self.gate.experts(x, mask)
         if expert is None and self.mixture == "hard" and gates.dim() == 2:
             expert = gates.argmax(-1)
+        if expert is None and self.mixture == "sampled":
+            expert = drawn(gates, mask)
         if expert is not None:
             return Attended(self._alone(x, memory, mask, memory_mask, expert), gates.detach())
         context = self._contexts(x, memory, mask, memory_mask, None)
@@ -237,6 +239,17 @@ class MixtureAttention(Mixer):
     def _output_of(self, heads: Tensor | None) -> Float[Tensor, "kept width dim"]:
         weight = self.output.weight.T.unflatten(0, (self.heads, -1))
         return weight if heads is None else weight[heads]
+
+
+def drawn(
+    gates: Float[Tensor, "batch experts"] | Float[Tensor, "batch tokens experts"],
+    mask: Bool[Tensor, "batch tokens"] | None = None,
+) -> Int[Tensor, "batch"]:
+    """An expert for each item by its gate; of a causal gate by that of its last real token, which reads them all (inferred)."""
+    if gates.dim() == 3:
+        last = gates.shape[1] - 1 if mask is None else (mask * torch.arange(mask.shape[1], device=mask.device)).amax(1)
+        gates = gates[torch.arange(len(gates), device=gates.device), last]
+    return torch.multinomial(gates.detach(), 1).squeeze(1)
 
 
 def _readable(

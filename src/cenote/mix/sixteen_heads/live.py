@@ -211,7 +211,7 @@ def importance_of(
     without: Iterable[Head] = (),
     last_by_examples: bool = False,
 ) -> Importance:
-    """`E |Att_h . dL/dAtt_h|` of every head of a running model: one backward pass over the batches, and no parameter's gradient.
+    """`E |Att_h . dL/dAtt_h|` of every head of a running model: one backward pass over the batches.
 
     Args:
         model: a model of transformers or any other that `cenote.models.live` reaches, in eval mode; encoders, decoders with

@@ -1,8 +1,8 @@
 """A model from which heads are really gone: rows of the maps to queries, keys and values, columns of the map behind the heads.
 
 Found by what happens: the map behind the heads is the module that is given their outputs, the maps before them are those inside
-of attention that are as wide as all query heads, or all key heads, together. What is made is compared with the model whose heads
-give zeros, and refused where it differs.
+of attention that are as wide as all query heads, or all key heads, together. What is made is compared with the model whose
+heads give zeros, and refused where it differs.
 
 Does not know: maps to queries, keys and values in one matrix (GPT-2), quantised maps, norms across heads.
 """
@@ -253,8 +253,8 @@ def _compare(
     off = float((masked - smaller).abs().max() / masked.abs().max().clamp(min=1e-12))
     if not off <= CLOSE:
         raise InputError(
-            f"model: without these heads {type(model).__name__} gives something else than with them at zero (off by {off:.1e}); "
-            f"they can be masked, not taken out"
+            f"model: without these heads {type(model).__name__} gives something else than with them at zero (off by "
+            f"{off:.1e}); they can be masked, not taken out"
         )
 
 
