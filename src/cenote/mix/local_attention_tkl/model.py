@@ -177,7 +177,7 @@ class TKL(nn.Module):
         # scattered back; what was not run is zeros
         places = run.flatten().nonzero().squeeze(1)
         whole = chunks.x.new_zeros(batch * count, self.chunk, self.dim).index_copy(0, places, read)
-        return whole.view(batch, -1, self.dim), chunks.mask[:, :, core].flatten(1)
+        return whole.view(batch, count * self.chunk, self.dim), chunks.mask[:, :, core].flatten(1)
 
     def _check(self, query: Tensor, document: Tensor, query_mask: Tensor, document_mask: Tensor) -> None:
         for name, x, mask in (("query", query, query_mask), ("document", document, document_mask)):

@@ -59,10 +59,10 @@ def train_mixture(
     score: Callable[[], float] | None = None,
     random_state: int = 0,
 ) -> Fitted:
-    """Train by the task's loss: F epochs of the experts, one drawn for each item by the gate; each fifth a G epoch of the gates.
+    """Train by the task's loss: F epochs of the experts, one drawn for each item; each fifth is a G epoch of the gates.
 
-    A G epoch trains the gates alone, by the soft mixture; an F epoch the experts alone. G epochs count among the epochs, so that
-    all schemes take as many steps. The model is left in eval mode, with the soft mixture (plain attention by that scheme).
+    A G epoch trains the gates alone, by the soft mixture; an F epoch the experts alone. G epochs count among the epochs, so
+    that all schemes take as many steps. The model is left in eval mode, with the soft mixture (plain attention by that scheme).
 
     Args:
         model: trained in place; of mixture layers, or a running model with `live`, whose context the loss enters itself.
