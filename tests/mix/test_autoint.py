@@ -9,7 +9,7 @@ from cenote.mix.autoint.interacting import InteractingLayer
 from cenote.mix.autoint.model import AutoInt, FieldEmbeddings
 from cenote.mix.autoint.rivals import RIVALS, CompressedInteraction, CrossNetwork, FactorisationMachine, pairs_pooled
 from cenote.mix.autoint.table import TableEncoder, log_square
-from cenote.mix.autoint.training import Rows, interaction_maps, logits_of, measure, partner_mass, train_autoint
+from cenote.mix.autoint.training import Rows, interaction_maps, logits_of, measure, over_seeds, partner_mass, train_autoint
 
 DOUBLE = torch.float64
 
@@ -162,6 +162,8 @@ def test_training_refuses_what_it_cannot_learn() -> None:
         train_autoint(model, rows, target, (rows, torch.zeros(8, dtype=torch.long)))
     with pytest.raises(InputError, match="no interacting layer"):
         interaction_maps(model, rows)
+    with pytest.raises(InputError, match="values: expected numbers of two seeds"):
+        over_seeds([0.5])
     with pytest.raises(InputError, match="crossed: expected pairs"):
         partner_mass(np.eye(2), [(0, 1)])
 
@@ -178,7 +180,7 @@ def test_missing_rare_and_unseen_categories_are_the_unknown_feature() -> None:
     table = {"colour": ["red", "red", "blue", None], "size": [1, 2, float("nan"), 4]}
     encoder = TableEncoder(min_count=2).fit(table)
     rows = encoder.transform({"size": [None, 1, 1], "colour": ["green", "blue", "red"], "beside": [0, 0, 0]})
-    assert rows.index[:, 0].tolist() == [0, 0, 1]
+    assert rows.features[:, 0].tolist() == [0, 0, 1]
     assert rows.value[0, 1] == 0
     assert encoder.names == ("colour", "size")
     assert encoder.features == 3
@@ -189,7 +191,7 @@ def test_missing_rare_and_unseen_categories_are_the_unknown_feature() -> None:
 def test_several_categories_at_once() -> None:
     encoder = TableEncoder(min_count=1).fit({"genres": [["war", "drama"], ["war"], []], "year": [1990, 2000, 2010]})
     rows = encoder.transform({"genres": [["drama", "new"], None], "year": [2000, 2000]})
-    assert rows.index[:, 0].tolist() == [[1, 0], [0, 0]]
+    assert rows.features[:, 0].tolist() == [[1, 0], [0, 0]]
     assert rows.present is not None
     assert rows.present[:, 0].tolist() == [[True, True], [True, False]]
     assert rows.present[:, 1].tolist() == [[True, False], [True, False]]
@@ -208,8 +210,8 @@ def test_numbers_are_scaled_as_asked() -> None:
     assert there.mean().abs() < 1e-6
     assert there.std(correction=0) == pytest.approx(1.0)
     binned = scaled("quantiles")
-    assert binned.index[2, 0] == 0
-    assert binned.index[0, 0] < binned.index[1, 0] < binned.index[3, 0]
+    assert binned.features[2, 0] == 0
+    assert binned.features[0, 0] < binned.features[1, 0] < binned.features[3, 0]
     assert log_square(2.0) == 2.0
     constant = TableEncoder().fit({"c": [5, 5]}).transform({"c": [5, 6]})
     assert constant.value[:, 0].tolist() == [0.0, 1.0]
@@ -217,7 +219,7 @@ def test_numbers_are_scaled_as_asked() -> None:
 
 def test_whole_numbers_are_the_same_category_with_and_without_a_fraction() -> None:
     encoder = TableEncoder(["zip"], min_count=1).fit({"zip": [10, 20]})
-    assert encoder.transform({"zip": [10.0, 20.0, "10"]}).index[:, 0].tolist() == [1, 2, 1]
+    assert encoder.transform({"zip": [10.0, 20.0, "10"]}).features[:, 0].tolist() == [1, 2, 1]
 
 
 def test_tables_come_in_many_forms() -> None:
@@ -229,11 +231,11 @@ def test_tables_come_in_many_forms() -> None:
     wanted = encoder.transform(columns)
     for table in (pandas.DataFrame(columns), pyarrow.table(columns)):
         found = TableEncoder().fit(table).transform(table)
-        assert torch.equal(found.index, wanted.index)
+        assert torch.equal(found.features, wanted.features)
         assert torch.equal(found.value, wanted.value)
     assert TableEncoder().fit(np.eye(3)).names == ("x0", "x1", "x2")
     nothing = encoder.transform({"a": [], "b": []})
-    assert nothing.index.shape == (0, 2)
+    assert nothing.features.shape == (0, 2)
 
 
 def test_tables_that_cannot_be_used_are_refused() -> None:

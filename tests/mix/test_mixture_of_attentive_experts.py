@@ -356,3 +356,32 @@ def test_gates_of_a_decoder_know_no_later_token_and_decode_with_a_cache() -> Non
         third = model(torch.tensor([[10]]), past_key_values=second.past_key_values, use_cache=True)
     assert torch.allclose(second.logits[:, -1], whole[:, 4], atol=1e-5)
     assert torch.allclose(third.logits[:, -1], whole[:, 5], atol=1e-5)
+
+
+def test_the_schedule_runs_on_a_trained_model_too() -> None:
+    library = tiny.transformers()
+    torch.manual_seed(0)
+    model = library.BertForSequenceClassification(
+        library.BertConfig(**{**tiny.TEXT, "num_hidden_layers": 1, "num_labels": 2})
+    )
+    ids, labels = torch.tensor([[5, 6, 7], [7, 6, 5], [5, 5, 7], [7, 7, 5]]), torch.tensor([0, 1, 0, 1])
+    live = LiveMixture(model, lambda: model(ids))
+
+    def loss(chosen: Tensor) -> Tensor:
+        with live.on(model):
+            return F.cross_entropy(model(ids[chosen]).logits, labels[chosen])
+
+    seen: list[tuple[list[Tensor], list[Tensor]]] = []
+
+    def score() -> float:
+        seen.append(([p.detach().clone() for p in model.parameters()], [p.detach().clone() for p in live.parameters()]))
+        return float(len(seen))
+
+    train_mixture(model, 4, loss, live=live, epochs=2, batch=4, gate_every=2, score=score)
+    (theta, phi), (theta_behind, phi_behind) = seen
+    assert all(torch.equal(a, b) for a, b in zip(theta, theta_behind, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(phi, phi_behind, strict=True))
+    assert all(float(g.output.weight.detach().abs().max()) > 0 for g in live.gates)
+    before = [p.detach().clone() for p in model.parameters()]
+    adapt_gates(model, 4, loss, live=live, epochs=1, batch=4)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

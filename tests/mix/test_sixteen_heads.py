@@ -17,14 +17,14 @@ from cenote.mix.sixteen_heads.gated import (
     normalised,
     scaled,
 )
-from cenote.mix.sixteen_heads.live import Head, head_statistics, heads_of, importance_of, masked, scaling
+from cenote.mix.sixteen_heads.live import Head, head_statistics, heads_of, importance_of_heads, masked_heads, scaling
 from cenote.mix.sixteen_heads.pruning import (
     Ablated,
     GreedyPruning,
     ablate_all_but_one,
     ablate_each,
     by_drop,
-    pruned,
+    prune_heads,
     pruning_order,
     seconds,
 )
@@ -183,7 +183,7 @@ def test_importance_of_running_models_is_the_gradient_at_their_heads(made: Any) 
     model, inputs = made()
     before = model(**inputs).logits
     known = heads_of(model, lambda: model(**inputs))
-    found = importance_of(model, squared, [inputs], "batch")
+    found = importance_of_heads(model, squared, [inputs], "batch")
     factors = {
         place: torch.ones(count, requires_grad=True) for place, count in zip(known.places, known.heads, strict=True)
     }
@@ -205,7 +205,7 @@ def test_kinds_of_attention_are_told_apart() -> None:
     assert list(known.types) == ["encoder self", "decoder self", "encoder-decoder"]
     assert len(known.all) == 6
     (cross,) = known.types["encoder-decoder"]
-    with masked(model, known, known.of_type("encoder-decoder").all):
+    with masked_heads(model, known, known.of_type("encoder-decoder").all):
         silent = model(**inputs).logits
     behind = model.get_submodule(f"{cross.path}.out_proj")
     with torch.no_grad():
@@ -229,7 +229,7 @@ def test_tokens_of_padding_do_not_count_in_running_models() -> None:
     alone = {name: value[1:, :2] for name, value in inputs.items()}
     padded = {name: value[1:] for name, value in inputs.items()}
     for granularity in ("token", "example"):
-        of = [importance_of(model, squared, [one], granularity) for one in (alone, padded)]  # type: ignore[arg-type]
+        of = [importance_of_heads(model, squared, [one], granularity) for one in (alone, padded)]  # type: ignore[arg-type]
         for a, b in zip(of[0].scores, of[1].scores, strict=True):
             assert torch.allclose(a, b, rtol=1e-4)
 
@@ -237,15 +237,15 @@ def test_tokens_of_padding_do_not_count_in_running_models() -> None:
 def test_what_gives_no_importance_is_refused() -> None:
     model, inputs = bert()
     with pytest.raises(InputError, match="batches: give at least one"):
-        importance_of(model, squared, [])
+        importance_of_heads(model, squared, [])
     with pytest.raises(InputError, match="without gradient"):
-        importance_of(model, lambda m, b: squared(m, b).detach(), [inputs])
+        importance_of_heads(model, lambda m, b: squared(m, b).detach(), [inputs])
     with pytest.raises(InputError, match="loss: expected one number"):
-        importance_of(model, lambda m, b: m(**b).logits[:, 0], [inputs])
+        importance_of_heads(model, lambda m, b: m(**b).logits[:, 0], [inputs])
     with pytest.raises(InputError, match="twice"):
-        importance_of(model, lambda m, b: squared(m, b) + squared(m, b), [inputs])
+        importance_of_heads(model, lambda m, b: squared(m, b) + squared(m, b), [inputs])
     with pytest.raises(InputError, match="known: needed with without"):
-        importance_of(model, squared, [inputs], without=[Head("a", 0)])
+        importance_of_heads(model, squared, [inputs], without=[Head("a", 0)])
 
 
 def items(inputs: dict[str, Tensor]) -> Any:
@@ -262,7 +262,7 @@ def test_ablations_of_single_heads_and_of_all_but_one() -> None:
     assert len(found.without) == 8
     table = found.table(known)
     head = known.all[3]
-    with torch.no_grad(), masked(model, known, [head]):
+    with torch.no_grad(), masked_heads(model, known, [head]):
         assert table[0, 3] == pytest.approx(float(items(inputs)(model).mean() - found.full.mean()))
     assert all(isinstance(change, Change) for change in found.changes().values())
     assert by_drop(found, known).of(head) == pytest.approx(-table[0, 3])
@@ -271,14 +271,14 @@ def test_ablations_of_single_heads_and_of_all_but_one() -> None:
     own = [h for h in known.all if h.path == known.places[0].path]
     alone = []
     for h in own:
-        with torch.no_grad(), masked(model, known, [o for o in own if o != h]):
+        with torch.no_grad(), masked_heads(model, known, [o for o in own if o != h]):
             alone.append(float(items(inputs)(model).mean()))
     assert next(iter(one.without)).number == int(np.argmax(alone))
 
 
 def test_orders_of_pruning() -> None:
     model, inputs = bert()
-    importance = importance_of(model, squared, [inputs])
+    importance = importance_of_heads(model, squared, [inputs])
     order = pruning_order(importance, by_place=False)
     values = [importance.of(head) for head in order]
     assert values == sorted(values)
@@ -305,7 +305,7 @@ def test_greedy_pruning_ends_with_the_bias_of_each_layer() -> None:
     anew = GreedyPruning(0.25, reestimate=True, rescale=True).run(
         model, items(inputs), loss=squared, batches=[inputs], until=0.5
     )
-    again = importance_of(model, squared, [inputs], known=known, without=anew[1].gone)
+    again = importance_of_heads(model, squared, [inputs], known=known, without=anew[1].gone)
     assert all(again.of(head) == 0 for head in anew[1].gone)
     assert torch.equal(model(**inputs).logits, before)
     with pytest.raises(InputError, match="loss: give it, with batches"):
@@ -335,9 +335,9 @@ def test_heads_really_gone_are_heads_at_zero(made: Any, gone: dict[int, list[int
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     known = heads_of(model, lambda: model(**inputs))
     heads = [Head(known.places[place].path, n) for place, numbers in gone.items() for n in numbers]
-    smaller = pruned(model, known, heads, inputs)
+    smaller = prune_heads(model, known, heads, inputs)
     with torch.no_grad():
-        with masked(model, known, heads):
+        with masked_heads(model, known, heads):
             expected = model(**inputs).logits
         assert torch.allclose(smaller.model(**inputs).logits, expected, atol=1e-6)
         counts = [sum(p.numel() for p in m.parameters()) for m in (smaller.model, model)]
@@ -357,16 +357,16 @@ def test_groups_of_keys_stay_even_or_are_refused() -> None:
     known = heads_of(model, lambda: model(**inputs))
     path = known.places[0].path
     with pytest.raises(InputError, match=r"mask them instead, or take whole groups of 2"):
-        pruned(model, known, [Head(path, 0)], inputs)
+        prune_heads(model, known, [Head(path, 0)], inputs)
     # a whole group takes its key head along, one of each group keeps them all
-    whole = pruned(model, known, [Head(path, 2), Head(path, 3)], inputs)
-    each = pruned(model, known, [Head(path, 0), Head(path, 3)], inputs)
+    whole = prune_heads(model, known, [Head(path, 2), Head(path, 3)], inputs)
+    each = prune_heads(model, known, [Head(path, 0), Head(path, 3)], inputs)
     shapes = [m.model.get_submodule(f"{path}.k_proj").weight.shape[0] for m in (whole, each)]  # type: ignore
     assert shapes == [8, 16]
     out = [m.model.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0) for m in (whole, each)]  # type: ignore
     assert [o.shape for o in out] == [(1, 7), (1, 7)]
     with pytest.raises(InputError, match="heads: name at least one"):
-        pruned(model, known, [], inputs)
+        prune_heads(model, known, [], inputs)
 
 
 def test_maps_in_one_matrix_are_refused(tmp_path: Path) -> None:
@@ -375,7 +375,7 @@ def test_maps_in_one_matrix_are_refused(tmp_path: Path) -> None:
     inputs = {"input_ids": torch.tensor([[5, 6, 7]])}
     known = heads_of(model, lambda: model(**inputs))
     with pytest.raises(InputError, match="expected three maps to queries, keys and values"):
-        pruned(model, known, [known.all[0]], inputs)
+        prune_heads(model, known, [known.all[0]], inputs)
     with pytest.raises(InputError, match="name a folder that save wrote"):
         WithoutHeads.load(tmp_path, model)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cenote.mix.sixteen_heads.live import Head, heads_of, importance_of, masked
-from cenote.mix.sixteen_heads.pruning import pruned, pruning_order, seconds
+from cenote.mix.sixteen_heads.live import Head, heads_of, importance_of_heads, masked_heads
+from cenote.mix.sixteen_heads.pruning import prune_heads, pruning_order, seconds
 
 pytestmark = pytest.mark.real("three models of up to 135 million parameters")
 
@@ -35,11 +35,11 @@ def test_an_encoder_loses_its_least_important_heads(minilm: Any) -> None:
     before = first(model, inputs)
     known = heads_of(model, lambda: model(**inputs))
     assert known.heads == (12,) * 6
-    importance = importance_of(model, squared, [inputs])
+    importance = importance_of_heads(model, squared, [inputs])
     gone = pruning_order(importance)[:29]
-    with masked(model, known, gone):
+    with masked_heads(model, known, gone):
         expected = first(model, inputs)
-    smaller = pruned(model, known, gone, inputs)
+    smaller = prune_heads(model, known, gone, inputs)
     assert close(first(smaller.model, inputs), expected)
     assert torch.equal(first(model, inputs), before)
     # measured, and not compared: another process may run
@@ -53,13 +53,13 @@ def test_a_decoder_loses_query_heads_with_their_groups(smollm2: Any) -> None:
     before = first(model, inputs)
     known = heads_of(model, lambda: model(**inputs))
     assert (known.heads[0], known.kv_heads[0]) == (9, 3)
-    importance = importance_of(model, squared, [inputs], "example")
+    importance = importance_of_heads(model, squared, [inputs], "example")
     assert all(bool((s > 0).all()) for s in importance.scores)
     path = known.places[20].path
     heads = [Head(path, n) for n in (3, 4, 5)] + [Head(known.places[5].path, n) for n in (0, 4, 8)]
-    with masked(model, known, heads):
+    with masked_heads(model, known, heads):
         expected = first(model, inputs)
-    smaller = pruned(model, known, heads, inputs)
+    smaller = prune_heads(model, known, heads, inputs)
     # rounding of float32 through thirty blocks
     assert float((first(smaller.model, inputs) - expected).abs().max()) < 1e-3
     assert smaller.model.get_submodule(path).k_proj.out_features == 128  # type: ignore[union-attr]
@@ -79,11 +79,11 @@ def test_an_encoder_decoder_has_three_kinds_of_attention(whisper: Any) -> None:
         "decoder self": 4,
         "encoder-decoder": 4,
     }
-    importance = importance_of(model, squared, [inputs])
+    importance = importance_of_heads(model, squared, [inputs])
     assert all(bool(s.isfinite().all()) for s in importance.scores)
     heads = [Head(places[1].path, 2) for places in known.types.values()]
-    with masked(model, known, heads):
+    with masked_heads(model, known, heads):
         expected = first(model, inputs)
-    smaller = pruned(model, known, heads, inputs)
+    smaller = prune_heads(model, known, heads, inputs)
     assert float((first(smaller.model, inputs) - expected).abs().max()) < 1e-3
     assert torch.equal(first(model, inputs), before)

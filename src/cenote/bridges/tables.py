@@ -115,8 +115,8 @@ class AutoIntClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         held = self._held_out(numbers)
         self.encoder_ = TableEncoder(self.categorical, scaling=self.scaling, min_count=self.min_count).fit(X)
         rows = self.encoder_.transform(X)
-        if len(rows.index) != len(target):
-            raise InputError(f"y: has {len(target)} targets for {len(rows.index)} rows of X")
+        if len(rows.features) != len(target):
+            raise InputError(f"y: has {len(target)} targets for {len(rows.features)} rows of X")
         self.feature_names_in_ = np.array(self.encoder_.names, dtype=object)
         self.n_features_in_ = len(self.encoder_.names)
         with seeded(self.random_state):

@@ -155,6 +155,7 @@ class AutoInt(nn.Module):
         y = e = self.dropout(e)
         weights = []
         for block in self.blocks:
+            assert isinstance(block, InteractingLayer)
             y, map_ = block.attend(y)
             weights.append(map_)
         logit = self.output(y.flatten(1))

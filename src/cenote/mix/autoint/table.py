@@ -66,7 +66,7 @@ class TableEncoder:
     Example:
         >>> encoder = TableEncoder(min_count=1).fit({"colour": ["red", "blue"], "size": [1.0, 3.0]})
         >>> rows = encoder.transform({"colour": ["green", "red"], "size": [None, 3.0]})
-        >>> rows.index.tolist(), rows.value.tolist()
+        >>> rows.features.tolist(), rows.value.tolist()
         ([[0, 3], [2, 3]], [[1.0, 0.0], [1.0, 1.0]])
     """
 

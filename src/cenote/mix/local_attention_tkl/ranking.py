@@ -20,7 +20,7 @@ from cenote.core import InputError
 from cenote.core.requirements import require_at_least, require_one_of, require_positive
 from cenote.mix.fitting import Fitted, fit
 from cenote.mix.local_attention_tkl.model import TKL, Scored
-from cenote.mix.local_attention_tkl.terms import BM25, FIRST, PAD, Vocabulary, terms_of
+from cenote.mix.local_attention_tkl.terms import BM25, FIRST, PAD, TermVocabulary, terms_of
 
 Loss = Literal["margin", "ranknet"]
 NOT_RANKED = -np.inf
@@ -30,7 +30,7 @@ class TKLRanker(nn.Module):
     """Scores of query and document terms: a trained table of embeddings under `TKL`, or another scorer called as that is.
 
     Args:
-        terms: how many numbers a `Vocabulary` has.
+        terms: how many numbers a `TermVocabulary` has.
         dim: width of the embeddings; that of `table` where there is one.
         table: embeddings to begin with, such as GloVe's, `[terms, dim]`.
         scorer: of embeddings; a `TKL` of the settings by default.
@@ -148,7 +148,8 @@ def train_ranker(
         raise InputError(
             f"triples: expected as many queries, relevant and other documents, got {[len(part) for part in triples]}"
         )
-    reading, kernels = [], []
+    reading: list[nn.Parameter] = []
+    kernels: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if name.startswith("embedding."):
             parameter.requires_grad_(embedding_lr > 0)
@@ -182,7 +183,7 @@ def triples_of(
     queries: Sequence[str],
     documents: Sequence[str],
     gains: Sequence[dict[int, float]],
-    vocabulary: Vocabulary,
+    vocabulary: TermVocabulary,
     *,
     candidates: int = 100,
     each: int = 8,
@@ -245,7 +246,7 @@ class Reranker:
 
     Example:
         >>> texts = ["heat in wings of aircraft", "birds in spring"]
-        >>> vocabulary = Vocabulary.of(texts)
+        >>> vocabulary = TermVocabulary.of(texts)
         >>> reranker = Reranker(TKLRanker(len(vocabulary), 8, heads=2, layers=1, hidden=8), vocabulary, texts)
         >>> [found.document for found in reranker.rank(["heat"])[0]]
         [0]
@@ -254,7 +255,7 @@ class Reranker:
     def __init__(
         self,
         ranker: TKLRanker,
-        vocabulary: Vocabulary,
+        vocabulary: TermVocabulary,
         documents: Sequence[str],
         *,
         candidates: int = 100,
@@ -320,7 +321,7 @@ class Reranker:
         return found
 
 
-def covered(
+def regions_covered(
     spans: Iterable[Sequence[tuple[int, int]]], planted: Iterable[tuple[int, int]], least: float = 0.5
 ) -> float:
     """Share of documents of whose planted region at least so much lies in one of the chosen windows.
@@ -330,7 +331,7 @@ def covered(
         planted: of each document the region's.
         least: share of the region that one window must hold.
 
-    >>> covered([[(0, 30)], [(60, 90)]], [(10, 30), (20, 40)])
+    >>> regions_covered([[(0, 30)], [(60, 90)]], [(10, 30), (20, 40)])
     0.5
     """
     found = []

@@ -41,14 +41,14 @@ def terms_of(text: str) -> list[Term]:
     return [Term(found[0].lower(), found.start(), found.end()) for found in WORD.finditer(text)]
 
 
-class Vocabulary:
+class TermVocabulary:
     """Numbers of terms: 0 fills up, 1 is every term that is not known, then the known ones, most frequent first.
 
     Args:
         words: in their order.
 
     Example:
-        >>> Vocabulary.of(["heat of wings", "wings"]).encode(["hot wings", "heat"]).tolist()
+        >>> TermVocabulary.of(["heat of wings", "wings"]).encode(["hot wings", "heat"]).tolist()
         [[1, 2], [3, 0]]
     """
 
@@ -104,7 +104,7 @@ class BM25:
             raise InputError(f"b: expected a share from 0 to 1, got {b}")
         if not texts:
             raise InputError("texts: give at least one")
-        self.vocabulary = Vocabulary.of(texts)
+        self.vocabulary = TermVocabulary.of(texts)
         counts = [Counter(self.vocabulary.numbers[t.word] - FIRST for t in terms_of(text)) for text in texts]
         rows = np.repeat(np.arange(len(texts)), [len(c) for c in counts])
         columns = np.array([term for c in counts for term in c], dtype=np.int64)
@@ -136,7 +136,7 @@ class BM25:
         return found
 
 
-def idf_of(texts: Sequence[str], vocabulary: Vocabulary) -> Float[Tensor, "terms"]:
+def idf_of(texts: Sequence[str], vocabulary: TermVocabulary) -> Float[Tensor, "terms"]:
     """`log((n + 1) / (df + 1))` of each number; 0 of what fills up, the largest of what is not known."""
     df = Counter(
         number for text in texts for number in {vocabulary.numbers.get(t.word, UNKNOWN) for t in terms_of(text)}

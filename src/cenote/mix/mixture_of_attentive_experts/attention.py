@@ -19,7 +19,8 @@ from cenote.mix.base import Mixer
 from cenote.mix.mixture_of_attentive_experts.experts import ExpertGate, head_factors
 
 Mixture = Literal["soft", "hard", "even", "sampled"]
-"""All experts by the gate; its best alone; all evenly, which is plain attention; one drawn by the gate, as in training."""
+"""All experts by the gate; its best alone, of each item, or of each token where gates are causal (then all heads are computed);
+all evenly, which is plain attention; one drawn by the gate for each item, as in training."""
 
 
 class Attended(NamedTuple):

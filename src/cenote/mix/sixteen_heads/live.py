@@ -119,7 +119,7 @@ def heads_of(model: nn.Module, run: Callable[[], object]) -> HeadMap:
 
 
 @contextmanager
-def masked(model: nn.Module, known: HeadMap, heads: Iterable[Head], rescale: bool = False) -> Iterator[None]:
+def masked_heads(model: nn.Module, known: HeadMap, heads: Iterable[Head], rescale: bool = False) -> Iterator[None]:
     """Run a model with these heads at zero; behind the block it is what it was.
 
     Args:
@@ -201,7 +201,7 @@ class Importance(NamedTuple):
         return Importance(self.known, tuple(normalised(s[None])[0] for s in self.scores))
 
 
-def importance_of(
+def importance_of_heads(
     model: nn.Module,
     loss: Loss,
     batches: Iterable[Any],

@@ -18,7 +18,7 @@ from torch import nn
 from cenote.core import InputError
 from cenote.core.requirements import require_at_least, require_one_of
 from cenote.mix.sixteen_heads.gated import Granularity
-from cenote.mix.sixteen_heads.live import Head, HeadMap, Importance, Loss, importance_of, masked
+from cenote.mix.sixteen_heads.live import Head, HeadMap, Importance, Loss, importance_of_heads, masked_heads
 from cenote.mix.sixteen_heads.statistics import Change, paired_bootstrap
 from cenote.models.live.without_heads import WithoutHeads, without_heads
 
@@ -64,7 +64,7 @@ def ablate_each(model: nn.Module, evaluate: Evaluate, known: HeadMap, kind: str 
     chosen = known if kind is None else known.of_type(kind)
     found = {}
     for head in chosen.all:
-        with masked(model, known, [head]):
+        with masked_heads(model, known, [head]):
             found[head] = evaluate(model)
     return Ablated(evaluate(model), found)
 
@@ -88,10 +88,10 @@ def ablate_all_but_one(
         own = [Head(place.path, n) for n in range(count)]
         values = []
         for head in own:
-            with masked(model, known, [h for h in own if h != head]):
+            with masked_heads(model, known, [h for h in own if h != head]):
                 values.append(float(choose(model).mean()))
         best = own[int(np.argmax(values))]
-        with masked(model, known, [h for h in own if h != best]):
+        with masked_heads(model, known, [h for h in own if h != best]):
             found[best] = evaluate(model)
     return Ablated(evaluate(model), found)
 
@@ -199,7 +199,7 @@ class GreedyPruning:
         Args:
             model: in eval mode; it is what it was behind this.
             evaluate: see `Evaluate`.
-            importance: of its heads; or `loss` and `batches`, as for `importance_of`, of which it is estimated.
+            importance: of its heads; or `loss` and `batches`, as for `importance_of_heads`, of which it is estimated.
             loss, batches: needed to estimate it anew.
             until: share of the heads at which to end.
         """
@@ -224,7 +224,7 @@ class GreedyPruning:
                     break
                 continue
             gone = (*gone, *new)
-            with torch.no_grad(), masked(model, known, gone, self.rescale):
+            with torch.no_grad(), masked_heads(model, known, gone, self.rescale):
                 found.append(PruningStep(len(gone) / total, gone, evaluate(model)))
         return found
 
@@ -247,10 +247,10 @@ class GreedyPruning:
             raise InputError(
                 "loss: give it, with batches, to estimate importance; or an importance that is there already"
             )
-        return importance_of(model, loss, batches, self.granularity, known=known, without=without)
+        return importance_of_heads(model, loss, batches, self.granularity, known=known, without=without)
 
 
-def pruned(model: nn.Module, known: HeadMap, heads: Iterable[Head], inputs: Mapping[str, Any]) -> WithoutHeads:
+def prune_heads(model: nn.Module, known: HeadMap, heads: Iterable[Head], inputs: Mapping[str, Any]) -> WithoutHeads:
     """A copy of a model from which these heads are really gone; see `without_heads`."""
     return without_heads(model, known.by_place(heads), inputs)
 

@@ -78,7 +78,7 @@ def mean_statistics(found: Sequence[tuple[HeadStatistics, int]]) -> HeadStatisti
     total = max(sum(count for _, count in found), 1)
     parts = zip(*(one for one, _ in found), strict=True)
     return HeadStatistics(
-        *(sum(part * count for part, (_, count) in zip(of, found, strict=True)) / total for of in parts)  # type: ignore
+        *(sum(part * count for part, (_, count) in zip(of, found, strict=True)) / total for of in parts)
     )
 
 

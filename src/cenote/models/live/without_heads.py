@@ -94,16 +94,13 @@ class WithoutHeads:
                 f"{where}: cannot read it ({error.strerror or error}); name a folder that save wrote"
             ) from None
         files.require_format(where, card, FORMAT)
-        cuts = tuple(
-            Cut(**{name: tuple(value) if isinstance(value, list) else value for name, value in one.items()})
-            for one in card["cuts"]
-        )
         made = copy.deepcopy(model)
         try:
+            cuts = tuple(_read(one) for one in card["cuts"])
             for cut in cuts:
                 _take_out(made, cut)
             made.load_state_dict(state)
-        except (AttributeError, RuntimeError, IndexError) as error:
+        except (AttributeError, RuntimeError, IndexError, TypeError) as error:
             raise InputError(f"model: is not of the architecture that was saved in {where} ({error})") from error
         return cls(made, cuts)
 
@@ -138,6 +135,12 @@ def without_heads(model: nn.Module, heads: Mapping[Place, Collection[int]], inpu
         _take_out(made, cut)
     _compare(model, made, wanted, inputs)
     return WithoutHeads(made, cuts)
+
+
+def _read(one: dict[str, Any]) -> Cut:
+    """Of JSON, which knows no tuples."""
+    told: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in one.items()}
+    return Cut(**told)
 
 
 def zeroed(heads: Mapping[Place, Sequence[int]]) -> list[AblatedHeads]:
@@ -191,8 +194,9 @@ def _take_out(model: nn.Module, cut: Cut) -> None:
         number, kept = (cut.kv_heads, cut.keys) if of_keys else (cut.heads, cut.queries)
         _shrink(linear, _places(width, number, kept), outputs=True)
     behind = model.get_submodule(cut.behind)
-    inputs = behind.weight.shape[1] if isinstance(behind, nn.Linear) else behind.weight.shape[0]  # type: ignore
-    _shrink(behind, _places(inputs, cut.heads, cut.queries), outputs=False)
+    weight = behind.weight
+    assert isinstance(weight, Tensor)
+    _shrink(behind, _places(weight.shape[int(isinstance(behind, nn.Linear))], cut.heads, cut.queries), outputs=False)
     if cut.silent:
         behind.weight.zero_()  # type: ignore[operator]
     for name, value in vars(module).items():
