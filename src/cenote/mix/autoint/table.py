@@ -1,4 +1,7 @@
-"""From the columns of a table to numbers of features and their values."""
+"""From the columns of a table to numbers of features and their values.
+
+Source: Song et al. (2019), arXiv 1810.11921.
+"""
 
 from __future__ import annotations
 

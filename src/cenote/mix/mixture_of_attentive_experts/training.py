@@ -132,7 +132,13 @@ def adapt_gates(
     lr: float = 1e-3,
     random_state: int = 0,
 ) -> Fitted:
-    """Tune the gates alone on another domain, experts as they are: the use of few parameters that the paper names."""
+    """Tune the gates alone on another domain, experts as they are: the use of few parameters that the paper names.
+
+    Args:
+        model, items, loss, live: as of `train_mixture`.
+        epochs, batch, lr: of Adam.
+        random_state: of order and dropout.
+    """
     require_positive(lr=lr)
     models = (model,) if live is None else (model, live)
     mix_all("soft", *models)

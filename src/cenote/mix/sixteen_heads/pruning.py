@@ -251,7 +251,14 @@ class GreedyPruning:
 
 
 def prune_heads(model: nn.Module, known: HeadMap, heads: Iterable[Head], inputs: Mapping[str, Any]) -> WithoutHeads:
-    """A copy of a model from which these heads are really gone; see `without_heads`."""
+    """A copy of a model from which these heads are really gone, see `cenote.models.live.without_heads.without_heads`.
+
+    Args:
+        model: in eval mode; it stays as it is.
+        known: its heads.
+        heads: those that go; key heads go with the last query head that reads them, and groups must stay even.
+        inputs: of its forward, to find the maps with and to compare outputs on.
+    """
     return without_heads(model, known.by_place(heads), inputs)
 
 
