@@ -142,43 +142,6 @@ def layers(model: nn.Module, inputs: Mapping[str, Any], stack: str | None = None
     return found
 
 
-def behind_heads(
-    model: nn.Module, inputs: Mapping[str, Any], places: Sequence[Place]
-) -> dict[Place, tuple[AttentionCall, nn.Module]]:
-    """Of places of any kind the call, and the module that the outputs of the heads go through next.
-
-    Args:
-        model: in eval mode.
-        inputs: of its forward.
-        places: where attention happens in blocks of the model.
-
-    Raises:
-        InputError: where one cannot be reached, runs more than once, or has no output projection that is a module of its own.
-    """
-    of_block = {(place.stack, place.block): place for place in blocks(model)}
-    ats = [Where([place.block], [place.kind], place.stack) for place in places]
-    calls, heads = [InputsRecorder(at) for at in ats], [HeadRecorder(at) for at in ats]
-    watched = [
-        _Watched(place, of_block[place.stack, place.block].module if place.stack else place.module, own)
-        for place, own in zip(places, heads, strict=True)
-    ]
-    with torch.no_grad(), edited(model, *calls, *heads), _hooked(watched):
-        model(**inputs)
-    found = {}
-    for place, call, seen in zip(places, calls, watched, strict=True):
-        if len(call.found.get(place, [])) != 1:
-            raise InputError(
-                f"model: {place.path} ran {len(call.found.get(place, []))} times in one forward; expected once"
-            )
-        if seen.projection is None:
-            raise InputError(
-                f"model: no module of the block of {place.path} is given the outputs of its heads; the output projection must "
-                f"be a module of its own"
-            )
-        found[place] = (call.found[place][0], seen.projection)
-    return found
-
-
 class _Watched:
     """Of one block: its norms as they run, and the module that reads the outputs of its heads."""
 

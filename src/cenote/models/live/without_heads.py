@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from cenote.core import InputError, files
 from cenote.models.live.calls import AttentionCall, Place
 from cenote.models.live.edited import edited
-from cenote.models.live.edits import Where
+from cenote.models.live.edits import HeadRecorder, InputsRecorder, Where
 from cenote.models.live.heads import AblatedHeads
-from cenote.models.live.places import attentions
-from cenote.models.live.ran import behind_heads
+from cenote.models.live.places import attentions, blocks
+from cenote.models.live.ran import _hooked, _Watched
 
 FORMAT = 1
 CARD, STATE = "without_heads.json", "without_heads.safetensors"
@@ -141,6 +141,43 @@ def _read(one: dict[str, Any]) -> Cut:
     """Of JSON, which knows no tuples."""
     told: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in one.items()}
     return Cut(**told)
+
+
+def behind_heads(
+    model: nn.Module, inputs: Mapping[str, Any], places: Sequence[Place]
+) -> dict[Place, tuple[AttentionCall, nn.Module]]:
+    """Of places of any kind the call, and the module that the outputs of the heads go through next.
+
+    Args:
+        model: in eval mode.
+        inputs: of its forward.
+        places: where attention happens in blocks of the model.
+
+    Raises:
+        InputError: where one cannot be reached, runs more than once, or has no output projection that is a module of its own.
+    """
+    of_block = {(place.stack, place.block): place for place in blocks(model)}
+    ats = [Where([place.block], [place.kind], place.stack) for place in places]
+    calls, heads = [InputsRecorder(at) for at in ats], [HeadRecorder(at) for at in ats]
+    watched = [
+        _Watched(place, of_block[place.stack, place.block].module if place.stack else place.module, own)
+        for place, own in zip(places, heads, strict=True)
+    ]
+    with torch.no_grad(), edited(model, *calls, *heads), _hooked(watched):
+        model(**inputs)
+    found = {}
+    for place, call, seen in zip(places, calls, watched, strict=True):
+        if len(call.found.get(place, [])) != 1:
+            raise InputError(
+                f"model: {place.path} ran {len(call.found.get(place, []))} times in one forward; expected once"
+            )
+        if seen.projection is None:
+            raise InputError(
+                f"model: no module of the block of {place.path} is given the outputs of its heads; the output projection must "
+                f"be a module of its own"
+            )
+        found[place] = (call.found[place][0], seen.projection)
+    return found
 
 
 def zeroed(heads: Mapping[Place, Sequence[int]]) -> list[AblatedHeads]:
