@@ -9,7 +9,15 @@ from cenote.mix.autoint.interacting import InteractingLayer
 from cenote.mix.autoint.model import AutoInt, FieldEmbeddings
 from cenote.mix.autoint.rivals import RIVALS, CompressedInteraction, CrossNetwork, FactorisationMachine, pairs_pooled
 from cenote.mix.autoint.table import TableEncoder, log_square
-from cenote.mix.autoint.training import Rows, interaction_maps, logits_of, measure, over_seeds, partner_mass, train_autoint
+from cenote.mix.autoint.training import (
+    Rows,
+    interaction_maps,
+    logits_of,
+    measure,
+    over_seeds,
+    partner_mass,
+    train_autoint,
+)
 
 DOUBLE = torch.float64
 

@@ -162,6 +162,13 @@ def llama() -> tuple[nn.Module, dict[str, Tensor]]:
     return library.LlamaForCausalLM(config).eval(), {"input_ids": torch.tensor([[5, 6, 7, 8]])}
 
 
+def gpt2() -> tuple[nn.Module, dict[str, Tensor]]:
+    library = tiny.transformers()
+    torch.manual_seed(0)
+    config = library.GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=20, n_positions=8)
+    return library.GPT2LMHeadModel(config).eval(), {"input_ids": torch.tensor([[5, 6, 7]])}
+
+
 def whisper() -> tuple[nn.Module, dict[str, Tensor]]:
     library = tiny.transformers()
     torch.manual_seed(0)
@@ -327,6 +334,7 @@ def test_greedy_pruning_ends_with_the_bias_of_each_layer() -> None:
         (bert, {0: [0, 2], 1: [0, 1, 2, 3]}),
         (llama, {0: [0, 1], 1: [1, 2]}),
         (whisper, {0: [1], 1: [0], 2: [0]}),
+        (gpt2, {0: [1, 2], 1: [0]}),
     ],
 )
 def test_heads_really_gone_are_heads_at_zero(made: Any, gone: dict[int, list[int]], tmp_path: Path) -> None:
@@ -369,15 +377,45 @@ def test_groups_of_keys_stay_even_or_are_refused() -> None:
         prune_heads(model, known, [], inputs)
 
 
-def test_maps_in_one_matrix_are_refused(tmp_path: Path) -> None:
-    library = tiny.transformers()
-    model = library.GPT2Model(library.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, n_positions=8)).eval()
-    inputs = {"input_ids": torch.tensor([[5, 6, 7]])}
-    known = heads_of(model, lambda: model(**inputs))
-    with pytest.raises(InputError, match="expected three maps to queries, keys and values"):
-        prune_heads(model, known, [known.all[0]], inputs)
+class Fixed(nn.Module):
+    """Attention that writes its outputs into a width that is always the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (m(x).unflatten(-1, (-1, 4)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.o(y.transpose(1, 2).reshape(*x.shape[:2], 8))
+
+
+class Blocks(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([block])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](x)
+
+
+def test_heads_that_cannot_be_taken_out_are_refused(tmp_path: Path) -> None:
+    x = torch.randn(1, 3, 8)
+    model = Blocks(nn.Sequential(Fixed())).eval()
+    known = heads_of(model, lambda: model(x))
+    with pytest.raises(InputError, match=r"does not run without these heads .* they can be masked, not taken out"):
+        prune_heads(model, known, [known.all[0]], {"x": x})
     with pytest.raises(InputError, match="name a folder that save wrote"):
         WithoutHeads.load(tmp_path, model)
+    # of torch's own attention the maps are no modules
+    model = Blocks(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)).eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        known = heads_of(model, lambda: model(x))
+        with pytest.raises(InputError, match="model: "):
+            prune_heads(model, known, [known.all[0]], {"x": x})
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
 
 
 def test_statistics_of_heads() -> None:

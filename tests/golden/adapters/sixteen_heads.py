@@ -10,7 +10,9 @@ NAMES = {"q": "query", "k": "key", "v": "value", "o": "output"}
 @adapter("sixteen-heads", "batch_head_importance")
 def one_layer(case: Case) -> dict[str, Tensor]:
     x, target = case.inputs["x"], case.inputs["target"].detach()
-    mask = case.inputs["pad_mask"].detach() == 0
+    mask = torch.ones(x.shape[:2], dtype=torch.bool)
+    if "pad_mask" in case.inputs:
+        mask = case.inputs["pad_mask"].detach() == 0
     heads = case.config["num_heads"]
     layer = GatedAttention(x.shape[-1], heads, head_dim=case.config["head_dim"]).to(x.dtype)
     own = {f"{NAMES[name[0]]}{name[1:]}": value for name, value in case.params.items()}

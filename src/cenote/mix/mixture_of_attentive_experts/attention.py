@@ -62,6 +62,8 @@ class MixtureAttention(Mixer):
     """
 
     order_matters = False
+    # adds the same to every score of a query
+    inert_parameters: tuple[str, ...] = ("key.bias",)
 
     def __init__(
         self,

@@ -47,8 +47,7 @@ def head_factors(
     >>> head_factors(torch.tensor([0.25, 0.75]), expert_heads(2)).tolist()
     [0.5, 1.5]
     """
-    heads, kept = members.shape[1], int(members[0].sum())
-    return gates @ members.to(gates) * (heads / kept)
+    return gates @ (members.to(gates) * members.shape[1] / members.sum(1, keepdim=True))
 
 
 class ExpertGate(HeadGate):

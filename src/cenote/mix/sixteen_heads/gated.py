@@ -47,6 +47,8 @@ class GatedAttention(Mixer):
     """
 
     order_matters = False
+    # adds the same to every score of a query
+    inert_parameters: tuple[str, ...] = ("key.bias",)
     gates: Float[Tensor, "heads"]
 
     def __init__(

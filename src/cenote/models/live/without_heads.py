@@ -4,7 +4,7 @@ Found by what happens: the map behind the heads is the module that is given thei
 of attention that are as wide as all query heads, or all key heads, together. What is made is compared with the model whose
 heads give zeros, and refused where it differs.
 
-Does not know: maps to queries, keys and values in one matrix (GPT-2), quantised maps, norms across heads.
+Does not know: `torch.nn.MultiheadAttention`, whose maps are no modules, quantised maps, norms across heads.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Cut:
         path: of the place.
         heads, kv_heads: how many query and key heads there were.
         queries, keys: those that are kept.
-        before: paths of the maps to queries, keys and values, inside of the place.
+        before: paths of the maps to queries, keys and values, inside of the place; one where all three are one matrix.
         behind: path of the map behind the heads, in the model.
         silent: whether no head should be left: one is kept, and its outputs count nothing.
     """
@@ -211,9 +211,16 @@ def _cut(model: nn.Module, place: Place, call: AttentionCall, behind: nn.Module,
         for path, module in place.module.named_modules()
         if module is not behind and not any(True for _ in module.children()) and _outputs(module) in widths
     ]
-    if len(before) != 3:
+    whole = (heads * call.q.shape[3]) + kv_heads * (call.k.shape[3] + call.v.shape[3])
+    if not before:
+        before = [
+            path
+            for path, module in place.module.named_modules()
+            if module is not behind and not any(True for _ in module.children()) and _outputs(module) == whole
+        ]
+    if len(before) not in (1, 3) or (len(before) == 1 and _outputs(place.module.get_submodule(before[0])) != whole):
         raise InputError(
-            f"model: expected three maps to queries, keys and values inside of {place.path}, found {len(before)}"
+            f"model: expected three maps to queries, keys and values, or one, inside of {place.path}, found {len(before)}"
             f"{' (' + ', '.join(before) + ')' if before else ''}; heads can be masked there, not taken out"
         )
     name = next(path for path, module in model.named_modules() if module is behind)
@@ -224,6 +231,9 @@ def _cut(model: nn.Module, place: Place, call: AttentionCall, behind: nn.Module,
 def _take_out(model: nn.Module, cut: Cut) -> None:
     module = model.get_submodule(cut.path)
     linears = [module.get_submodule(path) for path in cut.before]
+    if len(linears) == 1:
+        _shrink(linears[0], _places_in_one(_outputs(linears[0]) or 0, cut), outputs=True)
+        linears = []
     widths = [_outputs(linear) or 0 for linear in linears]
     for linear, width in zip(linears, widths, strict=True):
         # where there are as many of both, both keep the same
@@ -245,13 +255,21 @@ def _take_out(model: nn.Module, cut: Cut) -> None:
             setattr(module, name, len(cut.keys))
         elif "head" in name and value == cut.heads and "dim" not in name and "size" not in name:
             setattr(module, name, len(cut.queries))
-        elif name == "all_head_size":
+        elif name in ("all_head_size", "split_size"):
             setattr(module, name, value // cut.heads * len(cut.queries))
 
 
 def _places(width: int, heads: int, kept: Sequence[int]) -> Int[Tensor, "kept"]:
     """Numbers of the outputs of these heads, of a map that is so wide."""
     return torch.arange(width).view(heads, -1)[list(kept)].flatten()
+
+
+def _places_in_one(width: int, cut: Cut) -> Int[Tensor, "kept"]:
+    """The same of a map to queries, keys and values at once, of heads that are all as wide."""
+    each = width // (cut.heads + 2 * cut.kv_heads)
+    queries, keys = cut.heads * each, cut.kv_heads * each
+    own = _places(keys, cut.kv_heads, cut.keys)
+    return torch.cat([_places(queries, cut.heads, cut.queries), own + queries, own + queries + keys])
 
 
 def _shrink(module: nn.Module, kept: Int[Tensor, "kept"], outputs: bool) -> None:
