@@ -75,6 +75,15 @@ def train_autoint(
 
     Raises:
         InputError: where a class is the same for all, or targets do not fit.
+
+    Example:
+        >>> from cenote.mix import TableEncoder
+        >>> table = {"colour": ["red", "blue", "red", "blue"], "size": [1.0, 2.0, 3.0, None]}
+        >>> encoder = TableEncoder().fit(table)
+        >>> model = AutoInt(encoder.features, len(encoder.names))
+        >>> rows = encoder.transform(table)
+        >>> len(train_autoint(model, rows, torch.tensor([0, 1, 1, 0])).losses)
+        3
     """
     require_positive(lr=lr)
     require_one_of(get_args(Keep), keep=keep)

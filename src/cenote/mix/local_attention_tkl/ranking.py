@@ -141,6 +141,14 @@ def train_ranker(
         embedding_lr: of the embeddings; 0 to leave them. A table that begins at random wants more than is published.
         patience: epochs without a better metric behind which it ends.
         random_state: of order and dropout.
+
+    Example:
+        >>> texts, queries = ["heat in wings", "birds and wings"], ["heat wings"]
+        >>> vocabulary = TermVocabulary.of(texts)
+        >>> ranker = TKLRanker(len(vocabulary), 8, heads=2, layers=1, hidden=8)
+        >>> triples = triples_of(queries, texts, [{0: 1.0}], vocabulary)
+        >>> len(train_ranker(ranker, triples, epochs=2).losses)
+        2
     """
     require_positive(lr=lr, kernel_lr=kernel_lr)
     require_at_least(0, embedding_lr=embedding_lr)

@@ -75,6 +75,15 @@ def train_mixture(
         gate_every: a G epoch stands in every so many (inferred).
         score: after each epoch, in eval mode; see `fit`.
         random_state: of order, dropout and drawn experts.
+
+    Example:
+        >>> from cenote.mix import MAEClassifier
+        >>> model = MAEClassifier(9, 2, dim=8, hidden=8, layers=1, heads=2, gate_hidden=4)
+        >>> tokens, labels = torch.tensor([[3, 4], [5, 6]]), torch.tensor([0, 1])
+        >>> def loss(chosen):
+        ...     return torch.nn.functional.cross_entropy(model(tokens[chosen]), labels[chosen])
+        >>> len(train_mixture(model, 2, loss, epochs=5, batch=2).losses)
+        5
     """
     require_one_of(get_args(Scheme), scheme=scheme)
     require_at_least(2, gate_every=gate_every)

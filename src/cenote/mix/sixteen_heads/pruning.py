@@ -159,6 +159,24 @@ class GreedyPruning:
         rescale: times all over those that are left.
         random_state: of a random order.
 
+    Example:
+        >>> from cenote.mix import heads_of
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 8}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=20, **sizes)).eval()
+        >>> batch = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 5]]), "labels": torch.tensor([0, 1])}
+        >>> def loss(model, batch):
+        ...     return 2 * model(**batch).loss
+        >>> def right(model):
+        ...     return (model(**batch).logits.argmax(1) == batch["labels"]).double().numpy()
+        >>> steps = GreedyPruning(0.25, keep=1).run(model, right, loss=loss, batches=[batch], until=0.5)
+        >>> [(step.share, len(step.gone)) for step in steps]
+        [(0.0, 0), (0.25, 2), (0.5, 4)]
+        >>> known = heads_of(model, lambda: model(batch["input_ids"]))
+        >>> smaller = prune_heads(model, known, steps[-1].gone, {"input_ids": batch["input_ids"]})
+        >>> len(heads_of(smaller.model, lambda: smaller.model(batch["input_ids"])).all)
+        4
+
     Source: Michel, Levy and Neubig (2019), arXiv 1905.10650.
     """
 
