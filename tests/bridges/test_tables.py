@@ -74,6 +74,10 @@ def test_targets_that_cannot_be_learned_are_refused() -> None:
         model.fit(frame, np.linspace(0, 1, 20))
     with pytest.raises(InputError, match="y: is missing"):
         model.fit(frame, [None, *y[1:]])
+    with pytest.raises(InputError, match="y: is missing"):
+        model.fit(frame, pandas.array([None, *[0, 1] * 9, 1], dtype="Int64"))
+    with pytest.raises(InputError, match="categorical: expected names"):
+        AutoIntClassifier(categorical="colour").fit(frame, y)
     with pytest.raises(InputError, match="y: is missing or infinite"):
         model.fit(frame, np.array([np.nan, *y[1:].astype(float)]))
     with pytest.raises(InputError, match="expected \\[rows\\] labels"):

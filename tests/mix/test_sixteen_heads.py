@@ -315,6 +315,9 @@ def test_greedy_pruning_ends_with_the_bias_of_each_layer() -> None:
     again = importance_of_heads(model, squared, [inputs], known=known, without=anew[1].gone)
     assert all(again.of(head) == 0 for head in anew[1].gone)
     assert torch.equal(model(**inputs).logits, before)
+    # rounded down: no step is nearer to three tenths of eight heads
+    third = GreedyPruning(0.1).run(model, items(inputs), loss=squared, batches=[inputs], until=0.3)
+    assert [step.share for step in third] == [0.0, 0.125, 0.25]
     with pytest.raises(InputError, match="loss: give it, with batches"):
         GreedyPruning().run(model, items(inputs))
     with pytest.raises(InputError, match="step: expected a share"):
@@ -375,6 +378,8 @@ def test_groups_of_keys_stay_even_or_are_refused() -> None:
     assert [o.shape for o in out] == [(1, 7), (1, 7)]
     with pytest.raises(InputError, match="heads: name at least one"):
         prune_heads(model, known, [], inputs)
+    with pytest.raises(InputError, match="is in training mode"):
+        prune_heads(model.train(), known, [Head(path, 2), Head(path, 3)], inputs)
 
 
 class Fixed(nn.Module):

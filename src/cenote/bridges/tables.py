@@ -16,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 from cenote.core import InputError, files
 from cenote.core.seeded import seeded
 from cenote.mix.autoint.model import AutoInt
-from cenote.mix.autoint.table import Scaling, TableEncoder
+from cenote.mix.autoint.table import Scaling, TableEncoder, is_missing
 from cenote.mix.autoint.training import interaction_maps, logits_of, train_autoint
 
 FORMAT = 1
@@ -242,7 +242,7 @@ def _labels(y: Any) -> ndarray:
     if labels.ndim != 1 or not len(labels):
         raise InputError(f"y: expected [rows] labels, got shape {labels.shape}")
     if labels.dtype == object:
-        if any(v is None or v != v for v in labels):
+        if any(map(is_missing, labels)):
             raise InputError("y: is missing in some rows; leave these out")
         labels = np.array(labels.tolist())
     if labels.dtype.kind == "f":

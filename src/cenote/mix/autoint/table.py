@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cenote.core import InputError
-from cenote.core.requirements import require_at_least, require_one_of
+from cenote.core.requirements import require_at_least, require_one_of, require_several
 from cenote.mix.autoint.training import Rows
 
 Kind = Literal["category", "number", "several"]
@@ -76,6 +76,7 @@ class TableEncoder:
     def __init__(self, categorical: Collection[str] = (), *, scaling: Scaling = "standard", min_count: int = 2) -> None:
         require_one_of(get_args(Scaling), scaling=scaling)
         require_at_least(1, min_count=min_count)
+        require_several(categorical=categorical)
         self.categorical, self.scaling, self.min_count = tuple(map(str, categorical)), scaling, min_count
         self.columns: tuple[Column, ...] = ()
 
@@ -165,7 +166,7 @@ class TableEncoder:
     def _learned(self, name: str, values: Sequence[Any], first: int) -> Column:
         kind = "category" if name in self.categorical else _kind(values)
         if kind == "number":
-            numbers = np.array([float(v) for v in values if not _missing(v)])
+            numbers = np.array([float(v) for v in values if not is_missing(v)])
             if not np.isfinite(numbers).all():
                 raise InputError(f"table: column {name!r} holds infinite numbers")
             if self.scaling == "quantiles":
@@ -176,7 +177,7 @@ class TableEncoder:
             deviation = float(numbers.std())
             # of a column whose numbers are all the same
             return Column(name, kind, first, mean=float(numbers.mean()), deviation=deviation or 1.0)
-        items = [v for v in values if not _missing(v)]
+        items = [v for v in values if not is_missing(v)]
         counts = Counter(_key(v) for cell in items for v in (cell if kind == "several" else [cell]))
         kept = sorted(key for key, count in counts.items() if count >= self.min_count)
         return Column(name, kind, first, {key: i + 1 for i, key in enumerate(kept)})
@@ -228,19 +229,19 @@ def _encoded(column: Column, values: Iterable[Any], scaling: Scaling) -> list[li
     found = []
     for cell in values:
         if column.kind == "several":
-            keys = [] if _missing(cell) else [_key(v) for v in _items(column.name, cell)]
+            keys = [] if is_missing(cell) else [_key(v) for v in _items(column.name, cell)]
         else:
             if _is_several(cell):
                 raise InputError(
                     f"table: column {column.name!r} holds several values at once, and held one when fitted"
                 )
-            keys = [] if _missing(cell) else [_key(cell)]
+            keys = [] if is_missing(cell) else [_key(cell)]
         found.append([(column.first + column.values.get(key, 0), 1.0) for key in keys] or [(column.first, 1.0)])
     return found
 
 
 def _number(column: Column, value: Any, scaling: Scaling) -> tuple[int, float]:
-    missing = _missing(value)
+    missing = is_missing(value)
     if not missing:
         if isinstance(value, bool) or not isinstance(value, (Real, np.number)):
             raise InputError(
@@ -257,7 +258,7 @@ def _number(column: Column, value: Any, scaling: Scaling) -> tuple[int, float]:
 
 
 def _kind(values: Sequence[Any]) -> Kind:
-    there = [v for v in values if not _missing(v)]
+    there = [v for v in values if not is_missing(v)]
     if there and all(_is_several(v) for v in there):
         return "several"
     numbers = [isinstance(v, (Real, np.number)) and not isinstance(v, (bool, np.bool_)) for v in there]
@@ -274,8 +275,12 @@ def _items(name: str, cell: Any) -> Iterable[Any]:
     return cell
 
 
-def _missing(value: Any) -> bool:
-    """None, NaN, pandas' NA and NaT, an empty text."""
+def is_missing(value: Any) -> bool:
+    """None, NaN, pandas' NA and NaT, an empty text.
+
+    >>> is_missing(float("nan")), is_missing(""), is_missing(0)
+    (True, True, False)
+    """
     if value is None or (isinstance(value, str) and not value):
         return True
     if _is_several(value):

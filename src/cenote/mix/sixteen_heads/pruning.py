@@ -236,10 +236,12 @@ class GreedyPruning:
             left = [h for h in self._order(importance, chosen) if h not in set(gone)]
             count = round(min(steps * self.step, until) * total)
             new = left[: max(count - len(gone), 0)]
+            last = steps * self.step >= until
             steps += 1
+            if not new and (last or not left):
+                # rounded down, no step is nearer to that share
+                break
             if not new:
-                if not left:
-                    break
                 continue
             gone = (*gone, *new)
             with torch.no_grad(), masked_heads(model, known, gone, self.rescale):

@@ -124,6 +124,8 @@ def without_heads(model: nn.Module, heads: Mapping[Place, Collection[int]], inpu
     wanted = {place: sorted(set(gone)) for place, gone in heads.items() if len(gone)}
     if not wanted:
         raise InputError("heads: name at least one")
+    if model.training:
+        raise InputError("model: is in training mode, in which two runs differ by dropout; call model.eval()")
     known = set(attentions(model))
     strangers = [place.path for place in wanted if place not in known]
     if strangers:
