@@ -28,7 +28,6 @@ from cenote.models.live.calls import AttentionCall, Place
 from cenote.models.live.edited import edited, require_module
 from cenote.models.live.edits import AttentionEdit, Where
 from cenote.models.live.places import attentions
-from cenote.models.live.store import StoreLayer, cache_argument, nbytes, with_store
 
 Phase = Literal["prefill", "decode"]
 ROWS = 256
@@ -199,6 +198,8 @@ class Reading:
     @property
     def nbytes(self) -> int:
         """Of the cache that was read from last, room for more among them; 0 where it is gone."""
+        from cenote.models.live.store import nbytes
+
         cache = self._last() if self._last is not None else None
         return 0 if cache is None else nbytes(cache)
 
@@ -228,6 +229,8 @@ def reading(model: nn.Module, policy: Policy, prompt: int | None = None) -> Iter
     """
     if prompt is not None:
         require_at_least(0, prompt=prompt)
+    from cenote.models.live.store import cache_argument
+
     require_module(model)
     cache_argument(model)
     places = _self_attention(model)
@@ -265,6 +268,8 @@ class _Seat(AttentionEdit):
         self.now = None
 
     def _enters(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        from cenote.models.live.store import with_store
+
         if module is not self.model or threading.get_ident() != self.thread:
             return None
         given, cache = with_store(self.model, {**dict(zip(self.names, args, strict=False)), **kwargs})
@@ -498,6 +503,8 @@ def _layer(place: Place) -> int:
 
 def _require_keys(cache: Any, forgets: bool) -> None:
     """Raise where a layer keeps no keys of all tokens; say that those which will forget cannot take tokens back."""
+    from cenote.models.live.store import StoreLayer
+
     for number, layer in enumerate(cache.layers):
         if not isinstance(layer, StoreLayer):
             what = "a sliding window" if getattr(layer, "is_sliding", False) else type(layer).__name__
