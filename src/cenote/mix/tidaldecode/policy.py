@@ -107,7 +107,7 @@ class TidalDecode(KVPolicy):
 
     def choose(
         self, layer: int, q: Float[Tensor, "batch heads queries width"], held: Held, state: TidalState
-    ) -> Bool[Tensor, "batch heads queries keys"] | None:
+    ) -> Bool[Tensor, "batch _heads queries keys"] | None:
         """Of several queries each has its own choice."""
         if layer < self.start or held.count <= self.budget:
             return None

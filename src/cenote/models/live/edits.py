@@ -64,6 +64,8 @@ class Edit:
     at: Where = Where()
     asks: Sequence[str] = ()
     stands_for: Edit | None = None
+    called: str | None = None
+    """What errors call it, where that is not its class."""
     counts_itself: bool = False
     """Whether it tells the run what it edited; what else is called counts once a call."""
 
@@ -181,7 +183,7 @@ def original(edit: Edit) -> Edit:
 
 def name_of(edit: Edit) -> str:
     """Of the class that a person wrote."""
-    return type(original(edit)).__name__
+    return original(edit).called or type(original(edit)).__name__
 
 
 def remembers(edit: Edit) -> bool:

@@ -139,7 +139,8 @@ class Held:
 
 @runtime_checkable
 class Policy(Protocol):
-    """What the seat asks of a policy; see `cenote.mix.policies.KVPolicy`."""
+    """What the seat asks of a policy; see `cenote.mix.policies.KVPolicy`. One with a number `refresh_every` has the keys and
+    values of that many tokens computed anew, reading everything, whenever so many have come."""
 
     @property
     def acts(self) -> Collection[Phase]:
@@ -246,6 +247,7 @@ class _Seat(AttentionEdit):
     def __init__(
         self, model: nn.Module, policy: Policy, places: Mapping[nn.Module, Place], run: Reading, prompt: int | None
     ) -> None:
+        self.called = type(policy).__name__
         self.at = Where(kinds=["self"], stack=next(iter(places.values())).stack)
         self.model, self.policy, self.run, self.given_prompt = model, policy, run, prompt
         self.layers = {module: _layer(place) for module, place in places.items()}
@@ -272,6 +274,8 @@ class _Seat(AttentionEdit):
 
         if module is not self.model or threading.get_ident() != self.thread:
             return None
+        if self.now is not None and self.now.refreshing:
+            return None
         given, cache = with_store(self.model, {**dict(zip(self.names, args, strict=False)), **kwargs})
         if cache is None and self.given_prompt is None:
             raise InputError(
@@ -294,7 +298,42 @@ class _Seat(AttentionEdit):
             )
         generation.comes(cache, given)
         self.now = generation
+        every = getattr(self.policy, "refresh_every", None)
+        if every is not None and cache is not None and before >= generation.prompt(self.given_prompt):
+            self._refresh(cache, before, given, every)
         return (), given
+
+    def _refresh(self, cache: Any, before: int, given: Mapping[str, Any], every: int) -> None:
+        """Where so many tokens came since it was last done, and not all was read for them, compute keys and values anew."""
+        from cenote.models.live.store import cache_argument
+
+        assert self.now is not None
+        words = given.get("input_ids")
+        if not isinstance(words, Tensor):
+            raise InputError("refresh_every: needs input_ids, and the model is called without")
+        # beside a layer, so that beams reorder them
+        notes = cache.layers[0].notes
+        recent, at = notes.get("recent tokens"), notes.get("recent positions")
+        due = recent is not None and recent.shape[1] >= every
+        if due and self.now.left_out:
+            mask = given.get("attention_mask")
+            told = {} if mask is None else {"attention_mask": mask[:, :before]}
+            if at is not None:
+                told["position_ids"] = at
+            cache.crop(-recent.shape[1])
+            self.now.refreshing = True
+            try:
+                with torch.no_grad():
+                    self.model(input_ids=recent, use_cache=True, **{cache_argument(self.model): cache}, **told)
+            finally:
+                self.now.refreshing = self.now.left_out = False
+        if due:
+            recent, at, notes = None, None, cache.layers[0].notes
+        positions = given.get("position_ids")
+        if isinstance(positions, Tensor) and positions.dim() == 2:
+            positions = positions.expand(len(words), -1)
+            notes["recent positions"] = positions if at is None else torch.cat([at, positions], 1)
+        notes["recent tokens"] = words if recent is None else torch.cat([recent, words], 1)
 
     def inputs(self, call: AttentionCall) -> AttentionCall:
         """With masks of the keys that are left, where some were forgotten."""
@@ -315,6 +354,8 @@ class _Seat(AttentionEdit):
 
     def attends(self, call: AttentionCall, fused: Callable[[AttentionCall], Tensor]) -> Tensor:
         generation, layer = self._now(call), self.layers[call.place.module]
+        if generation.refreshing:
+            return fused(call)
         if not generation.begun:
             layout = Layout(self.run.layers, call.heads, call.k.shape[1], call.q.shape[3])
             generation.state, generation.begun = self.policy.begin(layout), True
@@ -383,6 +424,7 @@ class _Seat(AttentionEdit):
             if self.policy.watches:
                 self.policy.seen(layer, call.weights(), held, generation.state)
             return fused(call)
+        generation.left_out = True
         numbers, valid = reads
         if not held.whole:
             # whatever a policy says, padding is not read
@@ -406,6 +448,7 @@ class _Seat(AttentionEdit):
         kv_heads = call.k.shape[1]
         behind = call.q[:, :, first:]
         chosen = self.policy.choose(layer, behind, held, generation.state)
+        generation.left_out |= chosen is not None
         if chosen is None:
             chosen = torch.ones(call.batch, 1, behind.shape[2], held.count, dtype=torch.bool, device=behind.device)
         positions = held.last - torch.arange(behind.shape[2] - 1, -1, -1, device=behind.device)
@@ -459,7 +502,7 @@ class _Generation:
 
     def __init__(self, before: int) -> None:
         self.state: Any = None
-        self.begun = False
+        self.begun = self.refreshing = self.left_out = False
         self.start: Tensor | None = None
         self._prompt = before
         self._cache: weakref.ref[Any] | None = None
