@@ -101,7 +101,9 @@ class TidalDecode(KVPolicy):
         if layer < self.start or held.count <= self.budget:
             return None
         if self.selects(layer):
-            state.reads = Reads.of(self.chosen(q, held)[:, :, 0])
+            scores = select_scores(q, held.keys, held.scale, self.share)[:, :, 0]
+            real = None if held.whole else held.real.repeat_interleave(scores.shape[1] // held.keys.shape[1], 1)
+            state.reads = Reads(*routing.best_numbers(scores, self.budget, real))
             return None
         return state.reads
 

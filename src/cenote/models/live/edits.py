@@ -201,9 +201,14 @@ def require_spans(edit: Edit, spans: Mapping[str, Tensor]) -> None:
 
 def overrides(edit: Edit, name: str) -> bool:
     """Whether the edit's class has its own method of that name."""
-    edit = original(edit)
-    base = next(cls for cls in (AttentionEdit, BlockEdit) if isinstance(edit, cls))
-    return getattr(type(edit), name) is not getattr(base, name)
+    return _overridden(type(original(edit)), name)
+
+
+@functools.cache
+def _overridden(cls: type[Edit], name: str) -> bool:
+    # each computation of attention asks
+    base = next(base for base in (AttentionEdit, BlockEdit) if issubclass(cls, base))
+    return getattr(cls, name) is not getattr(base, name)
 
 
 def apply(

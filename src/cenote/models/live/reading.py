@@ -11,10 +11,11 @@ keys, encoder-decoders, padding that is not on the left, compiled models, other 
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -204,12 +205,11 @@ class Reading:
         cache = self._last() if self._last is not None else None
         return 0 if cache is None else nbytes(cache)
 
-    def counts(self, layer: int, read: Int[Tensor, "batch kv_heads"], seen: Int[Tensor, "batch kv_heads"]) -> None:
-        """One token more of each item was read for."""
-        if read.numel():
-            self.read[layer] += int(read.sum())
-            self.held[layer] += int(seen.sum())
-            self.most[layer] = max(self.most[layer], int(read.max()))
+    def counts(self, layer: int, read: Sequence[int], seen: int) -> None:
+        """One token more of each item was read for: of each item and key head how many keys; and what there were, of all."""
+        self.read[layer] += sum(read)
+        self.held[layer] += seen
+        self.most[layer] = max(self.most[layer], *read)
 
 
 @contextmanager
@@ -415,12 +415,14 @@ class _Seat(AttentionEdit):
             call = call.replace(k=stored.keys, v=stored.values)
             call = self.inputs(call)
             held = self._held(call)
-        if not bool(call.q.isfinite().all()):
+        if not math.isfinite(float(call.q.sum())):
             raise InputError(f"model: queries of layer {layer} are NaN or infinite, and no key is the best for them")
         reads = self.policy.read(layer, call.q, held, generation.state)
-        seen = (held.last[:, :, 0] + 1).expand(-1, call.k.shape[1])
+        kv_heads = call.k.shape[1]
+        seen = kv_heads * (call.batch * held.seen - generation.padding)
         if reads is None:
-            self.run.counts(layer, seen if held.whole else held.real.sum(2), seen)
+            every = [held.count] * (call.batch * kv_heads)
+            self.run.counts(layer, every if held.whole else held.real.sum(2).flatten().tolist(), seen)
             if self.policy.watches:
                 self.policy.seen(layer, call.weights(), held, generation.state)
             return fused(call)
@@ -430,10 +432,12 @@ class _Seat(AttentionEdit):
             # whatever a policy says, padding is not read
             group = numbers.shape[1] // held.real.shape[1]
             valid = valid & held.real.repeat_interleave(group, 1).gather(2, numbers)
-        kv_heads = call.k.shape[1]
-        read = valid.sum(2) if numbers.shape[1] == kv_heads else routing.counted(numbers, valid, kv_heads, held.count)
+        counts = valid.sum(2)
+        each = counts.flatten().tolist()
+        apart = numbers.shape[1] == kv_heads
+        read = each if apart else routing.counted(numbers, valid, kv_heads, held.count).flatten().tolist()
         self.run.counts(layer, read, seen)
-        return _read(call, numbers, valid)
+        return _read(call, numbers, None if min(each) == numbers.shape[2] > 0 else valid)
 
     def _of_several(
         self,
@@ -457,8 +461,9 @@ class _Seat(AttentionEdit):
         counted = routing.union(read, kv_heads) if read.shape[1] == call.heads else read
         for row in range(behind.shape[2]):
             of = positions[:, 0, row] >= 0
-            seen = (positions[:, :, row] + 1).expand(-1, kv_heads)
-            self.run.counts(layer, counted[of, :, row].sum(-1), seen[of])
+            if bool(of.any()):
+                seen = kv_heads * int((positions[of, 0, row] + 1).sum())
+                self.run.counts(layer, counted[of, :, row].sum(-1).flatten().tolist(), seen)
         before = torch.ones(*chosen.shape[:2], first, held.count, dtype=torch.bool, device=chosen.device)
         return fused(_masked(call, torch.cat([before, chosen], 2)))
 
@@ -504,6 +509,7 @@ class _Generation:
         self.state: Any = None
         self.begun = self.refreshing = self.left_out = False
         self.start: Tensor | None = None
+        self.padding = 0
         self._prompt = before
         self._cache: weakref.ref[Any] | None = None
 
@@ -514,6 +520,7 @@ class _Generation:
         if not self._prompt and x is not None:
             self._prompt = x.shape[1]
         self.start = _padding(given.get("attention_mask"))
+        self.padding = 0 if self.start is None else int(self.start.sum())
 
     def prompt(self, given: int | None) -> int:
         return self._prompt if given is None else given
@@ -578,7 +585,7 @@ def _padding(mask: Any) -> Int[Tensor, "batch"] | None:
 
 
 def _read(
-    call: AttentionCall, numbers: Int[Tensor, "batch chosen most"], valid: Bool[Tensor, "batch chosen most"]
+    call: AttentionCall, numbers: Int[Tensor, "batch chosen most"], valid: Bool[Tensor, "batch chosen most"] | None
 ) -> Float[Tensor, "batch heads queries width"]:
     """One query of each head attends to these keys alone."""
     k, v = grouped.gathered(call.k, numbers), grouped.gathered(call.v, numbers)
@@ -588,10 +595,9 @@ def _read(
         heads = call.heads if bias.shape[1] == call.heads else numbers.shape[1]
         at = numbers.repeat_interleave(heads // numbers.shape[1], 1).unsqueeze(2)
         bias = bias.expand(call.batch, heads, -1, -1).gather(3, at)
-    every = bool(valid.all())
     return grouped.attend(
         call.q, k, v, call.scale,
-        readable=None if every else valid.unsqueeze(2), bias=bias, softcap=call.softcap, sinks=call.sinks,
+        readable=None if valid is None else valid.unsqueeze(2), bias=bias, softcap=call.softcap, sinks=call.sinks,
     )  # fmt: skip
 
 
