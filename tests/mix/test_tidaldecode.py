@@ -61,10 +61,10 @@ def test_positions_are_the_highest_products_and_the_own_one_is_not_forced_in() -
     q, held = drawn()
     held.keys[:, :, -1] = -10 * q[:, :2, 0]
     scores = (q @ held.keys.repeat_interleave(3, 1).mT)[:, :, 0]
-    chosen = TidalDecode(4, start=0).chosen(q, held)[:, :, 0]
+    chosen = TidalDecode(4, start=0).chosen(0, q, held)[:, :, 0]
     assert torch.equal(chosen.nonzero()[:, 2].view(2, 6, 4), scores.topk(4).indices.sort().values)
     assert not chosen[:, 0, -1].any()
-    shared = TidalDecode(4, start=0, share="kv_head").chosen(q, held)[:, :, 0]
+    shared = TidalDecode(4, start=0, share="kv_head").chosen(0, q, held)[:, :, 0]
     summed = scores.unflatten(1, (2, 3)).sum(2)
     assert torch.equal(shared.nonzero()[:, 2].view(2, 2, 4), summed.topk(4).indices.sort().values)
 
@@ -129,7 +129,7 @@ def test_one_key_is_enough_where_attention_is_one_hot() -> None:
     for item in range(2):
         for head in range(2):
             q[item, 3 * head : 3 * head + 3, 0] = held.keys[item, head, 3 + item + head]
-    selected = TidalDecode(1, start=0).chosen(q, held)
+    selected = TidalDecode(1, start=0).chosen(0, q, held)
     sparse = attend_selected(q, held.keys, held.values, selected)
     torch.testing.assert_close(sparse, attend(q, held.keys, held.values))
 
@@ -146,7 +146,7 @@ def test_fewer_valid_positions_than_k_and_each_item_is_itself_alone() -> None:
         torch.testing.assert_close(batch[:, item], single[:, 0], atol=1e-5, rtol=1e-5)
     q, held = drawn()
     held.start = torch.tensor([0, 15])
-    chosen = TidalDecode(8, start=0).chosen(q, held)
+    chosen = TidalDecode(8, start=0).chosen(0, q, held)
     assert chosen[0].sum(-1).eq(8).all()
     assert chosen[1].sum(-1).eq(5).all()
     assert not chosen[1, ..., :15].any()

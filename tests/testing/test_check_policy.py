@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.models.live import zoo
 from torch import Tensor
 
 from cenote.core import InputError, routing
@@ -55,6 +56,27 @@ def test_some_rules_of_some_policies(name: str, rules: list[str]) -> None:
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_keeps_its_contract(name: str) -> None:
     check_kv_policy(POLICIES[name])
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "phi", "mixtral"])
+def test_models_of_other_kinds(name: str, attention: str) -> None:
+    settings = {"max_position_embeddings": 64, "num_hidden_layers": 2}
+    kind, small, own = {
+        "llama": ("LlamaForCausalLM", zoo.GROUPED, {}),
+        "qwen2": ("Qwen2ForCausalLM", zoo.GROUPED, {}),
+        "qwen3": ("Qwen3ForCausalLM", zoo.GROUPED, {"head_dim": 8}),
+        "gpt2": ("GPT2LMHeadModel", zoo.TEXT, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+        "gpt_neox": ("GPTNeoXForCausalLM", zoo.TEXT, {}),
+        "phi": ("PhiForCausalLM", zoo.TEXT, {}),
+        "mixtral": ("MixtralForCausalLM", zoo.GROUPED, {"num_local_experts": 2}),
+    }[name]
+    settings = {**small, **settings, "bos_token_id": 1, "eos_token_id": 2, **own}
+    model = zoo.built(kind, settings, attention)
+    # the model has the heads that it has
+    for policy in ("quest", "h2o"):
+        check_kv_policy(POLICIES[policy], lambda _: model)
 
 
 class _Early(SinkWindow):

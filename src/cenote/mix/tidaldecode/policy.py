@@ -51,6 +51,16 @@ class TidalDecode(KVPolicy):
     Raises:
         InputError: for numbers below 0, a share of another name; in use, for a model of fewer layers than it names.
 
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 8}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)).eval()
+        >>> words = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
+        >>> with TidalDecode(budget=4, start=1, correction=3).on(model) as run:
+        ...     _ = model.generate(words, max_new_tokens=2, do_sample=False, eos_token_id=None)
+        >>> [run.read[layer] for layer in range(6)]
+        [18, 18, 8, 18, 8, 8]
+
     Source: Yang et al. (2025), arXiv 2410.05076.
 
     Note:
@@ -101,7 +111,7 @@ class TidalDecode(KVPolicy):
         if layer < self.start or held.count <= self.budget:
             return None
         if self.selects(layer):
-            scores = select_scores(q, held.keys, held.scale, self.share)[:, :, 0]
+            scores = self.scores(layer, q, held)[:, :, 0]
             real = None if held.whole else held.real.repeat_interleave(scores.shape[1] // held.keys.shape[1], 1)
             state.reads = Reads(*routing.best_numbers(scores, self.budget, real))
             return None
@@ -114,15 +124,24 @@ class TidalDecode(KVPolicy):
         if layer < self.start or held.count <= self.budget:
             return None
         if self.selects(layer):
-            state.mask = self.chosen(q, held)
+            state.mask = self.chosen(layer, q, held)
             return None
         return state.mask
 
+    def scores(
+        self,
+        layer: int,  # noqa: ARG002
+        q: Float[Tensor, "batch heads queries width"],
+        held: Held,
+    ) -> Float[Tensor, "batch _heads queries keys"]:
+        """By what a layer chooses, of key heads or of heads."""
+        return select_scores(q, held.keys, held.scale, self.share)
+
     def chosen(
-        self, q: Float[Tensor, "batch heads queries width"], held: Held
+        self, layer: int, q: Float[Tensor, "batch heads queries width"], held: Held
     ) -> Bool[Tensor, "batch _heads queries keys"]:
         """The positions with the highest scores, among those that a query may read; of key heads, or of heads."""
-        scores = select_scores(q, held.keys, held.scale, self.share)
+        scores = self.scores(layer, q, held)
         own = held.last + torch.arange(1 - q.shape[2], 1, device=q.device)
         may = held.real[:, :, None] & (held.positions[:, :, None] <= own.unsqueeze(-1))
         return routing.best(scores, self.budget, may.repeat_interleave(scores.shape[1] // may.shape[1], 1))
