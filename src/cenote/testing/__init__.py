@@ -5,6 +5,7 @@ from cenote.testing.graphs import check_graph_pool
 from cenote.testing.layers import check_layer_pool
 from cenote.testing.live import LiveReport, check_live
 from cenote.testing.mixers import check_mixer
+from cenote.testing.policies import check_kv_policy
 from cenote.testing.pools import PLAIN_MODULE, ContractError, check_pool
 from cenote.testing.reducers import check_reducer
 from cenote.testing.spatial import check_spatial_pool
@@ -15,6 +16,7 @@ __all__ = [
     "LiveReport",
     "check_explainer",
     "check_graph_pool",
+    "check_kv_policy",
     "check_layer_pool",
     "check_live",
     "check_mixer",
