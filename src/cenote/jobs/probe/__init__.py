@@ -3,18 +3,23 @@
 from cenote.compare import PairTest
 from cenote.jobs.probe.job import compare
 from cenote.jobs.probe.module import Probe, build_probe
+from cenote.jobs.probe.predicting import Prediction, predict
 from cenote.jobs.probe.recipe import Recipe
 from cenote.jobs.probe.result import Comparison, MethodResult
 from cenote.jobs.probe.saved import SavedProbe, load
+from cenote.jobs.probe.unseen import Reading
 
 __all__ = [
     "Comparison",
     "MethodResult",
     "PairTest",
+    "Prediction",
     "Probe",
+    "Reading",
     "Recipe",
     "SavedProbe",
     "build_probe",
     "compare",
     "load",
+    "predict",
 ]
