@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 import cenote.core.files as files
 from cenote.catalog import create, method
@@ -21,6 +22,7 @@ from cenote.features.dataset import Task, TokenDataset
 from cenote.features.origin import Origin
 from cenote.jobs.probe.arms import Column
 from cenote.jobs.probe.module import Probe, sized_arguments
+from cenote.jobs.probe.own import OwnMethod, rebuilding
 from cenote.jobs.probe.result import Comparison
 from cenote.pool.base import Pooled
 from cenote.pool.graph.base import GraphPool
@@ -38,6 +40,7 @@ FIELDS: dict[str, Any] = {
     "classes": list,
     "layers": list,
     "origin": (dict, type(None)),
+    "unbuildable": (str, type(None)),
 }
 """What `probe.json` must say to build a probe again."""
 
@@ -157,14 +160,20 @@ class SavedProbe:
         return self.probe.attend(x, mask)
 
 
-def save_probe(folder: Path, comparison: Comparison, column: Column, probe: Probe) -> None:
-    """Write the probe of a method as `probe.safetensors` beside `probe.json`."""
+def save_probe(folder: Path, comparison: Comparison, column: Column, probe: Probe) -> str | None:
+    """Write the probe of a method as `probe.safetensors` beside `probe.json`: why it cannot be rebuilt from these, if so."""
     pool, data = probe.pool, column.data
     result = comparison[column.name]
+    method, why = column.method.name, None
+    if isinstance(column.method, OwnMethod):
+        method, arguments, why = rebuilding(pool, column.name, data.dim)
+    else:
+        arguments = sized_arguments(method, data)
     card = {
         "format": FORMAT,
-        "method": column.method.name,
-        "arguments": sized_arguments(column.method.name, data),
+        "method": method,
+        "arguments": arguments,
+        "unbuildable": why,
         "layers": list(column.layers),
         "dim": data.dim,
         "outputs": data.outputs,
@@ -178,6 +187,12 @@ def save_probe(folder: Path, comparison: Comparison, column: Column, probe: Prob
         "pool": type(pool).__name__,
     }
     files.write_saved(folder / "probe.json", folder / "probe.safetensors", card, probe.state_dict())
+    return why
+
+
+def by_hand(folder: Path) -> str:
+    """How a probe is loaded whose pool its folder cannot build, in words."""
+    return f"build the pool yourself, and load it with cenote.load({str(folder)!r}, pool=...)"
 
 
 def save_same(folder: Path, other: str) -> None:
@@ -196,12 +211,14 @@ def _same_as(folder: Path) -> str | None:
     return same if isinstance(same, str) else None
 
 
-def load(folder: str | Path) -> SavedProbe:
+def load(folder: str | Path, pool: nn.Module | None = None) -> SavedProbe:
     """Rebuild the probe that `cenote probe` left in `OUT/best` or `OUT/recommended`.
 
     Args:
         folder: holds `probe.json` and `probe.safetensors`; or, where the recommended method is the winner, only a
             `probe.json` that names the folder beside it.
+        pool: of the same class and settings as the saved one, which takes its weights; needed where the folder cannot say how
+            the pool is built.
 
     Raises:
         InputError: naming the folder and what is wrong with it.
@@ -209,10 +226,14 @@ def load(folder: str | Path) -> SavedProbe:
     folder = Path(folder)
     try:
         if folder.name != BEST and _same_as(folder) == BEST:
-            return load(folder.resolve().parent / BEST)
+            return load(folder.resolve().parent / BEST, pool)
         # cards of before do not speak of several layers, nor of the model
         card, state = files.read_saved(
-            folder / "probe.json", folder / "probe.safetensors", AGAIN, optional=("layers", "origin"), **FIELDS
+            folder / "probe.json",
+            folder / "probe.safetensors",
+            AGAIN,
+            optional=("layers", "origin", "unbuildable"),
+            **FIELDS,
         )
     except FileNotFoundError as error:
         raise InputError(
@@ -232,12 +253,14 @@ def load(folder: str | Path) -> SavedProbe:
     named = 2 if card["task"] == "binary" else card["outputs"]
     if len(card["classes"]) != named:
         raise InputError(f"{folder}: probe.json names {len(card['classes'])} classes, expected {named}; {AGAIN}")
-    if "." in card["method"]:
+    if pool is None and card.get("unbuildable") is not None:
+        raise InputError(f"{folder}: {card['unbuildable']}, so that its folder cannot say how; {by_hand(folder)}")
+    if pool is None and "." in card["method"]:
         method(card["method"])  # told as it is, where its module is not imported
     try:
         with seeded(0):
-            pool = create(card["method"], **{**card["arguments"], "dim": card["dim"]})
-            probe = Probe(pool, card["outputs"], card["prefix_tokens"])
+            made = create(card["method"], **{**card["arguments"], "dim": card["dim"]}) if pool is None else pool
+            probe = Probe(copy.deepcopy(made), card["outputs"], card["prefix_tokens"])
         probe.load_state_dict(state)
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{folder}: probe.safetensors does not fit probe.json ({_line(error)}); {AGAIN}") from None
