@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cenote.core.sets import Bags as Bags
     from cenote.features.given import Dataset as Dataset
     from cenote.jobs.probe import Reading as Reading
+    from cenote.jobs.probe import embed as embed
     from cenote.jobs.probe import load as load
     from cenote.jobs.probe import predict as predict
 
@@ -31,6 +32,7 @@ _LATER = {
     "ProbeClassifier": "cenote.bridges.scikit_learn",
     "ProbeRegressor": "cenote.bridges.scikit_learn",
     "Reading": "cenote.jobs.probe",
+    "embed": "cenote.jobs.probe",
     "load": "cenote.jobs.probe",
     "predict": "cenote.jobs.probe",
 }

@@ -94,6 +94,13 @@ def test_predict_takes_raw_data_where_the_probe_came_from_raw_data(cenote: Run, 
     code, text, said = cenote("predict", out / "best", new, "--out", tmp_path / "p.csv", "--json")
     assert code == 0, said
     assert [p["id"] for p in json.loads(text)["predictions"]] == ["0", "1"]
+    code, text, _ = cenote("embed", out / "best", new, "--out", tmp_path / "v.parquet", "--json")
+    told = json.loads(text)
+    assert (code, told["items"], told["width"], told["layers"]) == (0, 2, 32, [1])
+    assert told["model"]["name"] == str(model)
+    code, _, err = cenote("embed", out / "best", new, "--out", tmp_path / "v.csv")
+    assert code == 2
+    assert "ends in .parquet or .npy" in err
     # a store of the last layer alone: how to make one of the layer that is read, or to go on
     assert cenote("extract", new, "--backbone", model, "--out", tmp_path / "last")[0] == 0
     code, _, err = cenote("predict", out / "best", tmp_path / "last", "--out", tmp_path / "p.csv")

@@ -1,6 +1,7 @@
 """Labelled token features -> which pooling wins, by how much, at what cost."""
 
 from cenote.compare import PairTest
+from cenote.jobs.probe.embedding import Embedded, embed
 from cenote.jobs.probe.job import compare
 from cenote.jobs.probe.module import Probe, build_probe
 from cenote.jobs.probe.predicting import Prediction, predict
@@ -11,6 +12,7 @@ from cenote.jobs.probe.unseen import Reading
 
 __all__ = [
     "Comparison",
+    "Embedded",
     "MethodResult",
     "PairTest",
     "Prediction",
@@ -20,6 +22,7 @@ __all__ = [
     "SavedProbe",
     "build_probe",
     "compare",
+    "embed",
     "load",
     "predict",
 ]
