@@ -1,6 +1,7 @@
 """Labelled token features -> which pooling wins, by how much, at what cost."""
 
 from cenote.compare import PairTest
+from cenote.jobs.probe.beside import Beside, beside
 from cenote.jobs.probe.embedding import Embedded, embed
 from cenote.jobs.probe.job import compare
 from cenote.jobs.probe.module import Probe, build_probe
@@ -11,6 +12,7 @@ from cenote.jobs.probe.saved import SavedProbe, load
 from cenote.jobs.probe.unseen import Reading
 
 __all__ = [
+    "Beside",
     "Comparison",
     "Embedded",
     "MethodResult",
@@ -20,6 +22,7 @@ __all__ = [
     "Reading",
     "Recipe",
     "SavedProbe",
+    "beside",
     "build_probe",
     "compare",
     "embed",

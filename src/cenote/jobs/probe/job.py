@@ -31,6 +31,7 @@ from cenote.jobs.probe.recipe import Recipe
 from cenote.jobs.probe.references import references_of
 from cenote.jobs.probe.result import Comparison
 from cenote.jobs.probe.saved import BEST, RECOMMENDED, by_hand, save_probe, save_same
+from cenote.jobs.probe.tested import save as save_tested
 
 HUGE_ITEM_BYTES = 2**24
 
@@ -63,8 +64,9 @@ def compare(
             (`("mine", lambda dim: MyPool(dim))`). It is tried against what every pool keeps first, see
             `cenote.testing.check_pool`, and is left out with the reason where it breaks that.
         seeds: how many (0, 1, ...), or which.
-        out: folder for the finished cells, `comparison.json`, attention samples, and the probes of the winner and of the
-            recommended method; given the same folder again, finished cells are not recomputed. `None`: nothing is written.
+        out: folder for the finished cells, `comparison.json`, which items were tested, attention samples, and the probes of the
+            winner and of the recommended method; given the same folder again, finished cells are not recomputed. `None`:
+            nothing is written.
         metric: default by task, see `cenote.jobs.probe.measure`.
         significance: where p-values come from: `"permutation"`, how often a difference would be as large if two methods were
             exchanged in random test items (whole groups); `"wilcoxon"`, signed ranks of what each test item (each group) adds
@@ -156,6 +158,7 @@ def compare(
         told = cautions(data, comparison, recipe, tested, seen)
         comparison = dataclasses.replace(comparison, cautions=told)
         if folder is not None:
+            save_tested(folder, units, by, in_folds)
             for place in (BEST, RECOMMENDED):
                 files.remove_unfinished(folder / place)
             judged = {r.method for r in comparison.results}
