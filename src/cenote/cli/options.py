@@ -147,6 +147,15 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print JSON to standard output, and everything else to standard error.")
 ]
 
+# where results go besides
+Track = Annotated[
+    list[str] | None,
+    typer.Option("--track", help="Also log to wandb, mlflow or tensorboard, by their own clients; may be repeated."),
+]
+JsonLines = Annotated[
+    Path | None, typer.Option("--json-lines", help="Also write the table to this file, a JSON object a method.")
+]
+
 # where it is computed
 Engine = Annotated[str, typer.Option(help="local, or ray: on an existing cluster.")]
 Address = Annotated[str, typer.Option(help="Of the Ray cluster; auto: the one that this machine belongs to.")]
