@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.real.test_gistpool import PROSE
 from torch import Tensor
 
 from cenote.mix.layer_gates import distil_gates
@@ -17,7 +18,6 @@ from cenote.mix.seerattention_r.live import SeerAttentionR, SeerRowLoss, SparseD
 from cenote.mix.sinklora.attention import Groups
 from cenote.mix.sinklora.live import GroupedAttention
 from cenote.models.live import Edit, edited
-from tests.real.test_gistpool import PROSE
 
 pytestmark = pytest.mark.real("a decoder of 135 million parameters")
 
@@ -49,7 +49,11 @@ def test_prompts_in_blocks_lose_nothing_where_all_is_read(smollm2: Any) -> None:
     gates = SeerAttention(model, block=16)
     assert len(gates.gates) == 30
     assert gates.gates["0"].key_maps.shape == (9, 3 * 64, 64)
-    for whole in (SparsePrompts(gates, share=1.0), MoBA(16, 99), GroupedAttention(Groups(ratio=1.0, return_fraction=1.0))):
+    for whole in (
+        SparsePrompts(gates, share=1.0),
+        MoBA(16, 99),
+        GroupedAttention(Groups(ratio=1.0, return_fraction=1.0)),
+    ):
         assert loss(model, ids, whole) == pytest.approx(plain, abs=1e-3)
     for sparse in (
         SparsePrompts(gates, share=0.2),
