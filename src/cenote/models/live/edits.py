@@ -205,7 +205,7 @@ def overrides(edit: Edit, name: str) -> bool:
 
 
 @functools.cache
-def _overridden(cls: type[Edit], name: str) -> bool:
+def _overridden(cls: type, name: str) -> bool:
     # each computation of attention asks
     base = next(base for base in (AttentionEdit, BlockEdit) if issubclass(cls, base))
     return getattr(cls, name) is not getattr(base, name)
