@@ -201,11 +201,11 @@ def require_spans(edit: Edit, spans: Mapping[str, Tensor]) -> None:
 
 def overrides(edit: Edit, name: str) -> bool:
     """Whether the edit's class has its own method of that name."""
-    return _overridden(type(original(edit)), name)
+    return _overridden(type(original(edit)), name)  # type: ignore[arg-type]
 
 
 @functools.cache
-def _overridden(cls: type, name: str) -> bool:
+def _overridden(cls: type[Edit], name: str) -> bool:
     # each computation of attention asks
     base = next(base for base in (AttentionEdit, BlockEdit) if issubclass(cls, base))
     return getattr(cls, name) is not getattr(base, name)
