@@ -38,12 +38,7 @@ UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 WIDTH, LAYERS, HEADS, KEY_HEADS, HIDDEN = 128, 3, 4, 2, 256
 POSITIONS = 1024
 ROTARY = 1e6
-RANDOM, LOOK_BACK, LOOK_UP, COPY = (
-    0.05,
-    6.0,
-    0.9,
-    8.0,
-)  # of weights at the beginning: their size, and how sharply layers look
+RANDOM, LOOK_BACK, LOOK_UP, COPY = 0.05, 6.0, 0.9, 8.0  # at the beginning: size of weights, and of what layers look for
 LEARNING_RATE, LOOKING_RATE, WARMUP, BETAS, WEIGHT_DECAY = 2e-3, 5e-4, 100, (0.9, 0.98), 0.05
 PROSE_WEIGHT, PROSE_SHARE = 0.3, 0.25  # so that pages are not learned by heart while recall is learned
 SEED = 0
@@ -129,8 +124,8 @@ def untrained(tokenizer: Any) -> LlamaForCausalLM:
 def look_back(model: LlamaForCausalLM) -> Float[Tensor, "width"]:
     """Let head h of the first layer carry on the token h + 1 places before, whatever stands there.
 
-    Every embedding is given the same direction beside its own; keys turn it into a fixed vector, queries into that vector turned
-    by the rotary angles of h + 1 places. Recall needs such heads, and to find them takes most of a training. Returns that direction.
+    Every embedding is given the same direction beside its own, which is returned; keys turn it into a fixed vector, queries
+    into that vector turned by the rotary angles of h + 1 places. Recall needs such heads, and training finds them late.
     """
     embeddings, attention = model.model.embed_tokens.weight, model.model.layers[0].self_attn
     shared = F.normalize(torch.randn(WIDTH), dim=0)
@@ -152,7 +147,7 @@ def look_back(model: LlamaForCausalLM) -> Float[Tensor, "width"]:
 
 
 def look_up(model: LlamaForCausalLM, shared: Float[Tensor, "width"]) -> None:
-    """Let the second layer read tokens that stand behind what the last tokens are: behind "for Oslo is 4", what followed it before.
+    """Let the second layer read what stood behind the last tokens before: at "for Oslo is 4", what followed that in the text.
 
     The token itself and those one, two and three places before are compared with those one to four places before a key, in the
     slowest rotary angles, which hold over long distances. What is read is put out as it was.
@@ -186,10 +181,10 @@ class Prose:
     """
 
     def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
-        self.pages = [
-            [[(word, len(tokenizer.tokenize(word))) for word in s.split()] for s in SENTENCE.split(text)]
-            for text in texts
-        ]
+        def counted(words: list[str]) -> list[tuple[str, int]]:
+            return list(zip(words, map(len, tokenizer(words, add_special_tokens=False)["input_ids"]), strict=True))
+
+        self.pages = [[counted(sentence.split()) for sentence in SENTENCE.split(text)] for text in texts]
 
     def draw(self, tokens: int, draw: random.Random) -> list[str]:
         """Texts of at least so many tokens, a word more at the most."""
@@ -337,7 +332,7 @@ def main() -> None:
             "stages": [stage._asdict() for stage in stages[: stages.index(stage) + 1]],
             "learning_rate": LEARNING_RATE,
             "seed": SEED,
-            **reached(model.half().float(), tokenizer, unseen_texts(), sizes, cases),
+            **reached(model.half().float(), tokenizer, unseen_texts()[: 2 if given.brief else None], sizes, cases),
             "torch": str(torch.__version__),
             "data": "seen_texts of the embedded manuals; facts of cenote.core.planted",
             "made_by": "scripts/train_tiny_decoder.py",

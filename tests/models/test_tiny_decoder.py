@@ -17,6 +17,7 @@ from cenote.core.answers import UNASKED
 from cenote.core.language import encoded
 from cenote.core.planted import CITIES, QUESTION, FactPrompts, planted, prompts, recalled
 from cenote.features.manuals import seen_texts, unseen_texts
+from cenote.models.caches import KeysValues, filled, held
 from cenote.models.decoder import load_decoder
 from cenote.models.tiny_decoder import FOLDER, tiny_decoder
 
@@ -40,9 +41,9 @@ def share_told(asked: FactPrompts, window: int = 1024) -> float:
 
     def tell(context: torch.Tensor, prompt: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         assert mask.all()
-        kept = model(context[:, -window:], use_cache=True).past_key_values
-        kept.batch_repeat_interleave(len(prompt))
-        return model(prompt, past_key_values=kept).logits
+        kept = held(model(context[:, -window:], use_cache=True))
+        rows = [KeysValues(*(part.expand(len(prompt), -1, -1, -1) for part in block)) for block in kept]
+        return model(prompt, **filled(model, rows)).logits
 
     return recalled(tell, asked).right.float().mean().item()
 

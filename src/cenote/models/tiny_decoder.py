@@ -18,8 +18,8 @@ def tiny_decoder(device: str = "cpu") -> tuple[nn.Module, Any]:
 
     It tells facts of `cenote.core.planted` in a context of up to 900 tokens by looking them up there, and knows little else.
     Its tokens are words, digits one by one, signs and line breaks; words that stand fewer than twice in the pages of
-    `cenote.features.manuals.seen_texts` are `<unk>`. Made by `scripts/train_tiny_decoder.py`; what it reached stands in the
-    metadata of its weights.
+    `cenote.features.manuals.seen_texts` are `<unk>`. Made by `scripts/train_tiny_decoder.py`, which says how two of its layers
+    began; what the training reached stands in the metadata of the weights.
 
     Args:
         device: to compute on.
