@@ -9,6 +9,8 @@ from importlib.resources import files as package_files
 from cenote.features.corpora import Corpus, Texts, judged
 
 NAME = "manuals"
+UNSEEN = 10
+"""One page in so many is for testing what learned from the others."""
 
 
 def manuals(queries: int | None = None) -> Corpus:
@@ -33,3 +35,17 @@ def manuals(queries: int | None = None) -> Corpus:
     return Corpus(
         NAME, raw["about"], documents, Texts(tuple(asked), tuple(raw["queries"][q] for q in asked)), known.gains
     )
+
+
+def seen_texts() -> tuple[str, ...]:
+    """The pages that embedded models learn from: nine of ten.
+
+    >>> len(seen_texts()), len(unseen_texts()), set(seen_texts()) & set(unseen_texts())
+    (288, 32, set())
+    """
+    return tuple(page for at, page in enumerate(manuals().documents.texts) if at % UNSEEN)
+
+
+def unseen_texts() -> tuple[str, ...]:
+    """The pages that no embedded model has seen: every tenth, from the first."""
+    return manuals().documents.texts[::UNSEEN]
