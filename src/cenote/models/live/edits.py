@@ -201,7 +201,7 @@ def require_spans(edit: Edit, spans: Mapping[str, Tensor]) -> None:
 
 def overrides(edit: Edit, name: str) -> bool:
     """Whether the edit's class has its own method of that name."""
-    return _overridden(type(original(edit)), name)
+    return _overridden(type(original(edit)), name)  # type: ignore[arg-type]
 
 
 @functools.cache
