@@ -32,14 +32,17 @@ def products(
     q: Float[Tensor, "batch heads queries width"], k: Float[Tensor, "batch kv_heads keys width"]
 ) -> Float[Tensor, "batch heads queries keys"]:
     """`q k'` of each head with its keys."""
-    return as_heads(as_rows(q, k.shape[1]) @ k.mT, q.shape[1])
+    # a product of four dimensions is taken apart first, which costs as much again for a single query
+    scores = torch.bmm(as_rows(q, k.shape[1]).flatten(0, 1), k.flatten(0, 1).mT)
+    return as_heads(scores.view(*k.shape[:2], -1, k.shape[2]), q.shape[1])
 
 
 def mixed(
     weights: Float[Tensor, "batch heads queries keys"], v: Float[Tensor, "batch kv_heads keys value_width"]
 ) -> Float[Tensor, "batch heads queries value_width"]:
     """What these weights make of the values."""
-    return as_heads(as_rows(weights, v.shape[1]) @ v, weights.shape[1])
+    y = torch.bmm(as_rows(weights, v.shape[1]).flatten(0, 1), v.flatten(0, 1))
+    return as_heads(y.view(*v.shape[:2], -1, v.shape[3]), weights.shape[1])
 
 
 def attend(

@@ -135,6 +135,8 @@ class AttentionCall:
 
     def last(self) -> Bool[Tensor, "batch queries"]:
         """The last query of each item (of a batch that is padded on the left, or not at all)."""
+        if self.queries == 1:
+            return torch.ones(self.batch, 1, dtype=torch.bool, device=self.q.device)
         numbers = self.numbers()
         return numbers == (self.queries - 1 if self.rows is None else numbers.amax(1, keepdim=True))
 

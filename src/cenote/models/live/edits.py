@@ -223,7 +223,7 @@ def apply(
                     f"edits: {name_of(act.edit)}.inputs gave {type(new).__name__}, expected an AttentionCall"
                 )
             call = new
-        if not isinstance(act.edit, RowEdit):
+        if not isinstance(act.edit, RowEdit) and not original(act.edit).counts_itself:
             act.done(1)
     weights = None
     if any(overrides(act.edit, name) for act in acts for name in ("scores", "weights")):
@@ -271,9 +271,11 @@ def _with_rows(call: AttentionCall, acts: Sequence[Act], fused: Callable[[Attent
     before = weights = rows.weights()
     forced: Tensor | None = None
     for act, queries in chosen:
-        among = _among(queries, rows)
+        # of a single edit, all rows are its own
+        among = None if len(chosen) == 1 else _among(queries, rows)
         weights = _rows_edited(rows, act, among, weights)
         if act.edit.forced:  # type: ignore[attr-defined]
+            among = _among(queries, rows)
             forced = among if forced is None else forced | among
     if weights is before and forced is None:
         return Attended(fused(call), None)
@@ -309,14 +311,17 @@ def _overwritten(
 
 
 def _rows_edited(
-    call: AttentionCall, act: Act, queries: Bool[Tensor, "batch queries"], weights: Tensor
+    call: AttentionCall, act: Act, queries: Bool[Tensor, "batch queries"] | None, weights: Tensor
 ) -> Float[Tensor, "batch heads queries keys"]:
-    """The weights of a call's queries, those that are chosen edited."""
-    number = int(queries.sum())
+    """The weights of a call's queries, those that are chosen edited; None for all."""
+    if queries is None:
+        number = call.batch * call.queries if call.real is None else int(call.real.sum())
+    else:
+        number = int(queries.sum())
     act.done(number)
     if not number:
         return weights
-    if number == queries.numel() or (call.real is not None and torch.equal(queries, call.real)):
+    if queries is None or number == queries.numel() or (call.real is not None and torch.equal(queries, call.real)):
         return _rows_of(act.edit, act.seen(call), weights)  # type: ignore[arg-type]
     # numbers inside of this call, which may itself be of some rows
     inside = call.replace(rows=None, real=None).only(queries)
