@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cenote.core import InputError
 from cenote.mix import H2O, Dense, KVPolicy, OracleTopK, Quest, RandomKeys, SinkWindow
-from cenote.models.live import InputsRecorder, edited
+from cenote.models.live import AttentionCall, AttentionEdit, InputsRecorder, edited
 from cenote.models.live.reading import Held, Reads
 from cenote.models.live.store import KeyValueStore, StoreLayer, exact_decoding
 from tests.models.live import zoo
@@ -236,6 +236,30 @@ def test_grouped_rows_stand_behind_a_policy_in_either_order() -> None:
     assert before.read == after.read
     for found in (first, second):
         torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=1e-5, rtol=1e-5)
+
+
+class Sloped(AttentionEdit):
+    """Further keys count less, as ALiBi has it."""
+
+    def inputs(self, call: AttentionCall) -> AttentionCall:
+        behind = torch.arange(call.keys) - (call.keys - call.queries + torch.arange(call.queries))[:, None]
+        return call.replace(bias=0.5 * behind.clamp(max=0).float()[None, None])
+
+
+def test_what_is_added_to_scores_is_read_with_its_keys() -> None:
+    model, inputs = llama(), {"input_ids": zoo.ids(1, 9)}
+    with edited(model, Sloped()), SinkWindow(6, 2).on(model):
+        found = torch.stack(generated(model, inputs).logits)
+    with torch.no_grad(), edited(model, Sloped()), SinkWindow(6, 2).on(model, prompt=9):
+        words = generated(model, inputs).sequences
+        once = model(words[:, :-1], use_cache=False).logits[0, 8:]
+    torch.testing.assert_close(found[:, 0], once, atol=1e-5, rtol=1e-5)
+    with (
+        pytest.raises(InputError, match=r"adds numbers to scores by position, which a policy that forgets"),
+        edited(model, Sloped()),
+        H2O(4).on(model),
+    ):
+        generated(model, inputs)
 
 
 def wrong(policy: KVPolicy, name: str = "llama", prompt: int | None = None, **options: Any) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from cenote.core import InputError, grouped, routing
 from cenote.core.requirements import require_at_least
-from cenote.models.live.calls import AttentionCall, Place
+from cenote.models.live.calls import AttentionCall, Place, may_read
 from cenote.models.live.edited import edited, require_module
 from cenote.models.live.edits import AttentionEdit, Where
 from cenote.models.live.places import attentions
@@ -340,6 +340,7 @@ class _Seat(AttentionEdit):
         held = self._held(call)
         if held.numbers is None:
             return call
+        _require_mask_alone(call)
         real, group = held.real, call.heads // call.k.shape[1]
         if call.queries == 1 and bool(real.all()):
             return call.replace(allowed=None, bias=None)
@@ -412,8 +413,8 @@ class _Seat(AttentionEdit):
     ) -> Tensor:
         if self.policy.forgets and self._forget(layer, held, generation):
             stored = generation.layer(layer)
-            call = call.replace(k=stored.keys, v=stored.values)
-            call = self.inputs(call)
+            _require_mask_alone(call)
+            call = self.inputs(call.replace(k=stored.keys, v=stored.values, allowed=None, bias=None))
             held = self._held(call)
         if not math.isfinite(float(call.q.sum())):
             raise InputError(f"model: queries of layer {layer} are NaN or infinite, and no key is the best for them")
@@ -582,6 +583,15 @@ def _padding(mask: Any) -> Int[Tensor, "batch"] | None:
             "attention_mask: has padding behind or between real tokens; pad on the left (tokenizer.padding_side = 'left')"
         )
     return start
+
+
+def _require_mask_alone(call: AttentionCall) -> None:
+    """Raise where the model adds more to scores than what may not be read: nobody knows the numbers of keys that moved."""
+    if call.bias is not None and bool(((call.bias != 0) & may_read(call.bias)).any()):
+        raise InputError(
+            f"model: {call.place.path} adds numbers to scores by position, which a policy that forgets would misplace; "
+            f"take one that keeps all keys"
+        )
 
 
 def _read(
