@@ -167,6 +167,22 @@ def test_labels_decide_per_query_head_and_groups_are_read_where_one_head_needs_i
         torch.testing.assert_close(y[1, head], weights @ call.v[1, 0, seen], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_decoded_token_is_told_by_the_keys_that_are_far_from_it(clip: bool) -> None:
+    model, (ids, mask) = decoder(num_hidden_layers=1), texts()
+    heads = QAdA(0.6, sinks=2, window=6, clip=clip)
+    with edited(model, heads), recorded(model, "inputs") as found:
+        generated(model, ids, mask, tokens=3)
+    call = next(iter(found["inputs"].values()))[-1]
+    told = next(iter(heads.read.values()))[-1].local[:, :, 0]
+    for item, pads in ((0, 5), (1, 0)):
+        q, k = call.q[item], repeated(call.k, 4)[item, :, pads:]
+        near = local_keys(torch.arange(20 - pads), torch.tensor([19 - pads]), 2, 6)
+        longest = k.norm(dim=-1).masked_fill(near, 0.0).amax(-1) if clip else None
+        mass = Masses(masses(q @ k.mT * call.scale, near).near, expected(q, Moments.of(k, ~near), call.scale, longest))
+        assert torch.equal(told[item], mass.local(0.6)[:, 0])
+
+
 def test_calibration_on_random_words_gives_moments_and_shares_of_each_head() -> None:
     model = decoder(num_hidden_layers=2)
     text = random_words(["a", "b"], 40)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from cenote.mix.moba.live import MoBA, MoBAMixer, all_but_last, keys_read, train
 from cenote.mix.sinklora.attention import Groups
 from cenote.mix.sinklora.live import GroupedAttention
 from cenote.models.live import Edit, Where, edited
+from cenote.testing import check_mixer
 from tests.mix.decoders import decoder, generated, logits, numbers, state_of, texts, unchanged
 from tests.models.live import zoo
 
@@ -194,6 +197,12 @@ def test_training_is_sparse_first_and_full_at_the_end_layer_by_layer() -> None:
     assert edit.at.blocks is None
     with pytest.raises(InputError, match="share: expected from 0 to 1"):
         train_hybrid(model, lambda: (texts()[0], None), steps=1, edit=edit, share=2.0)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("options", [{"kv_heads": 2}, {"top": 3, "first": 1, "rope": None}])
+def test_the_mixer_keeps_the_contract(options: dict[str, Any]) -> None:
+    check_mixer(MoBAMixer(16, **{"heads": 4, "block": 3, "top": 2, **options}), dim=16)
 
 
 def test_the_mixer_is_causal_heeds_padding_and_shows_its_weights() -> None:

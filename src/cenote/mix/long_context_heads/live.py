@@ -199,6 +199,10 @@ class QAdA(AttentionEdit):
             known=self._known(call),
         )
         state.moments = found.moments
+        if self.clip:
+            number = torch.arange(call.keys, device=q.device)
+            away = laid.real & (number >= self.sinks) & (number < laid.real.sum(1, keepdim=True) - self.window)
+            state.longest = k.norm(dim=-1).masked_fill(~away[:, None], 0.0).amax(-1)
         far = (found.away > 0) & laid.real
         y = fused(call)
         if not self.prompts:
