@@ -5,7 +5,7 @@ Source: Amsel, Yehudai and Bruna, "On the Benefits of Rank in Attention Layers" 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from cenote.core import InputError
 from cenote.core.requirements import require_at_least, require_one_of
+from cenote.core.seeded import seeded
 from cenote.mix.rank_in_attention.layers import RankAttention
-from cenote.mix.rank_in_attention.points import Points, scaled_error
+from cenote.mix.rank_in_attention.points import Points, nearest_points, scaled_error
 from cenote.mix.scored_attention import ScoredAttention
 from cenote.mix.trained import trained
 
@@ -127,6 +128,53 @@ def rank_at_equal_size(dim: int, heads: int, like: tuple[int, int]) -> int:
     found = like[0] * like[1] // heads
     if found < 1:
         raise InputError(f"heads: {heads} heads leave no rank of {like[0]} x {like[1]} in {dim} dimensions")
+    return found
+
+
+def arms_of_equal_size(dim: int, budget: int) -> list[tuple[int, int]]:
+    """Of every number of heads the largest rank, up to `dim`, with which there are no more parameters than the budget.
+
+    >>> arms_of_equal_size(16, parameters_of(16, 16, 1))
+    [(1, 16), (2, 4)]
+    """
+    found, heads = [], 1
+    while (rank := min(dim, (budget // heads - dim**2) // (2 * dim))) >= 1:
+        found.append((heads, rank))
+        heads += 1
+    return found
+
+
+def compare_arms(
+    arms: Sequence[tuple[int, int]],
+    dim: int,
+    points: int,
+    steps: int = 1500,
+    lr: float = 3e-3,
+    batch: int = 256,
+    seeds: Sequence[int] = range(5),
+    plane: int | None = None,
+) -> dict[tuple[int, int], list[float]]:
+    """Error of each arm `(heads, rank)` on points that it was not trained on, of each seed.
+
+    Args:
+        arms: such as `arms_of_equal_size` gives.
+        dim, points: of the task.
+        steps, lr, batch: of the training.
+        seeds: of parameters and points; the points of a seed are the same for all arms.
+        plane: see `nearest_points`.
+    """
+    found: dict[tuple[int, int], list[float]] = {arm: [] for arm in arms}
+    for seed in seeds:
+        for heads, rank in arms:
+            generator = torch.Generator().manual_seed(seed)
+            held_out = nearest_points(4 * batch, dim, points, plane=plane, generator=generator)
+            with seeded(seed):
+                layer = RankAttention(dim, rank, heads)
+            train_on_points(
+                layer, lambda _, g=generator: nearest_points(batch, dim, points, plane=plane, generator=g), steps, lr
+            )
+            with torch.no_grad():
+                found[heads, rank].append(float(scaled_error(layer.attend(held_out.x, held_out.y), held_out.target)))
     return found
 
 
