@@ -142,6 +142,7 @@ def small_flip_flop(
         encoding: of positions; `"cope"` with 16 of them.
         steps, pairs: of the training.
         shares: of `ignore`, one after the other.
+        random_state: of parameters and texts.
     """
     with seeded(random_state):
         model = CoPETransformer(

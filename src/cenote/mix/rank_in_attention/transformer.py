@@ -6,6 +6,7 @@ Source: Amsel, Yehudai and Bruna, "On the Benefits of Rank in Attention Layers" 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -167,12 +168,11 @@ def compare_arms(
     for seed in seeds:
         for heads, rank in arms:
             generator = torch.Generator().manual_seed(seed)
-            held_out = nearest_points(4 * batch, dim, points, plane=plane, generator=generator)
+            draw = partial(nearest_points, dim=dim, points=points, plane=plane, generator=generator)
+            held_out = draw(4 * batch)
             with seeded(seed):
                 layer = RankAttention(dim, rank, heads)
-            train_on_points(
-                layer, lambda _, g=generator: nearest_points(batch, dim, points, plane=plane, generator=g), steps, lr
-            )
+            train_on_points(layer, _every_step(partial(draw, batch)), steps, lr)
             with torch.no_grad():
                 found[heads, rank].append(float(scaled_error(layer.attend(held_out.x, held_out.y), held_out.target)))
     return found
@@ -200,3 +200,7 @@ def train_on_points(
         return scaled_error(model.attend(points.x, points.y), points.target)
 
     return trained(model, loss, optimizer, steps, warm_up=0.05, falls_to=0.1)
+
+
+def _every_step(draw: Callable[[], Points]) -> Callable[[int], Points]:
+    return lambda _: draw()
