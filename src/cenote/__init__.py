@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from cenote.bridges.scikit_learn import ProbeRegressor as ProbeRegressor
     from cenote.core.sets import Bags as Bags
     from cenote.features.given import Dataset as Dataset
+    from cenote.jobs.probe import Reading as Reading
+    from cenote.jobs.probe import embed as embed
     from cenote.jobs.probe import load as load
+    from cenote.jobs.probe import predict as predict
 
 # these need torch, scikit-learn or scipy, or are whole floors: imported when they are first named
 _LATER = {
@@ -28,7 +31,10 @@ _LATER = {
     "Dataset": "cenote.features.given",
     "ProbeClassifier": "cenote.bridges.scikit_learn",
     "ProbeRegressor": "cenote.bridges.scikit_learn",
+    "Reading": "cenote.jobs.probe",
+    "embed": "cenote.jobs.probe",
     "load": "cenote.jobs.probe",
+    "predict": "cenote.jobs.probe",
 }
 _FLOORS = (
     *("bridges", "catalog", "compare", "core", "features", "jobs", "models"),

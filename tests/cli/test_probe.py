@@ -15,6 +15,7 @@ from rich.console import Console
 
 from cenote.cli.probe import table_of
 from cenote.jobs.probe import Comparison
+from tests import tiny
 from tests.cli.program import Run
 
 QUICK = ["--methods", "mean,abmil", "--seeds", "1", "--epochs", "3", "--folds", "1"]
@@ -80,6 +81,35 @@ def test_probe_then_predict_then_report(cenote: Run, bags: Path, tmp_path: Path)
     (out / "report.html").unlink()
     assert cenote("report", out)[0] == 0
     assert (out / "report.html").exists()
+
+
+def test_predict_takes_raw_data_where_the_probe_came_from_raw_data(cenote: Run, tmp_path: Path) -> None:
+    model, table = tiny.bert(tmp_path / "bert"), tmp_path / "texts.tsv"
+    lines = [f"{'a b' if i % 2 else 'c d'} {'efghijkl'[i % 8]}\t{'ab'[i % 2]}" for i in range(40)]
+    table.write_text("\n".join(["text\tlabel", *lines]) + "\n")
+    out, new = tmp_path / "out", tmp_path / "new.tsv"
+    command = ["--backbone", model, "--methods", "mean", *QUICK[2:], "--layers", "1", "--no-references"]
+    assert cenote("probe", table, *command, "--out", out)[0] == 0
+    new.write_text("text\na b\nc d\n")
+    code, text, said = cenote("predict", out / "best", new, "--out", tmp_path / "p.csv", "--json")
+    assert code == 0, said
+    assert [p["id"] for p in json.loads(text)["predictions"]] == ["0", "1"]
+    code, text, _ = cenote("embed", out / "best", new, "--out", tmp_path / "v.parquet", "--json")
+    told = json.loads(text)
+    assert (code, told["items"], told["width"], told["layers"]) == (0, 2, 32, [1])
+    assert told["model"]["name"] == str(model)
+    code, _, err = cenote("embed", out / "best", new, "--out", tmp_path / "v.csv")
+    assert code == 2
+    assert "ends in .parquet or .npy" in err
+    # a store of the last layer alone: how to make one of the layer that is read, or to go on
+    assert cenote("extract", new, "--backbone", model, "--out", tmp_path / "last")[0] == 0
+    code, _, err = cenote("predict", out / "best", tmp_path / "last", "--out", tmp_path / "p.csv")
+    assert code == 2
+    assert f"cenote extract --backbone {model} --layers 1" in err
+    assert cenote("predict", out / "best", tmp_path / "last", "--out", tmp_path / "p.csv", "--force")[0] == 0
+    code, _, err = cenote("predict", out / "best", tmp_path / "last", "--out", tmp_path / "p.csv", "--limit", "1")
+    assert code == 2
+    assert "limit: " in err
 
 
 def test_errors_name_flags_as_they_are_typed(cenote: Run, bags: Path, tmp_path: Path) -> None:

@@ -55,6 +55,16 @@ def test_chosen_keys_are_packed_and_counted_once_for_a_group() -> None:
     assert routing.packed(torch.zeros(1, 2, 3, dtype=torch.bool))[0].shape == (1, 2, 0)
 
 
+def test_the_best_by_their_numbers_are_the_best() -> None:
+    for scores in (torch.randn(2, 3, 9, generator=GENERATOR), torch.randint(3, (2, 3, 9), generator=GENERATOR).float()):
+        for count in (0, 1, 4, 8, 9, 20):
+            for real in (None, torch.rand(2, 1, 9, generator=GENERATOR) < 0.5):
+                numbers, valid = routing.best_numbers(scores, count, real)
+                expected, there = routing.packed(routing.best(scores, count, real))
+                assert torch.equal(valid, there)
+                assert torch.equal(numbers[valid], expected[there])
+
+
 def test_pages_spread_to_their_keys_and_never_to_padding() -> None:
     chosen = torch.tensor([[[True, False, True]], [[True, False, False]]])
     found = routing.spread(chosen, PAGES)

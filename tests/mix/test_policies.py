@@ -208,6 +208,23 @@ def test_drafts_are_read_as_one_token_after_the_other() -> None:
         assert torch.equal(plain.sequences, drafted.sequences)
 
 
+def test_a_policy_that_acts_on_the_prompt_reads_it_as_it_reads_what_is_behind() -> None:
+    model, inputs = llama(), padded((9, 7, 4, 6))[0]
+    mask = inputs["attention_mask"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    given = {**inputs, "position_ids": positions, "use_cache": False}
+    for policy in (SinkWindow(4, 1), OracleTopK(4), Quest(4, page=2)):
+        with torch.no_grad():
+            with policy.on(model, prompt=0):
+                behind = model(**given).logits
+            policy.acts = frozenset({"prefill", "decode"})
+            with policy.on(model, prompt=9):
+                prompt = model(**given).logits
+        real = mask.bool()
+        assert torch.equal(behind[real], prompt[real])
+        assert not torch.equal(behind[real], model(**given).logits[real])
+
+
 def test_grouped_rows_stand_behind_a_policy_in_either_order() -> None:
     model, inputs = llama(), padded()[0]
     with SinkWindow(6, 2).on(model):

@@ -165,11 +165,42 @@ class LanceStore:
             yield found["id"].to_pylist(), _bags(found)
 
 
-def _library() -> Any:
+def place_of(address: str) -> tuple[Path, str]:
+    """Folder and table of `FOLDER/TABLE`; the library is there.
+
+    Raises:
+        InputError: where one of them is not named, or lancedb is not installed.
+    """
+    folder, slash, table = address.rpartition("/")
+    if not slash or not folder or not table:
+        raise InputError(f"out: expected lancedb://FOLDER/TABLE, got lancedb://{address}")
+    _library("out", "write .parquet or .npy")
+    return Path(folder).expanduser(), table
+
+
+def write_table(folder: Path, name: str, rows: Any) -> None:
+    """Put an Arrow table with a column `id` into a table of a LanceDB folder, in the places of rows with the same ids.
+
+    Raises:
+        InputError: where the table holds other columns.
+    """
+    library = _library("out", "write .parquet or .npy")
+    connection = library.connect(str(folder))
+    try:
+        table = connection.open_table(name)
+    except ValueError:  # what it says of a table that is not there
+        table = connection.create_table(name, schema=rows.schema)
+    if table.schema.names != rows.schema.names or table.schema.types != rows.schema.types:
+        held, wanted = (", ".join(f"{f.name} ({f.type})" for f in schema) for schema in (table.schema, rows.schema))
+        raise InputError(f"out: the table {name} in {folder} holds {held}, expected {wanted}; name another")
+    table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
+
+
+def _library(argument: str = "store", instead: str = "take exact://") -> Any:
     try:
         import lancedb
     except ImportError as error:
-        raise InputError("store: lancedb is not installed; pip install 'cenote[index]', or take exact://") from error
+        raise InputError(f"{argument}: lancedb is not installed; pip install 'cenote[index]', or {instead}") from error
     return lancedb
 
 

@@ -240,13 +240,22 @@ def _own(path: str) -> Method:
     built = getattr(sys.modules[module], name, None)
     if not isinstance(built, type):
         raise InputError(f"{path}: there is no class {name} in {module}")
+    return entry_of(built, path)
+
+
+def entry_of(built: type, name: str) -> Method:
+    """The method that a class of somebody else is, under a name.
+
+    Raises:
+        InputError: where it derives from no base of a room.
+    """
     # what says so is the base of a room
     base = next((b for b in built.__mro__ if "method_kind" in vars(b) and b.__module__.startswith("cenote.")), None)
     if base is None:
-        raise InputError(f"{path}: derives from no base of a room, such as Pool or Reducer; see docs/architecture.md")
+        raise InputError(f"{name}: derives from no base of a room, such as Pool or Reducer; see docs/architecture.md")
     room, kind = base.__module__.split(".")[1], base.method_kind  # type: ignore[attr-defined]
     summary = (inspect.getdoc(built) or "of your own").strip().splitlines()[0]
-    return Method(name=path, path=path, room=room, kind=kind, summary=summary)
+    return Method(name=name, path=f"{built.__module__}.{built.__qualname__}", room=room, kind=kind, summary=summary)
 
 
 def builders_of(name: str) -> list[Method]:

@@ -14,6 +14,7 @@ import typer
 
 from cenote.cli import (
     catalog,
+    embed,
     explain,
     extract,
     index,
@@ -46,6 +47,7 @@ app.command("index")(index.index)
 app.command("search")(search.search)
 app.command("extract")(extract.extract)
 app.command("predict")(predict.predict)
+app.command("embed")(embed.embed)
 app.command("report")(report.report)
 app.command("mimic")(mimic.mimic)
 app.command("study")(study.study)

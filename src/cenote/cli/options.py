@@ -121,9 +121,39 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that lies with the model.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Also take weights that are not safetensors.")]
 
+# a saved probe, and new data
+SavedProbe = Annotated[Path, typer.Argument(help="Folder of a saved probe: OUT/best or OUT/recommended.")]
+Unseen = Annotated[
+    str,
+    typer.Argument(
+        help="As for cenote probe, labels are not needed; images, sounds or texts go through the model that the probe was "
+        "trained with."
+    ),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Go on where the tokens are told to be others than those of the training.")
+]
+ModelNow = Annotated[
+    str | None,
+    typer.Option("--backbone", help="Of raw data: where the probe's model lies now, if no longer where it lay."),
+]
+KeptTokens = Annotated[
+    Path | None,
+    typer.Option("--features", help="Of raw data: keep the tokens in this folder; the same command again goes on."),
+]
+
 # for machines
 Json = Annotated[
     bool, typer.Option("--json", help="Print JSON to standard output, and everything else to standard error.")
+]
+
+# where results go besides
+Track = Annotated[
+    list[str] | None,
+    typer.Option("--track", help="Also log to wandb, mlflow or tensorboard, by their own clients; may be repeated."),
+]
+JsonLines = Annotated[
+    Path | None, typer.Option("--json-lines", help="Also write the table to this file, a JSON object a method.")
 ]
 
 # where it is computed

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 from typing import Annotated
 
@@ -11,57 +9,52 @@ import typer
 
 from cenote.cli import options
 from cenote.cli.console import emit, say, talking
-
-TOKENS_LISTED = 5
+from cenote.cli.tokens import extracting
 
 
 def predict(
-    best: Annotated[Path, typer.Argument(help="Folder of a saved probe: OUT/best or OUT/recommended.")],
-    data: Annotated[str, typer.Argument(help="As for cenote probe; labels are not needed.")],
+    best: options.SavedProbe,
+    data: options.Unseen,
     out: Annotated[Path, typer.Option(help="CSV file to write.")] = Path("predictions.csv"),
+    force: options.Force = False,
     vectors: options.Vectors = None,
+    id_column: options.Id = None,
     max_item_size: options.MaxItemSize = options.DEFAULT_SIZE,
+    # raw items, and the model of the probe
+    backbone: options.ModelNow = None,
+    features: options.KeptTokens = None,
+    column: options.Column = None,
+    names: options.Names = None,
+    limit: options.Limit = None,
+    batch: options.Batch = 32,
+    device: options.Device = "cpu",
+    skip_bad: options.SkipBad = False,
+    trust_remote_code: options.Trust = False,
+    allow_pickle: options.Pickle = False,
     own: options.Own = None,
     as_json: options.Json = False,
 ) -> None:
     """Write a prediction per item, its scores, and the tokens that the probe looked at most."""
     import cenote.core.files as files
-    import cenote.features as features
-    from cenote.core import InputError
     from cenote.jobs.probe import load
+    from cenote.jobs.probe.predicting import as_csv
+    from cenote.jobs.probe.predicting import predict as predicted
+    from cenote.jobs.probe.unseen import Reading
 
     files.require_place(out, "out")
     if own is not None:
         options.import_from_here(f"{own}.")
+    console = talking(as_json)
     saved = load(best)
-    items = features.read(
-        data,
-        vector_column=vectors,
-        prefix_tokens=saved.prefix_tokens,
-        labelled=False,
-        layers="all" if saved.layers else None,
-        max_item_size=options.parsed_size(max_item_size),
-    )
-    items = saved.view(items)
-    if items.dim != saved.dim:
-        raise InputError(f"data: its tokens have width {items.dim}, but the probe in {best} takes {saved.dim}")
-    text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow(["id", "prediction", *(f"score {c}" for c in saved.classes), "tokens looked at", "their weights"])
-    told = []
-    for i, name in enumerate(items.ids):
-        x = items.copies(i)
-        scores = saved.scores(x).squeeze(0)
-        weights = saved.attend(x).weights
-        looked, share = "", ""
-        if weights is not None and weights.shape[-1]:
-            top = weights.flatten(0, -2).mean(0).topk(min(TOKENS_LISTED, weights.shape[-1]))
-            looked = " ".join(str(n + saved.probe.drop) for n in top.indices.tolist())
-            share = " ".join(f"{w:.3f}" for w in top.values.tolist())
-        by_class = dict(zip(saved.classes, scores.tolist(), strict=True))
-        told.append({"id": name, "prediction": saved.word(scores), "scores": by_class})
-        table.writerow([name, saved.word(scores), *(f"{s:.6g}" for s in scores.tolist()), looked, share])
-    files.write_whole(out, text.getvalue())
-    say(talking(as_json), f"{len(items)} predictions: {out}")
+    reading = Reading(
+        force=force, vector_column=vectors, id_column=id_column, max_item_size=options.parsed_size(max_item_size),
+        backbone=backbone, features=features, column=column, names=options.split_names(names), limit=limit, batch=batch,
+        device=device, skip_bad=skip_bad, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+    )  # fmt: skip
+    with extracting(console, None, features) as on_progress:
+        told = predicted(saved, data, reading, on_progress=on_progress, on_message=lambda text: say(console, text))
+    files.write_whole(out, as_csv(told, saved.classes))
+    say(console, f"{len(told)} predictions: {out}")
     if as_json:
-        emit({"out": out, "predictions": told})
+        shown = [{"id": made.id, "prediction": made.prediction, "scores": made.scores} for made in told]
+        emit({"out": out, "predictions": shown})

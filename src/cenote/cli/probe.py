@@ -77,7 +77,9 @@ def probe(
     revision: options.Revision = None,
     trust_remote_code: options.Trust = False,
     allow_pickle: options.Pickle = False,
-    # where it is computed, and for machines
+    # where results go besides, where it is computed, and for machines
+    track: options.Track = None,
+    json_lines: options.JsonLines = None,
     engine: options.Engine = "local",
     address: options.Address = "auto",
     as_json: options.Json = False,
@@ -91,6 +93,7 @@ def probe(
     options.import_from_here(*methods.split(","))
     chosen_methods(methods)
     known_engine(engine)
+    _require_places(track or [], json_lines)
     labelling = Labelling(task, label, group, split, seed=split_seed)
     judged = {"metric": metric, "significance": significance, "folds": folds, "repeats": repeats}
     if backbone is None:
@@ -118,11 +121,31 @@ def probe(
     start = time.perf_counter()
     count, comparison = _compared(items, methods, out, {**judged, **trained}, console)
     _tell(comparison, out, start, console, as_json)
+    if json_lines is not None:
+        comparison.to_jsonl(json_lines)
+    _track(comparison, track or [], out, console)
     if not comparison.complete:
         interrupts.tell(
             f"kept {len(comparison.results)} of {count} methods in {out}; run the same command again to go on"
         )
         raise typer.Exit(interrupts.EXIT)
+
+
+def _require_places(trackers: list[str], json_lines: Path | None) -> None:
+    """Where results shall go besides, they can go, as far as can be told before anything is trained."""
+    from cenote.bridges.trackers import require_trackers
+    from cenote.core.files import require_place
+
+    require_trackers(trackers)
+    if json_lines is not None:
+        require_place(json_lines, "json-lines")
+
+
+def _track(comparison: Comparison, trackers: list[str], out: Path, console: Console) -> None:
+    from cenote.bridges.trackers import track
+
+    for tracker in trackers if comparison.complete else ():
+        say(console, f"{tracker}: {track(comparison, tracker, out)}")
 
 
 def _recipe(epochs: int | None, patience: int | None) -> Recipe:

@@ -33,14 +33,15 @@ def arms_bar(console: Console, count: int) -> Iterator[Callable[[str, float], No
 
 
 @contextmanager
-def items_bar(console: Console, count: int) -> Iterator[Callable[[str, int, str], None]]:
-    """A bar of so many items: call what is given with what is being done, how many are done, and words beside the bar."""
+def items_bar(console: Console, count: int | None) -> Iterator[Callable[..., None]]:
+    """A bar of so many items, or as many as is told: call what is given with what is done,
+    how many are done, words beside the bar, and of how many where that was not known."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("reading", total=count, told="")
 
-        def on_items(doing: str, done: int, told: str) -> None:
-            progress.update(bar, description=doing, completed=done, told=told)
+        def on_items(doing: str, done: int, told: str, of: int | None = None) -> None:
+            progress.update(bar, description=doing, completed=done, told=told, total=of)
 
         yield on_items
 

@@ -47,18 +47,19 @@ def listed(
 
 
 @contextmanager
-def extracting(console: Console, items: int, out: Path) -> Iterator[Callable[[Progress], None]]:
-    """A line that tells rate and time left; who interrupts it is told what is kept."""
+def extracting(console: Console, items: int | None, out: Path | None) -> Iterator[Callable[[Progress], None]]:
+    """A line that tells rate and time left; who interrupts it is told what is kept, where something is."""
     with items_bar(console, items) as on_items:
 
         def on_progress(now: Progress) -> None:
             told = f"{now.done:,} of {now.items:,}, {now.rate:.1f} items/s, {clock(now.left)} left"
-            on_items("extracting", now.done, told)
+            on_items("extracting", now.done, told, now.items)
 
         try:
             yield on_progress
         except KeyboardInterrupt:
-            interrupts.tell(f"finished shards are kept in {out}; run the same command again to go on")
+            if out is not None:
+                interrupts.tell(f"finished shards are kept in {out}; run the same command again to go on")
             raise
 
 

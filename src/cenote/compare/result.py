@@ -182,7 +182,13 @@ class Comparison(Generic[R]):
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """The rows as CSV, with a header line; also written to `path`, if given."""
-        text = table.to_csv(self)
+        return self._written(table.to_csv(self), path)
+
+    def to_jsonl(self, path: str | Path | None = None) -> str:
+        """The rows as JSON lines, an object an arm; also written to `path`, if given."""
+        return self._written(table.to_jsonl(self), path)
+
+    def _written(self, text: str, path: str | Path | None) -> str:
         if path is not None:
             files.require_place(Path(path), "path")
             try:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from cenote.core.json_text import json_text
 from cenote.core.requirements import require_one_of, require_several
 
 
@@ -84,6 +85,12 @@ def to_csv(comparison: Judged) -> str:
     writer.writeheader()
     writer.writerows(table)
     return text.getvalue()
+
+
+def to_jsonl(comparison: Judged) -> str:
+    """The rows as JSON lines: an object an arm, each with what all were compared by."""
+    of_all = {"metric_name": comparison.metric_name, "baseline": comparison.baseline}
+    return "".join(json_text({**row, **of_all}) + "\n" for row in rows(comparison))
 
 
 def to_latex(comparison: Judged, columns: Sequence[str] | None = None) -> str:

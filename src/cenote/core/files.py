@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,13 +55,20 @@ class Stored(NamedTuple):
 
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file so that no reader, and no crash, ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     # names of files may hold bytes that are no text
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    with whole(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes its place when all is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
@@ -123,7 +130,7 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     ValueError: it was changed after it was written: its digest is another one
     """
     plain = json.loads(json_text({k: v for k, v in content.items() if k != DIGEST}))
-    return {**plain, DIGEST: _digest_of(plain)}
+    return {**plain, DIGEST: digest_of(plain)}
 
 
 def opened(content: Mapping[str, Any], where: object = "it") -> dict[str, Any]:
@@ -135,7 +142,7 @@ def opened(content: Mapping[str, Any], where: object = "it") -> dict[str, Any]:
     plain = {k: v for k, v in content.items() if k != DIGEST}
     if DIGEST not in content:
         unchecked(where)
-    elif content[DIGEST] != _digest_of(plain):
+    elif content[DIGEST] != digest_of(plain):
         raise ValueError("it was changed after it was written: its digest is another one")
     return plain
 
@@ -157,7 +164,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a safetensors file in one step: its digest."""
     # a slice of a large tensor would otherwise bring all of it, or be refused
     kept = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    digest = _digest_of(dict(metadata or {}), kept)
+    digest = digest_of(dict(metadata or {}), kept)
     write_whole(path, save(kept, metadata={**(metadata or {}), DIGEST: digest}))
     return digest
 
@@ -182,7 +189,7 @@ def read_tensors(path: Path, old: bool = True) -> Stored:
         if not old:
             raise ValueError("it has no digest")
         unchecked(path)
-    elif digest != _digest_of(metadata, tensors):
+    elif digest != digest_of(metadata, tensors):
         raise ValueError("it was changed after it was written: its digest is another one")
     return Stored(tensors, metadata, digest)
 
@@ -230,7 +237,7 @@ def tensors_of(card: Mapping[str, Any], card_path: Path, tensors_path: Path) -> 
     return stored.tensors
 
 
-def _digest_of(content: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> str:
+def digest_of(content: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> str:
     """Of all that a file holds; each part says how long it is, so that none can pass for the end of another."""
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for name in sorted(tensors or {}):

@@ -113,6 +113,24 @@ def best(
     return chosen & (scores > float("-inf"))
 
 
+def best_numbers(
+    scores: Float[Tensor, "batch heads keys"], count: int, real: Bool[Tensor, "batch #heads keys"] | None = None
+) -> tuple[Int[Tensor, "batch heads most"], Bool[Tensor, "batch heads most"]]:
+    """What `best` chooses, by its numbers in order, as `packed` gives them.
+
+    Args:
+        scores, count, real: as of `best`.
+    """
+    scores = scores if real is None else scores.masked_fill(~real, float("-inf"))
+    if count < 1 or count >= scores.shape[-1]:
+        return packed(best(scores, count))
+    values, numbers = scores.topk(count, -1, sorted=False)
+    least = values.amin(-1, keepdim=True)
+    if bool(((scores >= least).sum(-1) > count).any()) or bool((least == float("-inf")).any()):
+        return packed(best(scores, count))
+    return numbers.sort(-1).values, torch.ones_like(numbers, dtype=torch.bool)
+
+
 def spread(
     chosen: Bool[Tensor, "batch heads pages"], pages: Int[Tensor, "#batch #heads keys"]
 ) -> Bool[Tensor, "batch heads keys"]:

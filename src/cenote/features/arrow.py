@@ -293,6 +293,11 @@ def told(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: is not a whole {kind} file ({why}); write it again") from error
 
 
+def holds_vectors(path: Path) -> bool:
+    """Whether a file has a column of lists of vectors."""
+    return any(_holds_vectors(field.type) for field in File(path).schema)
+
+
 def _vector_column(schema: Any, wanted: str | None, where: Path) -> str:
     typed = ", ".join(f"{field.name} ({field.type})" for field in schema)
     if wanted is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cenote.core import Bags, InputError
 from cenote.core.graphs import Graphs
+from cenote.features.origin import Origin
 from cenote.features.tokens import Features, TokenSource, as_source, stacked
 
 Task = Literal["binary", "multiclass", "multilabel", "regression"]
@@ -59,6 +60,7 @@ class TokenDataset:
         source: where it was read from, for provenance.
         cautions: what the reader noticed that a person should know.
         split_seed: of a split that was made here, so that others may be made as well; `None`: it was given.
+        origin: which model made the tokens, where that is known.
 
     Raises:
         InputError: where tokens, targets, ids and split are not of equally many items.
@@ -80,6 +82,7 @@ class TokenDataset:
     source: str = ""
     cautions: tuple[str, ...] = ()
     split_seed: int | None = None
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
         items = len(self.token_source)

@@ -343,6 +343,7 @@ def _from_store(
         source=f"{path} ({source.format})",
         cautions=_cautions(source, labelling),
         split_seed=split_seed,
+        origin=manifest.origin,
     )
 
 

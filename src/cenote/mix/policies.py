@@ -131,7 +131,7 @@ class _Scored(KVPolicy):
         group = scores.shape[1] // real.shape[1]
         if protected is not None:
             scores = scores.masked_fill(protected.repeat_interleave(group, 1), float("inf"))
-        return Reads.of(routing.best(scores, self.budget, real.repeat_interleave(group, 1)))
+        return Reads(*routing.best_numbers(scores, self.budget, real.repeat_interleave(group, 1)))
 
     @abstractmethod
     def scores(self, layer: int, q: Tensor, held: Held, state: State) -> Float[Tensor, "batch _heads keys"]:
@@ -173,7 +173,14 @@ class SinkWindow(KVPolicy):
     def read(self, layer: int, q: Tensor, held: Held, state: State) -> Reads | None:  # noqa: ARG002
         if self.forgets or held.count <= self.budget:
             return None
-        return Reads.of(_ends(held, self.sinks, self.budget - self.sinks))
+        # which these are need not be looked for
+        first = torch.arange(self.sinks, device=q.device).expand(len(q), 1, -1)
+        recent = held.last - torch.arange(self.budget - self.sinks - 1, -1, -1, device=q.device)
+        positions = torch.cat([first, recent], 2)
+        valid = torch.cat([first <= held.last, recent >= self.sinks], 2)
+        numbers = positions if held.start is None else positions + held.start.view(-1, 1, 1)
+        heads = held.keys.shape[1]
+        return Reads(numbers.clamp(0, held.count - 1).expand(-1, heads, -1), valid.expand(-1, heads, -1))
 
     def forget(self, layer: int, held: Held, state: State) -> Tensor | None:  # noqa: ARG002
         return _ends(held, self.sinks, self.budget - self.sinks) if held.count > self.budget else None

@@ -97,6 +97,11 @@ class RawItems:
     def __len__(self) -> int:
         return len(self.items)
 
+    def only(self, numbers: Sequence[int]) -> RawItems:
+        """Some of them, with their cells of every column."""
+        columns: dict[str, Column] = {name: [cells[i] for i in numbers] for name, cells in self.columns.items()}
+        return replace(self, items=[self.items[i] for i in numbers], columns=columns)
+
     def limited(self, most: int) -> RawItems:
         """The same, of which none may take more than so many bytes; a text takes what it takes already."""
         return replace(self, items=[item.limited(most) for item in self.items])

@@ -90,7 +90,7 @@ def open_raw(
     problems = Problems(str(where))
     check_ids([item.id for item in items.items], problems)
     problems.raise_any()
-    items = items if limit is None else _first(items, limit)
+    items = items if limit is None else items.only(range(min(limit, len(items))))
     return items if max_item_size == MAX_ITEM_SIZE else items.limited(max_item_size)
 
 
@@ -113,11 +113,6 @@ def _unreadable(where: Path, below: Sequence[Path], kind: str | None) -> str:
     return f"{where} holds nothing that can be read ({held}); expected {wanted}" + (
         "" if kind in SUFFIXES else f", {', '.join(TABLES)}"
     )
-
-
-def _first(items: RawItems, limit: int) -> RawItems:
-    columns: dict[str, Column] = {name: cells[:limit] for name, cells in items.columns.items()}
-    return RawItems(items.kind, items.format, items.items[:limit], columns, items.class_names, items.used)
 
 
 def _joined(items: RawItems, labels: Path, id_column: str | None) -> RawItems:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import cenote.core.files as files
 from cenote.core import InputError
 from cenote.core.json_text import json_text
+from cenote.features.origin import Origin, told_apart
 
 FORMAT, VERSION = "cenote feature store", 1
 MANIFEST = "manifest.json"
@@ -75,6 +76,11 @@ class Manifest:
         """Into how many shards the items are cut."""
         return -(-self.items // self.items_per_shard)
 
+    @property
+    def origin(self) -> Origin:
+        """What made its tokens."""
+        return Origin(self.kind, self.model, self.preprocessing, self.pooled, self.dtype)
+
     def key(self) -> str:
         """SHA-256 over everything that decides the numbers: shards of one key belong together."""
         return hashlib.sha256(json.dumps(self._deciding(), sort_keys=True).encode()).hexdigest()
@@ -88,12 +94,7 @@ class Manifest:
 
     def differences(self, other: Manifest) -> list[str]:
         """In words, what another manifest has that this one has not."""
-        mine, its = _flat(self._deciding()), _flat(other._deciding())
-        return [
-            f"{_worded(name)}: {_short(mine.get(name))} in the store, {_short(its.get(name))} now"
-            for name in sorted(mine.keys() | its.keys())
-            if mine.get(name) != its.get(name)
-        ]
+        return told_apart(self._deciding(), other._deciding(), "in the store", "now")
 
     def finished(self, shards: tuple[ShardEntry, ...]) -> Manifest:
         """The same, with all its shards."""
@@ -174,28 +175,3 @@ def is_store(folder: Path) -> bool:
         return bool(files.read_json(folder / MANIFEST).get("format") == FORMAT)
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        return {
-            k: v for part, inner in value.items() for k, v in _flat(inner, f"{name}.{part}" if name else part).items()
-        }
-    return {name: list(value) if isinstance(value, tuple) else value}
-
-
-def _worded(name: str) -> str:
-    return {
-        "model.weights_sha256": "the model's weights",
-        "model.config_sha256": "the model's configuration",
-        "model.code_sha256": "the model's own code",
-        "model.revision": "the model's revision",
-        "items": "number of items",
-        "items_sha256": "the items",
-    }.get(name, name)
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    is_hash = isinstance(value, str) and len(value) == 64
-    return f"{text[:12]}..." if is_hash else text

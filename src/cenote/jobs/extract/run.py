@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cenote.core.files as files
 from cenote.core import InputError
 from cenote.core.json_text import json_text
-from cenote.features.raw import Item, RawItems, UnreadableError
+from cenote.features.raw import Item, Kind, RawItems, UnreadableError
 from cenote.features.store import Manifest, ShardEntry, ShardFile, finished_shards
 from cenote.features.store.shards import open_shard
 from cenote.features.validate import Problems
@@ -21,24 +22,49 @@ from cenote.jobs.extract.resume import READERS, TIMES
 from cenote.jobs.extract.spec import Job, shards
 
 READ_AT_ONCE = 256
+HINT = "repair it, take it out, or leave such items out with --skip-bad"
 
 
 def require_readable(items: RawItems, manifest: Manifest, kept: set[int], old_bad: list[tuple[str, str]]) -> None:
     """Every item that is still to do can be read; all that cannot are named at once."""
     problems = Problems("data")
-    hint = "repair it, take it out, or leave such items out with --skip-bad"
     for name, reason in old_bad:
-        problems.add("unreadable", f"item {name!r} was left out by an earlier run: it {reason}; {hint}")
-    with ThreadPoolExecutor(READERS) as readers:
-        # a text lies in memory: asking other threads would take longer than to look
-        ask = map if items.kind == "text" else readers.map
-        for shard in shards(items, manifest, kept):
-            for start in range(0, len(shard.items), READ_AT_ONCE):
-                part = shard.items[start : start + READ_AT_ONCE]
-                for item, why in zip(part, ask(_unreadable, part), strict=True):
-                    if why is not None:
-                        problems.add("unreadable", f"item {item.id!r} {why}; {hint}")
+        problems.add("unreadable", f"item {name!r} was left out by an earlier run: it {reason}; {HINT}")
+    for shard in shards(items, manifest, kept):
+        for item, why in _checked(shard.items, items.kind):
+            if why is not None:
+                problems.add("unreadable", f"item {item.id!r} {why}; {HINT}")
     problems.raise_any()
+
+
+def readable(items: RawItems, skip_bad: bool) -> tuple[RawItems, list[tuple[str, str]]]:
+    """The items that can be read, and those that cannot, each with the reason.
+
+    Raises:
+        InputError: naming all that cannot, unless they are to be left out; or where none can.
+    """
+    problems, bad, good = Problems("data"), [], []
+    for number, (item, why) in enumerate(_checked(items.items, items.kind)):
+        if why is None:
+            good.append(number)
+        else:
+            bad.append((item.id, why))
+            problems.add("unreadable", f"item {item.id!r} {why}; {HINT}")
+    if not skip_bad or not good:
+        problems.raise_any()
+    return (items if not bad else items.only(good)), bad
+
+
+def _checked(items: Sequence[Item], kind: Kind) -> Iterator[tuple[Item, str | None]]:
+    """Every item, and why it cannot be read, if it cannot."""
+    if kind == "text":
+        # it lies in memory: asking other threads would take longer than to look
+        yield from ((item, _unreadable(item)) for item in items)
+        return
+    with ThreadPoolExecutor(READERS) as readers:
+        for start in range(0, len(items), READ_AT_ONCE):
+            part = items[start : start + READ_AT_ONCE]
+            yield from zip(part, readers.map(_unreadable, part), strict=True)
 
 
 def _unreadable(item: Item) -> str | None:

@@ -20,6 +20,7 @@ from cenote.core.seeded import seeded
 from cenote.features.dataset import TokenDataset
 from cenote.jobs.probe import cost, module, training
 from cenote.jobs.probe.module import Probe, build_probe
+from cenote.jobs.probe.own import Choice, Given, OwnMethod
 from cenote.jobs.probe.recipe import Recipe
 from cenote.models.base import layer_numbers
 from cenote.testing import ContractError, check_pool
@@ -62,6 +63,16 @@ class Column:
         """Whether it pools layers and tokens together."""
         return self.method.kind == "layers"
 
+    @property
+    def builds(self) -> str | OwnMethod:
+        """What `build_probe` takes."""
+        return self.method if isinstance(self.method, OwnMethod) else self.method.name
+
+    @property
+    def own(self) -> bool:
+        """Whether its pool is somebody's own."""
+        return isinstance(self.method, OwnMethod) or "." in self.method.name
+
 
 @dataclass(frozen=True)
 class Trial(Arm):
@@ -94,8 +105,10 @@ class Trial(Arm):
         return self.column.method.summary
 
     def key(self) -> Mapping[str, Any]:
-        """Data, settings, recipe, seeds, metric."""
+        """Data, settings, recipe, seeds, metric; of a pool of one's own what it is at its beginning."""
+        method, data = self.column.method, self.column.data
         return {
+            **({"pool": method.key(data)} if isinstance(method, OwnMethod) else {}),
             "data": self.fingerprint(self.column.data),
             "method": self.column.method.path,
             "settings": dict(self.column.method.settings or {}),
@@ -106,16 +119,18 @@ class Trial(Arm):
 
     def sources(self) -> tuple[type | ModuleType, ...]:
         """The pool, and what trains and measures its probe."""
-        return (self.column.method.load(), type(self), Trial, module, training, cost)
+        method = self.column.method
+        pool = method.sources(self.column.data) if isinstance(method, OwnMethod) else (method.load(),)
+        return (*pool, type(self), Trial, module, training, cost)
 
     def unfit(self) -> str | None:
         """Why the pool cannot be trained on such data."""
         name, data = self.column.method.name, self.column.data
         try:
-            pool = build_probe(name, data).pool
+            pool = build_probe(self.column.builds, data).pool
         except InputError as error:
             return str(error).removeprefix(f"{name}: ")
-        if "." in name and self.column.method.kind == "sets":
+        if self.column.own and self.column.method.kind == "sets":
             try:
                 check_pool(pool, tokens=data.tokens or OWN_TOKENS, leave_out=LONG)
             except ContractError as error:
@@ -185,7 +200,7 @@ class Trial(Arm):
         """A fresh probe."""
         # of one's own, in another process
         self.column.method.load()
-        return build_probe(self.column.method.name, self.column.data)
+        return build_probe(self.column.builds, self.column.data)
 
     def probe(self, cell: Cell, seed_number: int) -> Probe:
         """The trained probe of one seed."""
@@ -207,49 +222,70 @@ def remembered() -> Fingerprint:
     return fingerprint
 
 
-def chosen_methods(wanted: str | Sequence[str | type], layered: bool = False, edges: bool = False) -> tuple[str, ...]:
-    """Names of pools: `"fast"`, `"all"`, or a list (commas in a text separate). `mean` is always among them.
+def chosen_methods(
+    wanted: str | Sequence[Choice], layered: bool = False, edges: bool = False
+) -> tuple[str | Given, ...]:
+    """Pools by name: `"fast"`, `"all"`, or a list (commas in a text separate). `mean` is always among them.
 
     Args:
-        wanted: as said; a dotted path names a pool of your own, whose module is imported.
+        wanted: as said; a dotted path names a pool of your own, whose module is imported. In a list also classes, pools, and
+            names with a pool or with a function of the width of a token.
         layered: whether `"fast"` and `"all"` include pools of layers.
         edges: whether they include pools of graphs.
 
     Raises:
         InputError: naming what is no pool of token sets, of layers or of graphs.
     """
-    if wanted in ("all", "fast"):
+    chosen: list[str | Given]
+    if isinstance(wanted, str) and wanted in ("all", "fast"):
         kinds = [k for k, there in zip(KINDS, (True, layered, edges), strict=True) if there]
         fast = True if wanted == "fast" else None
-        names = [m.name for kind in kinds for m in methods(room="pool", kind=kind, fast=fast)]
+        chosen = [m.name for kind in kinds for m in methods(room="pool", kind=kind, fast=fast)]
     else:
-        names = [n.strip() for n in wanted.split(",")] if isinstance(wanted, str) else [_name_of(w) for w in wanted]
-        if not names or "" in names:
+        chosen = [n.strip() for n in wanted.split(",")] if isinstance(wanted, str) else [_asked(w) for w in wanted]
+        if not chosen or "" in chosen:
             raise InputError("methods: the list has no name in it; try --methods fast")
-    for name in names:
-        import_own(name)
-    entries = [method(name) for name in names]
-    for entry in entries:
-        name = entry.name
-        if entry.room != "pool" or entry.kind not in KINDS:
-            raise InputError(f"methods: {name} is not a pool of token sets but lives in {entry.room} ({entry.kind})")
-    return tuple(dict.fromkeys([BASELINE, *(entry.name for entry in entries)]))
+    for name in chosen:
+        if isinstance(name, str):
+            import_own(name)
+    found = {n.name if isinstance(n, Given) else method(n).name: n for n in (BASELINE, *chosen)}
+    for name, asked in found.items():
+        if isinstance(asked, str):
+            _require_pool(method(name))
+    twice = sorted({g.name for g in chosen if isinstance(g, Given) and found[g.name] is not g} | _clashing(chosen))
+    if twice:
+        raise InputError(
+            f'methods: {", ".join(twice)} names several; give your own other names: ("mine", {twice[0]}(...))'
+        )
+    return tuple(asked if isinstance(asked, Given) else name for name, asked in found.items())
 
 
-def _name_of(wanted: object) -> str:
+def _clashing(chosen: Sequence[str | Given]) -> set[str]:
+    names = {BASELINE, *(method(n).name for n in chosen if isinstance(n, str))}
+    return names & {g.name for g in chosen if isinstance(g, Given)}
+
+
+def _require_pool(entry: Method) -> None:
+    if entry.room != "pool" or entry.kind not in KINDS:
+        raise InputError(f"methods: {entry.name} is not a pool of token sets but lives in {entry.room} ({entry.kind})")
+
+
+def _asked(wanted: object) -> str | Given:
     """A method's name; of a class its dotted path, by which it is found again."""
     if isinstance(wanted, str):
         return wanted
-    if isinstance(wanted, type) and "<" not in wanted.__qualname__ and "." not in wanted.__qualname__:
+    if not isinstance(wanted, type):
+        return Given.read(wanted)
+    if "<" not in wanted.__qualname__ and "." not in wanted.__qualname__:
         return f"{wanted.__module__}.{wanted.__qualname__}"
     raise InputError(
-        f"methods: expected names or classes, which can be built anew for every seed, got {wanted!r}; give the class, defined "
-        f"at the top of a module"
+        f"methods: {wanted!r} stands inside of another class or of a function, where it is not found again; define it at the "
+        f'top of a module, or give a function, ("mine", lambda dim: {wanted.__name__}(dim))'
     )
 
 
 def columns_of(
-    data: TokenDataset, wanted: str | Sequence[str | type], layers: Layers = None
+    data: TokenDataset, wanted: str | Sequence[Choice], layers: Layers = None
 ) -> tuple[list[Column], str, dict[str, str]]:
     """`(columns, name of the baseline, skipped)`: the baseline is the mean of the last chosen layer.
 
@@ -268,8 +304,10 @@ def columns_of(
     stack = tuple(n for n in held if n != EMBEDDINGS)
     columns: list[Column] = []
     skipped: dict[str, str] = {}
-    for name in names:
-        entry = method(name)
+    for asked in names:
+        entry = method(asked) if isinstance(asked, str) else asked.entry(data.dim)
+        _require_pool(entry)
+        name = entry.name
         if entry.kind == "layers":
             if len(stack) < 2:
                 skipped[name] = "pools several layers, and the data hold one"

@@ -26,17 +26,19 @@ from cenote.jobs.probe.cautions import Seen, cautions, tests_more
 from cenote.jobs.probe.folds import planned
 from cenote.jobs.probe.looks import save_looks
 from cenote.jobs.probe.measure import judged_by
+from cenote.jobs.probe.own import Choice
 from cenote.jobs.probe.recipe import Recipe
 from cenote.jobs.probe.references import references_of
 from cenote.jobs.probe.result import Comparison
-from cenote.jobs.probe.saved import BEST, RECOMMENDED, save_probe, save_same
+from cenote.jobs.probe.saved import BEST, RECOMMENDED, by_hand, save_probe, save_same
+from cenote.jobs.probe.tested import save as save_tested
 
 HUGE_ITEM_BYTES = 2**24
 
 
 def compare(
     data: TokenDataset,
-    methods: str | Sequence[str | type] = "fast",
+    methods: str | Sequence[Choice] = "fast",
     *,
     seeds: int | Sequence[int] = 3,
     out: str | Path | None = None,
@@ -57,11 +59,14 @@ def compare(
     Args:
         data: see `cenote.features.read`, `cenote.features.digits`.
         methods: `"fast"`, `"all"`, or names; `mean`, the baseline, is always among them. A pool of your own by its class, or by
-            its dotted path (`"mypackage.pools.MyPool"`): it is tried against what every pool keeps first, see
-            `cenote.testing.check_pool`.
+            its dotted path (`"mypackage.pools.MyPool"`); or as it is (`MyPool(384)`: every seed begins at its weights), with a
+            name (`("mine", MyPool(384, heads=4))`), or built by a function of the width of a token
+            (`("mine", lambda dim: MyPool(dim))`). It is tried against what every pool keeps first, see
+            `cenote.testing.check_pool`, and is left out with the reason where it breaks that.
         seeds: how many (0, 1, ...), or which.
-        out: folder for the finished cells, `comparison.json`, attention samples, and the probes of the winner and of the
-            recommended method; given the same folder again, finished cells are not recomputed. `None`: nothing is written.
+        out: folder for the finished cells, `comparison.json`, which items were tested, attention samples, and the probes of the
+            winner and of the recommended method; given the same folder again, finished cells are not recomputed. `None`:
+            nothing is written.
         metric: default by task, see `cenote.jobs.probe.measure`.
         significance: where p-values come from: `"permutation"`, how often a difference would be as large if two methods were
             exchanged in random test items (whole groups); `"wilcoxon"`, signed ranks of what each test item (each group) adds
@@ -153,6 +158,7 @@ def compare(
         told = cautions(data, comparison, recipe, tested, seen)
         comparison = dataclasses.replace(comparison, cautions=told)
         if folder is not None:
+            save_tested(folder, units, by, in_folds)
             for place in (BEST, RECOMMENDED):
                 files.remove_unfinished(folder / place)
             judged = {r.method for r in comparison.results}
@@ -165,8 +171,9 @@ def compare(
                     save_same(folder / place, BEST)
                     continue
                 best_seed = int(np.argmax(comparison[name].validation_per_seed))
-                save_probe(
-                    folder / place, comparison, done[name].column, done[name].probe(measured.cells[name], best_seed)
-                )
+                probe = done[name].probe(measured.cells[name], best_seed)
+                if (why := save_probe(folder / place, comparison, done[name].column, probe)) is not None:
+                    told = f"the probe of {name} is kept by its weights alone: {why}; {by_hand(folder / place)}"
+                    comparison = dataclasses.replace(comparison, cautions=(*comparison.cautions, told))
             comparison.save(folder)
     return comparison

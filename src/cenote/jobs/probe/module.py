@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cenote.catalog import create
 from cenote.features.dataset import TokenDataset
+from cenote.jobs.probe.own import OwnMethod
 from cenote.pool.base import Pool, Pooled
 from cenote.pool.fitting import FittedPool, Known, decided_arguments, require_runs_on, width
 from cenote.pool.graph.base import GraphPool
@@ -78,11 +79,13 @@ def sized_arguments(name: str, data: TokenDataset) -> dict[str, Any]:
     return decided_arguments(name, known)
 
 
-def build_probe(name: str, data: TokenDataset, settings: dict[str, Any] | None = None) -> Probe:
-    """A fresh probe of the data with the pool called `name`.
+def build_probe(name: str | OwnMethod, data: TokenDataset, settings: dict[str, Any] | None = None) -> Probe:
+    """A fresh probe of the data with the pool called `name`, or with one of one's own.
 
     Raises:
         InputError: where the method cannot run on such data, saying why.
     """
+    if isinstance(name, OwnMethod):
+        return Probe(name.pool(data), data.outputs, data.prefix_tokens)
     pool = create(name, dim=data.dim, **{**sized_arguments(name, data), **(settings or {})})
     return Probe(pool, data.outputs, data.prefix_tokens)

@@ -20,6 +20,7 @@ from cenote.jobs.probe.arms import Layers, chosen_methods
 from cenote.jobs.probe.folds import asked
 from cenote.jobs.probe.job import compare
 from cenote.jobs.probe.measure import judged_by
+from cenote.jobs.probe.own import Choice
 from cenote.jobs.probe.recipe import Recipe
 from cenote.jobs.probe.result import Comparison
 from cenote.models import Backbone, Layout
@@ -98,7 +99,7 @@ def tokens_of_raw(
 def compare_raw(
     items: RawItems,
     model: ModelSpec,
-    methods: str | Sequence[str | type] = "fast",
+    methods: str | Sequence[Choice] = "fast",
     *,
     out: str | Path,
     labelling: Labelling | None = None,

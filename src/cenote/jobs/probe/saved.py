@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 import cenote.core.files as files
 from cenote.catalog import create, method
@@ -17,8 +19,10 @@ from cenote.core.json_text import json_text
 from cenote.core.requirements import require_one_of
 from cenote.core.seeded import seeded
 from cenote.features.dataset import Task, TokenDataset
+from cenote.features.origin import Origin
 from cenote.jobs.probe.arms import Column
 from cenote.jobs.probe.module import Probe, sized_arguments
+from cenote.jobs.probe.own import OwnMethod, rebuilding
 from cenote.jobs.probe.result import Comparison
 from cenote.pool.base import Pooled
 from cenote.pool.graph.base import GraphPool
@@ -35,6 +39,8 @@ FIELDS: dict[str, Any] = {
     "task": str,
     "classes": list,
     "layers": list,
+    "origin": (dict, type(None)),
+    "unbuildable": (str, type(None)),
 }
 """What `probe.json` must say to build a probe again."""
 
@@ -54,6 +60,7 @@ class SavedProbe:
         dim: width of the tokens that it takes.
         prefix_tokens: leading tokens of its data that are not patches.
         layers: numbers of the layers that it reads, of data that number them: one for a pool of tokens.
+        origin: which model made the tokens that it was trained on, where that was known.
     """
 
     probe: Probe
@@ -63,24 +70,66 @@ class SavedProbe:
     dim: int
     prefix_tokens: int
     layers: tuple[int, ...] = ()
+    origin: Origin | None = None
 
-    def view(self, data: TokenDataset) -> TokenDataset:
+    def view(self, data: TokenDataset, force: bool = False) -> TokenDataset:
         """New data as the probe reads them: its layer, its stack of layers, or its graphs.
 
+        Args:
+            data: as they were read, with all their layers.
+            force: take tokens that are told to be others than those of the training: of another model, of other settings, or
+                of the only layer that is there, where the probe reads one.
+
         Raises:
-            InputError: where the data do not hold them.
+            InputError: where the data do not hold what the probe reads.
         """
+        self.require(data.origin, data.dim, force)
         if isinstance(self.probe.pool, GraphPool):
             return data.with_edges()
-        held = data.layers
-        if not self.layers or (held == () and len(self.layers) == 1):
+        held, one = data.layers, len(self.layers) == 1
+        if not self.layers or (one and (held == () or (force and len(held) == 1))):
             return data
-        missing = [n for n in self.layers if n not in held]
-        if missing:
+        if missing := [n for n in self.layers if n not in held]:
+            raise InputError(self._lacking(missing, data))
+        return data.at(self.layers[0]) if one else data.only(self.layers)
+
+    def require(self, origin: Origin | None, dim: int, force: bool = False) -> None:
+        """That tokens of such an origin and width are those that the probe was trained on, as far as can be told.
+
+        Raises:
+            InputError: naming what is other.
+        """
+        if dim != self.dim:
+            raise InputError(f"data: its tokens have width {dim}, but the probe takes {self.dim}{self._of_model()}")
+        if force or origin is None or self.origin is None:
+            return
+        if found := self.origin.differences(origin, "in training", "now"):
+            same = self.origin.name == origin.name
             raise InputError(
-                f"data: the probe reads layers {', '.join(map(str, self.layers))}, and {missing} are not there"
+                f"data: the probe was trained on tokens of {self.origin.name}, and these are "
+                f"{'other tokens' if same else f'tokens of {origin.name}'} ({'; '.join(found)}); give raw data, or "
+                f"{self._extraction()}, or go on all the same with --force"
             )
-        return data.at(self.layers[0]) if len(self.layers) == 1 else data.only(self.layers)
+
+    def _of_model(self) -> str:
+        return "" if self.origin is None else f" of {self.origin.name}; give raw data, or {self._extraction()}"
+
+    def _extraction(self) -> str:
+        """What makes tokens that the probe reads, in words."""
+        name = "MODEL" if self.origin is None else self.origin.name
+        layers = f" --layers {','.join(map(str, self.layers))}" if self.layers else ""
+        pooled = self.origin.pooled if self.origin is not None else None
+        return f"extract with: cenote extract --backbone {name}{layers}" + (
+            f" --pool-at-extract {pooled}" if pooled else ""
+        )
+
+    def _lacking(self, missing: list[int], data: TokenDataset) -> str:
+        reads = f"layer {self.layers[0]}" if len(self.layers) == 1 else f"layers {', '.join(map(str, self.layers))}"
+        holds = ", ".join(map(str, data.layers)) or "one, without a number"
+        lacking = "" if len(self.layers) == 1 else f", so that {', '.join(map(str, missing))} are not there"
+        forced = ", or go on with its one layer with --force" if len(self.layers) == 1 == len(data.layers) else ""
+        remedy = self._extraction() if data.origin is not None or self.origin is not None else "add them"
+        return f"data: the probe reads {reads}, and {data.name} holds {holds}{lacking}; {remedy}{forced}"
 
     @torch.no_grad()
     def scores(
@@ -111,26 +160,39 @@ class SavedProbe:
         return self.probe.attend(x, mask)
 
 
-def save_probe(folder: Path, comparison: Comparison, column: Column, probe: Probe) -> None:
-    """Write the probe of a method as `probe.safetensors` beside `probe.json`."""
+def save_probe(folder: Path, comparison: Comparison, column: Column, probe: Probe) -> str | None:
+    """Write the probe of a method as `probe.safetensors` beside `probe.json`: why it cannot be rebuilt from these, if so."""
     pool, data = probe.pool, column.data
     result = comparison[column.name]
+    method, why = column.method.name, None
+    if isinstance(column.method, OwnMethod):
+        method, arguments, why = rebuilding(pool, column.name, data.dim)
+    else:
+        arguments = sized_arguments(method, data)
     card = {
         "format": FORMAT,
-        "method": column.method.name,
-        "arguments": sized_arguments(column.method.name, data),
+        "method": method,
+        "arguments": arguments,
+        "unbuildable": why,
         "layers": list(column.layers),
         "dim": data.dim,
         "outputs": data.outputs,
         "prefix_tokens": data.prefix_tokens,
         "task": data.task,
         "classes": list(data.classes),
+        "origin": None if data.origin is None else dataclasses.asdict(data.origin),
         "metric": {"name": comparison.metric_name, "test": result.metric, "interval": result.interval},
         "trained_on": comparison.provenance.get("data_sha256"),
         "versions": comparison.provenance.get("versions"),
         "pool": type(pool).__name__,
     }
     files.write_saved(folder / "probe.json", folder / "probe.safetensors", card, probe.state_dict())
+    return why
+
+
+def by_hand(folder: Path) -> str:
+    """How a probe is loaded whose pool its folder cannot build, in words."""
+    return f"build the pool yourself, and load it with cenote.load({str(folder)!r}, pool=...)"
 
 
 def save_same(folder: Path, other: str) -> None:
@@ -149,12 +211,14 @@ def _same_as(folder: Path) -> str | None:
     return same if isinstance(same, str) else None
 
 
-def load(folder: str | Path) -> SavedProbe:
+def load(folder: str | Path, pool: nn.Module | None = None) -> SavedProbe:
     """Rebuild the probe that `cenote probe` left in `OUT/best` or `OUT/recommended`.
 
     Args:
         folder: holds `probe.json` and `probe.safetensors`; or, where the recommended method is the winner, only a
             `probe.json` that names the folder beside it.
+        pool: of the same class and settings as the saved one, which takes its weights; needed where the folder cannot say how
+            the pool is built.
 
     Raises:
         InputError: naming the folder and what is wrong with it.
@@ -162,10 +226,14 @@ def load(folder: str | Path) -> SavedProbe:
     folder = Path(folder)
     try:
         if folder.name != BEST and _same_as(folder) == BEST:
-            return load(folder.resolve().parent / BEST)
-        # cards of before there were several layers do not speak of them
+            return load(folder.resolve().parent / BEST, pool)
+        # cards of before do not speak of several layers, nor of the model
         card, state = files.read_saved(
-            folder / "probe.json", folder / "probe.safetensors", AGAIN, optional=("layers",), **FIELDS
+            folder / "probe.json",
+            folder / "probe.safetensors",
+            AGAIN,
+            optional=("layers", "origin", "unbuildable"),
+            **FIELDS,
         )
     except FileNotFoundError as error:
         raise InputError(
@@ -176,17 +244,23 @@ def load(folder: str | Path) -> SavedProbe:
     files.require_format(folder, card, FORMAT)
     require_one_of(get_args(Task), task=card["task"])
     layers = card.get("layers", [])
+    try:
+        origin = None if card.get("origin") is None else Origin.read(card["origin"])
+    except ValueError as error:
+        raise InputError(f"{folder}: probe.json: {error}; {AGAIN}") from None
     if not all(type(n) is int for n in layers) or not all(isinstance(name, str) for name in card["classes"]):
         raise InputError(f"{folder}: probe.json: expected classes as texts and layers as numbers; {AGAIN}")
     named = 2 if card["task"] == "binary" else card["outputs"]
     if len(card["classes"]) != named:
         raise InputError(f"{folder}: probe.json names {len(card['classes'])} classes, expected {named}; {AGAIN}")
-    if "." in card["method"]:
+    if pool is None and card.get("unbuildable") is not None:
+        raise InputError(f"{folder}: {card['unbuildable']}, so that its folder cannot say how; {by_hand(folder)}")
+    if pool is None and "." in card["method"]:
         method(card["method"])  # told as it is, where its module is not imported
     try:
         with seeded(0):
-            pool = create(card["method"], **{**card["arguments"], "dim": card["dim"]})
-            probe = Probe(pool, card["outputs"], card["prefix_tokens"])
+            made = create(card["method"], **{**card["arguments"], "dim": card["dim"]}) if pool is None else pool
+            probe = Probe(copy.deepcopy(made), card["outputs"], card["prefix_tokens"])
         probe.load_state_dict(state)
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{folder}: probe.safetensors does not fit probe.json ({_line(error)}); {AGAIN}") from None
@@ -198,6 +272,7 @@ def load(folder: str | Path) -> SavedProbe:
         card["dim"],
         card["prefix_tokens"],
         tuple(layers),
+        origin,
     )
 
 

@@ -64,6 +64,8 @@ class Edit:
     at: Where = Where()
     asks: Sequence[str] = ()
     stands_for: Edit | None = None
+    called: str | None = None
+    """What errors call it, where that is not its class."""
     counts_itself: bool = False
     """Whether it tells the run what it edited; what else is called counts once a call."""
 
@@ -181,7 +183,7 @@ def original(edit: Edit) -> Edit:
 
 def name_of(edit: Edit) -> str:
     """Of the class that a person wrote."""
-    return type(original(edit)).__name__
+    return original(edit).called or type(original(edit)).__name__
 
 
 def remembers(edit: Edit) -> bool:
@@ -199,9 +201,14 @@ def require_spans(edit: Edit, spans: Mapping[str, Tensor]) -> None:
 
 def overrides(edit: Edit, name: str) -> bool:
     """Whether the edit's class has its own method of that name."""
-    edit = original(edit)
-    base = next(cls for cls in (AttentionEdit, BlockEdit) if isinstance(edit, cls))
-    return getattr(type(edit), name) is not getattr(base, name)
+    return _overridden(type(original(edit)), name)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _overridden(cls: type[Edit], name: str) -> bool:
+    # each computation of attention asks
+    base = next(base for base in (AttentionEdit, BlockEdit) if issubclass(cls, base))
+    return getattr(cls, name) is not getattr(base, name)
 
 
 def apply(
@@ -216,7 +223,7 @@ def apply(
                     f"edits: {name_of(act.edit)}.inputs gave {type(new).__name__}, expected an AttentionCall"
                 )
             call = new
-        if not isinstance(act.edit, RowEdit):
+        if not isinstance(act.edit, RowEdit) and not original(act.edit).counts_itself:
             act.done(1)
     weights = None
     if any(overrides(act.edit, name) for act in acts for name in ("scores", "weights")):

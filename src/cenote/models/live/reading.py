@@ -11,10 +11,11 @@ keys, encoder-decoders, padding that is not on the left, compiled models, other 
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -28,7 +29,6 @@ from cenote.models.live.calls import AttentionCall, Place
 from cenote.models.live.edited import edited, require_module
 from cenote.models.live.edits import AttentionEdit, Where
 from cenote.models.live.places import attentions
-from cenote.models.live.store import StoreLayer, cache_argument, nbytes, with_store
 
 Phase = Literal["prefill", "decode"]
 ROWS = 256
@@ -140,7 +140,8 @@ class Held:
 
 @runtime_checkable
 class Policy(Protocol):
-    """What the seat asks of a policy; see `cenote.mix.policies.KVPolicy`."""
+    """What the seat asks of a policy; see `cenote.mix.policies.KVPolicy`. One with a number `refresh_every` has the keys and
+    values of that many tokens computed anew, reading everything, whenever so many have come."""
 
     @property
     def acts(self) -> Collection[Phase]:
@@ -199,15 +200,16 @@ class Reading:
     @property
     def nbytes(self) -> int:
         """Of the cache that was read from last, room for more among them; 0 where it is gone."""
+        from cenote.models.live.store import nbytes
+
         cache = self._last() if self._last is not None else None
         return 0 if cache is None else nbytes(cache)
 
-    def counts(self, layer: int, read: Int[Tensor, "batch kv_heads"], seen: Int[Tensor, "batch kv_heads"]) -> None:
-        """One token more of each item was read for."""
-        if read.numel():
-            self.read[layer] += int(read.sum())
-            self.held[layer] += int(seen.sum())
-            self.most[layer] = max(self.most[layer], int(read.max()))
+    def counts(self, layer: int, read: Sequence[int], seen: int) -> None:
+        """One token more of each item was read for: of each item and key head how many keys; and what there were, of all."""
+        self.read[layer] += sum(read)
+        self.held[layer] += seen
+        self.most[layer] = max(self.most[layer], *read)
 
 
 @contextmanager
@@ -228,6 +230,8 @@ def reading(model: nn.Module, policy: Policy, prompt: int | None = None) -> Iter
     """
     if prompt is not None:
         require_at_least(0, prompt=prompt)
+    from cenote.models.live.store import cache_argument
+
     require_module(model)
     cache_argument(model)
     places = _self_attention(model)
@@ -243,6 +247,7 @@ class _Seat(AttentionEdit):
     def __init__(
         self, model: nn.Module, policy: Policy, places: Mapping[nn.Module, Place], run: Reading, prompt: int | None
     ) -> None:
+        self.called = type(policy).__name__
         self.at = Where(kinds=["self"], stack=next(iter(places.values())).stack)
         self.model, self.policy, self.run, self.given_prompt = model, policy, run, prompt
         self.layers = {module: _layer(place) for module, place in places.items()}
@@ -265,7 +270,11 @@ class _Seat(AttentionEdit):
         self.now = None
 
     def _enters(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        from cenote.models.live.store import with_store
+
         if module is not self.model or threading.get_ident() != self.thread:
+            return None
+        if self.now is not None and self.now.refreshing:
             return None
         given, cache = with_store(self.model, {**dict(zip(self.names, args, strict=False)), **kwargs})
         if cache is None and self.given_prompt is None:
@@ -289,7 +298,42 @@ class _Seat(AttentionEdit):
             )
         generation.comes(cache, given)
         self.now = generation
+        every = getattr(self.policy, "refresh_every", None)
+        if every is not None and cache is not None and before >= generation.prompt(self.given_prompt):
+            self._refresh(cache, before, given, every)
         return (), given
+
+    def _refresh(self, cache: Any, before: int, given: Mapping[str, Any], every: int) -> None:
+        """Where so many tokens came since it was last done, and not all was read for them, compute keys and values anew."""
+        from cenote.models.live.store import cache_argument
+
+        assert self.now is not None
+        words = given.get("input_ids")
+        if not isinstance(words, Tensor):
+            raise InputError("refresh_every: needs input_ids, and the model is called without")
+        # beside a layer, so that beams reorder them
+        notes = cache.layers[0].notes
+        recent, at = notes.get("recent tokens"), notes.get("recent positions")
+        due = recent is not None and recent.shape[1] >= every
+        if due and self.now.left_out:
+            mask = given.get("attention_mask")
+            told = {} if mask is None else {"attention_mask": mask[:, :before]}
+            if at is not None:
+                told["position_ids"] = at
+            cache.crop(-recent.shape[1])
+            self.now.refreshing = True
+            try:
+                with torch.no_grad():
+                    self.model(input_ids=recent, use_cache=True, **{cache_argument(self.model): cache}, **told)
+            finally:
+                self.now.refreshing = self.now.left_out = False
+        if due:
+            recent, at, notes = None, None, cache.layers[0].notes
+        positions = given.get("position_ids")
+        if isinstance(positions, Tensor) and positions.dim() == 2:
+            positions = positions.expand(len(words), -1)
+            notes["recent positions"] = positions if at is None else torch.cat([at, positions], 1)
+        notes["recent tokens"] = words if recent is None else torch.cat([recent, words], 1)
 
     def inputs(self, call: AttentionCall) -> AttentionCall:
         """With masks of the keys that are left, where some were forgotten."""
@@ -310,6 +354,8 @@ class _Seat(AttentionEdit):
 
     def attends(self, call: AttentionCall, fused: Callable[[AttentionCall], Tensor]) -> Tensor:
         generation, layer = self._now(call), self.layers[call.place.module]
+        if generation.refreshing:
+            return fused(call)
         if not generation.begun:
             layout = Layout(self.run.layers, call.heads, call.k.shape[1], call.q.shape[3])
             generation.state, generation.begun = self.policy.begin(layout), True
@@ -369,24 +415,29 @@ class _Seat(AttentionEdit):
             call = call.replace(k=stored.keys, v=stored.values)
             call = self.inputs(call)
             held = self._held(call)
-        if not bool(call.q.isfinite().all()):
+        if not math.isfinite(float(call.q.sum())):
             raise InputError(f"model: queries of layer {layer} are NaN or infinite, and no key is the best for them")
         reads = self.policy.read(layer, call.q, held, generation.state)
-        seen = (held.last[:, :, 0] + 1).expand(-1, call.k.shape[1])
+        kv_heads = call.k.shape[1]
+        seen = kv_heads * (call.batch * held.seen - generation.padding)
         if reads is None:
-            self.run.counts(layer, seen if held.whole else held.real.sum(2), seen)
+            every = [held.count] * (call.batch * kv_heads)
+            self.run.counts(layer, every if held.whole else held.real.sum(2).flatten().tolist(), seen)
             if self.policy.watches:
                 self.policy.seen(layer, call.weights(), held, generation.state)
             return fused(call)
+        generation.left_out = True
         numbers, valid = reads
         if not held.whole:
             # whatever a policy says, padding is not read
             group = numbers.shape[1] // held.real.shape[1]
             valid = valid & held.real.repeat_interleave(group, 1).gather(2, numbers)
-        kv_heads = call.k.shape[1]
-        read = valid.sum(2) if numbers.shape[1] == kv_heads else routing.counted(numbers, valid, kv_heads, held.count)
+        counts = valid.sum(2)
+        each = counts.flatten().tolist()
+        apart = numbers.shape[1] == kv_heads
+        read = each if apart else routing.counted(numbers, valid, kv_heads, held.count).flatten().tolist()
         self.run.counts(layer, read, seen)
-        return _read(call, numbers, valid)
+        return _read(call, numbers, None if min(each) == numbers.shape[2] > 0 else valid)
 
     def _of_several(
         self,
@@ -401,6 +452,7 @@ class _Seat(AttentionEdit):
         kv_heads = call.k.shape[1]
         behind = call.q[:, :, first:]
         chosen = self.policy.choose(layer, behind, held, generation.state)
+        generation.left_out |= chosen is not None
         if chosen is None:
             chosen = torch.ones(call.batch, 1, behind.shape[2], held.count, dtype=torch.bool, device=behind.device)
         positions = held.last - torch.arange(behind.shape[2] - 1, -1, -1, device=behind.device)
@@ -409,8 +461,9 @@ class _Seat(AttentionEdit):
         counted = routing.union(read, kv_heads) if read.shape[1] == call.heads else read
         for row in range(behind.shape[2]):
             of = positions[:, 0, row] >= 0
-            seen = (positions[:, :, row] + 1).expand(-1, kv_heads)
-            self.run.counts(layer, counted[of, :, row].sum(-1), seen[of])
+            if bool(of.any()):
+                seen = kv_heads * int((positions[of, 0, row] + 1).sum())
+                self.run.counts(layer, counted[of, :, row].sum(-1).flatten().tolist(), seen)
         before = torch.ones(*chosen.shape[:2], first, held.count, dtype=torch.bool, device=chosen.device)
         return fused(_masked(call, torch.cat([before, chosen], 2)))
 
@@ -454,8 +507,9 @@ class _Generation:
 
     def __init__(self, before: int) -> None:
         self.state: Any = None
-        self.begun = False
+        self.begun = self.refreshing = self.left_out = False
         self.start: Tensor | None = None
+        self.padding = 0
         self._prompt = before
         self._cache: weakref.ref[Any] | None = None
 
@@ -466,6 +520,7 @@ class _Generation:
         if not self._prompt and x is not None:
             self._prompt = x.shape[1]
         self.start = _padding(given.get("attention_mask"))
+        self.padding = 0 if self.start is None else int(self.start.sum())
 
     def prompt(self, given: int | None) -> int:
         return self._prompt if given is None else given
@@ -498,6 +553,8 @@ def _layer(place: Place) -> int:
 
 def _require_keys(cache: Any, forgets: bool) -> None:
     """Raise where a layer keeps no keys of all tokens; say that those which will forget cannot take tokens back."""
+    from cenote.models.live.store import StoreLayer
+
     for number, layer in enumerate(cache.layers):
         if not isinstance(layer, StoreLayer):
             what = "a sliding window" if getattr(layer, "is_sliding", False) else type(layer).__name__
@@ -528,7 +585,7 @@ def _padding(mask: Any) -> Int[Tensor, "batch"] | None:
 
 
 def _read(
-    call: AttentionCall, numbers: Int[Tensor, "batch chosen most"], valid: Bool[Tensor, "batch chosen most"]
+    call: AttentionCall, numbers: Int[Tensor, "batch chosen most"], valid: Bool[Tensor, "batch chosen most"] | None
 ) -> Float[Tensor, "batch heads queries width"]:
     """One query of each head attends to these keys alone."""
     k, v = grouped.gathered(call.k, numbers), grouped.gathered(call.v, numbers)
@@ -538,10 +595,9 @@ def _read(
         heads = call.heads if bias.shape[1] == call.heads else numbers.shape[1]
         at = numbers.repeat_interleave(heads // numbers.shape[1], 1).unsqueeze(2)
         bias = bias.expand(call.batch, heads, -1, -1).gather(3, at)
-    every = bool(valid.all())
     return grouped.attend(
         call.q, k, v, call.scale,
-        readable=None if every else valid.unsqueeze(2), bias=bias, softcap=call.softcap, sinks=call.sinks,
+        readable=None if valid is None else valid.unsqueeze(2), bias=bias, softcap=call.softcap, sinks=call.sinks,
     )  # fmt: skip
 
 

@@ -63,6 +63,7 @@ class StoreLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.per_key: dict[str, Tensor] = {}
         self.notes: dict[str, Any] = {}
         self._rooms: dict[str, Tensor] = {}
+        self._views: dict[str, Tensor] = {}
         self._least = LEAST if room is None else room
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -114,7 +115,7 @@ class StoreLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         keys, values = grouped.gathered(self.keys, at), grouped.gathered(self.values, at)
         empty = {name: x[:, :, :0] for name, x in (("keys", keys), ("values", values))}
         if any(most + 1 <= room.shape[2] // 4 for room in self._rooms.values()):
-            self._rooms.clear()
+            self._leave_rooms()
         self.keys = self._written("keys", self._start("keys", empty["keys"]), keys)
         self.values = self._written("values", self._start("values", empty["values"]), values)
 
@@ -153,7 +154,7 @@ class StoreLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.seen, self.numbers = 0, None
         self.per_key.clear()
         self.notes.clear()
-        self._rooms.clear()
+        self._leave_rooms()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Other items in the places of these: beams."""
@@ -171,10 +172,14 @@ class StoreLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if not self.seen:
             return
         self.keys, self.values = items(self.keys), items(self.values)
-        self._rooms.clear()
+        self._leave_rooms()
         self.numbers = None if self.numbers is None else items(self.numbers)
         self.per_key = {name: items(x) for name, x in self.per_key.items()}
         self.notes = {name: items(x) if isinstance(x, Tensor) else x for name, x in self.notes.items()}
+
+    def _leave_rooms(self) -> None:
+        self._rooms.clear()
+        self._views.clear()
 
     def _stored(self) -> list[tuple[str, Tensor]]:
         return [("keys", self.keys), ("values", self.values)]
@@ -197,25 +202,27 @@ class StoreLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _written(self, name: str, before: Tensor, new: Tensor) -> Tensor:
         held = before.shape[2] if before.dim() == 4 else 0
-        total = held + new.shape[2]
+        more = new.shape[2]
+        total = held + more
         room = self._rooms.get(name)
         fits = (
             room is not None
             and total <= room.shape[2]
-            and (self._in_room(name, before) or not held)
+            and (before is self._views.get(name) or self._in_room(name, before) or not held)
             and room.shape[:2] == new.shape[:2]
             and (torch.is_inference_mode_enabled() or not room.is_inference())
         )
         if room is None or not fits:
             # where the room is new, not too small: beams take another one at each step
-            more = held if room is not None and room.shape[2] < total else LEAST
-            tokens = max(total, held + more if held else 1 << (total - 1).bit_length(), self._least)
+            extra = held if room is not None and room.shape[2] < total else LEAST
+            tokens = max(total, held + extra if held else 1 << (total - 1).bit_length(), self._least)
             room = new.new_empty(*new.shape[:2], tokens, new.shape[3])
             if held:
                 room[:, :, :held] = before
             self._rooms[name] = room
-        room[:, :, held:total] = new
-        return room[:, :, :total]
+        room.narrow(2, held, more).copy_(new)
+        self._views[name] = room.narrow(2, 0, total)
+        return self._views[name]
 
 
 class KeyValueStore(Cache):
