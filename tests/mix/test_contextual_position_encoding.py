@@ -15,6 +15,7 @@ from cenote.mix.contextual_position_encoding.model import (
     Encoding,
     answer_error,
     flip_flop_errors,
+    small_flip_flop,
     train_answers,
 )
 from cenote.mix.contextual_position_encoding.scores import CoPE
@@ -255,6 +256,13 @@ def test_marks_are_copied_without_blanks() -> None:
         for text in task.tokens:
             assert torch.equal(text[:-6][text[:-6] != 8], text[-5:])
         assert bool((task.tokens[:, -6] == 9).all())
+
+
+def test_the_small_setting_is_the_same_model_for_every_encoding() -> None:
+    cope, absolute = (small_flip_flop(e, steps=2, pairs=4) for e in ("cope", "abs"))
+    assert cope.blocks[0].attention.scores.table.shape == (1, 16, 16)
+    assert absolute.places.weight.shape == (8, 32)
+    assert torch.equal(small_flip_flop(steps=2, pairs=4).embedding.weight, cope.embedding.weight)
 
 
 def test_training_lowers_the_error_on_answers() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -239,6 +240,12 @@ def test_heads_of_a_running_model_are_measured_row_by_row(llama: Any) -> None:
     assert all(h.distance <= h.bound for h in found.heads)
     assert found.table().count("\n") == 8
     assert "of 8 heads are flat at 24 tokens" in found.sentence()
+    picture = ElementTree.fromstring(found.figure("separable"))
+    assert len(picture.findall("{http://www.w3.org/2000/svg}rect")) == 8
+    with pytest.raises(InputError, match="measure"):
+        found.figure("colour")
+    with pytest.raises(InputError, match="length"):
+        found.figure(length=7)
     without = HeadScan(n=3, rows=4, without_first=1).scan(llama, inputs)
     assert without.heads[0].distance != found.heads[0].distance
 

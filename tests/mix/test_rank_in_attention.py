@@ -23,6 +23,8 @@ from cenote.mix.rank_in_attention.theory import (
 from cenote.mix.rank_in_attention.transformer import (
     RankTransformer,
     UnitNorm,
+    arms_of_equal_size,
+    compare_arms,
     parameters_of,
     rank_at_equal_size,
     train_on_points,
@@ -202,6 +204,14 @@ def test_training_lowers_the_error_of_arms_of_equal_size() -> None:
         assert parameters_of(4, layer.rank, heads) == sum(p.numel() for p in layer.parameters())
     with pytest.raises(InputError, match="heads: 9"):
         rank_at_equal_size(8, 9, (1, 8))
+
+
+def test_arms_of_equal_size_are_compared_on_new_points() -> None:
+    arms = arms_of_equal_size(8, parameters_of(8, 8, 1) + 100)
+    assert all(parameters_of(8, rank, heads) <= parameters_of(8, 8, 1) + 100 for heads, rank in arms)
+    found = compare_arms([(1, 4), (2, 1)], 4, 3, steps=15, lr=0.05, batch=32, seeds=(0, 1))
+    assert {len(errors) for errors in found.values()} == {2}
+    assert found == compare_arms([(1, 4), (2, 1)], 4, 3, steps=15, lr=0.05, batch=32, seeds=(0, 1))
 
 
 def test_spectra_of_weights_are_those_of_the_products() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from cenote.mix.token_aware_phase_attention.decoder import (
     Encoding,
     TAPAConfig,
     TAPADecoder,
+    compare_encodings,
     length_table,
     train_tapa,
 )
@@ -184,6 +186,20 @@ def test_training_and_extension_lower_the_loss_and_lengths_are_told() -> None:
     assert after.perplexity()[12] == math.exp(after.losses[12])
     with pytest.raises(InputError, match="text: windows of 500"):
         length_table(model, text, (12, 500))
+
+
+def test_arms_are_given_the_best_of_the_same_rates() -> None:
+    text = torch.arange(60) % 5
+    base = TAPAConfig(5, layers=1, dim=8, heads=1)
+    arms = {"tapa": base, "slow": replace(base, alpha=0.05, theta=0.25), "rope": replace(base, encoding="rope")}
+
+    def draw(step: int, length: int) -> Tensor:
+        return torch.stack([text[s : s + length] for s in (step % 5, 3)])
+
+    found = compare_encodings(arms, draw, text, (8, 16), 4, rates=(1e-6, 3e-2), extension=2, last=4)
+    assert set(found) == set(arms)
+    assert {arm.rate for arm in found.values()} == {3e-2}
+    assert all(arm.extended is not None and arm.lengths.losses[8] < 1.7 for arm in found.values())
 
 
 def test_rates_rise_in_a_line_and_fall_along_a_cosine() -> None:

@@ -71,6 +71,7 @@ from cenote.mix.context_broadcasting.live import broadcasting as broadcasting
 from cenote.mix.context_broadcasting.training import train_arms as train_arms
 from cenote.mix.contextual_position_encoding.model import CoPETransformer as CoPETransformer
 from cenote.mix.contextual_position_encoding.model import flip_flop_errors as flip_flop_errors
+from cenote.mix.contextual_position_encoding.model import small_flip_flop as small_flip_flop
 from cenote.mix.contextual_position_encoding.model import train_answers as train_answers
 from cenote.mix.contextual_position_encoding.scores import CoPE as CoPE
 from cenote.mix.contextual_position_encoding.scores import Counted as Counted
@@ -240,6 +241,8 @@ from cenote.mix.rank_in_attention.theory import head_target as head_target
 from cenote.mix.rank_in_attention.theory import optimal_weights as optimal_weights
 from cenote.mix.rank_in_attention.theory import vote_is_right as vote_is_right
 from cenote.mix.rank_in_attention.transformer import RankTransformer as RankTransformer
+from cenote.mix.rank_in_attention.transformer import arms_of_equal_size as arms_of_equal_size
+from cenote.mix.rank_in_attention.transformer import compare_arms as compare_arms
 from cenote.mix.rank_in_attention.transformer import train_on_points as train_on_points
 from cenote.mix.scored_attention import ScoredAttention as ScoredAttention
 from cenote.mix.scored_decoder import ScoredDecoder as ScoredDecoder
@@ -300,6 +303,7 @@ from cenote.mix.tidaldecode.policy import rows_read as rows_read
 from cenote.mix.tidaldecode.policy import speed_up as speed_up
 from cenote.mix.token_aware_phase_attention.decoder import TAPAConfig as TAPAConfig
 from cenote.mix.token_aware_phase_attention.decoder import TAPADecoder as TAPADecoder
+from cenote.mix.token_aware_phase_attention.decoder import compare_encodings as compare_encodings
 from cenote.mix.token_aware_phase_attention.decoder import length_table as length_table
 from cenote.mix.token_aware_phase_attention.decoder import train_tapa as train_tapa
 from cenote.mix.token_aware_phase_attention.scores import GeneralPhase as GeneralPhase

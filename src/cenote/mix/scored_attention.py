@@ -54,7 +54,7 @@ class ScoredAttention(Mixer):
         kv_heads: heads of keys and values, each read by a group of queries' heads; as many as heads by default.
         width: of a head.
         causal: whether a token reads itself and earlier ones alone.
-        bias: of the projections.
+        bias: of the projections; keys have none, which softmax would not see.
         dropout: of weights, in training.
 
     Example:
@@ -89,7 +89,7 @@ class ScoredAttention(Mixer):
         self.normaliser = normaliser_named(normaliser)
         self.order_matters = causal or not isinstance(self.scores, DotProduct)
         self.query = nn.Linear(dim, heads * self.width, bias=bias)
-        self.key = nn.Linear(dim, kv_heads * self.width, bias=bias)
+        self.key = nn.Linear(dim, kv_heads * self.width, bias=False)
         self.value = nn.Linear(dim, kv_heads * self.width, bias=bias)
         self.gate = None
         if getattr(self.scores, "gate_keys", "keys") == "own":

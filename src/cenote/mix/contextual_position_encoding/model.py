@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cenote.core import InputError
 from cenote.core.requirements import require_at_least, require_one_of
+from cenote.core.seeded import seeded
 from cenote.mix.base import ScoreModifier
 from cenote.mix.contextual_position_encoding.scores import CoPE, GateKeys
 from cenote.mix.contextual_position_encoding.tasks import flip_flop
@@ -126,6 +127,30 @@ def flip_flop_errors(
             task = flip_flop(texts, count, share, torch.Generator().manual_seed(random_state))
             found[share, count] = answer_error(model, *task)
     return found
+
+
+def small_flip_flop(
+    encoding: Encoding = "cope",
+    steps: int = 700,
+    pairs: int = 32,
+    shares: Sequence[float] = (0.5, 0.8),
+    random_state: int = 0,
+) -> CoPETransformer:
+    """A model of two layers of 32 channels and two heads, trained on the flip-flop language by Adam at 1e-3 on batches of 32.
+
+    Args:
+        encoding: of positions; `"cope"` with 16 of them.
+        steps, pairs: of the training.
+        shares: of `ignore`, one after the other.
+        random_state: of parameters and texts.
+    """
+    with seeded(random_state):
+        model = CoPETransformer(
+            5, 2 * pairs, encoding, positions=16, layers=2, dim=32, heads=2, dropout=0.0, pre_norm=True
+        )
+    generator = torch.Generator().manual_seed(random_state)
+    train_answers(model, lambda step: flip_flop(32, pairs, shares[step % len(shares)], generator), steps, lr=1e-3)
+    return model
 
 
 def train_answers(

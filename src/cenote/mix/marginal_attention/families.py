@@ -250,7 +250,7 @@ class SubsetOfParents(Structure):
     def _held(self, theta: Tensor) -> Tensor:
         """The same, of rows that may read nothing zeros."""
         count = (theta > -math.inf).sum(-1)
-        if bool(((count > 0) & (count < self.k)).any()):
+        if not torch.compiler.is_compiling() and bool(((count > 0) & (count < self.k)).any()):
             few = int(count[count > 0].min())
             raise InputError(
                 f"k: {self.k} parents, and a query may read {few} inputs; choose a smaller k, or UncertainCount"

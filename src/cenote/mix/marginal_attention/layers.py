@@ -62,7 +62,9 @@ class PosteriorAttention(Mixer):
         self.heads, self.most = heads, most
         self.family = OneParentPerQuery() if family is None else family
         self.order_matters = prior == "distances" or type(self.family).__name__ == "ContiguousWindow"
-        self.query, self.key, self.value, self.output = (nn.Linear(dim, dim) for _ in range(4))
+        # what a bias adds to all scores of a query, or of an input, most families do not see
+        self.query, self.key = nn.Linear(dim, dim, bias=potential == "additive"), nn.Linear(dim, dim, bias=False)
+        self.value, self.output = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.distances = nn.Parameter(torch.zeros(heads, 2 * most + 1)) if prior == "distances" else None
         self.score = (
             nn.Parameter(torch.randn(heads, dim // heads) / math.sqrt(dim)) if potential == "additive" else None

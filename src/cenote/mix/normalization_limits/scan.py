@@ -84,6 +84,35 @@ class Limits(NamedTuple):
         lines += ["\t".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in h) for h in self.heads]
         return "\n".join(lines)
 
+    def figure(self, measure: str = "entropy", length: int | None = None) -> str:
+        """All heads as an SVG picture: a row for each block, a cell for each head, darker where the measure is larger.
+
+        Args:
+            measure: a number of `HeadLimits`.
+            length: of the inputs; the longest by default.
+
+        Raises:
+            InputError: for a measure or a length that there is not.
+        """
+        require_one_of(HeadLimits._fields[3:], measure=measure)
+        require_one_of(sorted({h.length for h in self.heads}), length=length or self.heads[-1].length)
+        longest = max(h.length for h in self.heads) if length is None else length
+        shown = {(h.block, h.head): float(getattr(h, measure)) for h in self.heads if h.length == longest}
+        known = [v for v in shown.values() if math.isfinite(v)]
+        low, high = min(known, default=0.0), max(known, default=1.0)
+        cells = []
+        for (block, head), value in shown.items():
+            depth = (value - low) / ((high - low) or 1.0) if math.isfinite(value) else 0.0
+            where = f'x="{40 + 18 * head}" y="{24 + 18 * block}" width="17" height="17"'
+            told = f"<title>block {block}, head {head}: {value:.3g}</title>"
+            cells.append(f'<rect {where} fill="#1f4e79" fill-opacity="{0.05 + 0.95 * depth:.3f}">{told}</rect>')
+        blocks, heads = (1 + max(key[i] for key in shown) for i in (0, 1))
+        labels = [f'<text x="4" y="{37 + 18 * b}" font-size="11">{b}</text>' for b in sorted({k[0] for k in shown})]
+        said = f"{measure} of each head at {longest} tokens, {low:.3g} to {high:.3g}"
+        size = f'width="{max(48 + 18 * heads, 320)}" height="{32 + 18 * blocks}"'
+        title = f'<text x="4" y="14" font-size="12">{said}</text>'
+        return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', title, *labels, *cells, "</svg>"])
+
     def growth(self) -> tuple[float, float]:
         """Slope per token and R^2 of the mean distance as a line over the length.
 

@@ -9,7 +9,7 @@ import math
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core.requirements import require_at_least, require_one_of, require_positive
@@ -97,9 +97,11 @@ class RankAttention(Mixer):
         self,
         x: Float[Tensor, "batch tokens dim"],
         mask: Bool[Tensor, "batch tokens"] | None = None,
-        positions: Tensor | None = None,  # noqa: ARG002
+        positions: Int[Tensor, "batch tokens"] | None = None,
     ) -> Float[Tensor, "batch heads tokens tokens"]:
-        return self._weights(x, x, mask)
+        mask, _ = self._checked(x, mask, positions)
+        x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
+        return self._weights(x, x, mask) * mask[:, None, :, None]
 
     def _weights(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Float[Tensor, "batch heads queries keys"]:
         q = torch.einsum("bqd,hrd->bhqr", y, self.query)

@@ -5,7 +5,8 @@ Source: Amsel, Yehudai and Bruna, "On the Benefits of Rank in Attention Layers" 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from cenote.core import InputError
 from cenote.core.requirements import require_at_least, require_one_of
+from cenote.core.seeded import seeded
 from cenote.mix.rank_in_attention.layers import RankAttention
-from cenote.mix.rank_in_attention.points import Points, scaled_error
+from cenote.mix.rank_in_attention.points import Points, nearest_points, scaled_error
 from cenote.mix.scored_attention import ScoredAttention
 from cenote.mix.trained import trained
 
@@ -130,6 +132,52 @@ def rank_at_equal_size(dim: int, heads: int, like: tuple[int, int]) -> int:
     return found
 
 
+def arms_of_equal_size(dim: int, budget: int) -> list[tuple[int, int]]:
+    """Of every number of heads the largest rank, up to `dim`, with which there are no more parameters than the budget.
+
+    >>> arms_of_equal_size(16, parameters_of(16, 16, 1))
+    [(1, 16), (2, 4)]
+    """
+    found, heads = [], 1
+    while (rank := min(dim, (budget // heads - dim**2) // (2 * dim))) >= 1:
+        found.append((heads, rank))
+        heads += 1
+    return found
+
+
+def compare_arms(
+    arms: Sequence[tuple[int, int]],
+    dim: int,
+    points: int,
+    steps: int = 1500,
+    lr: float = 3e-3,
+    batch: int = 256,
+    seeds: Sequence[int] = range(5),
+    plane: int | None = None,
+) -> dict[tuple[int, int], list[float]]:
+    """Error of each arm `(heads, rank)` on points that it was not trained on, of each seed.
+
+    Args:
+        arms: such as `arms_of_equal_size` gives.
+        dim, points: of the task.
+        steps, lr, batch: of the training.
+        seeds: of parameters and points; the points of a seed are the same for all arms.
+        plane: see `nearest_points`.
+    """
+    found: dict[tuple[int, int], list[float]] = {arm: [] for arm in arms}
+    for seed in seeds:
+        for heads, rank in arms:
+            generator = torch.Generator().manual_seed(seed)
+            draw = partial(nearest_points, dim=dim, points=points, plane=plane, generator=generator)
+            held_out = draw(4 * batch)
+            with seeded(seed):
+                layer = RankAttention(dim, rank, heads)
+            train_on_points(layer, _every_step(partial(draw, batch)), steps, lr)
+            with torch.no_grad():
+                found[heads, rank].append(float(scaled_error(layer.attend(held_out.x, held_out.y), held_out.target)))
+    return found
+
+
 def train_on_points(
     model: RankAttention | RankTransformer,
     draw: Callable[[int], Points],
@@ -152,3 +200,7 @@ def train_on_points(
         return scaled_error(model.attend(points.x, points.y), points.target)
 
     return trained(model, loss, optimizer, steps, warm_up=0.05, falls_to=0.1)
+
+
+def _every_step(draw: Callable[[], Points]) -> Callable[[int], Points]:
+    return lambda _: draw()

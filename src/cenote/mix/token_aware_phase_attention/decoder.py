@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cenote.core import InputError, files
 from cenote.core.requirements import require_at_least, require_one_of
+from cenote.core.seeded import seeded
 from cenote.mix.base import ScoreModifier
 from cenote.mix.position_scores import DotProduct, Rotary
 from cenote.mix.scored_decoder import ScoredDecoder, next_token_losses
@@ -199,6 +200,55 @@ def length_table(model: ScoredDecoder, text: Int[Tensor, "tokens"], lengths: Seq
         found = [next_token_losses(model(w).logits, w)[0, -last:] for w in windows]
         losses[length] = float(torch.cat(found).double().mean())
     return Lengths(losses, losses[lengths[0]] - losses[lengths[-1]])
+
+
+class Compared(NamedTuple):
+    """An arm of `compare_encodings`: the rate that was best for it, its loss by length, before and after extension."""
+
+    rate: float
+    lengths: Lengths
+    extended: Lengths | None
+
+
+def compare_encodings(
+    configs: Mapping[str, TAPAConfig],
+    draw: Callable[[int, int], Int[Tensor, "batch tokens"]],
+    text: Int[Tensor, "tokens"],
+    lengths: Sequence[int],
+    steps: int,
+    rates: Sequence[float] = (3e-4, 1e-3, 3e-3),
+    extension: int = 0,
+    last: int = 64,
+    random_state: int = 0,
+) -> dict[str, Compared]:
+    """Arms side by side: every one is trained at each of the same rates, and the best of them at the first length is kept.
+
+    Args:
+        configs: the arms; sweeps of theta and alpha are arms too.
+        draw: texts of a step, of a length.
+        text: never trained on.
+        lengths: of `length_table`; the first is that of training, the last that of extension.
+        steps: of training.
+        rates: of which each arm is given its own best.
+        extension: steps at the last length behind it, at a tenth of the rate; 0 for none.
+        last: of `length_table`.
+        random_state: of the parameters.
+    """
+    found = {}
+    for name, config in configs.items():
+        tried = []
+        for rate in rates:
+            with seeded(random_state):
+                model = TAPADecoder(config)
+            train_tapa(model, lambda step: draw(step, lengths[0]), steps, rate)
+            tried.append((length_table(model, text, lengths, last), rate, model))
+        table, rate, model = min(tried, key=lambda t: t[0].losses[lengths[0]])
+        extended = None
+        if extension:
+            train_tapa(model, lambda step: draw(steps + step, lengths[-1]), extension, rate / 10, 0.1)
+            extended = length_table(model, text, lengths, last)
+        found[name] = Compared(rate, table, extended)
+    return found
 
 
 def _loss(model: ScoredDecoder, tokens: Int[Tensor, "batch tokens"]) -> Float[Tensor, ""]:
