@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cenote.core import InputError
+from cenote.mix.ponet.cost import growth
 from cenote.mix.ponet.live import ponet_for_attention
 from cenote.mix.ponet.mixer import PoNetMixer, pooled_views
 from cenote.mix.ponet.model import PoNetClassifier, PoNetEncoder, PoNetForPretraining, variants
@@ -268,6 +269,16 @@ def test_it_stands_for_attention_and_is_taken_off_again(kind: str) -> None:
             if kind == "bert":
                 assert not weights[1, :, 3:].any()
         assert torch.equal(model(**inputs).last_hidden_state, plain)
+
+
+def test_no_map_of_tokens_by_tokens_is_made() -> None:
+    found = growth(PoNetMixer(8, 2, 4), 8, (128, 256), repeats=1)
+    assert found.largest == {128: 128 * 8, 256: 256 * 8}
+    attention = growth(variants()["nystrom"](8, 2, 256), 8, (128, 256), repeats=1)
+    assert attention.largest[256] >= 2 * 32 * 256
+    assert set(found.seconds) == {128, 256}
+    with pytest.raises(InputError, match="lengths"):
+        growth(PoNetMixer(8, 2, 4), 8, (128,))
 
 
 def test_a_causal_model_is_refused() -> None:

@@ -12,7 +12,7 @@ from cenote.mix.image_training import Recipe, accuracy, train_images
 from cenote.mix.maps import on_map
 from cenote.mix.tap_adl.diversification import attention_diversification
 from cenote.mix.tap_adl.live import diversified, pooled_before_attention
-from cenote.mix.tap_adl.model import FAN_RECIPE, FANBlock, RobustViT, diversified_loss
+from cenote.mix.tap_adl.model import FAN_RECIPE, FANBlock, FANLike, RobustViT, diversified_loss
 from cenote.mix.tap_adl.pooling import (
     DilatedMean,
     TokenAwarePooling,
@@ -157,6 +157,16 @@ def test_a_fan_block_takes_rectangles() -> None:
     y, weights = FANBlock(8, 2, ratio=2.0, scales=2).eval()(torch.randn(2, 8, 3, 5))
     assert y.shape == (2, 8, 3, 5)
     assert weights.shape == (2, 2, 15, 15)
+
+
+def test_a_network_of_fan_blocks_takes_images_of_any_size_and_the_loss() -> None:
+    net = FANLike(8, 2, 2, 3, patch=2, scales=2, channels=1)
+    for size in ((4, 6), (6, 6)):
+        seen = net.see(torch.rand(2, 1, *size))
+        assert seen.logits.shape == (2, 3)
+        assert [a.shape[-1] for a in seen.attentions] == [size[0] * size[1] // 4] * 2
+    diversified_loss()(net, torch.rand(2, 1, 6, 6), torch.tensor([[1.0, 0, 0], [0, 1.0, 0]])).backward()
+    assert all(p.grad is not None for p in net.parameters())
 
 
 def striped(items: int) -> tuple[Tensor, Tensor]:

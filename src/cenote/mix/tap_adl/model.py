@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from cenote.core.errors import InputError
 from cenote.mix.base import GridMixer
 from cenote.mix.image_training import Loss, Recipe
-from cenote.mix.maps import DropPath, on_map
+from cenote.mix.maps import DropPath, drop_rates, on_map
 from cenote.mix.tap_adl.diversification import attention_diversification
 from cenote.mix.tap_adl.pooling import DilatedMean, TokenAwarePooling
-from cenote.mix.vision import MixedViT
+from cenote.mix.vision import MixedViT, Seen
 
 
 class _SplitAttention(nn.Module):
@@ -139,6 +139,55 @@ class FANBlock(nn.Module):
         return x.transpose(1, 2).unflatten(-1, grid), weights
 
 
+class FANLike(nn.Module):
+    """Images to logits through `FANBlock`s of one width, on a grid of any size: the mean of the cells is read.
+
+    Args:
+        dim, depth, heads, classes: of the network.
+        patch: side of a patch.
+        scales: of the poolings; 1 for none.
+        ratio: of the perceptrons' hidden width to the outer.
+        drop_path: of the last block; rates grow evenly.
+        channels: of images.
+
+    Note:
+        The published FAN has convolutions before its blocks and attention of a class token behind, which were not at hand.
+        Of RVT, the paper's other host, nothing was, so that it is not built.
+    """
+
+    def __init__(
+        self,
+        dim: int = 448,
+        depth: int = 16,
+        heads: int = 8,
+        classes: int = 1000,
+        *,
+        patch: int = 16,
+        scales: int = 4,
+        ratio: float = 4.0,
+        drop_path: float = 0.0,
+        channels: int = 3,
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(channels, dim, patch, patch)
+        self.blocks = nn.ModuleList(
+            FANBlock(dim, heads, ratio=ratio, scales=scales, drop_path=rate) for rate in drop_rates(drop_path, depth)
+        )
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        """Logits of the images."""
+        return self.see(images).logits
+
+    def see(self, images: Float[Tensor, "batch channels height width"]) -> Seen:
+        """Logits, and the weights of attention over tokens in each block."""
+        x, attentions = self.embed(images), []
+        for block in self.blocks:
+            x, weights = block(x)
+            attentions.append(weights)
+        return Seen(self.head(self.norm(x.mean((2, 3)))), attentions)
+
+
 class RobustViT(MixedViT):
     """A vision transformer with token-aware pooling before each attention; `see` gives the attentions for the loss.
 
@@ -180,7 +229,7 @@ FAN_RECIPE = Recipe(epochs=300, learning_rate=4e-3, per=4096, warm_up=10, magnit
 
 
 def diversified_loss(weight: float = 1.0, threshold: float = 2.0) -> Loss:
-    """Cross-entropy and the attention diversification loss of all blocks, for `train_images` on a `MixedViT`.
+    """Cross-entropy and the attention diversification loss of all blocks, for `train_images` on a network with `see`.
 
     Args:
         weight: of the diversification loss.
@@ -188,7 +237,7 @@ def diversified_loss(weight: float = 1.0, threshold: float = 2.0) -> Loss:
     """
 
     def loss(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        assert isinstance(net, MixedViT)
+        assert isinstance(net, MixedViT | FANLike)
         seen = net.see(images)
         return F.cross_entropy(seen.logits, targets) + weight * attention_diversification(seen.attentions, threshold)
 
