@@ -409,8 +409,10 @@ def test_cranfield_is_ranked_from_its_files(data_dir: Path) -> None:
         by_position=True,
         skip_bad=True,
     )
-    texts = corpus.documents.texts
-    queries, gains = corpus.queries.texts[:12], corpus.gains[:12]
+    # the first of them, as light as a test is to be
+    texts = corpus.documents.texts[:400]
+    kept = [(q, own) for q, own in zip(corpus.queries.texts, corpus.gains, strict=True) if min(own) < 400][:12]
+    queries, gains = [q for q, _ in kept], [own for _, own in kept]
     relevance = np.array([[own.get(i, 0.0) for i in range(len(texts))] for own in gains])
     vocabulary = TermVocabulary.of(texts, min_count=2)
     torch.manual_seed(0)
