@@ -20,7 +20,9 @@ from cenote.core.digests import weights_sha256
 from cenote.core.language import accepted, encoded, longest
 from cenote.core.planted import CITIES, QUESTION, SENTENCE, FactPrompts, planted, prompts, recalled
 from cenote.core.requirements import require_at_least
+from cenote.core.threads import one_thread
 from cenote.mix.policies import Dense, KVPolicy
+from cenote.models.caches import ARGUMENTS
 from cenote.models.live.store import cache_argument, exact_decoding, nbytes
 
 METRIC = "facts told"
@@ -193,10 +195,10 @@ class Bench:
         )  # fmt: skip
 
     @torch.inference_mode()
-    def speed(self, policy: KVPolicy | None, tries: int = TRIES) -> Times:
+    def speed(self, policy: KVPolicy | None) -> Times:
         """Seconds of a prompt, and of a token behind it: by a policy (`None`: as loaded), as loaded, by the exact path; in turn.
 
-        The prompt is as long as all the tokens that are timed behind it allow.
+        On the CPU they are CPU time of one thread. The prompt is as long as all the tokens that are timed behind it allow.
         """
         ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {
             "loaded": nullcontext,
@@ -205,24 +207,25 @@ class Bench:
         if policy is not None:
             ways["own"] = lambda: policy.on(self.model)
         passage = self.passages[0]
-        burst = max(1, min(BURST, self.length // (4 * tries)))
-        start = passage.shape[1] - tries * (burst + 1)
+        burst = max(1, min(BURST, self.length // (4 * TRIES)))
+        start = passage.shape[1] - TRIES * (burst + 1)
         caches, prefill = {}, {}
-        for name, way in ways.items():
-            with way():
-                began = time.perf_counter()
-                caches[name] = self._prefilled(passage[:, :start])
-                prefill[name] = time.perf_counter() - began
         times: dict[str, list[float]] = {name: [] for name in ways}
-        # the first token of each try brings a policy up to date
-        for tokens in passage[:, start:].to(self.device).split(burst + 1, 1):
+        with one_thread() if self.device.type == "cpu" else nullcontext():
             for name, way in ways.items():
                 with way():
-                    self._step(caches[name], tokens[:, 0])
-                    began = time.perf_counter()
-                    for at in range(1, burst + 1):
-                        self._step(caches[name], tokens[:, at])
-                    times[name].append((time.perf_counter() - began) / burst)
+                    began = self._clock()
+                    caches[name] = self.prefilled(passage[:, :start])
+                    prefill[name] = self._clock() - began
+            # the first token of each try brings a policy up to date
+            for tokens in passage[:, start:].to(self.device).split(burst + 1, 1):
+                for name, way in ways.items():
+                    with way():
+                        self.step(caches[name], tokens[:, 0])
+                        began = self._clock()
+                        for at in range(1, burst + 1):
+                            self.step(caches[name], tokens[:, at])
+                        times[name].append((self._clock() - began) / burst)
         own = "own" if policy is not None else "loaded"
         return Times(
             prefill[own], prefill["loaded"], tuple(times[own]), tuple(times["loaded"]), tuple(times["exact"])
@@ -252,7 +255,7 @@ class Bench:
         left = sorted(range(len(prompt)), key=lambda row: -lengths[row])
         found: Tensor | None = None
         while left:
-            cache = self._prefilled(context)
+            cache = self.prefilled(context)
             count = max(1, min(len(left), ROOM // max(nbytes(cache), 1)))
             some, left = left[:count], left[count:]
             cache.batch_repeat_interleave(count)
@@ -263,7 +266,7 @@ class Bench:
                     cache.batch_select_indices(torch.arange(len(going), device=self.device))
                     count = len(going)
                 places = torch.tensor([words - lengths[row] + at for row in going])
-                logits = self._step(cache, prompt[going, places].to(self.device)).cpu()
+                logits = self.step(cache, prompt[going, places].to(self.device)).cpu()
                 tally.counts(len(going), context.shape[1] + at + 1)
                 if found is None:
                     found = logits.new_zeros(len(prompt), words, logits.shape[1])
@@ -275,23 +278,32 @@ class Bench:
         self, tally: _Tally, passage: Int[Tensor, "1 tokens"]
     ) -> tuple[Float[Tensor, "decoded"], Int[Tensor, "decoded"], int]:
         half = passage.shape[1] // 2
-        cache = self._prefilled(passage[:, :half])
+        cache = self.prefilled(passage[:, :half])
         losses, said = [], []
         for at in range(half, passage.shape[1] - 1):
-            logits = self._step(cache, passage[:, at].to(self.device)).double().cpu()
+            logits = self.step(cache, passage[:, at].to(self.device)).double().cpu()
             tally.counts(1, at + 1)
             losses.append(-logits.log_softmax(-1)[0, passage[0, at + 1]])
             said.append(logits.argmax(-1)[0])
         return torch.stack(losses), torch.stack(said), nbytes(cache)
 
-    def _prefilled(self, tokens: Int[Tensor, "1 tokens"]) -> Any:
+    def prefilled(self, tokens: Int[Tensor, "1 tokens"]) -> Any:
         """A cache that holds these."""
         given = accepted(self.model, logits_to_keep=1, use_cache=True)
-        return self.model(tokens.to(self.device), **given).past_key_values
+        return cache_of(self.model(tokens.to(self.device), **given))
 
-    def _step(self, cache: Any, token: Int[Tensor, "batch"]) -> Float[Tensor, "batch vocab"]:
-        logits: Tensor = self.model(token[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+    def step(self, cache: Any, token: Int[Tensor, "batch"]) -> Float[Tensor, "batch vocab"]:
+        """A token more of each item, and what is told behind it."""
+        logits: Tensor = self.model(token[:, None], **{cache_argument(self.model): cache}, use_cache=True).logits[:, -1]
         return logits
+
+    def _clock(self) -> float:
+        """Of this process alone on the CPU, where others may run beside it; on another device what the wall says."""
+        if self.device.type == "cpu":
+            return time.process_time()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 class _Tally:
@@ -305,6 +317,11 @@ class _Tally:
         self.keys += tokens * keys
 
 
+def cache_of(output: Any) -> Any:
+    """What a model keeps for the next token."""
+    return next(cache for name in ARGUMENTS if (cache := getattr(output, name, None)) is not None)
+
+
 def require_decoder(model: nn.Module) -> None:
     """Raise `InputError` unless policies can act in a model, that tells the next token: tried on three tokens."""
     if model.training:
@@ -314,11 +331,11 @@ def require_decoder(model: nn.Module) -> None:
         with torch.inference_mode(), Dense().on(model):
             embedded = model.get_input_embeddings().weight  # type: ignore[operator]
             ids = torch.zeros(1, 2, dtype=torch.long, device=embedded.device)
-            cache = model(ids, use_cache=True).past_key_values
-            logits = model(ids[:, :1], past_key_values=cache, use_cache=True).logits
+            cache = {cache_argument(model): cache_of(model(ids, use_cache=True))}
+            logits = model(ids[:, :1], **cache, use_cache=True).logits
     except InputError:
         raise
-    except (AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError, LookupError, AssertionError) as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError, LookupError, StopIteration) as error:
         first = str(error).strip().partition("\n")[0]
         raise InputError(
             f"model: {name} cannot decode token by token from a cache ({type(error).__name__}: {first}); give a causal decoder "
@@ -333,9 +350,9 @@ def why_unfit(model: nn.Module, policy: KVPolicy) -> str | None:
     try:
         with torch.inference_mode(), policy.on(model):
             ids = torch.zeros(1, LEAST, dtype=torch.long, device=next(model.parameters()).device)
-            cache = model(ids, use_cache=True).past_key_values
+            cache = {cache_argument(model): cache_of(model(ids, use_cache=True))}
             for _ in range(2):
-                model(ids[:, :1], past_key_values=cache, use_cache=True)
+                model(ids[:, :1], **cache, use_cache=True)
     except InputError as error:
         return str(error)
     return None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cenote.core import InputError
 from cenote.core.digests import weights_sha256
 from cenote.core.reduced import Reduced
-from cenote.jobs.reduce.measure import one_thread
+from cenote.core.threads import one_thread
 from cenote.models.live import BlockEdit, Place, Shorten, StateRecorder, Where, attentions, edited
 from cenote.models.live.places import blocks as blocks_of
 
