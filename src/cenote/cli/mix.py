@@ -27,7 +27,9 @@ TINY = "tiny-decoder"
 def mix(
     model: Annotated[
         str | None,
-        typer.Argument(help="A causal decoder: a folder of transformers or a name on the hub; default: the embedded one."),
+        typer.Argument(
+            help="A causal decoder: a folder of transformers or a name on the hub; default: the embedded one."
+        ),
     ] = None,
     texts: Annotated[
         Path | None, typer.Argument(help="Prose of the kind that the model reads, UTF-8; empty lines divide texts.")
@@ -40,10 +42,10 @@ def mix(
         str | None, typer.Option(help="How many keys one key head may read or keep; default 128,512.")
     ] = None,
     facts: Annotated[int | None, typer.Option(min=1, help="How many are planted and asked for; default 24.")] = None,
-    loss: Annotated[float | None, typer.Option(min=0, help="Share of the facts that may be lost; default 0.02.")] = None,
-    length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a context, and of a text; default 1000.")
+    loss: Annotated[
+        float | None, typer.Option(min=0, help="Share of the facts that may be lost; default 0.02.")
     ] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Tokens of a context, and of a text; default 1000.")] = None,
     seed: Annotated[int, typer.Option(help="Of the facts and their places.")] = 0,
     significance: options.Significance = "permutation",
     dry_run: Annotated[
@@ -72,7 +74,12 @@ def mix(
         name = model
         told = _read(texts)
         decoder, tokenizer = _loaded(
-            model, console, revision=revision, device=device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+            model,
+            console,
+            revision=revision,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
         )
     sizes = sizes or asked.pop("budgets", arms.BUDGETS)
     asked.pop("budgets", None)
@@ -112,7 +119,9 @@ def _budgets(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise InputError(f"--budgets: expected whole numbers separated by commas, such as 128,512, got {text!r}") from None
+        raise InputError(
+            f"--budgets: expected whole numbers separated by commas, such as 128,512, got {text!r}"
+        ) from None
 
 
 def _read(path: Path | None) -> list[str]:

@@ -205,5 +205,7 @@ def _sizes(budgets: Sequence[int], length: int) -> list[int]:
     for budget in budgets:
         require_at_least(1, budget=budget)
         if budget >= length:
-            raise InputError(f"budget: {budget} keys of a context of {length} tokens are all of them; give fewer, or a larger length")
+            raise InputError(
+                f"budget: {budget} keys of a context of {length} tokens are all of them; give fewer, or a larger length"
+            )
     return list(dict.fromkeys(budgets))

@@ -114,7 +114,13 @@ class Bench:
 
     @classmethod
     def of(
-        cls, model: nn.Module, tokenizer: Any, texts: Sequence[str], facts: int = FACTS, length: int = 1000, seed: int = 0
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        texts: Sequence[str],
+        facts: int = FACTS,
+        length: int = 1000,
+        seed: int = 0,
     ) -> Bench:
         """Contexts and passages out of somebody's texts.
 
@@ -227,9 +233,7 @@ class Bench:
                             self.step(caches[name], tokens[:, at])
                         times[name].append((self._clock() - began) / burst)
         own = "own" if policy is not None else "loaded"
-        return Times(
-            prefill[own], prefill["loaded"], tuple(times[own]), tuple(times["loaded"]), tuple(times["exact"])
-        )
+        return Times(prefill[own], prefill["loaded"], tuple(times[own]), tuple(times["loaded"]), tuple(times["exact"]))
 
     def fingerprint(self) -> str:
         """That changes with anything that is measured."""
@@ -335,7 +339,15 @@ def require_decoder(model: nn.Module) -> None:
             logits = model(ids[:, :1], **cache, use_cache=True).logits
     except InputError:
         raise
-    except (AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError, LookupError, StopIteration) as error:
+    except (
+        AttributeError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        NotImplementedError,
+        LookupError,
+        StopIteration,
+    ) as error:
         first = str(error).strip().partition("\n")[0]
         raise InputError(
             f"model: {name} cannot decode token by token from a cache ({type(error).__name__}: {first}); give a causal decoder "

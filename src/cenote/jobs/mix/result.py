@@ -144,6 +144,8 @@ class PolicyFrontier(Smaller[PolicyResult]):
 
     def window_of(self, result: PolicyResult) -> PolicyResult | None:
         """Sink + window of as many keys; of a policy without a budget, the largest that reads no more."""
+        if result.role == "dense":
+            return None
         windows = [r for r in self.results if r.role == "window" and r.method != result.method]
         if result.budget is not None:
             return next((r for r in windows if r.budget == result.budget), None)
