@@ -117,7 +117,9 @@ def test_frames_have_a_row_per_arm(found: PolicyFrontier) -> None:
 def test_a_plan_is_of_the_arms_that_would_be_measured() -> None:
     bench = benched(decoders.model(), decoders.tokenizer(), decoders.texts(), **ASKED)
     made, skipped = arms(bench, "fast", (16, 32))
+    assert "quest 16" in skipped
     plan = planned(bench, made, skipped)
+    assert plan.skipped == skipped
     assert [arm.name for arm in plan.arms] == [arm.name for arm in made]
     assert plan.seconds == pytest.approx(sum(arm.seconds for arm in plan.arms))
     assert min(arm.seconds for arm in plan.arms) > 0

@@ -23,6 +23,7 @@ WINDOW, RANDOM, ORACLE = "sink-window", "random-keys", "oracle-top-k"
 ALWAYS = (WINDOW, RANDOM, ORACLE)
 BUDGETS = (128, 512)
 KIND = "kv-policy"
+SETS = ("fast", "all")
 Role = Literal["dense", "window", "random", "oracle", "policy"]
 ROLES: dict[str, Role] = {BASELINE: "dense", WINDOW: "window", RANDOM: "random", ORACLE: "oracle"}
 
@@ -127,8 +128,11 @@ def arms(bench: Bench, policies: str | Sequence[str], budgets: Sequence[int]) ->
             try:
                 arm.made()
             except InputError as error:
-                raise InputError(f"{arm.name}: {error}") from error
-            found.append(arm)
+                if name in ALWAYS or policies not in SETS:
+                    raise InputError(f"{arm.name}: {error}") from error
+                skipped[arm.name] = str(error)
+            else:
+                found.append(arm)
     return found, skipped
 
 
@@ -139,7 +143,7 @@ def named(policies: str | Sequence[str]) -> tuple[list[str], dict[str, str]]:
         InputError: for a name that is none of a policy, or of one that cannot be had by its name alone.
     """
     skipped: dict[str, str] = {}
-    if policies in ("fast", "all"):
+    if policies in SETS:
         wanted = []
         for entry in methods(room="mix", kind=KIND, fast=True if policies == "fast" else None):
             if missing := _needs(entry):

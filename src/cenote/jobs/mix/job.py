@@ -89,6 +89,7 @@ def compare_policies(
                 "name": name or type(model).__name__,
                 "model": type(model).__name__,
                 "attention": str(getattr(getattr(model, "config", None), "_attn_implementation", "")),
+                "device": bench.device.type,
                 "facts": len(bench.facts),
                 "contexts": len(bench.contexts),
                 "length": length,
