@@ -155,7 +155,7 @@ def _embedded() -> tuple[str, Any, Any, list[str], dict[str, Any]]:
         from cenote.models import tiny_decoder
     except ImportError:
         raise InputError(
-            "model: name a causal decoder (a folder of transformers, or a name on the hub) and a file of texts; none is embedded"
+            "model: name a causal decoder, a folder of transformers or a name on the hub, and a file of texts; none is embedded"
         ) from None
     decoder, tokenizer = tiny_decoder.tiny_decoder()
     return TINY, decoder, tokenizer, [], {}
@@ -216,8 +216,8 @@ def table_of(found: PolicyFrontier, width: int) -> Table:
         columns,
         width,
         title=f"{found.dataset['name']}: {found.tested}",
-        caption="vs dense in points, p adjusted by Holm's method; * no other tells more and reads less; ° control, ^ best choice; "
-        "x: times as fast as loaded, as the exact path",
+        caption="vs dense in points, p adjusted by Holm's method; * no other tells more and reads less; ° control, "
+        "^ best choice; x: times as fast as loaded, as the exact path",
         luxuries=("prefill s", "agree"),
         spared=("cache", "x loaded", "p adj.", "keys read", "ms/token", "vs dense"),
     )

@@ -12,9 +12,9 @@ from cenote.cli.console import emit, say, talking
 
 
 def report(
-    out: Annotated[Path, typer.Argument(help="Folder of results that cenote probe, explain, reduce or mix wrote.")] = Path(
-        "cenote-out"
-    ),
+    out: Annotated[
+        Path, typer.Argument(help="Folder of results that cenote probe, explain, reduce or mix wrote.")
+    ] = Path("cenote-out"),
     as_json: options.Json = False,
 ) -> None:
     """Rebuild report.html from what cenote probe, explain, reduce or mix left in a folder; nothing is run."""

@@ -17,7 +17,11 @@ WIDE, NARROW = (920, 430), (360, 400)
 PLAIN = Units(percent=False, digits=3)
 ROLES = {"window": "control", "random": "control", "oracle": "best choice"}
 KINDS = (
-    ("keep", "Policies that read fewer keys", "All memory is kept: what is not read for one token may be read for the next."),
+    (
+        "keep",
+        "Policies that read fewer keys",
+        "All memory is kept: what is not read for one token may be read for the next.",
+    ),
     ("forget", "Policies that forget keys", "What is taken out of the cache is lost for ever; memory is saved."),
 )
 
@@ -61,7 +65,12 @@ def render_policies(found: PolicyFrontier) -> str:
     ]
     base = next(row for row in rows if row.result.method == found.baseline)
     tables = [
-        (key, title, about, [base, *(row for row in rows if row is not base and row.result.forgets == (key == "forget"))])
+        (
+            key,
+            title,
+            about,
+            [base, *(row for row in rows if row is not base and row.result.forgets == (key == "forget"))],
+        )
         for key, title, about in KINDS
     ]
     templates = environment(units)

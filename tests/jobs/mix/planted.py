@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from tests.jobs.mix import decoders
 
 from cenote.compare.cells import Cell
 from cenote.jobs.mix import PolicyFrontier, compare_policies, measure
 from cenote.jobs.mix.arms import ROLES, Read
-from tests.jobs.mix import decoders
 
 
 class Made(NamedTuple):

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from tests import tiny
+from tests.jobs.mix import decoders
+from tests.jobs.mix.planted import Made, compared, first
 
 from cenote.core import InputError
 from cenote.jobs.mix import PolicyFrontier, benched, compare_policies, measure
 from cenote.jobs.mix.arms import Read, arms, count, named
 from cenote.jobs.mix.plan import planned
-from tests import tiny
-from tests.jobs.mix import decoders
-from tests.jobs.mix.planted import Made, compared, first
 
 ASKED: dict[str, Any] = {"facts": 3, "length": 60}
 FEW, MANY = 24, 160

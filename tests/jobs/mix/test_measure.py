@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.jobs.mix import decoders
 from torch import Tensor
 
 from cenote.core import InputError
 from cenote.jobs.mix import measure
 from cenote.jobs.mix.measure import Bench, by_depth
 from cenote.mix import H2O, Dense, Quest, SinkWindow
-from tests.jobs.mix import decoders
 
 LENGTH, FACTS = 60, 3
 

@@ -32,8 +32,8 @@ ROLES: dict[str, Role] = {BASELINE: "dense", WINDOW: "window", RANDOM: "random",
 class Read(Arm):
     """A decoder whose key heads read, or keep, at most so many keys for each token behind the prompt.
 
-    A cell holds whether each fact is told as `scores`, `[1, facts]`; `-log p` of each decoded token as `loss`, and the likeliest
-    token in its place as `said`.
+    A cell holds whether each fact is told as `scores`, `[1, facts]`; `-log p` of each decoded token as `loss`, and the
+    likeliest token in its place as `said`.
 
     Attributes:
         policy: name of the method; `"dense"`: none acts.

@@ -202,9 +202,10 @@ class Bench:
 
     @torch.inference_mode()
     def speed(self, policy: KVPolicy | None) -> Times:
-        """Seconds of a prompt, and of a token behind it: by a policy (`None`: as loaded), as loaded, by the exact path; in turn.
+        """Seconds of a prompt, and of a token behind it: by a policy, as loaded, by the exact path; in turn.
 
-        On the CPU they are CPU time of one thread. The prompt is as long as all the tokens that are timed behind it allow.
+        Where the policy is `None`, the model is as loaded. On the CPU they are CPU time of one thread. The prompt
+        is as long as all the tokens that are timed behind it allow.
         """
         ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {
             "loaded": nullcontext,
@@ -418,8 +419,8 @@ def _contexts(tokenizer: Any, sentences: Sequence[str], facts: int, length: int,
             )
         if at == first:
             raise InputError(
-                f"texts: sentence {first + 1} alone has {counts[first]:,} tokens, and a context of {length} has room for {room}; "
-                f"give texts with sentences that end in a full stop, or a larger length"
+                f"texts: sentence {first + 1} alone has {counts[first]:,} tokens, and a context of {length} has room for "
+                f"{room}; give texts with sentences that end in a full stop, or a larger length"
             )
         made = planted(sentences[first:at], size, seed=seed + number)
         names = tuple(f"context {number + 1}, {question.split()[-2]}" for question in made.questions)

@@ -129,9 +129,9 @@ class PolicyFrontier(Smaller[PolicyResult]):
         ]
 
     def best(self, loss: float | None = None, forgets: bool | None = None) -> str | None:
-        """The arm that reads fewest keys of which the data say that it loses no more: the lower end of its difference's interval.
+        """The arm that reads fewest keys of which the data say that it loses no more.
 
-        `None` where there is none; random keys and the oracle are never it.
+        The lower end of its difference's interval says so. `None` where there is none; random keys and the oracle are never it.
 
         Args:
             loss: share of the facts; default: that of the comparison.

@@ -49,8 +49,8 @@ def unfounded(found: PolicyFrontier) -> str:
     if whole.metric > 2 * found.loss and found.told(whole) > 1:
         return ""
     return (
-        f"with all keys the model tells {_facts(found, whole)}, so that no policy can be seen to lose any; try fewer facts in a "
-        f"context (a larger length), or a model that can tell them"
+        f"with all keys the model tells {_facts(found, whole)}, so that no policy can be seen to lose any; try fewer facts in "
+        f"a context (a larger length), or a model that can tell them"
     )
 
 
@@ -70,8 +70,8 @@ def lead(found: PolicyFrontier, chosen: str | None) -> str:
         r = found[chosen]
         kept = f"; it forgets, and {FOR_EVER}" if r.forgets else "; all memory is kept"
         return (
-            f"{chosen} is enough: it tells {_facts(found, r)} against {found.told(base)} with all keys{_against(found, chosen)}, "
-            f"reading {_percent(r.share)} of the keys{kept}."
+            f"{chosen} is enough: it tells {_facts(found, r)} against {found.told(base)} with all "
+            f"keys{_against(found, chosen)}, reading {_percent(r.share)} of the keys{kept}."
         )
     text = f"Read all keys: {reason(found, None)}"
     count = found.dataset["facts"]
@@ -183,8 +183,8 @@ def of_speed(found: PolicyFrontier) -> str:
         return f"At {length:,} tokens nothing is faster than {exact}: no gain."
     best = max(fast, key=lambda r: r.over_exact)
     return (
-        f"At {length:,} tokens {best.method} is {best.over_exact:.2f} times as fast as {exact}, and {best.over_loaded:.2f} times as "
-        f"fast as the model as loaded."
+        f"At {length:,} tokens {best.method} is {best.over_exact:.2f} times as fast as {exact}, and {best.over_loaded:.2f} times "
+        f"as fast as the model as loaded."
     )
 
 
