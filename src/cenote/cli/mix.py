@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from cenote.jobs.mix import PolicyFrontier
 
 TINY = "tiny-decoder"
+EMBEDDED = {"facts": 80, "length": 500}
+"""What is asked of it: its pages are not long, and it was made for contexts that are not."""
+SMALL = (32, 64, 128)
 
 
 def mix(
@@ -39,13 +42,20 @@ def mix(
         str, typer.Option(help="fast, all, or names of KV policies separated by commas (see cenote list).")
     ] = "fast",
     budgets: Annotated[
-        str | None, typer.Option(help="How many keys one key head may read or keep; default 128,512.")
+        str | None,
+        typer.Option(
+            help="How many keys one key head may read or keep; default 128,512; of the embedded decoder 32,64,128."
+        ),
     ] = None,
-    facts: Annotated[int | None, typer.Option(min=1, help="How many are planted and asked for; default 24.")] = None,
+    facts: Annotated[
+        int | None, typer.Option(min=1, help="How many are planted and asked for; default 24, embedded 80.")
+    ] = None,
     loss: Annotated[
         float | None, typer.Option(min=0, help="Share of the facts that may be lost; default 0.02.")
     ] = None,
-    length: Annotated[int | None, typer.Option(min=1, help="Tokens of a context, and of a text; default 1000.")] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a context, and of a text; default 1000, embedded 500.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the facts and their places.")] = 0,
     significance: options.Significance = "permutation",
     dry_run: Annotated[
@@ -60,18 +70,17 @@ def mix(
     """Let a decoder read or keep fewer keys in every way: which facts it still tells, what is saved, could it be chance."""
     console = talking(as_json)
     start = time.perf_counter()
-    given = {"facts": facts, "length": length}
+    given = {"facts": facts, "length": length, "loss": loss}
     asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    sizes = None if budgets is None else _budgets(budgets)
     from cenote.jobs.mix import arms
 
-    # names first: a model takes its time to load
+    # before a model takes its time to load
     arms.named(methods)
+    sizes = _budgets(budgets) if budgets is not None else SMALL if model is None else arms.BUDGETS
     if model is None:
-        name, decoder, tokenizer, told, mine = _embedded()
-        asked = {**mine, **asked}
+        decoder, tokenizer, told = _embedded(device, console)
+        asked = {**EMBEDDED, **asked}
     else:
-        name = model
         told = _read(texts)
         decoder, tokenizer = _loaded(
             model,
@@ -81,10 +90,10 @@ def mix(
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
-    sizes = sizes or asked.pop("budgets", arms.BUDGETS)
-    asked.pop("budgets", None)
+    name = TINY if model is None else model
     say(console, f"{name}: {len(told):,} texts")
     if dry_run:
+        asked.pop("loss", None)
         _plan(decoder, tokenizer, told, methods, sizes, {**asked, "seed": seed}, console, as_json)
         return
     from cenote.jobs.mix import compare_policies
@@ -93,7 +102,7 @@ def mix(
         found = compare_policies(
             decoder, tokenizer, told, methods, sizes,
             seed=seed, out=out, name=Path(name).name, significance=significance, on_method=on_method,  # type: ignore[arg-type]
-            **asked, **({} if loss is None else {"loss": loss}),
+            **asked,
         )  # fmt: skip
     _show(found, out, start, console, as_json)
     if not found.complete:
@@ -149,16 +158,17 @@ def _loaded(model: str, console: Console, **loading: Any) -> tuple[Any, Any]:
     return found.model, found.tokenizer
 
 
-def _embedded() -> tuple[str, Any, Any, list[str], dict[str, Any]]:
-    """The decoder that comes with the package, its tokenizer, texts, and what is asked of it where nothing else is said."""
+def _embedded(device: str, console: Console) -> tuple[Any, Any, list[str]]:
+    """The decoder that comes with the package, its tokenizer, and pages that it has not seen."""
     try:
-        from cenote.models import tiny_decoder
+        from cenote.features.manuals import unseen_texts
+        from cenote.models.tiny_decoder import tiny_decoder
     except ImportError:
         raise InputError(
             "model: name a causal decoder, a folder of transformers or a name on the hub, and a file of texts; none is embedded"
         ) from None
-    decoder, tokenizer = tiny_decoder.tiny_decoder()
-    return TINY, decoder, tokenizer, [], {}
+    with console.status("loading the embedded decoder"):
+        return *tiny_decoder(device), list(unseen_texts())
 
 
 def _plan(

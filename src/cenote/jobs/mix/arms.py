@@ -161,8 +161,8 @@ def named(policies: str | Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 def count(policies: str | Sequence[str], budgets: Sequence[int]) -> int:
     """How many arms there will be."""
-    budgets = set(budgets)
-    return 1 + sum(len(budgets) if _has_budget(method(name)) else 1 for name in named(policies)[0])
+    sizes = set(budgets)
+    return 1 + sum(len(sizes) if _has_budget(method(name)) else 1 for name in named(policies)[0])
 
 
 def _policy(name: str) -> Method:

@@ -38,6 +38,8 @@ ROOM = 2**30
 """Bytes that the caches of questions asked at once may take."""
 BURST, TRIES = 8, 5
 """Tokens that are timed in a row, and how often each way is tried, in turn."""
+WORDS = 60
+"""More of them than a sentence has."""
 LEAST = 16
 """Tokens, fewer than which are no context."""
 
@@ -131,7 +133,7 @@ class Bench:
         require_at_least(LEAST, length=length)
         require_decoder(model)
         _require_positions(model, length)
-        sentences = [s for text in texts for s in SENTENCE.split(text.strip()) if s]
+        sentences = [s for text in texts for s in _sentences(text)]
         if not sentences:
             raise InputError("texts: hold no sentence; give prose of the kind that the model reads")
         contexts = tuple(_contexts(tokenizer, sentences, facts, length, seed))
@@ -444,6 +446,18 @@ def _passages(tokenizer: Any, sentences: Sequence[str], length: int) -> Iterator
             raise InputError(
                 f"texts: have {len(ids):,} tokens, and a text of {length} is read; give more, or a smaller length"
             )
+
+
+def _sentences(text: str) -> Iterator[str]:
+    """Of a text; a very long one in pieces, where lists and tables have no full stop.
+
+    >>> list(_sentences("It joins. It separates again."))
+    ['It joins.', 'It separates again.']
+    """
+    for sentence in SENTENCE.split(text.strip()):
+        words = sentence.split()
+        for start in range(0, len(words), WORDS):
+            yield " ".join(words[start : start + WORDS])
 
 
 def _counts(tokenizer: Any, sentences: Sequence[str]) -> list[int]:

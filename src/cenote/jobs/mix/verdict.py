@@ -183,8 +183,8 @@ def of_speed(found: PolicyFrontier) -> str:
         return f"At {length:,} tokens nothing is faster than {exact}: no gain."
     best = max(fast, key=lambda r: r.over_exact)
     return (
-        f"At {length:,} tokens {best.method} is {best.over_exact:.2f} times as fast as {exact}, and {best.over_loaded:.2f} times "
-        f"as fast as the model as loaded."
+        f"At {length:,} tokens {best.method} is {best.over_exact:.2f} times as fast as {exact}, and {best.over_loaded:.2f} "
+        f"times as fast as the model as loaded."
     )
 
 
