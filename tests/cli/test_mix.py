@@ -14,7 +14,7 @@ from tests.cli.program import Run
 from tests.jobs.mix import decoders
 
 pytest.importorskip("transformers", reason="cenote[models] is not installed")
-QUICK = ("--methods", "h2o", "--budgets", "12", "--facts", "3", "--length", "60")
+QUICK = ("--methods", "h2o", "--budgets", "12", "--facts", "2", "--length", "56")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,7 +81,7 @@ def test_a_dry_run_writes_nothing(cenote: Run, folder: Path, tmp_path: Path) -> 
         "mix", folder / "llama", folder / "texts.txt", *QUICK, "--out", tmp_path / "out", "--dry-run"
     )
     assert code == 0, err
-    assert "5 arms on 3 facts in 2 contexts and 1 texts of 60 tokens; about" in text
+    assert "5 arms on 2 facts in 1 context and 1 text of 56 tokens; about" in text
     assert "h2o 12" in text
     assert not (tmp_path / "out").exists()
 
@@ -95,10 +95,10 @@ def test_a_dry_run_writes_nothing(cenote: Run, folder: Path, tmp_path: Path) -> 
         (("llama", "nowhere.txt"), "texts: there is no file"),
         (("llama", "empty.txt"), "empty.txt is empty"),
         (("llama", "latin.txt"), "is no UTF-8 text"),
-        (("llama", "short.txt"), "texts: 3 facts in contexts of 60 tokens take about"),
+        (("llama", "short.txt"), "texts: 2 facts in contexts of 56 tokens take about"),
         (("llama", "texts.txt", "--length", "400"), "and the model has 160 positions"),
         (("llama", "texts.txt", "--budgets", "0"), "budget: expected at least 1, got 0"),
-        (("llama", "texts.txt", "--budgets", "60"), "are all of them"),
+        (("llama", "texts.txt", "--budgets", "56"), "are all of them"),
         (("llama", "texts.txt", "--budgets", "few"), "--budgets: expected whole numbers"),
         (("llama", "texts.txt", "--methods", "nearest"), "methods: there is no policy 'nearest'"),
     ],

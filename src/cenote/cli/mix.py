@@ -72,6 +72,7 @@ def mix(
     start = time.perf_counter()
     given = {"facts": facts, "length": length, "loss": loss}
     asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    from cenote.compare.words import counted
     from cenote.jobs.mix import arms
 
     # before a model takes its time to load
@@ -91,7 +92,7 @@ def mix(
             allow_pickle=allow_pickle,
         )
     name = TINY if model is None else model
-    say(console, f"{name}: {len(told):,} texts")
+    say(console, f"{name}: {counted(len(told), 'text')}")
     if dry_run:
         asked.pop("loss", None)
         _plan(decoder, tokenizer, told, methods, sizes, {**asked, "seed": seed}, console, as_json)
@@ -181,6 +182,7 @@ def _plan(
     console: Console,
     as_json: bool,
 ) -> None:
+    from cenote.compare.words import counted
     from cenote.jobs.mix import benched
     from cenote.jobs.mix.arms import arms
     from cenote.jobs.mix.plan import planned
@@ -195,8 +197,8 @@ def _plan(
         say(console, f"left out {name}: {why}")
     say(
         console,
-        f"{len(plan.arms)} arms on {plan.facts} facts in {plan.contexts} contexts and {plan.texts} texts of {plan.length:,} "
-        f"tokens; about {clock(plan.seconds)} on this machine",
+        f"{counted(len(plan.arms), 'arm')} on {counted(plan.facts, 'fact')} in {counted(plan.contexts, 'context')} and "
+        f"{counted(plan.texts, 'text')} of {plan.length:,} tokens; about {clock(plan.seconds)} on this machine",
     )
     if as_json:
         emit(dataclasses.asdict(plan))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from cenote.compare.result import ArmResult
 from cenote.compare.smaller import Smaller, lowest
-from cenote.compare.words import Words
+from cenote.compare.words import Words, counted
 
 JOB = "mix"
 LOSS = 0.02
@@ -170,7 +170,7 @@ class PolicyFrontier(Smaller[PolicyResult]):
     def tested(self) -> str:
         """On what, in words."""
         d = self.dataset
-        return f"{d['facts']:,} facts in {d['contexts']:,} contexts of {d['length']:,} tokens"
+        return f"{counted(d['facts'], 'fact')} in {counted(d['contexts'], 'context')} of {d['length']:,} tokens"
 
     @property
     def words(self) -> Words:
