@@ -41,12 +41,16 @@ def jaxtyped(*, typechecker: Callable[..., Any]) -> Callable[..., Any]:
     """In the place of jaxtyping's decorator, which cannot be traced."""
 
     def checked_function(function: FunctionType) -> Callable[..., Any]:
-        checked = _jaxtyped(function, typechecker=typechecker)
+        # made when it is first called: a third of all functions never are by one process of tests
+        checked: Callable[..., Any] | None = None
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal checked
             if torch.compiler.is_compiling():
                 return function(*args, **kwargs)
+            if checked is None:
+                checked = _jaxtyped(function, typechecker=typechecker)
             return checked(*args, **kwargs)
 
         # a code of its own: Dynamo counts by code how often it had to compile again

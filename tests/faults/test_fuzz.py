@@ -186,7 +186,13 @@ def edited(whole: bytes, edits: "list[tuple[str, float, bytes, int]] | bytes") -
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("examples", [25, pytest.param(10_000, marks=pytest.mark.slow("10,000 files for each reader"))])
+@pytest.mark.parametrize(
+    "examples",
+    [
+        25,
+        pytest.param(10_000, marks=[pytest.mark.slow("10,000 files for each reader"), pytest.mark.timeout(3600)]),
+    ],
+)
 def test_any_bytes_give_data_or_one_line(name: str, examples: int, tmp_path: Path) -> None:
     target = TARGETS[name]
     file = tmp_path / f"file{target.suffix}"

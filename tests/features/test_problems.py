@@ -482,3 +482,25 @@ def test_what_cenote_wrote_among_the_data_is_not_data(folder: Path, bags: list[n
     assert len(read(folder)) == len(bags)
     (store / "manifest.json").unlink()
     assert "has no row in labels.csv" in told(folder)
+
+
+def test_tokens_of_width_0(tmp_path: Path) -> None:
+    labels = ["a", "b"] * 5
+    np.savez(tmp_path / "x.npz", x=np.zeros((10, 4, 0), np.float32), y=labels)
+    vectors = pa.array([[[]] * 4] * 10, pa.list_(pa.list_(pa.float32())))
+    pyarrow.parquet.write_table(pa.table({"x": vectors, "label": labels}), tmp_path / "x.parquet")
+    for name in ("x.npz", "x.parquet"):
+        assert "tokens are of width 0" in told(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_names_of_columns_that_are_no_text(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"x{suffix}"
+    made = pa.table({"x": pa.array([[[1.0]]] * 4, pa.list_(pa.list_(pa.float32()))), "label": list("abab")})
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(made, path)
+    else:
+        pyarrow.feather.write_feather(made, path, compression="uncompressed")
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"label", b"lab\xff\xfel"[:5]))
+    assert f"is not a whole {suffix[1:].capitalize()} file ('utf-8' codec" in told(path)

@@ -181,7 +181,7 @@ def _load(shards: list[Shard], vectors: str, ids: list[str], problems: Problems)
             filled += len(batch.numbers)
     if flat is None or len(problems):
         return None
-    return Filled(flat[:filled].view(-1, dim), lengths)
+    return Filled(flat[:filled].view(sum(lengths), dim), lengths)
 
 
 @dataclass(frozen=True)
@@ -221,10 +221,9 @@ class File:
         self.is_parquet = path.suffix.lower() in PARQUET
         with told(self.path):
             self.schema = self._parquet().schema_arrow if self.is_parquet else self._ipc().schema
-        if len(set(self.schema.names)) < len(self.schema.names):
-            raise InputError(
-                f"{path}: names a column twice: {', '.join(self.schema.names)}; give each a name of its own"
-            )
+            names = self.schema.names
+        if len(set(names)) < len(names):
+            raise InputError(f"{path}: names a column twice: {', '.join(names)}; give each a name of its own")
 
     def rows(self) -> int:
         """Number of items."""
@@ -239,12 +238,12 @@ class File:
             return sum(len(_unnested(_unnested(batch)[1])[1]) for batch in self.batches(column))
         with told(self.path):
             metadata = self._parquet().metadata
-        chunks = (
-            metadata.row_group(g).column(c)
-            for g in range(metadata.num_row_groups)
-            for c in range(metadata.row_group(g).num_columns)
-        )
-        return sum(int(c.num_values) for c in chunks if c.path_in_schema.startswith(f"{column}."))
+            chunks = (
+                metadata.row_group(g).column(c)
+                for g in range(metadata.num_row_groups)
+                for c in range(metadata.row_group(g).num_columns)
+            )
+            return sum(int(c.num_values) for c in chunks if c.path_in_schema.startswith(f"{column}."))
 
     def batches(self, column: str) -> Iterator[Any]:
         """The pieces of one column."""
@@ -288,7 +287,7 @@ def told(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         kind = "Parquet" if path.suffix.lower() in PARQUET else "Arrow"
         why = str(error).strip().split("\n")[0]
         raise InputError(f"{path}: is not a whole {kind} file ({why}); write it again") from error

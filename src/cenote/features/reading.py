@@ -202,6 +202,8 @@ def assembled(
         made, split, groups, split_seed = _judged(source, labelling, problems)
     filled = source.load(problems)
     marked = None
+    if filled is not None and not filled.values.shape[1]:
+        problems.add("width", "tokens are of width 0; save the model's numbers in them")
     if filled is not None and not len(problems):
         marks = TokenLabels(source.ids, filled.lengths, problems, filled.token_labels)
         add_column(marks, source.columns.get(TOKEN_LABELS, ()))

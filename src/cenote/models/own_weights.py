@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -11,10 +11,14 @@ from cenote.core import InputError
 
 
 class OwnWeights(nn.Module):
-    """A copy of all parameters of a model, trained in their place; the model's own are frozen and come back.
+    """A copy of parameters of a model, trained in their place; the model's own are frozen and come back.
 
     Args:
         model: whose parameters are copied; weights that it ties stay tied.
+        only: by its name, whether a parameter is copied; None for all.
+
+    Raises:
+        InputError: where none is.
 
     Example:
         >>> model = nn.Linear(4, 3)
@@ -25,11 +29,14 @@ class OwnWeights(nn.Module):
         (True, None, torch.Size([3, 4]))
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, only: Callable[[str], bool] | None = None) -> None:
         super().__init__()
         model.requires_grad_(False)
-        self.names = [name for name, _ in model.named_parameters()]
-        self.weights = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in model.parameters())
+        copied = {name: p for name, p in model.named_parameters() if only is None or only(name)}
+        if not copied:
+            raise InputError("only: none of the model's parameters is copied; choose some by their names")
+        self.names = list(copied)
+        self.weights = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in copied.values())
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
@@ -38,11 +45,12 @@ class OwnWeights(nn.Module):
         Raises:
             InputError: where it is another model.
         """
-        if [name for name, _ in model.named_parameters()] != self.names:
+        own = dict(model.named_parameters())
+        if any(name not in own or own[name].shape != w.shape for name, w in zip(self.names, self.weights, strict=True)):
             raise InputError("model: has other parameters than the one that was copied; give that one")
-        copies = dict(zip(model.parameters(), self.weights, strict=True))
+        copies = {own[name]: weight for name, weight in zip(self.names, self.weights, strict=True)}
         seats: list[tuple[nn.Module, str, Tensor]] = [
-            (module, name, p) for module in model.modules() for name, p in module._parameters.items() if p is not None
+            (module, name, p) for module in model.modules() for name, p in module._parameters.items() if p in copies
         ]
         try:
             for module, name, p in seats:

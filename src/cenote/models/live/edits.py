@@ -216,7 +216,7 @@ def apply(
                     f"edits: {name_of(act.edit)}.inputs gave {type(new).__name__}, expected an AttentionCall"
                 )
             call = new
-        if not isinstance(act.edit, RowEdit):
+        if not isinstance(act.edit, RowEdit) and not original(act.edit).counts_itself:
             act.done(1)
     weights = None
     if any(overrides(act.edit, name) for act in acts for name in ("scores", "weights")):

@@ -1,0 +1,1 @@
+"""Feature interactions by self-attention over the fields of a table."""

@@ -1,0 +1,1 @@
+"""The mean of all tokens, added to each of them in every block."""

@@ -1,0 +1,1 @@
+"""Contextual position encoding: positions that count what the query wants counted."""

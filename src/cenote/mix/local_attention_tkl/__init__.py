@@ -1,0 +1,1 @@
+"""Ranking of long documents by local self-attention, kernels and their best regions."""

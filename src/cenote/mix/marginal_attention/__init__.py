@@ -1,0 +1,1 @@
+"""Attention as the marginal probability of edges under a posterior over structures."""

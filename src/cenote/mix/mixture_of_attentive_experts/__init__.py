@@ -1,0 +1,1 @@
+"""Attention as a mixture of experts, each of which is all heads but a few."""

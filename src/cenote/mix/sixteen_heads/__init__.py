@@ -1,0 +1,1 @@
+"""Which heads a model needs, and what is left without the others."""

@@ -1,0 +1,50 @@
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cenote.mix.attentive_convolution.convolution import ATConv
+from cenote.mix.attentive_convolution.model import AttNetBlock
+from cenote.mix.maps import on_map
+from tests.golden.cases import Case, adapter, load_parameters
+
+
+def activation(word: str) -> Any:
+    word = word.lower()
+    if "tanh" in word or "approx" in word:
+        return partial(nn.GELU, approximate="tanh")
+    return {"gelu": nn.GELU, "silu": nn.SiLU, "swish": nn.SiLU, "relu": nn.ReLU}[word.split("(")[0]]
+
+
+def loaded(module: nn.Module, params: dict[str, Tensor]) -> Any:
+    """Biases that the authors' config leaves out are zeros."""
+    missing = {n: torch.zeros_like(v) for n, v in module.state_dict().items() if n.endswith("bias") and n not in params}
+    return load_parameters(module, {**missing, **params})
+
+
+def mixer_of(case: Case) -> ATConv:
+    config = case.config
+    return ATConv(config["dim"], config.get("kernel_size", 5), act=activation(config.get("act_layer", "GELU")))
+
+
+@adapter("attentive-convolution", "ATConv")
+def atconv(case: Case) -> dict[str, Tensor]:
+    mixer = loaded(mixer_of(case), case.params)
+    x = case.inputs["x"].double()
+    return {"y": on_map(mixer, x).float(), "kernels": mixer.kernels(x).float()}
+
+
+@adapter("attentive-convolution", "Block")
+def block(case: Case) -> dict[str, Tensor]:
+    config = case.config
+    made = AttNetBlock(
+        config["dim"],
+        mixer_of(case),
+        ratio=config.get("exp_rate", 4.0),
+        act=activation(config.get("act_layer", "GELU")),
+        dconv=config.get("glu_dconv", True),
+        norm=config.get("glu_norm", True),
+        layer_scale=1e-6 if config.get("use_layer_scale", True) else None,
+    )
+    return {"y": loaded(made, case.params)(case.inputs["x"].double()).float()}
