@@ -39,7 +39,10 @@ def mix(
     ] = None,
     out: options.Out = Path("mix-out"),
     methods: Annotated[
-        str, typer.Option(help="fast, all, or names of KV policies separated by commas (see cenote list).")
+        str,
+        typer.Option(
+            help="fast, all, or names of KV policies separated by commas (see cenote list); your own: mypackage.MyPolicy."
+        ),
     ] = "fast",
     budgets: Annotated[
         str | None,
@@ -75,6 +78,7 @@ def mix(
     from cenote.compare.words import counted
     from cenote.jobs.mix import arms
 
+    options.import_from_here(*methods.split(","))
     # before a model takes its time to load
     arms.named(methods)
     sizes = _budgets(budgets) if budgets is not None else SMALL if model is None else arms.BUDGETS

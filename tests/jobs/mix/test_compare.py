@@ -238,6 +238,14 @@ def test_few_facts_say_so_and_a_window_is_not_beaten_by_name() -> None:
     assert 0.1 < found.detectable < 0.6
 
 
+def test_too_few_facts_carry_no_verdict_and_what_was_seen_is_told() -> None:
+    found = compared({"dense": Made(first(4, 5)), "h2o 32": Made(first(3, 5), 0.1, forgets=True)}, ["h2o"], (32,), 5)
+    assert found.recommended == "dense"
+    assert found.verdict.startswith("No verdict: 5 test units cannot carry one")
+    assert "Of those that forget for ever, h2o 32 tells most: 3 of 5 facts" in found.verdict
+    assert "By log-loss" in found.verdict
+
+
 def test_a_window_may_be_enough() -> None:
     made = {name: Made(first(150, MANY)) for name in ("dense", "sink-window 16", "oracle-top-k 16")}
     found = compared(made, ["h2o"], (16,), MANY)

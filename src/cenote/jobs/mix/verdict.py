@@ -21,8 +21,11 @@ FOR_EVER = "what it forgets is lost for ever"
 def worded(found: PolicyFrontier) -> PolicyFrontier:
     """The comparison with its recommendation, what it can see, and its sentence."""
     found = dataclasses.replace(found, detectable=detectable(found))
-    if doubt := unfounded(found) or found.no_verdict:
-        told = [f"No verdict: {doubt}.", of_perplexity(found), of_speed(found)]
+    nothing = unfounded(found)
+    if doubt := nothing or found.no_verdict:
+        # of few facts what was seen is told all the same
+        seen = [] if nothing else [*(of_kind(found, forgets, None) for forgets in (False, True)), of_band(found)]
+        told = [f"No verdict: {doubt}.", *seen, of_perplexity(found), of_speed(found)]
         return dataclasses.replace(
             found, recommended=found.baseline, reason=doubt, no_verdict=doubt, sentence=" ".join(t for t in told if t)
         )
