@@ -12,6 +12,14 @@ from tests.jobs.mix import decoders
 from cenote.compare.cells import Cell
 from cenote.jobs.mix import PolicyFrontier, compare_policies, measure
 from cenote.jobs.mix.arms import ROLES, Read
+from cenote.mix import SinkWindow
+
+
+class Last(SinkWindow):
+    """Somebody's own policy: the last keys."""
+
+    def __init__(self, budget: int) -> None:
+        super().__init__(budget, sinks=0)
 
 
 class Made(NamedTuple):

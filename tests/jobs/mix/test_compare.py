@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests import tiny
 from tests.jobs.mix import decoders
-from tests.jobs.mix.planted import Made, compared, first
+from tests.jobs.mix.planted import Last, Made, compared, first
 
 from cenote.core import InputError
 from cenote.jobs.mix import PolicyFrontier, benched, compare_policies, measure
@@ -132,6 +132,11 @@ def test_names_are_of_policies() -> None:
     assert set(names) <= set(named("all")[0])
     assert named("SinkWindow, h2o")[0] == ["sink-window", "random-keys", "oracle-top-k", "h2o"]
     assert count("h2o", (8, 8, 16)) == 9
+    own = f"{Last.__module__}.Last"
+    bench = benched(decoders.model(), decoders.tokenizer(), decoders.texts(), **ASKED)
+    made = arms(bench, own, (12,))[0][-1]
+    assert (made.name, made.summary) == (f"{own} 12", "Somebody's own policy: the last keys.")
+    assert isinstance(made.made(), Last)
 
 
 @pytest.mark.parametrize(
