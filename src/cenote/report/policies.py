@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cenote.compare import PairTest
 from cenote.compare.statistics import SIGNIFICANT
+from cenote.jobs.mix.measure import STRETCH
 from cenote.jobs.mix.result import PolicyFrontier, PolicyResult
 from cenote.jobs.mix.verdict import beside_window
 from cenote.report import formats
@@ -80,6 +81,7 @@ def render_policies(found: PolicyFrontier) -> str:
         c=found,
         units=units,
         base=base.result,
+        stretch=STRETCH,
         tables=[table for table in tables if len(table[3]) > 1],
         plots=[plot for plot in plots if plot],
         depths=[row for row in rows if any(share == share for share in row.result.depths)],
