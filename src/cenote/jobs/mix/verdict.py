@@ -125,7 +125,8 @@ def of_window(found: PolicyFrontier) -> list[str]:
     if lost:
         told.append(f"{_several(lost)} {_verb(lost, 'loses', 'lose')} to sink + window of as many keys.")
     if alike:
-        told.append(f"{_several(alike)} {_verb(alike, 'was', 'were')} not shown to be better than it.")
+        than = "it" if lost else "sink + window of as many keys"
+        told.append(f"{_several(alike)} {_verb(alike, 'was', 'were')} not shown to be better than {than}.")
     return told
 
 
@@ -196,7 +197,7 @@ def of_error(found: PolicyFrontier) -> str:
     count = found.dataset["facts"]
     if count >= FEW:
         return ""
-    return f"These are {count} facts: the standard error of a share is {100 * found.standard_error:.0f} points."
+    return f"These are {count} facts: the standard error of a share is up to {100 * found.standard_error:.0f} points."
 
 
 def _facts(found: PolicyFrontier, result: PolicyResult) -> str:
