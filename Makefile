@@ -3,6 +3,7 @@
 #   make probe     the built-in data through every fast pooling: leaderboard here, report in cenote-out/report.html
 #   make explain   which explanation of the built-in classifier is faithful: report in explain-out/report.html
 #   make reduce    how few vectors per document will do for a built-in collection: report in reduce-out/report.html
+#   make mix       which keys a built-in decoder need not read: report in mix-out/report.html
 #   make test      the quick test suite
 #   make test-thorough  the tests that the quick suite leaves out: many of a kind, each of which costs seconds
 #   make models    real pretrained models for the tests, into models/: some 340 MB to fetch, 520 MB to hold
@@ -17,6 +18,7 @@ VENV ?= .venv
 OUT ?= cenote-out
 EXPLAIN_OUT ?= explain-out
 REDUCE_OUT ?= reduce-out
+MIX_OUT ?= mix-out
 MODELS ?= models
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?= --numprocesses auto
@@ -26,6 +28,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PACKAGE := $(VENV)/package.stamp
 EXPLAIN := $(VENV)/explain.stamp
 SEARCH := $(VENV)/search.stamp
+MIX := $(VENV)/mix.stamp
 TEST := $(VENV)/test.stamp
 REAL := $(VENV)/real.stamp
 DEV := $(VENV)/dev.stamp
@@ -33,7 +36,7 @@ DOCS := $(VENV)/docs.stamp
 BENCH := $(VENV)/bench.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help probe explain reduce test test-thorough models test-real lint pages docs bench clean
+.PHONY: help probe explain reduce mix test test-thorough models test-real lint pages docs bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -47,6 +50,9 @@ explain: $(EXPLAIN)
 # the same command goes on after any interruption
 reduce: $(SEARCH)
 	$(BIN)/cenote reduce --out $(REDUCE_OUT)
+
+mix: $(MIX)
+	$(BIN)/cenote mix --out $(MIX_OUT)
 
 # one thread a process: threads of several test processes would only wait for each other;
 # bytecode is kept, or every process that a test starts compiles the package again
@@ -104,6 +110,10 @@ $(EXPLAIN): $(PACKAGE)
 
 $(SEARCH): $(PACKAGE)
 	@$(PIP) --editable '.[search]'
+	@touch $@
+
+$(MIX): $(PACKAGE)
+	@$(PIP) --editable '.[models]'
 	@touch $@
 
 # timm asks for torchvision, which its models do not need

@@ -118,7 +118,7 @@ def facts(s: System) -> str:
 def by_name(m: Method) -> str:
     settings = "".join(f", {k}={v!r}" for k, v in (m.settings or {}).items())
     cls = m.path.rpartition(".")[2]
-    command = "explain" if m.room == "explain" else "probe"
+    command = m.room if m.room in ("explain", "mix") else "probe"
     fast = f" Part of `cenote {command} --methods fast`." if m.fast else ""
     return f'- `cenote.create("{m.name}", ...)` builds `{cls}(...{settings})`: {m.summary}.{fast}'
 

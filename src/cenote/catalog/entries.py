@@ -106,7 +106,7 @@ class Method:
         room: `pool`, `reduce`, `mix`, ...
         kind: what it takes, within its room: `sets`, `maps`, `layers`, `graphs`, ...
         slug: the published system that it belongs to, if any.
-        fast: whether `cenote probe --methods fast` includes it.
+        fast: whether `--methods fast` of the room's command includes it.
         settings: keyword arguments that make the class this method.
         summary: one line for people.
     """

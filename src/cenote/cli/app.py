@@ -20,6 +20,7 @@ from cenote.cli import (
     index,
     interrupts,
     mimic,
+    mix,
     models,
     predict,
     probe,
@@ -43,6 +44,7 @@ app = typer.Typer(
 app.command("probe")(probe.probe)
 app.command("explain")(explain.explain)
 app.command("reduce")(reduce.reduce)
+app.command("mix")(mix.mix)
 app.command("index")(index.index)
 app.command("search")(search.search)
 app.command("extract")(extract.extract)

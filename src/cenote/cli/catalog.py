@@ -45,7 +45,7 @@ def list_methods(
         "name",
         "what it does",
         "system",
-        title="cenote.create(name, ...); * in --methods fast of cenote probe or cenote explain",
+        title="cenote.create(name, ...); * in --methods fast of cenote probe, explain or mix",
     )
     for m in built:
         names.add_row(f"{m.name} *" if m.fast else m.name, m.summary, m.slug or "")

@@ -18,7 +18,7 @@ def report(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Folder of results that cenote probe, explain or reduce wrote (default: cenote-out); or two of cenote probe, "
+            help="Folder of results that cenote probe, explain, reduce or mix wrote (default: cenote-out); or two of cenote probe, "
             "which are laid side by side."
         ),
     ] = None,
@@ -42,7 +42,7 @@ def report(
             emit({"report": page})
         return
     page = out or BOTH
-    found = write_beside(*runs, page)
+    found = write_beside(runs[0], runs[1], page)
     say(talking(as_json), found.sentence, "bold")
     if found.apart:
         say(talking(as_json), f"not paired: {found.apart}", "yellow")

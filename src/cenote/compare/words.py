@@ -56,3 +56,21 @@ class Words:
     @property
     def _digits(self) -> int:
         return self.digits if self.digits is not None else 1 if self.percent else 3
+
+
+def listed(names: list[str]) -> str:
+    """Names as people list them.
+
+    >>> listed(["a", "b", "c"])
+    'a, b and c'
+    """
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def counted(number: int, thing: str) -> str:
+    """So many things.
+
+    >>> counted(1, "text"), counted(1200, "text")
+    ('1 text', '1,200 texts')
+    """
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

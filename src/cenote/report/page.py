@@ -12,6 +12,8 @@ from cenote.core import InputError
 from cenote.jobs.explain import choices, heads
 from cenote.jobs.explain.result import JOB as EXPLAIN
 from cenote.jobs.explain.result import Audit
+from cenote.jobs.mix.result import JOB as MIX
+from cenote.jobs.mix.result import PolicyFrontier
 from cenote.jobs.probe.result import Comparison
 from cenote.jobs.reduce.encoder import JOB as ENCODER
 from cenote.jobs.reduce.encoder import EncoderFrontier
@@ -30,14 +32,16 @@ from cenote.report.leaderboard import leaderboard
 from cenote.report.looks import BAR_HEIGHT, FULL_COLOUR, samples
 from cenote.report.matrix import matrix
 from cenote.report.pareto import pareto_plot
+from cenote.report.policies import render_policies
 from cenote.report.table import render_table
 
 PROBE = "probe"
-KINDS: dict[str, type[Comparison] | type[Audit] | type[Frontier] | type[EncoderFrontier]] = {
+KINDS: dict[str, type[Comparison] | type[Audit] | type[Frontier] | type[EncoderFrontier] | type[PolicyFrontier]] = {
     PROBE: Comparison,
     EXPLAIN: Audit,
     REDUCE: Frontier,
     ENCODER: EncoderFrontier,
+    MIX: PolicyFrontier,
 }
 COMMANDS = {ENCODER: REDUCE}
 """That write what is not called as they are."""
@@ -46,7 +50,7 @@ WIDE, NARROW = (920, 430), (360, 400)
 
 
 def write(out: Path) -> Path:
-    """Build `report.html` from what `cenote probe`, `cenote explain` or `cenote reduce` left in a folder.
+    """Build `report.html` from what `cenote probe`, `explain`, `reduce` or `mix` left in a folder.
 
     Args:
         out: folder with `comparison.json`; `attention.json` and `attention.safetensors` are drawn where they are present.
@@ -65,8 +69,8 @@ def write(out: Path) -> Path:
         return write_choices(choices.Choices.load(out), out)
     if not found.is_file():
         raise InputError(
-            f"out: no comparison.json in {out}; name the folder that `cenote probe --out`, `cenote explain --out` or "
-            f"`cenote reduce --out` wrote"
+            f"out: no comparison.json in {out}; name the folder that `cenote probe --out`, `cenote explain --out`, "
+            f"`cenote reduce --out` or `cenote mix --out` wrote"
         )
     job = _job(found)
     try:
@@ -96,10 +100,12 @@ def _job(path: Path) -> str:
 
 
 def _rendered(
-    comparison: Comparison | Audit | Frontier | EncoderFrontier, attention: Attention | None, out: Path
+    comparison: Comparison | Audit | Frontier | EncoderFrontier | PolicyFrontier, attention: Attention | None, out: Path
 ) -> str:
     if isinstance(comparison, Audit):
         return render_audit(comparison)
+    if isinstance(comparison, PolicyFrontier):
+        return render_policies(comparison)
     if isinstance(comparison, EncoderFrontier):
         d = comparison.dataset
         return render_table(comparison, f"{d['name']}: fewer tokens in {d['model']}, {d['images']:,} images")

@@ -23,7 +23,8 @@ from cenote.compare.engine import measure as measure_arms
 from cenote.compare.inference import Measure
 from cenote.compare.judge import judge
 from cenote.compare.provenance import provenance
-from cenote.compare.result import ArmResult, PairTest
+from cenote.compare.result import ArmResult
+from cenote.compare.smaller import Smaller, lowest
 from cenote.compare.statistics import Significance
 from cenote.compare.units import Units
 from cenote.compare.words import Words
@@ -31,7 +32,6 @@ from cenote.core import InputError
 from cenote.core.requirements import require_at_least, require_one_of
 from cenote.jobs.reduce import encoder_measure
 from cenote.jobs.reduce.encoder_measure import Bench, Read, Timed
-from cenote.jobs.reduce.result import Smaller
 from cenote.models.live import Shorten
 from cenote.models.live.shorten import READ
 
@@ -46,8 +46,6 @@ LOSS = 0.02
 SEEDS = 3
 READS = ("cls", "mean")
 DEFAULT_BLOCKS = 2
-THREE = 3.0
-"""Of `n` images without a single change, `3 / n` is the 95 % bound of the share that changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +79,6 @@ class EncoderResult(ArmResult):
     def cost(self) -> float | None:
         """Multiply-adds of one image."""
         return self.multiply_adds
-
-
-def lowest(test: PairTest, units: int) -> float:
-    """The lower end of a difference's interval; where no unit differs, what so many units without a change still allow.
-
-    >>> lowest(PairTest("half", "all", 0.0, (0.0, 0.0), 1.0, 1.0), 30)
-    -0.1
-    """
-    low, high = test.interval
-    return low if high > low else min(low, -THREE / units)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cenote.core import InputError
+from cenote.core.digests import weights_sha256
 from cenote.core.reduced import Reduced
-from cenote.jobs.reduce.measure import one_thread
+from cenote.core.threads import one_thread
 from cenote.models.live import BlockEdit, Place, Shorten, StateRecorder, Where, attentions, edited
 from cenote.models.live.places import blocks as blocks_of
 
@@ -217,15 +218,10 @@ class Bench:
     def fingerprint(self) -> str:
         """That changes with anything that is measured."""
         if "fingerprint" not in self._known:
-            digest = hashlib.sha256()
-            for name, value in sorted(self.model.state_dict().items()):
-                digest.update(name.encode())
-                digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+            digest = hashlib.sha256(weights_sha256(self.model).encode())
             for value in (self.images, self.labels):
                 digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-            digest.update(repr((self.read, self.prefix, self.state, self.stack, type(self.model).__name__)).encode())
-            # activations and the eps of norms are no weights
-            digest.update(f"{self.model!r} {getattr(self.model, 'config', '')!r}".encode())
+            digest.update(repr((self.read, self.prefix, self.state, self.stack)).encode())
             self._known["fingerprint"] = digest.hexdigest()
         found: str = self._known["fingerprint"]
         return found

@@ -12,9 +12,10 @@ from pathlib import Path
 from cenote.catalog import method
 from cenote.compare.sources import source_digest
 from cenote.core import Bags, InputError
+from cenote.core.threads import one_thread
 from cenote.features.vectors import ExactStore
 from cenote.jobs.reduce import pooling
-from cenote.jobs.reduce.measure import Bench, one_thread
+from cenote.jobs.reduce.measure import Bench
 from cenote.jobs.reduce.pooling import Family, means, reduced, unit_norm
 
 FOLDER = "indexes"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from cenote.compare.ranking import first_found, found_share, gained
 from cenote.core import Bags
+from cenote.core.threads import one_thread
 from cenote.features.vectors import ExactStore, Hits, VectorStore
 from cenote.jobs.reduce.encoding import digest_of
 
@@ -112,17 +112,6 @@ class Bench:
     def _relevant(self) -> NDArray[np.float64]:
         most = max(len(of) for of in self.gains)
         return np.array([[*of.values(), *[0.0] * (most - len(of))] for of in self.gains], float)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread for as long as this lasts: several spin while they wait, and CPU time would count that."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def jaccard(first: Tensor, second: Tensor) -> float:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from cenote.compare.result import ArmResult
-from cenote.compare.result import Comparison as Table
+from cenote.compare.smaller import Smaller
 from cenote.compare.words import Words
 
 JOB = "reduce"
@@ -47,36 +47,6 @@ class IndexResult(ArmResult):
     def cost(self) -> float | None:
         """What the index takes on disk."""
         return float(self.bytes)
-
-
-R = TypeVar("R", bound=ArmResult)
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Smaller(Table[R]):
-    """Arms that keep less of something, beside one that keeps all of it."""
-
-    @property
-    def verdict(self) -> str:
-        """The sentence."""
-        return self.sentence
-
-    @property
-    def candidates(self) -> tuple[R, ...]:
-        """What may be recommended: no control, and not what keeps all; the cheapest first, of equal ones the best."""
-        found = [r for r in self.results if not r.control and not r.reference and r.method != self.baseline]
-        return tuple(sorted(found, key=lambda r: (r.cost or 0.0, -r.metric)))
-
-    def beside_baseline(self, result: R) -> dict[str, Any]:
-        """Its metric, and what it differs by from what keeps all."""
-        test = next((t for t in self.against_baseline if t.first == result.method), None)
-        return {
-            "method": result.method,
-            self.metric_name: result.metric,
-            "difference": 0.0 if test is None else test.difference,
-            "interval": (0.0, 0.0) if test is None else test.interval,
-            "p_adjusted": None if test is None else test.p_adjusted,
-        }
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 
 from cenote.compare.result import PairTest
+from cenote.compare.smaller import detectable
 from cenote.compare.statistics import SIGNIFICANT
+from cenote.compare.words import listed
 from cenote.jobs.reduce.arms import ONE_MEAN
 from cenote.jobs.reduce.indexes import RAW, UNIT
 from cenote.jobs.reduce.result import Frontier, IndexResult
 
 SHARES = {2.0: "Half", 3.0: "A third", 4.0: "A quarter", 5.0: "A fifth", 6.0: "A sixth", 8.0: "An eighth"}
-POWER = (1.96 + 0.84) / 1.96
-"""Of a difference that is found four times out of five, and half the width of a 95 % interval."""
 LISTED = 3
 
 
@@ -41,14 +40,6 @@ def unfounded(found: Frontier) -> str:
     if whole.metric <= 2 * found.loss and found.most_bytes is None:
         return f"{what}, and {found.loss:g} of it may be lost: ask for a smaller loss"
     return ""
-
-
-def detectable(found: Frontier) -> float:
-    """The difference from the index of all vectors that these queries show four times out of five: of middling arms."""
-    names = {r.method for r in found.candidates}
-    halves = [(t.interval[1] - t.interval[0]) / 2 for t in found.against_baseline if t.first in names]
-    halves = [h for h in halves if h == h]
-    return POWER * statistics.median(halves) if halves else float("nan")
 
 
 def reason(found: Frontier, chosen: str | None) -> str:
@@ -198,11 +189,6 @@ def size(count: float) -> str:
         if count >= scale:
             return f"{count / scale:.3g} {unit}" if count < 10 * scale else f"{count / scale:.0f} {unit}"
     return f"{count:.0f} bytes"
-
-
-def listed(names: list[str]) -> str:
-    """Names as people list them."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _against(found: Frontier, name: str) -> str:

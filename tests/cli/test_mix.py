@@ -1,0 +1,136 @@
+"""`cenote mix` from the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cenote.jobs.mix import PolicyFrontier, measure
+from tests import tiny
+from tests.cli.program import Run
+from tests.jobs.mix import decoders
+
+pytest.importorskip("transformers", reason="cenote[models] is not installed")
+QUICK = ("--methods", "h2o", "--budgets", "12", "--facts", "2", "--length", "56")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_text() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("PASSAGES", 1), ("TRIES", 1), ("STRETCH", 8)):
+            patch.setattr(measure, name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny decoder, an encoder, and a file of texts."""
+    top = tmp_path_factory.mktemp("mix")
+    decoders.saved(top / "llama")
+    tiny.bert(top / "bert")
+    (top / "texts.txt").write_text("\n\n".join(decoders.texts()), "utf-8")
+    (top / "empty.txt").write_text("\n\n", "utf-8")
+    (top / "short.txt").write_text("The flow separates.", "utf-8")
+    (top / "latin.txt").write_bytes("é".encode("latin-1"))
+    return top
+
+
+def test_a_decoder_of_ones_own(cenote: Run, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, text, err = cenote("mix", folder / "llama", folder / "texts.txt", *QUICK, "--out", out)
+    assert code == 0, err
+    found = PolicyFrontier.load(out)
+    for part in (
+        "6 texts",
+        "sink-window 12 °",
+        "oracle-top-k 12 ^",
+        "forgets",
+        "keeps all",
+        f"use {found.recommended}",
+    ):
+        assert part in text, part
+    page = (out / "report.html").read_text()
+    for part in (
+        "Policies that read fewer keys",
+        "Policies that forget keys",
+        "is lost for ever",
+        "Facts by depth",
+        "times the exact path",
+    ):
+        assert part in page, part
+    forgets = page.partition("Policies that forget keys")[2].partition("</section>")[0]
+    assert "h2o 12" in forgets
+    assert "sink-window 12" not in forgets
+    for forbidden in ("http://", "https://", "<script"):
+        assert forbidden not in page
+    code, _, _ = cenote("report", out)
+    assert (code, (out / "report.html").read_text()) == (0, page)
+    # found again, and told to machines
+    code, text, err = cenote("mix", folder / "llama", folder / "texts.txt", *QUICK, "--out", out, "--json")
+    assert code == 0, err
+    told = json.loads(text)
+    assert told["verdict"] == told["sentence"] == found.sentence
+    assert [r["seconds"] for r in told["results"]] == [r.seconds for r in found.results]
+
+
+def test_a_dry_run_writes_nothing(cenote: Run, folder: Path, tmp_path: Path) -> None:
+    code, text, err = cenote(
+        "mix", folder / "llama", folder / "texts.txt", *QUICK, "--out", tmp_path / "out", "--dry-run"
+    )
+    assert code == 0, err
+    assert "5 arms on 2 facts in 1 context and 1 text of 56 tokens; about" in text
+    assert "h2o 12" in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("nowhere", "texts.txt"), "model: "),
+        (("bert", "texts.txt"), "and no decoder (AutoModelForCausalLM)"),
+        (("llama",), "texts: name a file of prose"),
+        (("llama", "nowhere.txt"), "texts: there is no file"),
+        (("llama", "empty.txt"), "empty.txt is empty"),
+        (("llama", "latin.txt"), "is no UTF-8 text"),
+        (("llama", "short.txt"), "texts: 2 facts in contexts of 56 tokens take about"),
+        (("llama", "texts.txt", "--length", "400"), "and the model has 160 positions"),
+        (("llama", "texts.txt", "--budgets", "0"), "budget: expected at least 1, got 0"),
+        (("llama", "texts.txt", "--budgets", "56"), "are all of them"),
+        (("llama", "texts.txt", "--budgets", "few"), "--budgets: expected whole numbers"),
+        (("llama", "texts.txt", "--methods", "nearest"), "methods: there is no policy 'nearest'"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    cenote: Run, folder: Path, tmp_path: Path, arguments: tuple[str, ...], told: str
+) -> None:
+    given = [folder / word if word[0] != "-" and not word[0].isdigit() else word for word in arguments]
+    options = arguments.index("--" + arguments[-2][2:]) if len(arguments) > 2 else len(arguments)
+    words = [*given[:options], *QUICK, *arguments[options:]]
+    code, _, err = cenote("mix", *words, "--out", tmp_path / "out")
+    assert (code, told in err) == (2, True), err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_run_says_so(cenote: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cenote.jobs.mix.arms import Read
+
+    whole, done = Read.run, []
+
+    def interrupted(arm: Read, *given: object) -> object:
+        if done:
+            raise KeyboardInterrupt
+        done.append(arm.name)
+        return whole(arm, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Read, "run", interrupted)
+    command = ("mix", folder / "llama", folder / "texts.txt", *QUICK, "--out", tmp_path / "out")
+    code, _, err = cenote(*command)
+    assert code == 130
+    assert "run the same command again to go on" in err
+    monkeypatch.setattr(Read, "run", whole)
+    assert cenote(*command)[0] == 0
+    assert PolicyFrontier.load(tmp_path / "out").complete
