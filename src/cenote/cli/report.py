@@ -42,7 +42,7 @@ def report(
             emit({"report": page})
         return
     page = out or BOTH
-    found = write_beside(*runs, page)
+    found = write_beside(runs[0], runs[1], page)
     say(talking(as_json), found.sentence, "bold")
     if found.apart:
         say(talking(as_json), f"not paired: {found.apart}", "yellow")

@@ -259,7 +259,9 @@ def load(folder: str | Path, pool: nn.Module | None = None) -> SavedProbe:
         method(card["method"])  # told as it is, where its module is not imported
     try:
         with seeded(0):
-            made = create(card["method"], **{**card["arguments"], "dim": card["dim"]}) if pool is None else pool
+            made: Any = pool
+            if made is None:
+                made = create(card["method"], **{**card["arguments"], "dim": card["dim"]})
             probe = Probe(copy.deepcopy(made), card["outputs"], card["prefix_tokens"])
         probe.load_state_dict(state)
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
