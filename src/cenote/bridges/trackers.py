@@ -156,14 +156,14 @@ def _tensorboard(comparison: Comparison, out: Path, name: str) -> str:
     from torch.utils.tensorboard import SummaryWriter
 
     folder = out / "tensorboard" / name
-    with SummaryWriter(log_dir=str(folder)) as writer:  # type: ignore[no-untyped-call]
+    with SummaryWriter(log_dir=str(folder)) as writer:
         for point in curves(comparison):
-            writer.add_scalar(point.name, point.value, point.epoch)  # type: ignore[no-untyped-call]
+            writer.add_scalar(point.name, point.value, point.epoch)
         for measure, value in numbers(comparison).items():
-            writer.add_scalar(measure, value, 0)  # type: ignore[no-untyped-call]
-        writer.add_text("sentence", comparison.sentence)  # type: ignore[no-untyped-call]
+            writer.add_scalar(measure, value, 0)
+        writer.add_text("sentence", comparison.sentence)
         table = "\n".join(f"    {k}: {v}" for k, v in settings(comparison).items())
-        writer.add_text("settings", table)  # type: ignore[no-untyped-call]
+        writer.add_text("settings", table)
     return str(folder)
 
 

@@ -173,7 +173,7 @@ def compare(
                 best_seed = int(np.argmax(comparison[name].validation_per_seed))
                 probe = done[name].probe(measured.cells[name], best_seed)
                 if (why := save_probe(folder / place, comparison, done[name].column, probe)) is not None:
-                    told = f"the probe of {name} is kept by its weights alone: {why}; {by_hand(folder / place)}"
-                    comparison = dataclasses.replace(comparison, cautions=(*comparison.cautions, told))
+                    alone = f"the probe of {name} is kept by its weights alone: {why}; {by_hand(folder / place)}"
+                    comparison = dataclasses.replace(comparison, cautions=(*comparison.cautions, alone))
             comparison.save(folder)
     return comparison

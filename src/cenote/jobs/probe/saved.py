@@ -83,9 +83,11 @@ class SavedProbe:
         Raises:
             InputError: where the data do not hold what the probe reads.
         """
+        if isinstance(self.probe.pool, GraphPool):
+            data = data.with_edges()
         self.require(data.origin, data.dim, force)
         if isinstance(self.probe.pool, GraphPool):
-            return data.with_edges()
+            return data
         held, one = data.layers, len(self.layers) == 1
         if not self.layers or (one and (held == () or (force and len(held) == 1))):
             return data
@@ -126,10 +128,9 @@ class SavedProbe:
     def _lacking(self, missing: list[int], data: TokenDataset) -> str:
         reads = f"layer {self.layers[0]}" if len(self.layers) == 1 else f"layers {', '.join(map(str, self.layers))}"
         holds = ", ".join(map(str, data.layers)) or "one, without a number"
-        lacking = "" if len(self.layers) == 1 else f", so that {', '.join(map(str, missing))} are not there"
         forced = ", or go on with its one layer with --force" if len(self.layers) == 1 == len(data.layers) else ""
         remedy = self._extraction() if data.origin is not None or self.origin is not None else "add them"
-        return f"data: the probe reads {reads}, and {data.name} holds {holds}{lacking}; {remedy}{forced}"
+        return f"data: the probe reads {reads}, and {missing} are not there: {data.name} holds {holds}; {remedy}{forced}"
 
     @torch.no_grad()
     def scores(
@@ -259,7 +260,9 @@ def load(folder: str | Path, pool: nn.Module | None = None) -> SavedProbe:
         method(card["method"])  # told as it is, where its module is not imported
     try:
         with seeded(0):
-            made = create(card["method"], **{**card["arguments"], "dim": card["dim"]}) if pool is None else pool
+            made: Any = pool
+            if made is None:
+                made = create(card["method"], **{**card["arguments"], "dim": card["dim"]})
             probe = Probe(copy.deepcopy(made), card["outputs"], card["prefix_tokens"])
         probe.load_state_dict(state)
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,10 +110,11 @@ def _require_own(
     if folds is not None:
         where = [np.flatnonzero(folds.of_unit == n) for n in range(len(folds))]
     try:
-        now = np.mean([
+        found = [
             [float(measure.metric(s[w], measure.truth[w], np.ones((1, len(w))))[0]) for w in where] for s in scores
-        ])  # fmt: skip
+        ]
+        now = float(np.mean(found))
     except (IndexError, ValueError):
-        now = np.nan
-    if not abs(now - comparison[method].metric) <= NEAR * max(1.0, abs(now)):
+        now = math.nan
+    if not math.isclose(now, comparison[method].metric, rel_tol=NEAR, abs_tol=NEAR):
         raise InputError(f"{folder}: the scores of {method} are of another run than its comparison.json; {AGAIN}")
