@@ -18,8 +18,8 @@ def report(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Folder of results that cenote probe, explain, reduce or mix wrote (default: cenote-out); or two of cenote probe, "
-            "which are laid side by side."
+            help="Folder of results that cenote probe, explain, reduce or mix wrote (default: cenote-out); or two of "
+            "cenote probe, which are laid side by side."
         ),
     ] = None,
     out: Annotated[
