@@ -39,6 +39,8 @@ class KVPolicy(ABC):
         forgets: whether `forget` takes keys out of the cache.
         watches: whether `seen` is shown weights.
         unit: what is chosen: tokens or blocks of them.
+        share: whether a choice is that of a key head, or of each query head, whose group then reads up to so many times the
+            budget.
 
     Raises:
         InputError: for a budget below 1.
@@ -50,6 +52,7 @@ class KVPolicy(ABC):
     forgets: bool = False
     watches: bool = False
     unit: Literal["token", "block"] = "token"
+    share: Share = "kv_head"
 
     def __init__(self, budget: int) -> None:
         require_at_least(1, budget=budget)
@@ -82,6 +85,10 @@ class KVPolicy(ABC):
             held: keys and values, the query's own the last.
             state: what `begin` made.
         """
+
+    def reads_all(self, layer: int) -> bool:  # noqa: ARG002
+        """Whether this layer reads everything, whatever the budget."""
+        return False
 
     def choose(
         self, layer: int, q: Float[Tensor, "batch heads queries width"], held: Held, state: State
