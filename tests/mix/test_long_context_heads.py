@@ -181,6 +181,9 @@ def test_a_decoded_token_is_told_by_the_keys_that_are_far_from_it(clip: bool) ->
         longest = k.norm(dim=-1).masked_fill(near, 0.0).amax(-1) if clip else None
         mass = Masses(masses(q @ k.mT * call.scale, near).near, expected(q, Moments.of(k, ~near), call.scale, longest))
         assert torch.equal(told[item], mass.local(0.6)[:, 0])
+        if longest is not None:
+            kept = next(iter(heads._states.values())).longest[item]
+            torch.testing.assert_close(kept.repeat_interleave(2), longest)
 
 
 def test_calibration_on_random_words_gives_moments_and_shares_of_each_head() -> None:
