@@ -27,7 +27,6 @@ from cenote.testing import check_mixer
 
 MIXERS: dict[str, Callable[[], Mixer]] = {
     "causal, grouped": lambda: ScoredAttention(8, 2, causal=True, kv_heads=1),
-    "counts": lambda: PosteriorAttention(8, UncertainCount.at_most(2), 2),
     "rank": lambda: RankAttention(8, 2, 3),
 }
 MANY: dict[str, Callable[[], Mixer]] = {
@@ -46,6 +45,7 @@ MANY: dict[str, Callable[[], Mixer]] = {
     "independent": lambda: PosteriorAttention(8, IndependentEdges(), 2),
     "window": lambda: PosteriorAttention(8, ContiguousWindow(), 2),
     "hops": lambda: PosteriorAttention(8, MultiHop(OneParentPerQuery(), 2), 2),
+    "counts": lambda: PosteriorAttention(8, UncertainCount.at_most(2), 2),
     "graph": lambda: GraphPosterior(8, heads=2),
 }
 
