@@ -273,9 +273,7 @@ def test_two_sequences_weigh_each_other(coarse: str | None) -> None:
 
 
 def test_no_method_is_without_a_record_and_records_can_be_searched() -> None:
-    own = {"scored-attention", "cope", "tapa", "posterior-attention", "rank-attention"}
-    named = {m.name for m in cenote.methods() if m.room != "mix" or m.name in own}
-    assert named <= set(records()) <= {m.name for m in cenote.methods()}
+    assert set(records()) == {m.name for m in cenote.methods()}
     assert {r.name for r in find_attention(positions="local", alignment="similarity")} == {"edscw", "idw", "adapool"}
     assert all("dot" in r.alignment for r in find_attention(alignment="dot"))
     with pytest.raises(InputError, match="colour: no axis"):

@@ -23,12 +23,10 @@ from cenote.mix.position_scores import RelativeTable, Rotary
 from cenote.mix.rank_in_attention.layers import RankAttention
 from cenote.mix.scored_attention import ScoredAttention
 from cenote.mix.token_aware_phase_attention.scores import TAPA, GeneralPhase
-
-contract = pytest.importorskip("cenote.testing.mixers", reason="there is no contract of mixers yet")
+from cenote.testing import check_mixer
 
 MIXERS: dict[str, Callable[[], Mixer]] = {
     "causal, grouped": lambda: ScoredAttention(8, 2, causal=True, kv_heads=1),
-    "counts": lambda: PosteriorAttention(8, UncertainCount.at_most(2), 2),
     "rank": lambda: RankAttention(8, 2, 3),
 }
 MANY: dict[str, Callable[[], Mixer]] = {
@@ -47,6 +45,7 @@ MANY: dict[str, Callable[[], Mixer]] = {
     "independent": lambda: PosteriorAttention(8, IndependentEdges(), 2),
     "window": lambda: PosteriorAttention(8, ContiguousWindow(), 2),
     "hops": lambda: PosteriorAttention(8, MultiHop(OneParentPerQuery(), 2), 2),
+    "counts": lambda: PosteriorAttention(8, UncertainCount.at_most(2), 2),
     "graph": lambda: GraphPosterior(8, heads=2),
 }
 
@@ -54,20 +53,21 @@ MANY: dict[str, Callable[[], Mixer]] = {
 @pytest.mark.parametrize("name", MIXERS)
 def test_the_contract_holds(name: str) -> None:
     torch.manual_seed(0)
-    contract.check_mixer(MIXERS[name]())
+    check_mixer(MIXERS[name]())
 
 
 @pytest.mark.thorough("one of many scores, normalisers and families")
 @pytest.mark.parametrize("name", MANY)
 def test_the_contract_holds_of_all_others(name: str) -> None:
     torch.manual_seed(0)
-    contract.check_mixer(MANY[name]())
+    check_mixer(MANY[name]())
 
 
 @pytest.mark.thorough("one of many scores, normalisers and families")
 def test_the_contract_holds_but_for_what_cannot() -> None:
     torch.manual_seed(0)
-    # one derivative inside of another is not exported; no gradient reaches what the largest score leaves out
+    # one derivative inside of another is not exported; no gradient reaches what the largest score leaves out, and which one
+    # is the largest hangs on the last digit
     for rooted in (False, True):
-        contract.check_mixer(PosteriorAttention(8, SpanningTrees(rooted), 2), leave_out=["export"])
-    contract.check_mixer(RankAttention(8, 2, 3, hard=True), leave_out=["gradients"])
+        check_mixer(PosteriorAttention(8, SpanningTrees(rooted), 2), leave_out=["export"])
+    check_mixer(RankAttention(8, 2, 3, hard=True), leave_out=["gradients", "half precision"])
