@@ -83,6 +83,7 @@ from cenote.mix.tap_adl.diversification import attention_diversification as atte
 from cenote.mix.tap_adl.live import diversified as diversified
 from cenote.mix.tap_adl.live import pooled_before_attention as pooled_before_attention
 from cenote.mix.tap_adl.model import FANBlock as FANBlock
+from cenote.mix.tap_adl.model import FANLike as FANLike
 from cenote.mix.tap_adl.model import RobustViT as RobustViT
 from cenote.mix.tap_adl.model import diversified_loss as diversified_loss
 from cenote.mix.tap_adl.pooling import DilatedMean as DilatedMean
