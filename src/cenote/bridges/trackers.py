@@ -41,7 +41,7 @@ def require_trackers(names: Sequence[str]) -> None:
     Example:
         >>> require_trackers(["diary"])
         Traceback (most recent call last):
-        cenote.core.errors.InputError: track: expected wandb, mlflow or tensorboard, got 'diary'
+        cenote.core.errors.InputError: track: expected 'wandb', 'mlflow' or 'tensorboard', got 'diary'
     """
     for name in names:
         require_one_of(NEEDS, track=name)
