@@ -86,6 +86,13 @@ def test_a_dry_run_writes_nothing(cenote: Run, folder: Path, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_without_arguments_it_is_the_embedded_decoder(cenote: Run, tmp_path: Path) -> None:
+    code, text, err = cenote("mix", "--methods", "h2o", "--out", tmp_path / "out", "--dry-run")
+    assert code == 0, err
+    assert "tiny-decoder: 32 texts" in text
+    assert "13 arms on 160 facts in 20 contexts and 1 text of 280 tokens" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

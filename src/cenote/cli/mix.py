@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cenote.jobs.mix import PolicyFrontier
 
 TINY = "tiny-decoder"
-EMBEDDED = {"facts": 80, "length": 500}
+EMBEDDED = {"facts": 160, "length": 280}
 """What is asked of it: its pages are not long, and it was made for contexts that are not."""
 SMALL = (32, 64, 128)
 
@@ -51,13 +51,13 @@ def mix(
         ),
     ] = None,
     facts: Annotated[
-        int | None, typer.Option(min=1, help="How many are planted and asked for; default 24, embedded 80.")
+        int | None, typer.Option(min=1, help="How many are planted and asked for; default 24, embedded 160.")
     ] = None,
     loss: Annotated[
         float | None, typer.Option(min=0, help="Share of the facts that may be lost; default 0.02.")
     ] = None,
     length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a context, and of a text; default 1000, embedded 500.")
+        int | None, typer.Option(min=1, help="Tokens of a context, and of a text; default 1000, embedded 280.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the facts and their places.")] = 0,
     significance: options.Significance = "permutation",
@@ -165,13 +165,9 @@ def _loaded(model: str, console: Console, **loading: Any) -> tuple[Any, Any]:
 
 def _embedded(device: str, console: Console) -> tuple[Any, Any, list[str]]:
     """The decoder that comes with the package, its tokenizer, and pages that it has not seen."""
-    try:
-        from cenote.features.manuals import unseen_texts
-        from cenote.models.tiny_decoder import tiny_decoder
-    except ImportError:
-        raise InputError(
-            "model: name a causal decoder, a folder of transformers or a name on the hub, and a file of texts; none is embedded"
-        ) from None
+    from cenote.features.manuals import unseen_texts
+    from cenote.models.tiny_decoder import tiny_decoder
+
     with console.status("loading the embedded decoder"):
         return *tiny_decoder(device), list(unseen_texts())
 
