@@ -87,7 +87,9 @@ def test_unreadable_items_are_all_told_before_the_model_runs_or_left_out(trained
 def test_a_store_of_other_layers_is_refused_with_the_remedy(trained: Path, vit: ModelSpec, tmp_path: Path) -> None:
     new = _photos(tmp_path / "new", 4)
     extract(open_raw(new), vit, tmp_path / "last")
-    with pytest.raises(InputError, match=r"reads layer 2, and \[2\] are not there: last holds 3; .*--layers 2.*--force"):
+    with pytest.raises(
+        InputError, match=r"reads layer 2, and \[2\] are not there: last holds 3; .*--layers 2.*--force"
+    ):
         predict(trained, tmp_path / "last")
     assert len(predict(trained, tmp_path / "last", Reading(force=True))) == 4
     extract(open_raw(new), vit, tmp_path / "two", Options(layers="1,3"))

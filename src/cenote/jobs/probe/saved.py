@@ -130,7 +130,9 @@ class SavedProbe:
         holds = ", ".join(map(str, data.layers)) or "one, without a number"
         forced = ", or go on with its one layer with --force" if len(self.layers) == 1 == len(data.layers) else ""
         remedy = self._extraction() if data.origin is not None or self.origin is not None else "add them"
-        return f"data: the probe reads {reads}, and {missing} are not there: {data.name} holds {holds}; {remedy}{forced}"
+        return (
+            f"data: the probe reads {reads}, and {missing} are not there: {data.name} holds {holds}; {remedy}{forced}"
+        )
 
     @torch.no_grad()
     def scores(
