@@ -6,9 +6,11 @@ import copy
 import dataclasses
 import inspect
 import json
+import sys
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -129,13 +131,20 @@ class OwnMethod(Method):
         with seeded(0):
             return described(self.pool(data))
 
-    def sources(self, data: TokenDataset) -> tuple[type | ModuleType | Any, ...]:
-        """The function, and the classes of all that the pool consists of, but for torch's own."""
+    def sources(self, data: TokenDataset) -> tuple[type | ModuleType, ...]:
+        """The module of the function, and the classes of all that the pool consists of, but for torch's own."""
         assert self.given is not None
         with seeded(0):
             classes = dict.fromkeys(type(part) for part in self.pool(data).modules())
         own = [cls for cls in classes if not cls.__module__.startswith("torch.")]
-        return (*own, *([] if self.given.pool is not None else [self.given.build]))
+        return (*own, *([] if self.given.pool is not None else [_module_of(self.given.build)]))
+
+
+def _module_of(function: Any) -> ModuleType:
+    """Where a function stands; a module without a file, whose source nobody can read, where that cannot be told."""
+    while isinstance(function, partial):
+        function = function.func
+    return sys.modules.get(getattr(function, "__module__", None) or "") or ModuleType("unknown")
 
 
 def described(pool: nn.Module) -> str:
