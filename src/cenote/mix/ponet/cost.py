@@ -49,7 +49,7 @@ def growth(mixer: Mixer, dim: int, lengths: Sequence[int] = LENGTHS, repeats: in
     seconds, largest = {}, {}
     for n in lengths:
         x = torch.randn(1, n, dim, generator=torch.Generator().manual_seed(0))
-        with _Largest() as made:  # type: ignore[no-untyped-call]  # type: ignore[no-untyped-call]
+        with _Largest() as made:  # type: ignore[no-untyped-call]
             mixer(x)
         largest[n] = made.numbers
         times = []

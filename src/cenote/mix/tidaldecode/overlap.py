@@ -1,4 +1,8 @@
-"""Which layer should choose for which: how much of what a layer would choose another has chosen, measured on texts."""
+"""Which layer should choose for which: how much of what a layer would choose another has chosen, measured on texts.
+
+Source: Yang, Zhang, Chen, Li and Jia, "TidalDecode: Fast and Accurate LLM Decoding with Position Persistent Sparse Attention",
+arXiv 2410.05076, 2025.
+"""
 
 from __future__ import annotations
 
