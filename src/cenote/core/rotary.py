@@ -31,14 +31,15 @@ def angles(positions: Real[Tensor, "_batch tokens"], width: int, base: float = 1
         InputError: for an odd width.
 
     Example:
-        >>> angles(torch.tensor([[0, 1]]), 2).cos
+        >>> angles(torch.tensor([[0, 1]]), 2).cos.float()
         tensor([[[1.0000, 1.0000],
                  [0.5403, 0.5403]]])
     """
     if width < 2 or width % 2:
         raise InputError(f"width: expected an even number of channels, got {width}")
-    speed = base ** -(torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
-    turned = (positions.float()[..., None] * speed).repeat(1, 1, 2)
+    # far positions lose their angles in float32
+    speed = base ** -(torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width)
+    turned = (positions.double()[..., None] * speed).repeat(1, 1, 2)
     return Angles(turned.cos(), turned.sin())
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from cenote.core import rotary
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_at_least, require_one_of
 from cenote.mix.base import Mixer
@@ -138,7 +139,7 @@ class DotProductForm(_Projected):
 
     def _turned(self, asks: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         q, k = self.by_head(self.q(asks)), self.by_head(self.k(asks))
-        return (rotated(q, positions), rotated(k, positions)) if self.rope else (q, k)
+        return _by_positions(q, k, positions) if self.rope else (q, k)
 
 
 class TaylorForm(_Projected):
@@ -167,7 +168,7 @@ class TaylorForm(_Projected):
     ) -> tuple[Tokens, Any]:
         q, k, v = self.by_head(self.q(asks)), self.by_head(self.k(asks)), self.by_head(self.v(x))
         if self.rope:
-            q, k = rotated(q, positions), rotated(k, positions)
+            q, k = _by_positions(q, k, positions)
         form = taylor_joint if self.taylor == "joint" else taylor_literal
         y, state = form(q, k, v, mask, state)
         return self.joined(y), state
@@ -265,16 +266,13 @@ class SilentForm(CausalForm):
         return torch.zeros_like(x), state
 
 
-def rotated(
-    x: Float[Tensor, "batch heads tokens width"], positions: Int[Tensor, "#batch tokens"], base: float = ROPE_BASE
-) -> Float[Tensor, "batch heads tokens width"]:
-    """Channel `i` and channel `i + width / 2` turned by `position / base^(2 i / width)`: rotary positions."""
-    half = x.shape[-1] // 2
-    rates = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    angles = positions.unsqueeze(-1) * rates
-    cos, sin = angles.cos().to(x.dtype).unsqueeze(1), angles.sin().to(x.dtype).unsqueeze(1)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+def _by_positions(
+    q: Float[Tensor, "batch heads queries width"],
+    k: Float[Tensor, "batch heads queries width"],
+    positions: Int[Tensor, "#batch queries"],
+) -> tuple[Tensor, Tensor]:
+    by = rotary.angles(positions, q.shape[-1], ROPE_BASE)
+    return rotary.rotated(q, by), rotary.rotated(k, by)
 
 
 def _may_read(seen: Bool[Tensor, "batch keys"], queries: int) -> Bool[Tensor, "batch 1 queries keys"]:
