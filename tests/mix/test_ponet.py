@@ -268,6 +268,16 @@ def test_it_stands_for_attention_and_is_taken_off_again(kind: str) -> None:
             torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3))
             if kind == "bert":
                 assert not weights[1, :, 3:].any()
+        ones = [{k: v[i : i + 1] for k, v in inputs.items()} for i in (0, 1)]
+        for number, one in enumerate(ones):
+            own = {k: v[number : number + 1] for k, v in more.items()}
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                with ponet_for_attention(model, one, **own):
+                    alone = model(**one).last_hidden_state
+                torch.manual_seed(0)
+                with ponet_for_attention(model, inputs, **more):
+                    torch.testing.assert_close(model(**inputs).last_hidden_state[number : number + 1], alone)
         assert torch.equal(model(**inputs).last_hidden_state, plain)
 
 

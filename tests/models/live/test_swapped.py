@@ -10,8 +10,9 @@ from tests.models.live import zoo
 from torch import Tensor, nn
 
 from cenote.core import InputError
+from cenote.mix.base import Mixer
 from cenote.models.live import attentions, swapped
-from cenote.models.live.swapped import as_mixer
+from cenote.models.live.swapped import AsMixer, as_mixer
 
 
 class Means(nn.Module):
@@ -28,6 +29,15 @@ class Means(nn.Module):
         return (x * real).sum(1, keepdim=True).expand_as(x) / real.sum(1, keepdim=True) * self.factor
 
 
+class Cumulated(Mixer):
+    """Sums of what stands before, and its place."""
+
+    causal = True
+
+    def mix(self, x: Tensor, mask: Tensor, positions: Tensor) -> Tensor:  # noqa: ARG002
+        return x.cumsum(1) + positions.unsqueeze(-1).sin()
+
+
 @pytest.mark.parametrize("name", ["llama", "vit", "own", "bert", "dinov2"])
 def test_a_mixer_runs_learns_and_goes(name: str) -> None:
     case, mixer = zoo.MODELS[name]("sdpa"), Means()
@@ -42,6 +52,53 @@ def test_a_mixer_runs_learns_and_goes(name: str) -> None:
     assert not torch.equal(ours[0], plain[0])
     assert case.model.get_submodule(place.path) is place.module
     assert all(map(torch.equal, zoo.tensors(case.model(**case.inputs)), plain))
+
+
+@pytest.mark.parametrize("name", ["Bert", "Roberta", "DistilBert", "ViT", "Llama", "GPT2"])
+def test_each_item_of_a_batch_is_given_its_own_mix(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    own: dict[str, Any] = {"vocab_size": 20}
+    if name == "DistilBert":
+        sizes = {"dim": 8, "n_layers": 2, "n_heads": 2, "hidden_dim": 8}
+    elif name == "GPT2":
+        sizes = {"n_embd": 8, "n_layer": 2, "n_head": 2}
+    elif name == "ViT":
+        own = {"image_size": 4, "patch_size": 2}
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**own, **sizes)).eval()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(3, 20, (3, 5), generator=generator)
+    if name == "ViT":
+        x = torch.rand(3, 3, 4, 4, generator=generator)
+    at = {place: as_mixer(Cumulated()) for place in attentions(model) if place.kind == "self"}
+    with torch.no_grad(), swapped(model, at):
+        alone = torch.cat([model(item[None]).last_hidden_state for item in x])
+        for count in (2, 3):
+            torch.testing.assert_close(model(x[:count]).last_hidden_state, alone[:count])
+
+
+def test_an_answer_has_as_many_values_as_the_old_one() -> None:
+    def bare(x: Tensor) -> Tensor:
+        return x
+
+    def said(x: Tensor) -> tuple[Tensor, None]:
+        answer = (x, None)
+        return answer  # noqa: RET504
+
+    def understated(x: Tensor) -> tuple[Tensor]:
+        def inner() -> Tensor:
+            return x
+
+        return inner(), x, None  # type: ignore[return-value]
+
+    def one(x: Tensor) -> tuple[Tensor]:
+        return (x,)
+
+    for forward, gives in ((bare, None), (said, 2), (understated, 3), (one, 1)):
+        old = nn.Identity()
+        old.forward = forward  # type: ignore[method-assign]
+        found = AsMixer(Means().float(), old)(torch.ones(2, 3, 4))
+        assert (len(found) if isinstance(found, tuple) else None) == gives
 
 
 def test_contexts_left_in_any_order_and_by_an_exception() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,12 +40,16 @@ class AsMixer(nn.Module):
         x = given.get("hidden_states", given.get(self._names[0]))
         if not isinstance(x, Tensor):
             raise InputError("module: its place is called without hidden states, first or by the name hidden_states")
-        y = self.mixer(x, mask=told_mask(given.get("attention_mask"), x), positions=given.get("position_ids"))
+        positions = given.get("position_ids")
+        if isinstance(positions, Tensor) and positions.shape == (1, x.shape[1]):
+            # a model that counts from 0 does so once for the whole batch
+            positions = positions.expand(x.shape[:2])
+        y = self.mixer(x, mask=told_mask(given.get("attention_mask"), x), positions=positions)
         if y.shape != x.shape:
             raise InputError(
                 f"module: a mixer gave {tuple(y.shape)} for states {tuple(x.shape)}; expected the same shape"
             )
-        return y if self._gives == 1 else (y, *[None] * (self._gives - 1))
+        return y if self._gives is None else (y, *[None] * (self._gives - 1))
 
 
 def as_mixer(mixer: nn.Module) -> Callable[[nn.Module], nn.Module]:
@@ -146,18 +152,41 @@ def _seat(model: nn.Module, place: Place | str) -> tuple[nn.Module, str]:
     return parent, name
 
 
-def _length(forward: Callable[..., Any]) -> int:
-    """How many values it says that it returns; 1 = no tuple."""
+def _length(forward: Callable[..., Any]) -> int | None:
+    """How many values its answer has, by its source where that shows, else by what it says; None = no tuple."""
+    # `-> tuple[Tensor]` is written where two values are returned
+    written = _returned(inspect.unwrap(forward))
+    if written:
+        return written
     answer = inspect.signature(inspect.unwrap(forward), eval_str=False).return_annotation
     text = answer if isinstance(answer, str) else str(answer)
     if "tuple[" not in text.lower():
-        return 1
+        return None
     inside = text[text.lower().index("tuple[") + 6 : text.rindex("]")]
     depth, commas = 0, 0
     for letter in inside:
         depth += (letter == "[") - (letter == "]")
         commas += letter == "," and depth == 0
     return commas + 1
+
+
+def _returned(forward: Callable[..., Any]) -> int:
+    """As many values as each of its `return` statements spells out; 0 where they differ or do not."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return 0
+    lengths = set()
+    left: list[ast.AST] = [*ast.iter_child_nodes(tree.body[0])]
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
+            continue
+        if isinstance(node, ast.Return):
+            spelt = isinstance(node.value, ast.Tuple) and not any(isinstance(e, ast.Starred) for e in node.value.elts)
+            lengths.add(len(node.value.elts) if spelt and isinstance(node.value, ast.Tuple) else 0)
+        left += ast.iter_child_nodes(node)
+    return lengths.pop() if len(lengths) == 1 else 0
 
 
 def told_mask(mask: Any, x: Tensor) -> Tensor | None:
