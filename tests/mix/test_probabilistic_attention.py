@@ -95,6 +95,38 @@ def test_a_row_that_may_read_nothing_gives_zeros() -> None:
     assert not ProbabilisticAttention()(q, k, v, PLAIN, priors=priors)[..., 3].any()
 
 
+@pytest.mark.parametrize("factor", [3.0, 100.0, 1e4, torch.nan])
+def test_a_masked_component_decides_nothing(factor: float) -> None:
+    q, k, v = (t.float().requires_grad_() for t in inputs())
+    mask = torch.ones(6, 6, dtype=torch.bool)
+    mask[:, 2] = False
+    mask[2] = False
+    known = told(v, [0, 2])
+    attention = ProbabilisticAttention(key_steps=2, value_steps=2)
+    kept = [0, 1, 3, 4, 5]
+    one_less = attention.infer(*(t[..., kept] for t in (q, k, v)), PLAIN, 1.0, v_fixed=known[..., kept])
+    scale = torch.ones(6).index_fill(0, torch.tensor(2), factor)
+    found = attention.infer(*(t * scale for t in (q, k, v)), PLAIN, 1.0, v_fixed=known * scale, mask=mask)
+    torch.testing.assert_close(found.weights[..., kept, :].sum(-1), torch.ones(2, 3, 5))
+    torch.testing.assert_close(found.output[..., kept], one_less.output)
+    torch.testing.assert_close(found.keys[..., kept], one_less.keys)
+    assert not found.output[..., 2].any()
+    for grad in torch.autograd.grad(found.output.sum(), (q, k, v)):
+        assert grad[..., kept].isfinite().all()
+
+
+def test_half_precision_knows_rows_that_may_read_nothing() -> None:
+    q, k, v = (t.half() for t in inputs())
+    mask = torch.ones(6, 6, dtype=torch.bool)
+    mask[3], mask[:, 1] = False, False
+    known = told(v, [])
+    for found in ProbabilisticAttention(key_steps=1, value_steps=1).infer(
+        q, k, v, PLAIN, 0.5, v_fixed=known, mask=mask
+    ):
+        assert found.isfinite().all()
+        assert found.dtype == torch.float16
+
+
 def test_without_precision_it_is_the_mean() -> None:
     q, k, v = inputs()
     found = ProbabilisticAttention(magnitude_priors=False)(q, k, v, 0.0)

@@ -34,7 +34,7 @@ class Cumulated(Mixer):
 
     causal = True
 
-    def mix(self, x: Tensor, mask: Tensor, positions: Tensor) -> Tensor:  # noqa: ARG002
+    def mix(self, x: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         return x.cumsum(1) + positions.unsqueeze(-1).sin()
 
 

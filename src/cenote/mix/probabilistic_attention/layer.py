@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from cenote.core import InputError
 from cenote.core.requirements import require_at_least
+from cenote.mix.normalisers import softmax
 
 Precision = Float[Tensor, ""] | Float[Tensor, "1"] | Float[Tensor, "items groups components"] | float
-EPSILON = 1e-20
 
 
 class Inferred(NamedTuple):
@@ -120,11 +120,18 @@ class ProbabilisticAttention(nn.Module):
             key_precision, value_precision: `lam` and `kap`, of the priors of keys and values; None: the weighted mean of what
                 was seen or told.
             q_pos, key_pos, v_pos: embeddings of relative positions; those of keys are stored `[width, component, query]`.
-            mask: True where a query may read a component.
+            mask: True where a query may read a component. What it leaves out, NaN included, decides nothing; a component that
+                no query may read comes out as it went in.
 
         Raises:
             InputError: where `v_fixed` has other channels.
         """
+        unread = torch.zeros(keys.shape[-1], dtype=torch.bool, device=keys.device) if mask is None else ~mask.any(0)
+        silent = torch.zeros(q.shape[-1], dtype=torch.bool, device=q.device) if mask is None else ~mask.any(1)
+        given_keys, given_values = keys, values
+        # no weight is laid on them, but 0 times NaN is NaN
+        q, keys, values = q.masked_fill(silent, 0.0), keys.masked_fill(unread, 0.0), values.masked_fill(unread, 0.0)
+        v_init = None if v_init is None else v_init.masked_fill(silent, 0.0)
         given = _Given(_per_component(alpha), _per_component(beta), priors, v_init, q_pos, key_pos, v_pos, mask)
         first = keys
         weights = self._weights(q, keys, values, given)
@@ -138,12 +145,11 @@ class ProbabilisticAttention(nn.Module):
                 raise InputError(
                     f"v_fixed: expected {width} channels of values and one of indicators, got {v_fixed.shape[-2]}"
                 )
+            told = v_fixed.masked_fill(silent, 0.0)
             for _ in range(self.value_steps):
-                values = _told(
-                    v_fixed[..., :width, :], v_fixed[..., -1:, :], values, weights, given.beta, value_precision
-                )
+                values = _told(told[..., :width, :], told[..., -1:, :], values, weights, given.beta, value_precision)
                 if v_fixed.shape[-2] > width + 1:
-                    offsets = offsets + v_fixed[..., width:-1, :] @ weights.mT
+                    offsets = offsets + v_fixed[..., width:-1, :].masked_fill(unread, 0.0) @ weights.mT
                 weights = self._weights(q, keys, values, given)
         output = values @ weights.mT
         if self.clamp_known and v_fixed is not None:
@@ -152,7 +158,9 @@ class ProbabilisticAttention(nn.Module):
             offsets = offsets + torch.einsum("bgij,cij->bgci", weights, v_pos)
             # channel by channel: value, position
             output = torch.stack([output, offsets], -2).flatten(-3, -2)
-        return Inferred(output, weights, keys, values)
+        return Inferred(
+            output, weights, torch.where(unread, given_keys, keys), torch.where(unread, given_values, values)
+        )
 
     def _weights(self, q: Tensor, keys: Tensor, values: Tensor, given: _Given) -> Tensor:
         log = -0.5 * given.alpha * _squared_distances(q, keys)
@@ -171,12 +179,7 @@ class ProbabilisticAttention(nn.Module):
             log = log + given.priors.log()
         elif self.magnitude_priors:
             log = log + self._magnitudes(key_norms, values, given)
-        # a row in which all priors are 0 has no largest
-        most = log.amax(-1, keepdim=True)
-        weights = (log - most.masked_fill(most == -torch.inf, 0.0)).exp()
-        if given.mask is not None:
-            weights = weights * given.mask
-        return weights / (weights.sum(-1, keepdim=True) + EPSILON)
+        return softmax(log, given.mask)
 
     def _magnitudes(self, key_norms: Tensor, values: Tensor, given: _Given) -> Tensor:
         norms = key_norms
@@ -216,7 +219,7 @@ def _adapted(
 ) -> Float[Tensor, "items groups width components"]:
     seen, mass = q @ weights, weights.sum(-2, keepdim=True)
     if precision is None:
-        return seen / (mass + EPSILON)
+        return seen / mass.masked_fill(mass == 0, 1.0)
     return (precision * keys + alpha * seen) / (precision + alpha * mass)
 
 
@@ -228,7 +231,8 @@ def _told(
     beta: Tensor | float,
     precision: Tensor | float | None,
 ) -> Float[Tensor, "items groups value_width components"]:
-    told, mass = known @ weights, is_known @ weights + EPSILON
+    told, mass = known @ weights, is_known @ weights
+    mass = mass.masked_fill(mass == 0, 1.0) if precision is None else mass
     updated = told / mass if precision is None else (precision * values + beta * told) / (precision + beta * mass)
     # where nothing is known nothing changes
     return torch.where(is_known.sum(-1, keepdim=True) > 0, updated, values)
