@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cenote.core import InputError
+from cenote.mix.base import Normaliser
 from cenote.mix.normalisers import NORMALISERS, normaliser
 from cenote.mix.normalization_limits.measures import (
     critical_n,
@@ -27,6 +28,7 @@ from cenote.mix.normalization_limits.measures import (
     separable,
     softmax_jacobian,
     softmax_range,
+    spectral_norms,
     top_set,
     vanishing_range,
 )
@@ -56,6 +58,15 @@ def test_the_bound_holds() -> None:
         assert bool((distance(weights, x, n) <= distance_bound(weights, x, n) + 1e-9).all())
 
 
+@pytest.mark.parametrize("name", NORMALISERS)
+def test_the_bound_holds_whatever_weights_sum_to(name: str) -> None:
+    torch.manual_seed(0)
+    logits, x = 3 * torch.randn(100, 12).double(), torch.randn(100, 12, 4).double()
+    weights = normaliser(name).double().eval()(logits).detach()
+    for n in range(1, 12):
+        assert bool((distance(weights, x, n) <= distance_bound(weights, x, n) + 1e-9).all())
+
+
 def test_what_is_expected_of_a_random_set_is_the_mean_over_all_sets() -> None:
     weights, x = row()
     for n in (1, 2, 4, 6):
@@ -81,6 +92,7 @@ def test_weights_vanish_as_rows_grow() -> None:
         low, high = vanishing_range(torch.sigmoid, 1.0, length)
         weights = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
         assert low <= weights.min() <= weights.max() <= high
+    assert softmax_range(800.0, 10) == (0.0, math.inf)
     assert softmax_range(1.0, 10) == pytest.approx((math.exp(-2) / 10, math.exp(2) / 10))
 
 
@@ -173,6 +185,57 @@ def test_the_jacobian_is_that_of_autograd_and_its_norms_are_its_own() -> None:
     for weights in (torch.tensor([1.0]), torch.tensor([1.0, 0.0]), torch.full((5,), 0.2)):
         expected = torch.linalg.matrix_norm(softmax_jacobian(weights.double()), 2)
         torch.testing.assert_close(jacobian_norms(weights).spectral, expected)
+
+
+def test_norms_of_weights_that_do_not_sum_to_one_are_those_of_the_matrix() -> None:
+    torch.manual_seed(0)
+    for weights in (torch.rand(20, 6).double(), torch.rand(20, 6).double() / 9, torch.ones(1, 4), torch.zeros(1, 4)):
+        matrix = softmax_jacobian(weights.double())
+        found = jacobian_norms(weights)
+        torch.testing.assert_close(found.spectral, torch.linalg.matrix_norm(matrix, 2))
+        torch.testing.assert_close(found.frobenius, torch.linalg.matrix_norm(matrix))
+        torch.testing.assert_close(found.entry, matrix.abs().amax((-2, -1)))
+
+
+@pytest.mark.parametrize("name", NORMALISERS)
+def test_every_normaliser_has_the_jacobian_of_its_own(name: str) -> None:
+    torch.manual_seed(0)
+    made, logits = normaliser(name).double().eval(), torch.randn(3, 7).double()
+    mask = torch.tensor([[True] * 7, [True] * 5 + [False] * 2, [False, True] * 3 + [False]])
+    expected = [
+        torch.linalg.matrix_norm(jacobian_of(made, row[read]), 2) for row, read in zip(logits, mask, strict=True)
+    ]
+    torch.testing.assert_close(spectral_norms(made, logits, mask), torch.stack(expected).detach())
+    if name == "softmax":
+        torch.testing.assert_close(spectral_norms(made, logits), jacobian_norms(logits.softmax(-1)).spectral)
+
+
+class Ones(Normaliser):
+    def forward(self, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+        return torch.ones_like(scores) if mask is None else mask.to(scores)
+
+
+def test_what_hangs_on_no_score_has_a_jacobian_of_zeros() -> None:
+    assert spectral_norms(Ones(), torch.zeros(2, 3)).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(("name", "jacobian"), [("sparsemax", 1.0), ("sigmoid", 0.25), ("softmax", None)])
+def test_a_scan_tells_the_jacobian_and_the_bound_of_its_normaliser(name: str, jacobian: float | None) -> None:
+    library = tiny.transformers()
+    torch.manual_seed(0)
+    model = library.BertModel(library.BertConfig(**tiny.TEXT)).eval()
+    for p in model.parameters():
+        p.data.mul_(3)
+    inputs = {"input_ids": torch.randint(0, 40, (2, 12))}
+    made = normaliser(name, temperature=0.5) if name == "softmax" else name
+    heads = HeadScan(n=2, normaliser=made, temperature=2.0).scan(model, inputs).heads
+    assert all(h.distance <= h.bound + 1e-9 for h in heads)
+    if jacobian is None:
+        plain = HeadScan(n=2).scan(model, inputs).heads
+        # 2 times 0.5
+        assert [h.jacobian for h in heads] == pytest.approx([h.jacobian for h in plain])
+    else:
+        assert all(0.8 * jacobian / 2 < h.jacobian <= jacobian / 2 + 1e-6 for h in heads)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])

@@ -47,12 +47,12 @@ class Separable(NamedTuple):
 
 
 class JacobianNorms(NamedTuple):
-    """Of `J = (diag(a) - a a^T) / T`, the softmax's Jacobian.
+    """Of `J = (diag(a) - a a^T) / T`, the softmax's Jacobian; that of another normaliser is another, see `spectral_norms`.
 
     Attributes:
         entry, spectral, frobenius: largest entry, spectral and Frobenius norm.
         claimed: `min(1 / (4 T), sqrt 2)`, as the paper is reported to bound the norm: the spectral norm may be twice as large.
-        entry_bound, spectral_bound: `1 / (4 T)` and `1 / (2 T)`, which hold and are reached.
+        entry_bound, spectral_bound: `1 / (4 T)` and `1 / (2 T)`, which hold of weights that sum to 1, and are reached.
     """
 
     entry: Float[Tensor, "*rows"]
@@ -115,20 +115,23 @@ def distance(
 
 
 def distance_bound(weights: Weights, x: Vectors, n: int, mask: Real | None = None) -> Float[Tensor, "*rows"]:
-    """`(1 - A) d_1 + (L - N - 1 + A) A max_{i selected} |x_i|`, A the selected mass, `d_1 = max_{j outside} |s - x_j|`.
+    """`B d_1 + (sum_{j outside} |1 - a_j|) A max_{i selected} |x_i|`, `d_1 = max_{j outside} |s - x_j|`.
 
-    The formula is reconstructed; it follows from `s - a x = a (s - x) + (1 - a) s`, for weights that sum to 1.
+    A is the selected mass and B that outside, both of absolute weights; where weights sum to 1 it is
+    `(1 - A) d_1 + (L - N - 1 + A) A max_{i selected} |x_i|`. The formula is reconstructed; it follows from
+    `s - a x = a (s - x) + (1 - a) s`, for any weights.
     """
     chosen = top_set(weights, n, mask)
     outside = _outside(chosen, mask)
-    mass = (weights.double() * chosen).sum(-1)
-    s = _sums(weights.double() * chosen, x.double())
+    weights = weights.double()
+    s = _sums(weights * chosen, x.double())
     norms = x.double().square().sum(-1)
     away = (s.square().sum(-1, keepdim=True) + norms - 2 * _products(s, x.double())).clamp(min=0.0).sqrt()
     farthest = away.masked_fill(~outside, 0.0).amax(-1)
     largest = norms.sqrt().expand(chosen.shape).masked_fill(~chosen, 0.0).amax(-1)
-    count = outside.sum(-1)
-    return ((1 - mass) * farthest + (count - 1 + mass) * mass * largest) * ((count > 0) & chosen.any(-1))
+    inside, beside = ((weights.abs() * those).sum(-1) for those in (chosen, outside))
+    short = ((1 - weights).abs() * outside).sum(-1)
+    return (beside * farthest + short * inside * largest) * (outside.any(-1) & chosen.any(-1))
 
 
 def expected_squared_distances(
@@ -173,7 +176,11 @@ def softmax_range(spread: float, length: int, temperature: float = 1.0) -> tuple
     Args:
         spread: D; of unscaled products the largest |q| times the largest |k|.
     """
-    return vanishing_range(lambda s: (s / temperature).exp(), spread, length)
+    require_positive(temperature=temperature)
+    require_at_least(1, length=length)
+    swing = 2 * spread / temperature
+    # e^709 is the largest power that a float holds
+    return math.exp(-swing) / length, math.exp(swing) / length if swing < 709 else math.inf
 
 
 def vanishing_range(
@@ -231,7 +238,8 @@ def softmax_jacobian(weights: Weights, temperature: float = 1.0) -> Float[Tensor
 def jacobian_norms(weights: Weights, temperature: float = 1.0) -> JacobianNorms:
     """Norms of the softmax's Jacobian, from the weights alone: no `[tokens, tokens]` tensor is made.
 
-    The spectral norm is the root of `1 = sum_i a_i^2 / (a_i - t)` between the two largest weights.
+    Eigenvalues are the roots of `1 = sum_i a_i^2 / (a_i - t)`: the largest lies between the two largest weights, and where
+    weights sum to more than 1 one is negative.
 
     >>> found = jacobian_norms(torch.tensor([0.5, 0.5]))
     >>> round(float(found.spectral), 6), found.claimed, found.spectral_bound
@@ -239,10 +247,10 @@ def jacobian_norms(weights: Weights, temperature: float = 1.0) -> JacobianNorms:
     """
     require_positive(temperature=temperature)
     a = weights.double()
-    spectral = _largest_eigenvalue(a) / temperature
+    spectral = torch.maximum(_largest_eigenvalue(a), -_negative_eigenvalue(a)) / temperature
     squares = a.square()
     frobenius = (squares.sum(-1) - 2 * (squares * a).sum(-1) + squares.sum(-1).square()).clamp(min=0.0).sqrt()
-    diagonal = (a - squares).amax(-1)
+    diagonal = (a - squares).abs().amax(-1)
     if a.shape[-1] > 1:
         first, second = a.topk(2, -1).values.unbind(-1)
         diagonal = torch.maximum(diagonal, first * second)
@@ -260,6 +268,32 @@ def jacobian_norms(weights: Weights, temperature: float = 1.0) -> JacobianNorms:
 def jacobian_of(normaliser: Normaliser, logits: Float[Tensor, "tokens"]) -> Float[Tensor, "tokens tokens"]:
     """That of any normaliser, by automatic differentiation."""
     return torch.autograd.functional.jacobian(normaliser, logits)
+
+
+def spectral_norms(
+    normaliser: Normaliser, logits: Float[Tensor, "*rows tokens"], mask: Real | None = None
+) -> Float[Tensor, "*rows"]:
+    """Of each row's Jacobian, in float64, by automatic differentiation: a straight-through normaliser has that of what it
+    passes.
+
+    Args:
+        normaliser: reads each row for itself.
+        logits: anything where the mask is False.
+        mask: True = a token of the row.
+
+    >>> from cenote.mix.normalisers import normaliser
+    >>> spectral_norms(normaliser("sigmoid"), torch.zeros(3)).item()
+    0.25
+    """
+    real = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask.expand_as(logits)
+    with torch.enable_grad():
+        held = logits.detach().double().masked_fill(~real, 0.0).requires_grad_()
+        weights = normaliser(held, real)
+        if not weights.requires_grad:
+            return weights.new_zeros(weights.shape[:-1])
+        # rows do not see each other, so that one pass gives this line of the Jacobians of all
+        lines = [torch.autograd.grad(w.sum(), held, retain_graph=True)[0] for w in weights.unbind(-1)]
+    return torch.linalg.matrix_norm(torch.stack(lines, -2), 2)
 
 
 def entropy(weights: Weights) -> Float[Tensor, "*rows"]:
@@ -337,3 +371,14 @@ def _largest_eigenvalue(a: Tensor) -> Float[Tensor, "*rows"]:
         above = 1 - (a.square() / (a - middle.unsqueeze(-1))).sum(-1) > 0
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
     return torch.where(low == high, high, low)
+
+
+def _negative_eigenvalue(a: Tensor) -> Float[Tensor, "*rows"]:
+    """Of `diag(a) - a a^T`, which has at most one; 0 where weights sum to 1 or less."""
+    low = -a.square().sum(-1)
+    high = torch.zeros_like(low)
+    for _ in range(80):
+        middle = (high + low) / 2
+        above = 1 - (a.square() / (a - middle.unsqueeze(-1))).sum(-1) > 0
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return high.masked_fill(a.sum(-1) <= 1, 0.0)

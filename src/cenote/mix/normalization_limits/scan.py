@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cenote.core import InputError
 from cenote.core.requirements import require_at_least, require_one_of, require_positive
 from cenote.mix.base import Normaliser
+from cenote.mix.normalisers import Softmax
 from cenote.mix.normalisers import normaliser as normaliser_named
 from cenote.mix.normalization_limits.measures import (
     critical_n,
@@ -25,6 +26,7 @@ from cenote.mix.normalization_limits.measures import (
     expected_distance_bound,
     jacobian_norms,
     separable,
+    spectral_norms,
 )
 from cenote.models.live import AttentionCall, few_logits, recorded
 
@@ -41,8 +43,8 @@ class HeadLimits(NamedTuple):
         separable: share of the top tokens that can be told from the others.
         critical: smallest share N / L at which distances cannot be told from those of random sets; NaN where all can, or where
             rows are of different length.
-        jacobian: spectral norm of the softmax's Jacobian.
-        entropy: in nats, as a share of that of uniform weights.
+        jacobian: spectral norm of the normaliser's Jacobian.
+        entropy: in nats, as a share of that of uniform weights; of weights made to sum to 1.
     """
 
     block: int
@@ -212,13 +214,14 @@ class HeadScan:
             call = calls[0]
             chosen = torch.zeros(call.batch, call.queries, dtype=torch.bool, device=call.q.device)
             chosen[:, -self.rows :] = True
-            weights, readable = self._weights(call.only(chosen))
+            scores, weights, readable = self._weights(call.only(chosen))
             for head in range(call.heads):
-                own = call.v[:, head // (call.heads // call.v.shape[1])].double()
-                x = (own if self.vectors == "values" else embeddings).unsqueeze(1)
-                yield self._measured(place.block, head, length, weights[:, head], x, readable[:, head], random_state)
+                values = call.v[:, head // (call.heads // call.v.shape[1])].double()
+                x = (values if self.vectors == "values" else embeddings).unsqueeze(1)
+                own = (scores[:, head], weights[:, head], x, readable[:, head])
+                yield self._measured(place.block, head, length, *own, random_state)
 
-    def _weights(self, call: AttentionCall) -> tuple[Tensor, Bool[Tensor, "batch heads rows keys"]]:
+    def _weights(self, call: AttentionCall) -> tuple[Tensor, Tensor, Bool[Tensor, "batch heads rows keys"]]:
         scores = call.scores() / self.temperature
         readable = scores > -math.inf
         readable[..., : self.without_first] = False
@@ -227,13 +230,19 @@ class HeadScan:
             raise InputError(
                 f"n: {self.n} top tokens, and a row reads {int(counts.min())}; take longer inputs, fewer rows or a smaller n"
             )
-        return self.normaliser(scores, readable).double(), readable
+        return scores, self.normaliser(scores, readable).double(), readable
+
+    def _jacobian(self, scores: Tensor, weights: Tensor, readable: Tensor) -> Float[Tensor, "batch rows"]:
+        if type(self.normaliser) is Softmax:
+            return jacobian_norms(weights, self.temperature * self.normaliser.temperature).spectral
+        return spectral_norms(self.normaliser, scores, readable) / self.temperature
 
     def _measured(
         self,
         block: int,
         head: int,
         length: int,
+        scores: Float[Tensor, "batch rows keys"],
         weights: Float[Tensor, "batch rows keys"],
         x: Float[Tensor, "batch 1 keys dim"],
         readable: Bool[Tensor, "batch rows keys"],
@@ -260,6 +269,6 @@ class HeadScan:
             float(expected_distance_bound(weights, x, self.n, readable).mean()),
             float(separable(weights, x, self.n, readable).share.mean()),
             critical,
-            float(jacobian_norms(weights, self.temperature).spectral.mean()),
+            float(self._jacobian(scores, weights, readable).mean()),
             float(share.mean()),
         )
