@@ -106,6 +106,52 @@ def test_marginals_and_evidence_are_those_of_the_list_of_all_structures(
     assert torch.equal(FAMILIES[name].mode(1e3 * f), FAMILIES[name](1e3 * f).marginals > 0.5)
 
 
+@pytest.mark.parametrize("temperature", [0.1, 0.7, 3.0])
+def test_a_temperature_divides_the_prior_of_the_counts_too(temperature: float) -> None:
+    f, log_counts = torch.tensor([[0.5, 0.2, -1.0]]).double(), [0.0, -5.0, -5.0]
+    family = UncertainCount(log_counts, temperature=temperature)
+    of_edges = torch.tensor([[0.3, -0.2, 0.6]]).double()
+    sets = [chosen for chosen in itertools.product((0.0, 1.0), repeat=3) if sum(chosen) < 3]
+    rows = torch.tensor(sets, dtype=torch.float64)
+    within = (rows * of_edges).sum(1)
+    of_size = [within[rows.sum(1) == k].logsumexp(0) for k in range(3)]
+    prior = torch.stack([log_counts[int(n)] + w - of_size[int(n)] for n, w in zip(rows.sum(1), within, strict=True)])
+    log = ((rows * f).sum(1) + prior) / temperature
+    found = family(f, of_edges)
+    torch.testing.assert_close(found.marginals[0], log.softmax(0) @ rows)
+    torch.testing.assert_close(found.log_evidence, log.logsumexp(0) - (prior / temperature).logsumexp(0))
+    assert torch.equal(family.mode(f, of_edges)[0].double(), rows[log.argmax()])
+    assert not family.mode(f).any()
+    drawn = family.sample(f.expand(4000, -1, -1), of_edges, generator=torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(drawn.mean(0), found.marginals, atol=0.03, rtol=0)
+    theta = f / temperature
+    one = family.drawn(theta.expand(4000, -1, -1), torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(one.mean(0), family(f).marginals, atol=0.03, rtol=0)
+
+
+def test_a_count_that_no_query_can_have_is_refused() -> None:
+    exactly_two = UncertainCount([-math.inf, -math.inf, 0.0])
+    f = torch.zeros(2, 3, requires_grad=True)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    for ask in (exactly_two, exactly_two.mode, exactly_two.sample):
+        with pytest.raises(InputError, match="log_counts: a query may read 1 inputs"):
+            ask(f, mask=mask)
+    found = exactly_two(f, mask=torch.tensor([[True, True, False], [False] * 3]))
+    assert found.marginals.tolist() == [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+    assert float(found.log_evidence.detach()) == pytest.approx(0.0)
+    assert torch.autograd.grad(found.log_evidence, f)[0].isfinite().all()
+    assert exactly_two.mode(f, mask=torch.tensor([[True, True, False], [False] * 3])).sum() == 2
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "hops", "hops of windows"])
+def test_a_family_says_whether_the_order_matters(name: str) -> None:
+    hops = {"hops": MultiHop(OneParentPerQuery(), 2), "hops of windows": MultiHop(ContiguousWindow(), 2)}
+    family = {**FAMILIES, **hops}[name]
+    torch.manual_seed(0)
+    layer, x, order = PosteriorAttention(8, family).double(), torch.randn(1, N, 8).double(), torch.tensor([2, 0, 3, 1])
+    assert torch.allclose(layer(x[:, order]), layer(x)[:, order]) != layer.order_matters
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_marginals_are_the_gradient_of_the_evidence(name: str) -> None:
     f, prior = potentials(5).requires_grad_(), torch.randn(5, 5, dtype=torch.float64)

@@ -54,6 +54,8 @@ class Structure(nn.Module, ABC):
 
     divides: ClassVar[bool] = False
     """Whether what is attended is divided by each query's mass."""
+    order_matters: bool = False
+    """Whether inputs in another order, with their potentials, have other marginals than in that order."""
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
@@ -264,7 +266,8 @@ class SubsetOfParents(Structure):
 
 
 class UncertainCount(Structure):
-    """A mixture of `SubsetOfParents` over how many parents a query has; counts that it cannot have are left out (inferred).
+    """A mixture of `SubsetOfParents` over how many parents a query has; counts that it cannot have are left out, and a query
+    that can have none of them is refused (inferred).
 
     Args:
         log_counts: logarithms of the prior of 0, 1, ... parents; they need not sum to 1. Learned where asked for.
@@ -298,9 +301,9 @@ class UncertainCount(Structure):
     ) -> Posterior:
         theta, prior = self._theta(f, log_prior, mask)
         sizes = self._sizes(prior)
+        most = sizes.shape[-1] - 1
         found = self._something_of(subset_marginals(theta, sizes), theta)
-        log_evidence = (log_elementary(theta, sizes.shape[-1] - 1) + sizes).logsumexp(-1)
-        of_prior = self.log_counts_of(prior).logsumexp(-1)
+        log_evidence, of_prior = ((log_elementary(t, most) + sizes).logsumexp(-1) for t in (theta, prior))
         total = (log_evidence - of_prior).masked_fill(~_something(theta), 0.0).sum(-1)
         return Posterior(found.to(f.dtype), total.to(f.dtype))
 
@@ -319,23 +322,37 @@ class UncertainCount(Structure):
     ) -> Bool[Tensor, "*sets queries keys"]:
         with torch.no_grad():
             theta, prior = self._theta(f, log_prior, mask)
-            sizes = self._sizes(prior)
-            of_counts = log_elementary(theta, sizes.shape[-1] - 1) + sizes
-            return sampled_subsets(theta, _categorical(of_counts, generator).long().argmax(-1), generator)
+            return self._sampled(theta, self._sizes(prior), generator)
 
     def log_counts_of(self, prior: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows counts"]:
-        """The prior of the counts, -inf where a query cannot have so many parents."""
+        """The prior of the counts, -inf where a query cannot have so many parents; one that may read nothing has none.
+
+        Raises:
+            InputError: where a query can have none of the counts.
+        """
         count = (prior > -math.inf).sum(-1, keepdim=True)
         number = torch.arange(len(self.log_counts), device=prior.device)
-        return self.log_counts.to(prior).expand(*prior.shape[:-1], -1).masked_fill(number > count, -math.inf)
+        found = self.log_counts.to(prior).expand(*prior.shape[:-1], -1).masked_fill(number > count, -math.inf)
+        found = found.masked_fill((number == 0) & (count == 0), 0.0)
+        if not torch.compiler.is_compiling() and not bool(_something(found).all()):
+            few = int(count[~_something(found).unsqueeze(-1)].min())
+            raise InputError(
+                f"log_counts: a query may read {few} inputs, and so few parents have no probability; give them some"
+            )
+        return found
 
     def _sizes(self, prior: Tensor) -> Float[Tensor, "*rows counts"]:
-        """Of each count its prior, less the weight of all sets of that size, so that it is as probable as it says."""
+        """Of each count its prior, less the weight of all sets of that size, so that it is as probable as it says; over T."""
         size = len(self.log_counts) - 1
-        sets = log_elementary(prior, size)
+        # the prior as it was given: what is divided is the logarithm of each set's whole probability
+        sets = log_elementary(prior * self.temperature, size)
         counts = self.log_counts_of(prior)
         possible = counts > -math.inf
-        return (counts - sets.masked_fill(~possible, 0.0)).masked_fill(~possible, -math.inf)
+        return ((counts - sets.masked_fill(~possible, 0.0)) / self.temperature).masked_fill(~possible, -math.inf)
+
+    def _sampled(self, theta: Tensor, sizes: Tensor, generator: torch.Generator | None) -> Bool[Tensor, "*rows keys"]:
+        of_counts = log_elementary(theta, sizes.shape[-1] - 1) + sizes
+        return sampled_subsets(theta, _categorical(of_counts, generator).long().argmax(-1), generator)
 
     def log_sum(self, theta: Tensor) -> Float[Tensor, "*sets"]:
         """With sets of each size as probable as their number."""
@@ -348,7 +365,7 @@ class UncertainCount(Structure):
         return best_subset(theta, self._sizes(_alike(theta)))
 
     def drawn(self, theta: Tensor, generator: torch.Generator | None) -> Bool[Tensor, "*sets queries keys"]:
-        return self.sample(theta, generator=generator)
+        return self._sampled(theta, self._sizes(_alike(theta)), generator)
 
     def _something_of(self, found: Tensor, theta: Tensor) -> Tensor:
         return found.masked_fill(theta == -math.inf, 0.0)
@@ -362,6 +379,8 @@ class ContiguousWindow(Structure):
         log_starts: prior of the first input, of the built length at most; None for all alike.
         temperature: see `Structure`.
     """
+
+    order_matters = True
 
     def __init__(
         self,
@@ -487,7 +506,7 @@ class MultiHop(Structure):
     def __init__(self, step: Structure, hops: int) -> None:
         super().__init__(1.0)
         require_at_least(1, hops=hops)
-        self.step, self.hops = step, hops
+        self.step, self.hops, self.order_matters = step, hops, step.order_matters
 
     def log_sum(self, theta: Tensor) -> Float[Tensor, "*sets"]:
         return self.hops * self.step.log_sum(theta / self.step.temperature)

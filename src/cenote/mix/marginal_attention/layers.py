@@ -61,7 +61,7 @@ class PosteriorAttention(Mixer):
             raise InputError(f"heads: {heads} does not divide dim={dim}")
         self.heads, self.most = heads, most
         self.family = OneParentPerQuery() if family is None else family
-        self.order_matters = prior == "distances" or type(self.family).__name__ == "ContiguousWindow"
+        self.order_matters = prior == "distances" or self.family.order_matters
         # what a bias adds to all scores of a query, or of an input, most families do not see
         self.query, self.key = nn.Linear(dim, dim, bias=potential == "additive"), nn.Linear(dim, dim, bias=False)
         self.value, self.output = nn.Linear(dim, dim), nn.Linear(dim, dim)
