@@ -18,10 +18,12 @@ from cenote.mix.attention_survey.attention import (
     LocalPositions,
     MultiDimensionalAttention,
     MultiRepresentationalAttention,
+    Near,
 )
 from cenote.mix.attention_survey.hard import Baseline, reinforce, sampled
 from cenote.mix.attention_survey.registry import find_attention, records
 from cenote.mix.normalisers import GumbelSoftmax, Hardmax, Softmax, entmax15, normaliser, sparsemax
+from cenote.mix.scored_attention import ScoredAttention
 
 
 def inputs() -> tuple[Tensor, Tensor]:
@@ -227,6 +229,48 @@ def test_a_wide_window_without_a_slope_is_global() -> None:
     torch.testing.assert_close(factor, (-away.square() / 2).exp() * (away.abs() <= 2))
     with pytest.raises(InputError, match="query_dim"):
         LocalPositions("predictive", 2)
+
+
+def padded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same tokens with padding before, between and behind."""
+    at = torch.tensor([2, 3, 5, 6, 9])
+    wide = torch.full((len(x), 11, x.shape[-1]), 7.0, dtype=x.dtype).index_copy(1, at, x)
+    return wide, torch.zeros(len(x), 11, dtype=torch.bool).index_fill(1, at, True)
+
+
+@pytest.mark.parametrize("kind", ["monotonic", "predictive"])
+def test_where_a_query_looks_does_not_hang_on_padding(kind: Near) -> None:
+    torch.manual_seed(0)
+    layer = GeneralAttention(4, local=LocalPositions(kind, 1, 4))
+    x = torch.randn(2, 5, 4)
+    wide, mask = padded(x)
+    found = layer(wide, mask=mask)
+    torch.testing.assert_close(found.context[mask].view(2, 5, 4), layer(x).context)
+    of_others = torch.randn(2, 3, 4)
+    torch.testing.assert_close(layer(wide, of_others, mask=mask).context, layer(x, of_others).context)
+
+
+@pytest.mark.parametrize("name", ALIGNMENTS)
+def test_scores_do_not_hang_on_padding(name: str) -> None:
+    torch.manual_seed(0)
+    layer = GeneralAttention(4, name, settings={"most": 5} if name == "location-based" else {})
+    x = torch.randn(2, 5, 4)
+    wide, mask = padded(x)
+    torch.testing.assert_close(layer(wide, mask=mask).context[mask].view(2, 5, 4), layer(x).context)
+
+
+def test_a_place_that_no_weight_was_built_for_is_refused() -> None:
+    layer = GeneralAttention(4, "location-based", settings={"most": 4})
+    with pytest.raises(InputError, match="positions: expected places of keys from 0 to 3, got 0 to 4"):
+        layer(torch.zeros(1, 5, 4))
+
+
+def test_location_based_scores_make_a_mixer() -> None:
+    torch.manual_seed(0)
+    mixer = ScoredAttention(8, 2, scores=alignment("location-based", 4))
+    x = torch.randn(2, 5, 8)
+    wide, mask = padded(x)
+    torch.testing.assert_close(mixer(wide, mask)[mask].view(2, 5, 8), mixer(x))
 
 
 def test_tied_scores_are_ordinary_attention() -> None:

@@ -34,6 +34,25 @@ def learns(model: torch.nn.Module, loss: object, steps: int = 25, lr: float = 4e
     return seen[-1] < seen[0] * 2 / 3
 
 
+def test_padding_of_texts_may_stand_anywhere() -> None:
+    torch.manual_seed(0)
+    tokens, at = torch.randint(1, 9, (2, 4)), torch.tensor([1, 2, 5, 6])
+    wide = torch.full((2, 8), 3).index_copy(1, at, tokens)
+    mask = torch.zeros(2, 8, dtype=torch.bool).index_fill(1, at, True)
+    translator, target = AttentiveEncoderDecoder(9, dim=8), torch.randint(1, 9, (2, 3))
+    plain, found = translator(tokens, target), translator(wide, target, mask)
+    torch.testing.assert_close(found.logits, plain.logits)
+    torch.testing.assert_close(found.weights[..., at], plain.weights)
+    assert not found.weights[..., ~mask[0]].any()
+    network = HierarchicalAttentionNetwork(9, 2, dim=8, hidden=4).eval()
+    document = torch.stack([torch.full_like(wide, 2), wide], 1)
+    seen = torch.stack([torch.zeros_like(mask), mask], 1)
+    whole, read = network(tokens[:, None]), network(document, seen)
+    torch.testing.assert_close(read.logits, whole.logits)
+    torch.testing.assert_close(read.words[:, 1:, at], whole.words)
+    assert read.sentences.tolist() == [[0.0, 1.0]] * 2
+
+
 def test_words_sentences_documents() -> None:
     torch.manual_seed(0)
     model = HierarchicalAttentionNetwork(20, 2, dim=8, hidden=4)

@@ -58,7 +58,7 @@ class Alignment(ScoreModifier):
         mask: Bool[Tensor, "#batch #heads queries keys"] | None = None,
         positions: tuple[Int[Tensor, "#batch queries"], Int[Tensor, "#batch keys"]] | None = None,  # noqa: ARG002
     ) -> Scored:
-        """Scores, see `ScoreModifier`; positions play no part.
+        """Scores, see `ScoreModifier`; positions play no part but in `LocationAlignment`.
 
         Raises:
             InputError: for heads of another width.
@@ -241,13 +241,34 @@ class LocationAlignment(Alignment):
 
     Args:
         query_width, key_width: of a head; what the keys are plays no part.
-        most: so many keys at most.
+        most: so many places; keys stand at their positions, where these are given.
     """
 
     def __init__(self, query_width: int, key_width: int, most: int = 64) -> None:
         super().__init__(query_width, key_width)
         require_at_least(1, most=most)
         self.weight = _xavier(most, query_width)
+
+    def forward(
+        self,
+        q: Float[Tensor, "batch heads queries query_width"],
+        k: Float[Tensor, "batch heads keys key_width"],
+        mask: Bool[Tensor, "#batch #heads queries keys"] | None = None,
+        positions: tuple[Int[Tensor, "#batch queries"], Int[Tensor, "#batch keys"]] | None = None,
+    ) -> Scored:
+        if positions is None:
+            return super().forward(q, k, mask)
+        places = positions[1].expand(len(q), -1)
+        read = places if mask is None else places.masked_fill(~mask.any(-2).any(1), 0)
+        most = len(self.weight) - 1
+        if not torch.compiler.is_compiling() and read.numel() and (int(read.min()) < 0 or int(read.max()) > most):
+            raise InputError(
+                f"positions: expected places of keys from 0 to {most}, got {int(read.min())} to {int(read.max())}; build "
+                f"this alignment with most="
+            )
+        at = read.clamp(0, most)[:, None, None].expand(*q.shape[:3], -1)
+        scores = (q @ self.weight.mT).gather(-1, at)
+        return scores if mask is None else scores.masked_fill(~mask, -math.inf)
 
     def align(self, q: Tensor, k: Tensor) -> Scored:
         if k.shape[-2] > len(self.weight):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cenote.core.requirements import require_at_least
 from cenote.mix.attention_survey.alignments import alignment as alignment_named
 from cenote.mix.attention_survey.attention import GeneralAttention
+from cenote.mix.attention_survey.order import real_first
 from cenote.mix.base import Normaliser
 from cenote.mix.normalisers import normaliser, softmax
 
@@ -56,10 +57,12 @@ class AttentiveEncoderDecoder(nn.Module):
         """Logits of what follows each token of the target, which starts with a token of its own.
 
         Args:
-            mask: True = a real token of the source; padding stands behind.
+            mask: True = a real token of the source; padding may stand anywhere.
         """
-        states, _ = self.reader(self.embedding(source))
         real = torch.ones_like(source, dtype=torch.bool) if mask is None else mask
+        order = real_first(real)
+        states, _ = self.reader(self.embedding(source.gather(1, order)))
+        real = real.gather(1, order)
         last = (real.sum(1) - 1).clamp(min=0)
         state = states[torch.arange(len(states)), last]
         logits, seen = [], []
@@ -69,7 +72,9 @@ class AttentiveEncoderDecoder(nn.Module):
             state = self.writer(torch.cat([word, context], -1), state)
             logits.append(self.output(torch.cat([state, context], -1)))
             seen.append(found.weights[:, 0, 0])
-        return Translated(torch.stack(logits, 1), torch.stack(seen, 1))
+        weights = torch.stack(seen, 1)
+        places = order.unsqueeze(1).expand_as(weights)
+        return Translated(torch.stack(logits, 1), torch.zeros_like(weights).scatter(2, places, weights))
 
 
 class MemoryNetwork(nn.Module):

@@ -39,8 +39,8 @@ class LocalPositions(nn.Module):
     """Where a query looks: weights around a place, `exp(-(s - p)^2 / (2 sigma^2))` in `[p - D, p + D]`, 0 elsewhere.
 
     Args:
-        kind: `"monotonic"`: `p_t = t`, the query's own number; `"predictive"`: `p_t = S sigmoid(v . tanh(W q))`, S the number
-            of keys.
+        kind: `"monotonic"`: `p_t = t`, the query's own number, which counts the real tokens alone where keys ask;
+            `"predictive"`: `p_t = S sigmoid(v . tanh(W q))`, S the number of keys.
         around: D.
         query_dim: of the queries, for `"predictive"`.
         sigma: `D / 2` for predictive places, infinite for monotonic ones, unless given.
@@ -73,11 +73,19 @@ class LocalPositions(nn.Module):
             )
 
     def forward(
-        self, q: Float[Tensor, "batch queries dim"], mask: Bool[Tensor, "batch keys"]
+        self, q: Float[Tensor, "batch queries dim"], mask: Bool[Tensor, "batch keys"], of_keys: bool = False
     ) -> Float[Tensor, "batch queries keys"]:
-        """The factor of each weight."""
+        """The factor of each weight.
+
+        Args:
+            q: queries.
+            mask: True = a real key.
+            of_keys: the queries are those of the keys, so that the mask is theirs too.
+        """
         place = mask.cumsum(1).sub(1)
-        if self.predict is None:
+        if self.predict is None and of_keys:
+            centre = place.to(q.dtype)
+        elif self.predict is None:
             centre = torch.arange(q.shape[1], device=q.device, dtype=q.dtype).expand(q.shape[0], -1)
         else:
             centre = mask.sum(1, keepdim=True) * self.predict(q).squeeze(-1).sigmoid()
@@ -160,16 +168,19 @@ class GeneralAttention(nn.Module):
         """
         if queries is not None and self.queries is not None:
             raise InputError("queries: this layer has queries of its own; build it with learned_queries=0")
+        of_keys = queries is None and self.queries is None
         if queries is None:
             queries = keys if self.queries is None else self.queries.expand(len(keys), -1, -1)
         values = keys if values is None else values
         real = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device) if mask is None else mask
         q, k, v = (self._split(name, x) for name, x in (("q", queries), ("k", keys), ("v", values)))
         seen = real[:, None, None, :].expand(-1, 1, q.shape[2], -1)
-        near = None if self.local is None else self.local(queries, real).unsqueeze(1)
+        near = None if self.local is None else self.local(queries, real, of_keys).unsqueeze(1)
         if near is not None:
             seen = seen & (near > 0)
-        weights = self.distribution(self.alignment(q, k, seen), seen)
+        place = real.cumsum(1).sub(1).clamp(min=0)
+        asked = torch.arange(q.shape[2], device=keys.device).expand(len(keys), -1)
+        weights = self.distribution(self.alignment(q, k, seen, (place if of_keys else asked, place)), seen)
         if near is not None:
             weights = weights * near
         context = (weights @ v).transpose(1, 2).flatten(2)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core.requirements import require_at_least, require_rate
+from cenote.mix.attention_survey.order import real_first
 from cenote.mix.normalisers import softmax
 
 
@@ -63,7 +64,7 @@ class HierarchicalAttentionNetwork(nn.Module):
         """Classify.
 
         Args:
-            tokens: numbers of words; padding stands behind, within a sentence and within a document.
+            tokens: numbers of words; padding may stand anywhere.
             mask: True = a real word; a sentence without one is none.
         """
         batch, count = tokens.shape[:2]
@@ -87,8 +88,9 @@ class Level(nn.Module):
         self, x: Float[Tensor, "rows tokens dim"], mask: Bool[Tensor, "rows tokens"]
     ) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows tokens"]]:
         """One vector of each row, and the weights; zeros of rows without a token."""
-        lengths = mask.sum(1).clamp(min=1).cpu()
-        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        order, lengths = real_first(mask), mask.sum(1).clamp(min=1).cpu()
+        front = x.masked_fill(~mask.unsqueeze(-1), 0.0).gather(1, order.unsqueeze(-1).expand_as(x))
+        packed = nn.utils.rnn.pack_padded_sequence(front, lengths, batch_first=True, enforce_sorted=False)
         h, _ = nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=x.shape[1])
-        weights = softmax(torch.tanh(self.map(h)) @ self.context, mask)
-        return (weights.unsqueeze(-1) * h).sum(1), weights
+        weights = softmax(torch.tanh(self.map(h)) @ self.context, mask.gather(1, order))
+        return (weights.unsqueeze(-1) * h).sum(1), torch.zeros_like(weights).scatter(1, order, weights)
