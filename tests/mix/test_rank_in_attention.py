@@ -225,6 +225,29 @@ def test_spectra_of_weights_are_those_of_the_products() -> None:
         weight_spectrum(query, key, 5)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["Llama", "Bert"])
+def test_a_probe_does_not_see_padding(kind: str, attention: str) -> None:
+    library = tiny.transformers()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(library, f"{kind}Config")(
+        vocab_size=20, intermediate_size=16, attn_implementation=attention, **sizes
+    )
+    model = getattr(library, f"{kind}Model")(config).eval()
+    ids = torch.randint(1, 20, (2, 9))
+    plain = RankProbe(model, {"input_ids": ids})
+    wide = torch.cat([torch.full((2, 7), 3), ids, torch.full((2, 4), 5)], 1)
+    mask = torch.zeros_like(wide)
+    mask[:, 7:16] = 1
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = RankProbe(model, {"input_ids": wide, "attention_mask": mask, "position_ids": places})
+    for block, scores in plain.heads.items():
+        torch.testing.assert_close(padded.heads[block].spectrum, scores.spectrum, rtol=1e-4, atol=1e-6)
+    with pytest.raises(InputError, match=f"model: {kind}Model gives no logits"):
+        plain.needed()
+
+
 def test_a_model_is_cut_to_the_rank_that_it_needs() -> None:
     library = tiny.transformers()
     torch.manual_seed(0)

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core import InputError
 from cenote.core.requirements import require_at_least, require_positive
 from cenote.models.live import AttentionCall, AttentionEdit, Place, Where, edited, recorded
+from cenote.models.live.calls import may_read, real_tokens
 
 
 def weight_spectrum(
@@ -78,7 +79,7 @@ class RankProbe:
 
     Args:
         model: one that `cenote.models.live` reaches.
-        inputs: what queries and keys are taken from.
+        inputs: what queries and keys are taken from; those of padding are not seen.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -101,11 +102,20 @@ class RankProbe:
         return {block: effective_rank(scores.spectrum) for block, scores in self.heads.items()}
 
     def loss(self, inputs: Mapping[str, Any] | None = None) -> float:
-        """Mean loss of the next token of a causal language model, in nats; padding on either side does not count."""
+        """Mean loss of the next token of a causal language model, in nats; padding on either side does not count.
+
+        Raises:
+            InputError: for a model that does not give the logits of the next tokens.
+        """
         inputs = self.inputs if inputs is None else inputs
+        tokens = inputs.get("input_ids")
         with torch.no_grad():
-            logits = self.model(**inputs).logits
-        tokens = inputs["input_ids"]
+            logits = getattr(self.model(**inputs), "logits", None)
+        if tokens is None or logits is None or logits.shape[:2] != tokens.shape or logits.dim() != 3:
+            raise InputError(
+                f"model: {type(self.model).__name__} gives no logits of the next of its input_ids; give needed() a loss of "
+                f"your own"
+            )
         each = nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
         )
@@ -174,13 +184,25 @@ class CutRank(AttentionEdit):
 
 
 def _of_heads(calls: Sequence[AttentionCall]) -> ScoreMaps:
-    q = torch.cat([c.q.double().transpose(0, 1).flatten(1, 2) for c in calls], 1)
-    k = torch.cat([c.k.double().transpose(0, 1).flatten(1, 2) for c in calls], 1)
+    real = [_real(c) for c in calls]
+    q, k = (
+        torch.cat([x.double().transpose(1, 2)[r] for x, r in zip(each, real, strict=True)]).transpose(0, 1)
+        for each in ([c.q for c in calls], [c.k for c in calls])
+    )
     k = k.repeat_interleave(len(q) // len(k), 0)
     of_queries, of_keys = (_roots(x) for x in (q, k))
     u, spectrum, v = torch.linalg.svd(of_queries[0] @ of_keys[0])
     # B = C_q^(-1/2) U S V^T C_k^(-1/2), split where the rank is cut
     return ScoreMaps(spectrum, of_queries[1] @ u * spectrum.unsqueeze(-2), of_keys[1] @ v.mT)
+
+
+def _real(call: AttentionCall) -> Bool[Tensor, "batch tokens"]:
+    """Tokens that may read themselves: padding may not."""
+    found = torch.ones(call.batch, call.keys, dtype=torch.bool, device=call.q.device)
+    for mask in (call.readable(), None if call.bias is None else may_read(call.bias)):
+        if mask is not None:
+            found = found & real_tokens(mask.expand(*mask.shape[:2], call.queries, call.keys), call.batch)
+    return found
 
 
 def _roots(x: Float[Tensor, "heads seen width"]) -> tuple[Tensor, Tensor]:
