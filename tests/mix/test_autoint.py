@@ -79,6 +79,15 @@ def test_several_values_are_averaged_and_none_gives_zeros() -> None:
     assert torch.equal(none, torch.zeros(3))
 
 
+def test_a_field_whose_only_value_is_absent_gives_zeros() -> None:
+    embed, index = FieldEmbeddings(4, 3), torch.tensor([[2, 1]])
+    there, absent = embed(index, torch.tensor([[1.0, float("nan")]]), torch.tensor([[True, False]]))[0]
+    assert torch.equal(there, embed.table.weight[2])
+    assert torch.equal(absent, torch.zeros(3))
+    with pytest.raises(InputError, match=r"present: expected bool \[1, 2\]"):
+        embed(index, torch.ones(1, 2), torch.ones(1, 2))
+
+
 def test_features_that_there_are_not_are_refused() -> None:
     with pytest.raises(InputError, match="index: expected 0 to 3, got 1 to 4"):
         FieldEmbeddings(4, 3)(torch.tensor([[1, 4]]), torch.ones(1, 2))

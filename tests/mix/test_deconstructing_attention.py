@@ -143,6 +143,22 @@ def test_all_forms_have_the_parameters_of_attention() -> None:
     assert len(counts) == 1
 
 
+def test_the_form_without_mixing_is_as_near_to_attention_as_a_whole_width_can_be() -> None:
+    for dim, _, heads, _ in SIZES.values():
+        with torch.device("meta"):
+            own, attention = (
+                sum(p.numel() for p in form(dim, heads).parameters()) for form in (GatedMLPForm, DotProductForm)
+            )
+        assert own - attention == {512: 512, 768: 0, 896: 896, 2048: 2048}[dim]
+
+
+@pytest.mark.parametrize("form", [DotProductForm, TaylorForm])
+def test_heads_of_an_odd_width_are_turned_by_no_position(form: type[DotProductForm | TaylorForm]) -> None:
+    with pytest.raises(InputError, match="heads are 3 wide"):
+        form(6, 2)
+    assert form(6, 2, rope=False)(torch.zeros(1, 2, 6)).shape == (1, 2, 6)
+
+
 def test_sizes_by_name() -> None:
     least = {"70M": 65e6, "160M": 150e6, "500M": 450e6, "1.7B": 1.7e9}
     for size, (dim, layers, _, inner) in SIZES.items():

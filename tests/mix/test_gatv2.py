@@ -95,18 +95,48 @@ def test_the_dense_form_is_the_form_of_edges(kind: type[GraphAttention]) -> None
     torch.testing.assert_close(by_part, whole, atol=1e-11, rtol=1e-11)
 
 
+@pytest.mark.parametrize("kind", [GATv2Conv, GATConv, DotProductConv])
+def test_the_dense_form_knows_what_is_known_of_pairs(kind: type[GraphAttention]) -> None:
+    layer = shaken(kind(4, 5, 2, loops=False, edge_dim=3))
+    x, known = randn(6, 4), randn(1, 6, 6, 3, seed=2)
+    edges = EDGES[:, [0, 1, 2, 3, 4, 5, 6, 8]]
+    seen = torch.zeros(1, 6, 6, dtype=torch.bool)
+    seen[0, edges[1], edges[0]] = True
+    sparse = layer(x, edges, known[0, edges[1], edges[0]])
+    for at_once in (1, 47, 1 << 20):
+        dense = layer.dense(x[None], x[None], seen, at_once, edge_attr=known)
+        torch.testing.assert_close(dense.output[0], sparse, atol=1e-12, rtol=1e-12)
+    known.requires_grad_()
+    of_layer = [*layer.parameters()]
+    by_part = torch.autograd.grad(
+        layer.dense(x[None], x[None], seen, 1, edge_attr=known).output.square().sum(), [known, *of_layer]
+    )
+    whole = torch.autograd.grad(layer(x, edges, known[0, edges[1], edges[0]]).square().sum(), [known, *of_layer])
+    for a, b in zip(by_part, whole, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
+    for wrong in (None, known[:, :5], known[..., :2], known[0]):
+        with pytest.raises(InputError, match=r"edge_attr: expected features of every pair \[batch, 6, 6, 3\]"):
+            layer.dense(x[None], x[None], seen, edge_attr=wrong)
+    with pytest.raises(InputError, match="edge_attr: expected none"):
+        kind(4, 5).double().dense(x[None], x[None], seen, edge_attr=known)
+
+
 def test_the_dense_form_never_holds_all_pairs_by_channel() -> None:
     held = []
 
     class Watched(GATv2Conv):
-        def dense_scores(self, q: Tensor, k: Tensor) -> Tensor:
-            held.append(q.shape[1] * k.shape[1] * k.shape[2] * k.shape[3])
-            return super().dense_scores(q, k)
+        def dense_scores(self, q: Tensor, k: Tensor, edge: Tensor | None = None) -> Tensor:
+            held.append(q.shape[0] * q.shape[1] * k.shape[1] * k.shape[2] * k.shape[3])
+            return super().dense_scores(q, k, edge)
 
     x = randn(1, 12, 4).float()
     Watched(4, 5, 2).dense(x, x, torch.ones(1, 12, 12, dtype=torch.bool), at_once=400)
     assert len(held) == 4
     assert max(held) <= 400
+    held.clear()
+    # less than one row of queries
+    Watched(4, 5, 2).dense(x, x, torch.ones(1, 12, 12, dtype=torch.bool), at_once=100)
+    assert max(held) <= 100
 
 
 @pytest.mark.parametrize("kind", [GATv2Conv, GATConv, DotProductConv])

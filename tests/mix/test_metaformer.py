@@ -152,6 +152,9 @@ def test_stages_of_different_mixers_by_letters() -> None:
     for letters in ("PPPA", "PPAA", "PPPF", "PPFF"):
         hybrid = MetaFormer((1, 1, 1, 1), (4, 4, 8, 8), letters, image=(32, 64), classes=2)
         assert hybrid(torch.zeros(1, 3, 32, 64)).shape == (1, 2)
+    mixed = MetaFormer((1, 1), (4, 4), ["P", "identity"], classes=2)
+    kinds = [type(mixed.network[i][-1].token_mixer) for i in mixed.stages]  # type: ignore[index, union-attr]
+    assert kinds == [PoolMixer, IdentityMixer]
     for letters, wrong in (("PPX", "mixers"), ("PP", "mixers: expected one for each of 3")):
         with pytest.raises(InputError, match=wrong):
             MetaFormer((1, 1, 1), (4, 4, 4), letters)

@@ -128,6 +128,21 @@ def test_padding_reaches_no_gate_and_an_empty_row_reads_zeros() -> None:
     assert torch.allclose(rows, mask[:, None].to(DOUBLE).expand_as(rows))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_weights_told_are_weights_used_however_low_the_scores(causal: bool) -> None:
+    made, (x, mask) = layer(causal=causal), tokens()
+    with torch.no_grad():
+        # all scores lie far below -1e4
+        made.query.bias.fill_(3e3)
+        made.key.bias.fill_(-3e3)
+    x.requires_grad_()
+    weights = made.weights_of(x, mask)
+    rows = weights.sum(-1)
+    torch.testing.assert_close(rows, mask[:, None].to(DOUBLE).expand_as(rows))
+    (gradient,) = torch.autograd.grad(weights.square().sum(), x)
+    assert bool(gradient.isfinite().all())
+
+
 def test_the_gate_is_even_before_training_and_is_told_when_asked() -> None:
     gate = ExpertGate(8, 4, drop=2)
     assert gate(torch.randn(2, 3, 8)).tolist() == [[1.0] * 4] * 2
@@ -189,6 +204,24 @@ def test_each_step_trains_its_own_part(scheme: Any, moves: tuple[bool, bool]) ->
         assert all(torch.equal(a, b) for a, b in zip(before[1], first[len(theta) :], strict=True))
         assert any(not torch.equal(a, b) for a, b in zip(before[0], first[: len(theta)], strict=True))
     assert [m.mixture for m in mixtures(model)] == ["even" if scheme in ("even", "attention") else "soft"]
+
+
+@pytest.mark.parametrize("scheme", ["alternating", "joint", "attention"])
+def test_a_training_that_fails_leaves_no_trace(scheme: Any) -> None:
+    told, target = dialects(8)
+    model = classifier()
+    calls = []
+
+    def loss(chosen: Tensor) -> Tensor:
+        calls.append(chosen)
+        if len(calls) == 2:
+            raise RuntimeError("on the way")
+        return F.cross_entropy(model(told[chosen]).transpose(1, 2), target[chosen])
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        train_mixture(model, 8, loss, scheme, epochs=2, batch=4, gate_every=2)
+    assert not any(m.training for m in model.modules())
+    assert [m.mixture for m in mixtures(model)] == ["even" if scheme == "attention" else "soft"]
 
 
 def test_gates_alone_are_tuned_and_tell_a_label() -> None:

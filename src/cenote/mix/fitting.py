@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,16 @@ class Fitted:
     best: int
 
 
+@contextmanager
+def in_training(model: nn.Module) -> Iterator[None]:
+    """Train mode within, and eval mode behind, after an exception too."""
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+
+
 def fit(
     model: nn.Module,
     items: int,
@@ -41,7 +52,7 @@ def fit(
     patience: int | None = None,
     random_state: int = 0,
 ) -> Fitted:
-    """Train a model on losses of its batches; it is left in eval mode.
+    """Train a model on losses of its batches; it is left in eval mode, where a loss raises too.
 
     Args:
         model: to train.
@@ -67,19 +78,18 @@ def fit(
     with torch.random.fork_rng():
         torch.manual_seed(random_state)
         for epoch in range(epochs):
-            model.train()
-            now = steppers(epoch) if callable(steppers) else steppers
-            for chosen in torch.randperm(items, generator=order).split(batch):
-                value = loss(chosen)
-                if not bool(value.isfinite()):
-                    raise InputError(f"loss: is {float(value.detach())} at step {len(losses)}; try a smaller lr")
-                for stepper in now:
-                    stepper.zero_grad(set_to_none=True)
-                value.backward()
-                for stepper in now:
-                    stepper.step()
-                losses.append(float(value.detach()))
-            model.eval()
+            with in_training(model):
+                now = steppers(epoch) if callable(steppers) else steppers
+                for chosen in torch.randperm(items, generator=order).split(batch):
+                    value = loss(chosen)
+                    if not bool(value.isfinite()):
+                        raise InputError(f"loss: is {float(value.detach())} at step {len(losses)}; try a smaller lr")
+                    for stepper in now:
+                        stepper.zero_grad(set_to_none=True)
+                    value.backward()
+                    for stepper in now:
+                        stepper.step()
+                    losses.append(float(value.detach()))
             if score is None:
                 continue
             with torch.no_grad():

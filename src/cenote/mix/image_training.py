@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_at_least, require_positive
 from cenote.mix.augment import erased, mixed_pairs, rand_augment, smoothed
+from cenote.mix.fitting import in_training
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,7 @@ def train_images(
     averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(recipe.averaged)) if recipe.averaged else None
     generator = torch.Generator().manual_seed(seed)
     losses = []
-    net.train()
-    with torch.random.fork_rng():
+    with in_training(net), torch.random.fork_rng():
         torch.manual_seed(seed)
         for _ in range(recipe.epochs):
             for chosen in torch.randperm(len(labels), generator=generator).split(batch):
@@ -132,7 +132,6 @@ def train_images(
                 losses.append(float(found.detach()))
                 if averaged is not None:
                     averaged.update_parameters(net)
-    net.eval()
     mean = None if averaged is None else copy.deepcopy(averaged.module).eval()
     return Trained(losses, mean)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_at_least, require_rate
+from cenote.mix.fitting import in_training
 
 
 def trained(
@@ -49,17 +50,16 @@ def trained(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     losses = []
-    model.train()
-    for step in range(steps):
-        value = loss(step)
-        if not bool(value.isfinite()):
-            raise InputError(f"loss: is {float(value.detach())} at step {step}; try a smaller rate")
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        if clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        schedule.step()
-        losses.append(float(value.detach()))
-    model.eval()
+    with in_training(model):
+        for step in range(steps):
+            value = loss(step)
+            if not bool(value.isfinite()):
+                raise InputError(f"loss: is {float(value.detach())} at step {step}; try a smaller rate")
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            if clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            schedule.step()
+            losses.append(float(value.detach()))
     return losses

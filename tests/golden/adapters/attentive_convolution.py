@@ -1,4 +1,4 @@
-from functools import partial
+import math
 from typing import Any
 
 import torch
@@ -8,13 +8,7 @@ from cenote.mix.attentive_convolution.convolution import ATConv
 from cenote.mix.attentive_convolution.model import AttNetBlock
 from cenote.mix.maps import on_map
 from tests.golden.cases import Case, adapter, load_parameters
-
-
-def activation(word: str) -> Any:
-    word = word.lower()
-    if "tanh" in word or "approx" in word:
-        return partial(nn.GELU, approximate="tanh")
-    return {"gelu": nn.GELU, "silu": nn.SiLU, "swish": nn.SiLU, "relu": nn.ReLU}[word.split("(")[0]]
+from tests.golden.words import activation_of
 
 
 def loaded(module: nn.Module, params: dict[str, Tensor]) -> Any:
@@ -25,7 +19,8 @@ def loaded(module: nn.Module, params: dict[str, Tensor]) -> Any:
 
 def mixer_of(case: Case) -> ATConv:
     config = case.config
-    return ATConv(config["dim"], config.get("kernel_size", 5), act=activation(config.get("act_layer", "GELU")))
+    (squared,) = (len(value) for name, value in case.params.items() if name.endswith("kernel_gen.weight"))
+    return ATConv(config["dim"], math.isqrt(squared), act=activation_of(config.get("act_layer", "GELU")))
 
 
 @adapter("attentive-convolution", "ATConv")
@@ -42,8 +37,8 @@ def block(case: Case) -> dict[str, Tensor]:
         config["dim"],
         mixer_of(case),
         ratio=config.get("exp_rate", 4.0),
-        act=activation(config.get("act_layer", "GELU")),
-        dconv=config.get("glu_dconv", True),
+        act=activation_of(config.get("act_layer", "GELU")),
+        dconv=config.get("glu_dconv", False),
         norm=config.get("glu_norm", True),
         layer_scale=1e-6 if config.get("use_layer_scale", True) else None,
     )

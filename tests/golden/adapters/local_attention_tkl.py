@@ -6,20 +6,27 @@ from tests.golden.cases import Case, adapter
 
 NAMES = {
     "contextualizer.": "reader.encoder.",
-    "mixer": "reader.mixer",
+    "dense.": "saturated.dense.",
+}
+EMBEDDING = {
     "saturation_linear.": "saturated.factor.",
     "saturation_linear2.": "saturated.root.",
     "saturation_linear3.": "saturated.offset.",
     "sat_normer.": "saturated.norm.",
     "sat_emb_reduce1.": "saturated.reduce.",
-    "dense.": "saturated.dense.",
 }
+"""Theirs has them by each saturation, and `mixer_sat`, `mixer_end` for nothing."""
 
 
 @adapter("local-attention-tkl", "matchmaker.models.published.sigir20_tkl.TKL_sigir20")
 def tkl(case: Case) -> dict[str, Tensor]:
     config, own = case.config, case.params
+    saturation = config["saturation_type"]
+    # idfs, which both others read, are no argument of theirs
+    assert saturation in ("embedding", "log")
     tables = {name: own[f"positional_features_{name}"][0] for name in "qd" if f"positional_features_{name}" in own}
+    if not config["use_diff_posencoding"] and "q" in tables:
+        tables.setdefault("d", tables["q"])
     model = TKL(
         config["_embsize"],
         heads=config["att_heads"],
@@ -31,16 +38,17 @@ def tkl(case: Case) -> dict[str, Tensor]:
         overlap=config["overlap"],
         window=config["sliding_window_size"],
         regions=config["top_k_chunks"],
-        saturation=config["saturation_type"],
+        saturation=saturation,
         positions=config["use_pos_encoding"],
         apart=config["use_diff_posencoding"],
         queries=len(tables.get("q", [0])),
         documents=len(tables.get("d", [0])),
         published=True,
     )
-    state = {}
+    names = NAMES | (EMBEDDING if saturation == "embedding" else {})
+    state = {"reader.mixer": own["mixer"]}
     for name, value in own.items():
-        ours = next((o + name.removeprefix(t) for t, o in NAMES.items() if name.startswith(t)), None)
+        ours = next((o + name.removeprefix(t) for t, o in names.items() if name.startswith(t)), None)
         if ours is not None:
             state[ours] = value
     state |= {
@@ -50,8 +58,10 @@ def tkl(case: Case) -> dict[str, Tensor]:
     }
     if config["use_pos_encoding"]:
         state |= {"reader.query_positions": tables["q"], "reader.document_positions": tables["d"]}
-    if "kernel_mult" in own and config["saturation_type"] == "log":
-        state["saturated.gain"] = own["kernel_mult"].flatten()
+    if saturation == "log":
+        # theirs is [4, 1, 1, 1, kernels], of which the first row counts
+        kernels = own["mu"].numel()
+        state["saturated.gain"] = own.get("kernel_mult", own["mu"].new_ones(kernels)).reshape(-1, kernels)[0]
     model = model.to(case.inputs["doc"].dtype).eval()
     model.load_state_dict(state)
     query, document = case.inputs["query"], case.inputs["doc"]

@@ -9,17 +9,21 @@ from cenote.mix.metaformer.block import MetaFormerBlock
 from cenote.mix.metaformer.model import FeatureMaps, MetaFormer
 from cenote.mix.metaformer.pooling import PoolMixer
 from tests.golden.cases import Case, adapter, load_parameters
+from tests.golden.words import activation_of, class_word
 
 NORMS = {"GroupNorm": "group", "LayerNormChannel": "layer", "BatchNorm2d": "batch", "Identity": "none"}
-ACTS = {"GELU": nn.GELU, "ReLU": nn.ReLU, "SiLU": nn.SiLU}
+
+
+def norm_word(case: Case, norm: str) -> str:
+    return NORMS[class_word(case.config.get("norm_layer", norm))]
 
 
 def settings(case: Case, norm: str) -> dict[str, Any]:
     config = case.config
     scale = config.get("layer_scale_init_value", 1e-5) if config.get("use_layer_scale", True) else None
     return {
-        "norm": NORMS[config.get("norm_layer", norm)],
-        "act": ACTS[config.get("act_layer", "GELU").split("(")[0]],
+        "norm": norm_word(case, norm),
+        "act": activation_of(config.get("act_layer", "GELU")),
         "layer_scale": scale,
     }
 
@@ -45,8 +49,9 @@ def metaformer_block(case: Case) -> dict[str, Tensor]:
         heads = config["dim"] // config.get("head_dim", 32)
         mixer: nn.Module = AttentionMixer(config["dim"], heads, bias=config.get("qkv_bias", False))
     elif "fc" in word:
-        shape = config["spatial_shape"]
-        mixer = SpatialLinear((shape, shape) if isinstance(shape, int) else tuple(shape))
+        # an int, or a list of one, is how many cells there are
+        rows, columns = case.inputs["x"].shape[2:]
+        mixer = SpatialLinear((rows, columns))
     elif "pool" in word:
         mixer = PoolMixer(config.get("pool_size", 3))
     else:
@@ -77,7 +82,7 @@ def poolformer(case: Case) -> dict[str, Tensor]:
     if not dense:
         load_parameters(net, case.params)
         return {"y": net(x).float()}
-    maps = FeatureMaps(net, NORMS[config.get("norm_layer", "GroupNorm")])
+    maps = FeatureMaps(net, norm_word(case, "GroupNorm"))
     own = {f"norm{place}.": f"norms.{i}." for i, place in enumerate(net.stages)}
     params = {f"net.{n}" if n.startswith(("network.", "patch_embed.")) else n: v for n, v in case.params.items()}
     wanted = maps.double().state_dict()

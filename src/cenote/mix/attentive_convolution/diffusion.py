@@ -19,6 +19,7 @@ from cenote.core.requirements import require_at_least, require_one_of, require_r
 from cenote.mix.attentive_convolution.convolution import ATConv
 from cenote.mix.base import Mixer
 from cenote.mix.basic.attention import AttentionMixer
+from cenote.mix.fitting import in_training
 from cenote.mix.image_training import decayed
 
 Images = Float[Tensor, "batch channels height width"]
@@ -192,8 +193,7 @@ def train_flow(
     stepper = torch.optim.AdamW(decayed(model, weight_decay), lr=learning_rate)
     generator = torch.Generator().manual_seed(seed)
     losses = []
-    model.train()
-    with torch.random.fork_rng():
+    with in_training(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         for _ in range(steps):
             chosen = torch.randint(len(labels), (batch,), generator=generator)
@@ -202,7 +202,6 @@ def train_flow(
             loss.backward()
             stepper.step()
             losses.append(float(loss.detach()))
-    model.eval()
     return losses
 
 

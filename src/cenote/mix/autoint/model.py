@@ -50,7 +50,7 @@ class FieldEmbeddings(nn.Module):
         Args:
             index: numbers of features, `[batch, fields]`, or `[batch, fields, several]`.
             value: 1 of a category, the scaled number of a numeric field; a value of 0 gives zeros.
-            present: of several values which are there; all by default. A field without any gives zeros.
+            present: which values are there; all by default. A field without any gives zeros.
         """
         if index.dim() not in (2, 3) or value.shape != index.shape:
             raise InputError(
@@ -62,11 +62,14 @@ class FieldEmbeddings(nn.Module):
                 f"index: expected 0 to {self.features - 1}, got {int(index.min())} to {int(index.max())}; encode the table "
                 f"with the encoder that the model was made for"
             )
-        e = self.table(index) * value.to(self.table.weight).unsqueeze(-1)
-        if index.dim() == 2:
-            return e
         there = torch.ones_like(index, dtype=torch.bool) if present is None else present
-        return (e * there.unsqueeze(-1)).sum(2) / there.sum(2, keepdim=True).clamp(min=1)
+        if there.dtype != torch.bool or there.shape != index.shape:
+            raise InputError(
+                f"present: expected bool {list(index.shape)} as index, got {there.dtype} {list(there.shape)}"
+            )
+        value = value.to(self.table.weight).masked_fill(~there, 0.0)
+        e = self.table(index) * value.unsqueeze(-1)
+        return e if index.dim() == 2 else e.sum(2) / there.sum(2, keepdim=True).clamp(min=1)
 
 
 class Explained(NamedTuple):

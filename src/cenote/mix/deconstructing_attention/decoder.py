@@ -27,6 +27,7 @@ from cenote.mix.deconstructing_attention.forms import (
     Taylor,
     TaylorForm,
 )
+from cenote.mix.fitting import in_training
 
 Variant = Literal["standard", "mlp", "approx", "nonapprox", "rndembqk", "fixedseqqk", "staticembqk", "silent"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -396,18 +397,17 @@ def train_decoder(
     schedule = torch.optim.lr_scheduler.LambdaLR(stepper, factor)
     generator = torch.Generator().manual_seed(seed)
     losses = []
-    model.train()
-    for _ in range(steps):
-        start = torch.randint(len(text) - length, (batch, 1), generator=generator)
-        piece = text[start + torch.arange(length + 1)]
-        loss = F.cross_entropy(model(piece[:, :-1]).flatten(0, 1), piece[:, 1:].flatten())
-        stepper.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
-        stepper.step()
-        schedule.step()
-        losses.append(float(loss.detach()))
-    model.eval()
+    with in_training(model):
+        for _ in range(steps):
+            start = torch.randint(len(text) - length, (batch, 1), generator=generator)
+            piece = text[start + torch.arange(length + 1)]
+            loss = F.cross_entropy(model(piece[:, :-1]).flatten(0, 1), piece[:, 1:].flatten())
+            stepper.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            stepper.step()
+            schedule.step()
+            losses.append(float(loss.detach()))
     return losses
 
 

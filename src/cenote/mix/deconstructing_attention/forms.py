@@ -1,4 +1,4 @@
-"""What stands in the place of attention: each form takes one principle away, none has other parameters than attention has.
+"""What stands in the place of attention: each form takes one principle away.
 
 Source: Xue, Moosavi, Aletras, "Deconstructing Attention", 2025, section 3.
 """
@@ -96,8 +96,7 @@ class DotProductForm(_Projected):
 
     def __init__(self, dim: int, heads: int = 1, *, rope: bool = True) -> None:
         super().__init__(dim, heads)
-        if rope and (dim // heads) % 2:
-            raise InputError(f"rope: turns pairs of channels; heads are {dim // heads} wide, expected an even width")
+        _require_pairs(rope, dim // heads)
         self.rope = rope
 
     def run(
@@ -156,7 +155,8 @@ class TaylorForm(_Projected):
     def __init__(self, dim: int, heads: int = 1, *, taylor: Taylor = "joint", rope: bool = True) -> None:
         super().__init__(dim, heads)
         require_one_of(("joint", "literal"), taylor=taylor)
-        self.taylor, self.rope = taylor, rope and not (dim // heads) % 2
+        _require_pairs(rope, dim // heads)
+        self.taylor, self.rope = taylor, rope
 
     def run(
         self,
@@ -218,7 +218,10 @@ class RunningForm(_Projected):
 
 
 class GatedMLPForm(CausalForm):
-    """`W_d (silu(W_g x) * W_u x)` of inner width 4/3 of the outer: mixes nothing, with as many parameters as attention.
+    """`W_d (silu(W_g x) * W_u x)` of inner width 4/3 of the outer: mixes nothing.
+
+    It has as many parameters as attention where 3 divides the width; else the inner width is rounded, which adds or takes away
+    at most `dim` of them.
 
     Args:
         dim: width of a token.
@@ -264,6 +267,11 @@ class SilentForm(CausalForm):
         state: Any,
     ) -> tuple[Tokens, Any]:
         return torch.zeros_like(x), state
+
+
+def _require_pairs(rope: bool, width: int) -> None:
+    if rope and width % 2:
+        raise InputError(f"rope: turns pairs of channels; heads are {width} wide, expected an even width or rope=False")
 
 
 def _by_positions(

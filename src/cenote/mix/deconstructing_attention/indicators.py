@@ -41,15 +41,18 @@ class Indicators(NamedTuple):
         return {**found, **{f"local_focus_{i}": value for i, value in enumerate(focus)}}
 
 
-def indicators(maps: Float[Tensor, "*batch heads tokens tokens"], distances: int = DISTANCES) -> Indicators:
+def indicators(
+    maps: Float[Tensor, "*batch heads tokens tokens"], distances: int = DISTANCES, *, population: bool = True
+) -> Indicators:
     """Statistics of causal attention maps, of any model.
 
     Args:
         maps: rows are queries and sum to 1; zeros above the diagonal.
         distances: number of sub-diagonals of the local focus, with the diagonal.
+        population: whether the deviation over heads is that of a population, or of a sample.
 
     Raises:
-        InputError: where maps are no squares, or empty.
+        InputError: where maps are no squares, or empty, or one head is to be a sample.
 
     Example:
         >>> uniform = torch.ones(1, 3, 3).tril() / torch.tensor([1.0, 2.0, 3.0])[:, None]
@@ -65,6 +68,8 @@ def indicators(maps: Float[Tensor, "*batch heads tokens tokens"], distances: int
     if maps.dim() < 3 or maps.shape[-1] != maps.shape[-2] or not maps.shape[-1]:
         raise InputError(f"maps: expected [..., heads, tokens, tokens], got {list(maps.shape)}")
     require_at_least(1, distances=distances)
+    if not population and maps.shape[-3] < 2:
+        raise InputError("population: expected True where there is one head; one makes no sample")
     n = maps.shape[-1]
     lower = maps.tril()
     focus = [
@@ -73,7 +78,7 @@ def indicators(maps: Float[Tensor, "*batch heads tokens tokens"], distances: int
     return Indicators(
         entropy=torch.special.entr(maps).sum((-1, -2)),
         concentration=maps.square().sum((-1, -2)).sqrt(),
-        head_diversity=lower.std(-3, correction=0).sum((-1, -2)) * 2 / (n * (n + 1)),
+        head_diversity=lower.std(-3, correction=0 if population else 1).sum((-1, -2)) * 2 / (n * (n + 1)),
         sink=maps[..., 0].mean(-1),
         local_focus=torch.stack(focus, -1),
     )

@@ -133,6 +133,7 @@ class GraphAttention(nn.Module, ABC):
         keys: Float[Tensor, "batch keys dim"],
         adjacency: Bool[Tensor, "#batch queries keys"],
         at_once: int = AT_ONCE,
+        edge_attr: Float[Tensor, "#batch queries keys channels"] | None = None,
     ) -> DenseAttended:
         """The same between all pairs that are marked, for batches of graphs or sets; no loop is added.
 
@@ -140,17 +141,38 @@ class GraphAttention(nn.Module, ABC):
             queries: the targets.
             keys: the sources.
             adjacency: True = this query takes of this key.
-            at_once: so many numbers are held at once at most, before they become scores; backward computes them anew.
+            at_once: so many numbers are held at once at most, before they become scores, or those of one query and key in each
+                item; backward computes them anew.
+            edge_attr: what is known of each pair, by a layer with `edge_dim`.
+
+        Raises:
+            InputError: where `edge_attr` lacks, is given for nothing, or does not fit the pairs.
         """
+        self._check_pairs(edge_attr, queries.shape[1], keys.shape[1])
         q, k, v = self.projected(keys, queries)
-        rows = max(at_once // max(k.shape[0] * k.shape[1] * k.shape[2] * k.shape[3], 1), 1)
+        pair = max(k.shape[0] * k.shape[2] * k.shape[3], 1)
+        columns = max(min(at_once // pair, k.shape[1]), 1)
+        rows = max(at_once // (pair * columns), 1)
 
-        def part(some: Tensor) -> Tensor:
-            if torch.is_grad_enabled():
-                return checkpoint(self.dense_scores, some, k, use_reentrant=False)
-            return self.dense_scores(some, k)
+        def part(some: Tensor, of: Tensor, known: Tensor | None) -> Tensor:
+            edge = None
+            if self.lin_edge is not None and known is not None:
+                edge = self.lin_edge(known.to(v.dtype)).unflatten(-1, (self.heads, -1))
+            return self.dense_scores(some, of, edge)
 
-        scores = torch.cat([part(some) for some in q.split(rows, 1)], 2)
+        def row(some: Tensor, known: Tensor | None) -> Tensor:
+            told = [None] * len(k.split(columns, 1)) if known is None else known.split(columns, 2)
+            every = []
+            for of, beside in zip(k.split(columns, 1), told, strict=True):
+                if torch.is_grad_enabled():
+                    every.append(checkpoint(part, some, of, beside, use_reentrant=False))
+                else:
+                    every.append(part(some, of, beside))
+            return torch.cat(every, 3)
+
+        parts = q.split(rows, 1)
+        told = [None] * len(parts) if edge_attr is None else edge_attr.split(rows, 1)
+        scores = torch.cat([row(some, known) for some, known in zip(parts, told, strict=True)], 2)
         seen = adjacency.unsqueeze(1)
         weights = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
         weights = weights.masked_fill(~seen, torch.finfo(weights.dtype).min).softmax(-1)
@@ -175,7 +197,10 @@ class GraphAttention(nn.Module, ABC):
 
     @abstractmethod
     def dense_scores(
-        self, q: Float[Tensor, "batch queries heads width"], k: Float[Tensor, "batch keys heads width"]
+        self,
+        q: Float[Tensor, "batch queries heads width"],
+        k: Float[Tensor, "batch keys heads width"],
+        edge: Float[Tensor, "#batch queries keys heads channels"] | None = None,
     ) -> Float[Tensor, "batch heads queries keys"]:
         """The same for every pair."""
 
@@ -207,6 +232,16 @@ class GraphAttention(nn.Module, ABC):
         else:
             _check_between(edge_index, len(sources), len(targets))
         return sources, targets, edge_index, edge_attr
+
+    def _check_pairs(self, edge_attr: Tensor | None, queries: int, keys: int) -> None:
+        came = "none" if edge_attr is None else list(edge_attr.shape)
+        if self.lin_edge is None:
+            if edge_attr is not None:
+                raise InputError(f"edge_attr: expected none, for a layer built without edge_dim, got {came}")
+            return
+        wanted = [queries, keys, self.lin_edge.in_features]
+        if edge_attr is None or edge_attr.dim() != 4 or list(edge_attr.shape[1:]) != wanted:
+            raise InputError(f"edge_attr: expected features of every pair [batch, {str(wanted)[1:]}, got {came}")
 
     def _by_head(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.head_dim))
@@ -289,9 +324,13 @@ class GATv2Conv(GraphAttention):
         return (F.leaky_relu(pair, self.slope) * self.att).sum(-1)
 
     def dense_scores(
-        self, q: Float[Tensor, "batch queries heads width"], k: Float[Tensor, "batch keys heads width"]
+        self,
+        q: Float[Tensor, "batch queries heads width"],
+        k: Float[Tensor, "batch keys heads width"],
+        edge: Float[Tensor, "#batch queries keys heads channels"] | None = None,
     ) -> Float[Tensor, "batch heads queries keys"]:
         pair = q.transpose(1, 2).unsqueeze(3) + k.transpose(1, 2).unsqueeze(2)
+        pair = pair if edge is None else pair + edge.permute(0, 3, 1, 2, 4)
         return torch.einsum("bhqkc,hc->bhqk", F.leaky_relu(pair, self.slope), self.att[0])
 
 
@@ -364,9 +403,15 @@ class GATConv(GraphAttention):
         return F.leaky_relu(pair, self.slope)
 
     def dense_scores(
-        self, q: Float[Tensor, "batch queries heads width"], k: Float[Tensor, "batch keys heads width"]
+        self,
+        q: Float[Tensor, "batch queries heads width"],
+        k: Float[Tensor, "batch keys heads width"],
+        edge: Float[Tensor, "#batch queries keys heads channels"] | None = None,
     ) -> Float[Tensor, "batch heads queries keys"]:
-        return F.leaky_relu(q.squeeze(-1).mT.unsqueeze(3) + k.squeeze(-1).mT.unsqueeze(2), self.slope)
+        pair = q.squeeze(-1).mT.unsqueeze(3) + k.squeeze(-1).mT.unsqueeze(2)
+        if edge is not None:
+            pair = pair + (edge * self.att_edge).sum(-1).permute(0, 3, 1, 2)
+        return F.leaky_relu(pair, self.slope)
 
 
 class DotProductConv(GraphAttention):
@@ -426,9 +471,13 @@ class DotProductConv(GraphAttention):
         return (q * (k if edge is None else k + edge)).sum(-1)
 
     def dense_scores(
-        self, q: Float[Tensor, "batch queries heads width"], k: Float[Tensor, "batch keys heads width"]
+        self,
+        q: Float[Tensor, "batch queries heads width"],
+        k: Float[Tensor, "batch keys heads width"],
+        edge: Float[Tensor, "#batch queries keys heads channels"] | None = None,
     ) -> Float[Tensor, "batch heads queries keys"]:
-        return q.transpose(1, 2) @ k.transpose(1, 2).mT
+        scores = q.transpose(1, 2) @ k.transpose(1, 2).mT
+        return scores if edge is None else scores + (q.unsqueeze(2) * edge).sum(-1).permute(0, 3, 1, 2)
 
 
 def start_glorot(layer: nn.Module) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_at_least, require_one_of
+from cenote.mix.fitting import in_training
 from cenote.mix.gatv2.network import ATTENTIVE
 from cenote.mix.gatv2.static import rank_agreement
 
@@ -151,21 +152,20 @@ def train_lookup(
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(stepper, factor=0.5, patience=patience)
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
-    model.train()
-    for step in range(1, steps + 1):
-        if orders is None:
-            drawn = torch.rand(batch, model.k, generator=generator).argsort(1)
-        else:
-            drawn = orders[torch.randint(len(orders), (batch,), generator=generator)]
-        loss = F.cross_entropy(model(drawn).flatten(0, 1), drawn.flatten())
-        stepper.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
-        stepper.step()
-        losses.append(float(loss.detach()))
-        if step % every == 0:
-            schedule.step(sum(losses[-every:]) / every)
-    model.eval()
+    with in_training(model):
+        for step in range(1, steps + 1):
+            if orders is None:
+                drawn = torch.rand(batch, model.k, generator=generator).argsort(1)
+            else:
+                drawn = orders[torch.randint(len(orders), (batch,), generator=generator)]
+            loss = F.cross_entropy(model(drawn).flatten(0, 1), drawn.flatten())
+            stepper.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            stepper.step()
+            losses.append(float(loss.detach()))
+            if step % every == 0:
+                schedule.step(sum(losses[-every:]) / every)
     return losses
 
 

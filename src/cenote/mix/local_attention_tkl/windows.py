@@ -86,7 +86,8 @@ class SaturatedWindows(nn.Module):
         dim: width of a query term.
         means: of the kernels.
         deviations: of the kernels, one for all or one each.
-        saturation: `"embedding"` as published; `"linear"`, `"log"`: the sums, or their logarithm.
+        saturation: `"embedding"` as published; `"linear"`, `"log"`: the sums, or the logarithm of their learned multiples. (The
+            `"linear"` of the authors' code is `a max(S, 1e-10) + b` of idfs that this code is never given, and cannot run.)
         robust: no norm of these two numbers (which leaves of them only which is larger), and the length over that of a window
             (inferred).
         window: terms in a window.

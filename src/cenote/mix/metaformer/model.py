@@ -308,9 +308,9 @@ def _makers(
     if isinstance(mixers, str):
         letters = mixers.isupper()
         given: list[str | MixerMaker] = [*mixers] if letters else [mixers] * stages
-        given = [LETTERS.get(m, m) if isinstance(m, str) else m for m in given]
     else:
         given = [mixers] * stages if callable(mixers) else list(mixers)
+    given = [LETTERS.get(m, m) if isinstance(m, str) else m for m in given]
     if len(given) != stages:
         raise InputError(f"mixers: expected one for each of {stages} stages, got {len(given)}")
     for word in given:

@@ -174,7 +174,9 @@ class MixtureAttention(Mixer):
         q, k, _ = self._projected(x, x, None)
         scores = q @ k.mT * q.shape[-1] ** -0.5
         seen = _readable(mask, x.shape[1], self.causal) & mask[:, None, :, None]
-        return scores.masked_fill(~seen, -1e4).softmax(-1).masked_fill(~seen, 0.0)
+        # a query that may read nothing reads all, and its weights are dropped
+        blind = ~seen.any(-1, keepdim=True)
+        return scores.masked_fill(~(seen | blind), -torch.inf).softmax(-1).masked_fill(blind, 0.0)
 
     def head_outputs(
         self,

@@ -116,18 +116,19 @@ def train_mixture(
         assert score is not None
         return score()
 
-    fitted = fit(
-        nn.ModuleList(models),
-        items,
-        loss,
-        epoch_of,
-        epochs=epochs,
-        batch=batch,
-        score=None if score is None else scored,
-        random_state=random_state,
-    )
-    mix_all(whole, *models)
-    return fitted
+    try:
+        return fit(
+            nn.ModuleList(models),
+            items,
+            loss,
+            epoch_of,
+            epochs=epochs,
+            batch=batch,
+            score=None if score is None else scored,
+            random_state=random_state,
+        )
+    finally:
+        mix_all(whole, *models)
 
 
 def adapt_gates(

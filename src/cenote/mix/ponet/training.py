@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_at_least
+from cenote.mix.fitting import in_training
 from cenote.mix.ponet.model import ORDERS, PoNetForPretraining
 
 PAD, UNKNOWN, CLS, SEP, MASK = range(5)
@@ -233,12 +234,10 @@ def _train(
         return (step + 1) / warm_up if step < warm_up else (steps - step) / max(steps - warm_up, 1)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(stepper, factor)
-    model.train()
-    with torch.random.fork_rng():
+    with in_training(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         for _ in range(steps):
             stepper.zero_grad(set_to_none=True)
             loss().backward()
             stepper.step()
             schedule.step()
-    model.eval()

@@ -21,6 +21,7 @@ from cenote.core.answers import UNASKED, answer_loss
 from cenote.core.language import accepted
 from cenote.core.requirements import require_at_least, require_positive
 from cenote.mix.blocks import leftward, masked_attention
+from cenote.mix.fitting import in_training
 from cenote.mix.layer_gates import Texts, real_keys, require_plain, told, whole_prompt
 from cenote.mix.sinklora.attention import Groups, grouped_attention
 from cenote.mix.sinklora.patterns import Pattern
@@ -216,21 +217,20 @@ def train_longer(
     optimiser = torch.optim.AdamW(adapter.parameters(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / max(1, warmup)))
     losses = []
-    adapter.train()
-    for _ in range(steps):
-        ids, mask = draw()
-        with ExitStack() as stack:
-            stack.enter_context(adapter.on(model))
-            if groups is not None:
-                stack.enter_context(edited(model, GroupedAttention(groups)))
-            logits = model(input_ids=ids, **told(mask), **accepted(model, use_cache=False)).logits
-            loss = answer_loss(logits, ids if mask is None else ids.masked_fill(~mask, UNASKED))
-            optimiser.zero_grad()
-            loss.backward()
-        optimiser.step()
-        schedule.step()
-        losses.append(float(loss.detach()))
-    adapter.eval()
+    with in_training(adapter):
+        for _ in range(steps):
+            ids, mask = draw()
+            with ExitStack() as stack:
+                stack.enter_context(adapter.on(model))
+                if groups is not None:
+                    stack.enter_context(edited(model, GroupedAttention(groups)))
+                logits = model(input_ids=ids, **told(mask), **accepted(model, use_cache=False)).logits
+                loss = answer_loss(logits, ids if mask is None else ids.masked_fill(~mask, UNASKED))
+                optimiser.zero_grad()
+                loss.backward()
+            optimiser.step()
+            schedule.step()
+            losses.append(float(loss.detach()))
     return losses
 
 
