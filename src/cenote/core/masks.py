@@ -24,6 +24,18 @@ def real_tokens(
     return torch.ones((x.shape[0], x.shape[tokens]), dtype=torch.bool, device=x.device) if mask is None else mask
 
 
+def cleared(
+    x: Shaped[Tensor, "*batch tokens dim"], mask: Bool[Tensor, "*#batch tokens"] | None
+) -> Shaped[Tensor, "*batch tokens dim"]:
+    """Zeros in masked slots: what stands there, NaN included, reaches neither a sum, as 0 times NaN would, nor a gradient.
+
+    Example:
+        >>> cleared(torch.tensor([[[1.0], [float("nan")]]]), torch.tensor([[True, False]])).tolist()
+        [[[1.0], [0.0]]]
+    """
+    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0)
+
+
 def positions(mask: Bool[Tensor, "*sets tokens"]) -> Int[Tensor, "*sets tokens"]:
     """The number of each token among the real ones of its set, from 0; of padded slots -1.
 

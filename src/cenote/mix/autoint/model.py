@@ -50,13 +50,15 @@ class FieldEmbeddings(nn.Module):
         Args:
             index: numbers of features, `[batch, fields]`, or `[batch, fields, several]`.
             value: 1 of a category, the scaled number of a numeric field; a value of 0 gives zeros.
-            present: of several values which are there; all by default. A field without any gives zeros.
+            present: which values are there; all by default. A field without any gives zeros.
         """
         if index.dim() not in (2, 3) or value.shape != index.shape:
             raise InputError(
                 f"value: expected the shape of index, [batch, fields] or [batch, fields, several], got "
                 f"{list(value.shape)} beside {list(index.shape)}"
             )
+        there = torch.ones_like(index, dtype=torch.bool) if present is None else present
+        index, value = index.masked_fill(~there, 0), value.masked_fill(~there, 0)
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.features:
             raise InputError(
                 f"index: expected 0 to {self.features - 1}, got {int(index.min())} to {int(index.max())}; encode the table "
@@ -65,8 +67,7 @@ class FieldEmbeddings(nn.Module):
         e = self.table(index) * value.to(self.table.weight).unsqueeze(-1)
         if index.dim() == 2:
             return e
-        there = torch.ones_like(index, dtype=torch.bool) if present is None else present
-        return (e * there.unsqueeze(-1)).sum(2) / there.sum(2, keepdim=True).clamp(min=1)
+        return e.sum(2) / there.sum(2, keepdim=True).clamp(min=1)
 
 
 class Explained(NamedTuple):

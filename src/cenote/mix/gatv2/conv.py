@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cenote.core.errors import InputError
 from cenote.core.graphs import check_edges
+from cenote.core.masks import cleared
 from cenote.core.requirements import require_at_least, require_dtype_of, require_floating, require_rate
 from cenote.mix.gatv2.edges import softmax_at, sum_at, with_loops
 
@@ -142,7 +143,8 @@ class GraphAttention(nn.Module, ABC):
             adjacency: True = this query takes of this key.
             at_once: so many numbers are held at once at most, before they become scores; backward computes them anew.
         """
-        q, k, v = self.projected(keys, queries)
+        # keys that none takes of, and queries that take of none, may hold anything
+        q, k, v = self.projected(cleared(keys, adjacency.any(1)), cleared(queries, adjacency.any(2)))
         rows = max(at_once // max(k.shape[0] * k.shape[1] * k.shape[2] * k.shape[3], 1), 1)
 
         def part(some: Tensor) -> Tensor:

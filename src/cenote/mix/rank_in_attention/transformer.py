@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core import InputError
+from cenote.core.masks import cleared
 from cenote.core.requirements import require_at_least, require_one_of
 from cenote.core.seeded import seeded
 from cenote.mix.rank_in_attention.layers import RankAttention
@@ -90,7 +91,7 @@ class RankTransformer(nn.Module):
         Raises:
             InputError: for more tokens than there are positions.
         """
-        h = x
+        h = x = cleared(x, mask)
         if self.positions is not None:
             if x.shape[1] > len(self.positions):
                 raise InputError(f"x: {x.shape[1]} tokens, and this model has {len(self.positions)} positions")
