@@ -1,5 +1,8 @@
 """What stands in masked slots, NaN included, reaches neither what real ones are given nor a gradient."""
 
+# modules are made where a case is looked up, behind its seed
+# ruff: noqa: B008
+
 import math
 from collections.abc import Callable
 
@@ -59,7 +62,11 @@ CASES: dict[str, Callable[[], tuple[list[Tensor], list[Tensor], Callable[..., Te
     "graph": lambda: ([X], [MASK], lambda x, m=GraphAttention(4, 3): m(x, PAIRS)),
     "co": lambda: ([X, Y], [MASK, OTHER], lambda x, y, m=CoAttention(4): torch.cat(m(x, y, MASK, OTHER)[:2], -1)),
     "co mean": lambda: ([X, Y], [MASK, OTHER], lambda x, y, m=CoAttention(4, coarse="mean"): m(x, y, MASK, OTHER).x),
-    "co fine": lambda: ([X, Y], [MASK, OTHER], lambda x, y, m=CoAttention(4, coarse=None): m(x, y, MASK, OTHER).x[OTHER]),
+    "co fine": lambda: (
+        [X, Y],
+        [MASK, OTHER],
+        lambda x, y, m=CoAttention(4, coarse=None): m(x, y, MASK, OTHER).x[OTHER],
+    ),
     "multi-dimensional": lambda: ([X], [MASK], lambda x, m=MultiDimensionalAttention(4): m(x, MASK)[0]),
     "kernel": lambda: ([X], [MASK], lambda x: KernelAlignment(4, 4).attend(Y[:, None], x[:, None], x[:, None], MASK)),
     "memory": lambda: ([X], [MASK], lambda x, m=MemoryNetwork(4): m(Y[:, 0], x, MASK)[0]),
@@ -71,7 +78,11 @@ CASES: dict[str, Callable[[], tuple[list[Tensor], list[Tensor], Callable[..., Te
     "knrm": lambda: ([Y, X], [OTHER, MASK], lambda q, d, m=KNRM(): m(q, d, OTHER, MASK)),
     "conv-knrm": lambda: ([Y, X], [OTHER, MASK], lambda q, d, m=ConvKNRM(4, 2, 3): m(q, d, OTHER, MASK)),
     "tk": lambda: ([Y, X], [OTHER, MASK], lambda q, d, m=TK(4, heads=2, layers=1, hidden=4): m(q, d, OTHER, MASK)),
-    "match-pyramid": lambda: ([Y, X], [OTHER, MASK], lambda q, d, m=MatchPyramid((2,), (2, 2), 3): m(q, d, OTHER, MASK)),
+    "match-pyramid": lambda: (
+        [Y, X],
+        [OTHER, MASK],
+        lambda q, d, m=MatchPyramid((2,), (2, 2), 3): m(q, d, OTHER, MASK),
+    ),
     "fields": lambda: ([X[..., 0]], [MASK], lambda v, m=FieldEmbeddings(3, 2): m(INDEX, v, MASK)),
     "several": lambda: ([X[..., 0]], [MASK], lambda v, m=FieldEmbeddings(3, 2): m(INDEX[None], v[None], MASK[None])),
     "pooled views": lambda: (list(VIEWS), [MASK] * 5, lambda *v: pooled_views(*v, MASK, INDEX, product=True).output),

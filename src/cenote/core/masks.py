@@ -40,9 +40,7 @@ def padding_of(inputs: Mapping[str, Any]) -> Bool[Tensor, "batch tokens"] | None
     return mask.bool()
 
 
-def first_of(
-    x: Shaped[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"]
-) -> Shaped[Tensor, "batch dim"]:
+def first_of(x: Shaped[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"]) -> Shaped[Tensor, "batch dim"]:
     """The first real token of each set, wherever padding stands; the first slot where there is none.
 
     Example:

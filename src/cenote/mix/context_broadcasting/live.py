@@ -41,8 +41,8 @@ def broadcasting(
         spot: `"attention front"`, `"attention middle"` (before the output's map), `"attention end"`, `"mlp front"`,
             `"mlp middle"`, or `"mlp end"`, before the skip.
         blocks: numbers; None for all.
-        mask: True = a real token, of all that runs in this block of code; by default the inputs' `attention_mask`, where it tells of
-            padding.
+        mask: True = a real token, of all that runs in this block of code; by default the inputs' `attention_mask`, where it
+            tells of padding.
 
     Returns:
         The mixers by block, to be trained where they have parameters.

@@ -15,7 +15,7 @@ from cenote.core.masks import cleared
 from cenote.core.requirements import require_at_least, require_one_of
 from cenote.mix.local_attention_tkl.chunks import MixedRepresentation
 from cenote.mix.local_attention_tkl.terms import terms_of
-from cenote.mix.local_attention_tkl.windows import LEAST, MEANS, cosine, kernels
+from cenote.mix.local_attention_tkl.windows import LEAST, MEANS, at_least, cosine, kernels
 
 Encode = Callable[[Sequence[str]], Float[Tensor, "texts dim"]]
 
@@ -56,7 +56,8 @@ class KNRM(nn.Module):
     ) -> Float[Tensor, "batch kernels"]:
         """Logarithms of the sums of kernels, over the query's terms; 0 of a document without any."""
         query, document = cleared(query, query_mask), cleared(document, document_mask)
-        logs = torch.log(self.activated(query, document, document_mask).sum(2).clamp(min=LEAST))
+        sums = self.activated(query, document, document_mask).sum(2)
+        logs = torch.log(sums.clamp(min=at_least(LEAST, sums)))
         counts = query_mask & document_mask.any(1, keepdim=True)
         # theirs too: 0.01 keeps the sums near those of the other maps
         return 0.01 * (logs * counts.unsqueeze(-1)).sum(1)

@@ -168,7 +168,7 @@ class PoNetMixer(Mixer):
             raise InputError(f"heads: expected a divisor of dim = {dim}, got {heads}")
         for view in views:
             require_one_of(VIEWS, views=view)
-        self.heads, self.segments, self.window = heads, segments, window
+        self.dim, self.heads, self.segments, self.window = dim, heads, segments, window
         self.views, self.product, self.weighted = tuple(views), product, weighted
         self.dense_q = nn.Linear(dim, dim)
         self.dense_k = nn.Linear(dim, dim)

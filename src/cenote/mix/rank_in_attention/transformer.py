@@ -127,6 +127,7 @@ def rank_at_equal_size(dim: int, heads: int, like: tuple[int, int]) -> int:
     >>> rank_at_equal_size(16, 4, (1, 16))
     4
     """
+    require_at_least(1, heads=heads)
     found = like[0] * like[1] // heads
     if found < 1:
         raise InputError(f"heads: {heads} heads leave no rank of {like[0]} x {like[1]} in {dim} dimensions")

@@ -86,7 +86,8 @@ class GatedAttention(Mixer):
         self, x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch heads tokens width"]:
         """What each head read, before its gate and the output projection."""
-        x = cleared(x, mask)
+        real, _ = self._checked(x, mask, None)
+        x = cleared(x, real)
         weights = self.weights_of(x, mask)
         value = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return F.dropout(weights, self.dropout, self.training) @ value
