@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
@@ -22,6 +25,41 @@ def real_tokens(
         tensor([[True, True, True]])
     """
     return torch.ones((x.shape[0], x.shape[tokens]), dtype=torch.bool, device=x.device) if mask is None else mask
+
+
+def padding_of(inputs: Mapping[str, Any]) -> Bool[Tensor, "batch tokens"] | None:
+    """What the `attention_mask` among a model's inputs says of padding: True on real tokens; None where there is none.
+
+    Example:
+        >>> padding_of({"attention_mask": torch.tensor([[0, 1, 1]])})
+        tensor([[False,  True,  True]])
+    """
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+        return None
+    return mask.bool()
+
+
+def first_of(x: Shaped[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"]) -> Shaped[Tensor, "batch dim"]:
+    """The first real token of each set, wherever padding stands; the first slot where there is none.
+
+    Example:
+        >>> first_of(torch.tensor([[[1.0], [2.0]]]), torch.tensor([[False, True]])).tolist()
+        [[2.0]]
+    """
+    return x[torch.arange(len(x), device=x.device), mask.long().argmax(1)]
+
+
+def cleared(
+    x: Shaped[Tensor, "*batch tokens dim"], mask: Bool[Tensor, "*#batch tokens"] | None
+) -> Shaped[Tensor, "*batch tokens dim"]:
+    """Zeros in masked slots: what stands there, NaN included, reaches neither a sum, as 0 times NaN would, nor a gradient.
+
+    Example:
+        >>> cleared(torch.tensor([[[1.0], [float("nan")]]]), torch.tensor([[True, False]])).tolist()
+        [[[1.0], [0.0]]]
+    """
+    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0)
 
 
 def positions(mask: Bool[Tensor, "*sets tokens"]) -> Int[Tensor, "*sets tokens"]:

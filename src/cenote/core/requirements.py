@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -48,6 +48,31 @@ def require_all_positive(**given: Iterable[int | float]) -> None:
         held = tuple(numbers)
         if not held or not all(number > 0 for number in held):
             raise InputError(f"{name}: expected at least one number, all of them positive, got {held}")
+
+
+def require_heads(dim: int, heads: int) -> None:
+    """Raise `InputError` unless so many heads share the width evenly.
+
+    >>> require_heads(8, 3)
+    Traceback (most recent call last):
+    cenote.core.errors.InputError: heads: expected a divisor of dim = 8, got 3
+    """
+    require_at_least(1, dim=dim, heads=heads)
+    if dim % heads:
+        raise InputError(f"heads: expected a divisor of dim = {dim}, got {heads}")
+
+
+def require_mask(shape: Sequence[int], **given: Tensor | None) -> None:
+    """Raise `InputError` unless each mask that is given is bool and of this shape.
+
+    >>> require_mask((1, 3), mask=torch.ones(1, 3))
+    Traceback (most recent call last):
+    cenote.core.errors.InputError: mask: expected bool [1, 3], got torch.float32 [1, 3]; use mask.bool()
+    """
+    for name, mask in given.items():
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != torch.Size(shape)):
+            hint = "" if mask.dtype == torch.bool else f"; use {name}.bool()"
+            raise InputError(f"{name}: expected bool {list(shape)}, got {mask.dtype} {list(mask.shape)}{hint}")
 
 
 def require_rate(**given: int | float) -> None:

@@ -21,12 +21,14 @@ class Mixer(nn.Module, ABC):
     out as zeros is done here once. It stands in a model by `cenote.models.live.swapped(model, {place: as_mixer(mixer)})`.
 
     Attributes:
+        dim: width of the tokens, checked in use; 0 where any will do.
         causal: no token is changed by a later one.
         order_matters: whether tokens in another order come out otherwise than in that order.
     """
 
     method_kind: ClassVar[str] = "mixer"
 
+    dim: int = 0
     causal: bool = False
     order_matters: bool = True
 
@@ -82,6 +84,8 @@ class Mixer(nn.Module, ABC):
     def _checked(self, x: Tensor, mask: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         if x.dim() != 3:
             raise InputError(f"x: expected [batch, tokens, dim], got {list(x.shape)}")
+        if self.dim and x.shape[2] != self.dim:
+            raise InputError(f"x: expected tokens of width {self.dim}, got {x.shape[2]}")
         require_floating(x)
         for name, value in (("mask", mask), ("positions", positions)):
             if value is not None and value.shape != x.shape[:2]:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.masks import padding_of
 from cenote.models.live import Where, recorded
 
 
@@ -68,9 +69,15 @@ def density_of(
     Args:
         model: any whose attention can be reached.
         inputs: of its forward.
-        mask: True = a real token, None for all.
+        mask: True = a real token; by default the inputs' `attention_mask`, of attention to as many keys.
         at: which places; default: all.
     """
     with recorded(model, "rows", rows="all", at=at) as found:
         model(**inputs)
-    return [attention_density(steps[0], mask) for steps in found["rows"].values()]
+    told = padding_of(inputs) if mask is None else None
+
+    def of(weights: Tensor) -> Density:
+        fits = told is not None and told.shape == (len(weights), weights.shape[-1])
+        return attention_density(weights, told if fits else mask)
+
+    return [of(steps[0]) for steps in found["rows"].values()]

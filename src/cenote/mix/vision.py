@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
-from cenote.core.requirements import require_at_least, require_one_of
+from cenote.core.requirements import require_at_least, require_heads, require_one_of
 from cenote.mix.base import GridMixer, Mixer
 from cenote.mix.maps import DropPath, drop_rates, start_narrow
 
@@ -62,8 +62,7 @@ class MixedAttention(nn.Module):
         middle: Mixer | None = None,
     ) -> None:
         super().__init__()
-        if dim % heads:
-            raise InputError(f"heads: expected a divisor of dim = {dim}, got {heads}")
+        require_heads(dim, heads)
         if uniform is not None:
             require_one_of(("added", "replacing"), uniform=uniform)
         self.heads, self.uniform = heads, uniform

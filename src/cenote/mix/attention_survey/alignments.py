@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core import InputError
+from cenote.core.masks import cleared
 from cenote.core.requirements import require_at_least, require_one_of
 from cenote.mix.base import ScoreModifier
 
@@ -152,6 +153,8 @@ class KernelAlignment(SameWidth):
         mask: Bool[Tensor, "batch keys"] | None = None,
     ) -> Float[Tensor, "batch heads queries value_width"]:
         """What softmax of these scores gives, without a `[queries, keys]` tensor; zeros where an item has no key."""
+        real = None if mask is None else mask.unsqueeze(1)
+        k, v = cleared(k, real), cleared(v, real)
         of_queries, of_keys = self.feature(q), self.feature(k)
         if mask is not None:
             of_keys = of_keys * mask[:, None, :, None]

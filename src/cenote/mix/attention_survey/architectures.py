@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from cenote.core.masks import cleared
 from cenote.core.requirements import require_at_least
 from cenote.mix.attention_survey.alignments import alignment as alignment_named
 from cenote.mix.attention_survey.attention import GeneralAttention
@@ -102,6 +103,7 @@ class MemoryNetwork(nn.Module):
         mask: Bool[Tensor, "batch memories"] | None = None,
     ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch hops memories"]]:
         """The question behind its hops, and what each looked at."""
+        memories = cleared(memories, mask)
         keys, values = self.to_key(memories), self.to_value(memories)
         seen = []
         for _ in range(self.hops):
@@ -173,6 +175,7 @@ class AttentionBlock(nn.Module):
         self, x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
         """The tokens behind the block."""
+        x = cleared(x, mask)
         x = x + self.attention(self.norms[0](x), mask=mask).context
         return x + self.feed_forward(self.norms[1](x))
 
@@ -200,7 +203,8 @@ class GraphAttention(nn.Module):
         self, x: Float[Tensor, "batch nodes dim"], edges: Bool[Tensor, "batch nodes nodes"]
     ) -> Float[Tensor, "batch nodes out"]:
         """New nodes; zeros where a row of `edges` is empty."""
-        h = self.map(x)
         seen = edges.unsqueeze(1)
-        weights = self.distribution(self.alignment(h.unsqueeze(1), h.unsqueeze(1), seen), seen)
-        return weights[:, 0] @ h
+        # nodes that look at none, and nodes that none looks at, may hold anything
+        q, k = self.map(cleared(x, edges.any(2))), self.map(cleared(x, edges.any(1)))
+        weights = self.distribution(self.alignment(q.unsqueeze(1), k.unsqueeze(1), seen), seen)
+        return weights[:, 0] @ k

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core import InputError
+from cenote.core.masks import cleared
 from cenote.core.requirements import require_at_least, require_one_of, require_positive
 from cenote.mix.attention_survey.alignments import alignment as alignment_named
 from cenote.mix.base import Normaliser
@@ -169,9 +170,10 @@ class GeneralAttention(nn.Module):
         if queries is not None and self.queries is not None:
             raise InputError("queries: this layer has queries of its own; build it with learned_queries=0")
         of_keys = queries is None and self.queries is None
+        values = cleared(keys if values is None else values, mask)
+        keys = cleared(keys, mask)
         if queries is None:
             queries = keys if self.queries is None else self.queries.expand(len(keys), -1, -1)
-        values = keys if values is None else values
         real = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device) if mask is None else mask
         q, k, v = (self._split(name, x) for name, x in (("q", queries), ("k", keys), ("v", values)))
         seen = real[:, None, None, :].expand(-1, 1, q.shape[2], -1)
@@ -238,6 +240,7 @@ class CoAttention(nn.Module):
             torch.ones(t.shape[:2], dtype=torch.bool, device=t.device) if m is None else m
             for t, m in ((x, x_mask), (y, y_mask))
         )
+        x, y = cleared(x, x_mask), cleared(y, y_mask)
         affinity = torch.tanh(x @ self.weight @ y.mT)
         if self.coarse is None:
             of_y = softmax(affinity, y_real.unsqueeze(1))
@@ -274,6 +277,7 @@ class MultiDimensionalAttention(nn.Module):
         self, h: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch tokens dim"]]:
         """The sum, and the weights of every channel."""
+        h = cleared(h, mask)
         seen = None if mask is None else mask.unsqueeze(1)
         weights = softmax(self.scores(h).mT, seen).mT.expand_as(h)
         return (weights * h).sum(1), weights

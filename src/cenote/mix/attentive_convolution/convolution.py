@@ -72,6 +72,7 @@ class ATConv(GridMixer):
     ) -> None:
         super().__init__(grid=grid, prefix=prefix)
         require_at_least(1, dim=dim)
+        self.dim = dim
         require_odd(size=size)
         require_one_of(("strips", "grid"), summary=summary)
         self.size, self.summary = size, summary

@@ -36,6 +36,7 @@ class DynamicConv(GridMixer):
         super().__init__(grid=grid, prefix=prefix)
         require_odd(size=size)
         require_at_least(1, dim=dim, kernels=kernels)
+        self.dim = dim
         self.kernels = nn.Parameter(torch.randn(kernels, dim, size, size) / size)
         self.shares = nn.Sequential(nn.Linear(dim, max(dim // 4, 1)), nn.ReLU(), nn.Linear(max(dim // 4, 1), kernels))
 
@@ -66,6 +67,7 @@ class Involution(GridMixer):
         super().__init__(grid=grid, prefix=prefix)
         require_odd(size=size)
         require_at_least(1, dim=dim, groups=groups)
+        self.dim = dim
         if dim % groups:
             raise InputError(f"groups: expected a divisor of dim = {dim}, got {groups}")
         self.size, self.groups = size, groups

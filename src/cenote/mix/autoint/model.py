@@ -57,18 +57,18 @@ class FieldEmbeddings(nn.Module):
                 f"value: expected the shape of index, [batch, fields] or [batch, fields, several], got "
                 f"{list(value.shape)} beside {list(index.shape)}"
             )
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.features:
-            raise InputError(
-                f"index: expected 0 to {self.features - 1}, got {int(index.min())} to {int(index.max())}; encode the table "
-                f"with the encoder that the model was made for"
-            )
         there = torch.ones_like(index, dtype=torch.bool) if present is None else present
         if there.dtype != torch.bool or there.shape != index.shape:
             raise InputError(
                 f"present: expected bool {list(index.shape)} as index, got {there.dtype} {list(there.shape)}"
             )
-        value = value.to(self.table.weight).masked_fill(~there, 0.0)
-        e = self.table(index) * value.unsqueeze(-1)
+        index, value = index.masked_fill(~there, 0), value.masked_fill(~there, 0)
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.features:
+            raise InputError(
+                f"index: expected 0 to {self.features - 1}, got {int(index.min())} to {int(index.max())}; encode the table "
+                f"with the encoder that the model was made for"
+            )
+        e = self.table(index) * value.to(self.table.weight).unsqueeze(-1)
         return e if index.dim() == 2 else e.sum(2) / there.sum(2, keepdim=True).clamp(min=1)
 
 

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from cenote.core.errors import InputError
-from cenote.core.requirements import require_at_least
+from cenote.core.requirements import require_at_least, require_heads
 from cenote.mix.base import GridMixer, Mixer
 
 
@@ -30,10 +29,8 @@ class AttentionMixer(Mixer):
     def __init__(self, dim: int, heads: int | None = None, *, bias: bool = False, causal: bool = False) -> None:
         super().__init__()
         heads = max(dim // 32, 1) if heads is None else heads
-        require_at_least(1, dim=dim, heads=heads)
-        if dim % heads:
-            raise InputError(f"heads: expected a divisor of dim = {dim}, got {heads}")
-        self.heads, self.causal, self.order_matters = heads, causal, causal
+        require_heads(dim, heads)
+        self.dim, self.heads, self.causal, self.order_matters = dim, heads, causal, causal
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.proj = nn.Linear(dim, dim)
 

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
-from cenote.core.requirements import require_at_least
+from cenote.core.requirements import require_at_least, require_heads
 from cenote.mix.base import Mixer
 
 SMALL = 1e-6
@@ -46,10 +46,8 @@ class FourierMixer(Mixer):
 class _Headed(Mixer):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        require_at_least(1, dim=dim, heads=heads)
-        if dim % heads:
-            raise InputError(f"heads: expected a divisor of dim = {dim}, got {heads}")
-        self.heads = heads
+        require_heads(dim, heads)
+        self.dim, self.heads = dim, heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 

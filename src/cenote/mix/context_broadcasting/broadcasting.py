@@ -84,6 +84,7 @@ class ScaledContextBroadcasting(Mixer):
     def __init__(self, dim: int, start: float = START, *, running: bool = False) -> None:
         super().__init__()
         require_at_least(1, dim=dim)
+        self.dim = dim
         self.running = self.causal = self.order_matters = running
         self.scale = nn.Parameter(torch.full((dim,), start))
 
@@ -112,6 +113,7 @@ class SqueezeExcitation(Mixer):
     def __init__(self, dim: int, ratio: int = 4) -> None:
         super().__init__()
         require_at_least(1, dim=dim, ratio=ratio)
+        self.dim = dim
         self.squeeze = nn.Linear(dim, max(dim // ratio, 1))
         self.excite = nn.Linear(max(dim // ratio, 1), dim)
 

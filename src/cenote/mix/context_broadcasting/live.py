@@ -13,6 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.masks import padding_of
 from cenote.core.requirements import require_one_of
 from cenote.mix.base import Mixer
 from cenote.mix.branches import Before, Behind, branches_of, is_causal
@@ -40,7 +41,8 @@ def broadcasting(
         spot: `"attention front"`, `"attention middle"` (before the output's map), `"attention end"`, `"mlp front"`,
             `"mlp middle"`, or `"mlp end"`, before the skip.
         blocks: numbers; None for all.
-        mask: True = a real token, of all that runs in this block of code; None where there is no padding.
+        mask: True = a real token, of all that runs in this block of code; by default the inputs' `attention_mask`, where it
+            tells of padding.
 
     Returns:
         The mixers by block, to be trained where they have parameters.
@@ -52,6 +54,7 @@ def broadcasting(
         Nam et al. 2023, arXiv 2210.08457; that the end of the MLP is the place is inferred.
     """
     require_one_of(SPOTS, spot=spot)
+    mask = padding_of(inputs) if mask is None else mask
     found = branches_of(model, inputs, blocks)
     mixers = {
         number: ContextBroadcasting() if make is None else make(at.neurons if spot == "mlp middle" else at.dim)

@@ -66,7 +66,7 @@ class CoPETransformer(ScoredDecoder):
         pre_norm: bool = False,
     ) -> None:
         require_one_of(get_args(Encoding), encoding=encoding)
-        require_at_least(1, block=block, every=every)
+        require_at_least(1, block=block, every=every, heads=heads)
         if every > 1 and encoding != "cope+rel":
             raise InputError(f"every: layers between need distances; take encoding='cope+rel', not {encoding!r}")
         width = dim // heads

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cenote.core import rotary
 from cenote.core.errors import InputError
-from cenote.core.requirements import require_at_least, require_one_of
+from cenote.core.requirements import require_heads, require_one_of
 from cenote.mix.base import Mixer
 from cenote.mix.deconstructing_attention.running import running_softmax, taylor_joint, taylor_literal, token_scores
 
@@ -36,10 +36,8 @@ class CausalForm(Mixer):
 
     def __init__(self, dim: int, heads: int = 1) -> None:
         super().__init__()
-        require_at_least(1, dim=dim, heads=heads)
-        if dim % heads:
-            raise InputError(f"heads: expected a divisor of dim = {dim}, got {heads}")
-        self.heads = heads
+        require_heads(dim, heads)
+        self.dim, self.heads = dim, heads
 
     def mix(
         self, x: Tokens, mask: Bool[Tensor, "batch tokens"], positions: Int[Tensor, "batch tokens"]

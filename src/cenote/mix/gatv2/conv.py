@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cenote.core.errors import InputError
 from cenote.core.graphs import check_edges
+from cenote.core.masks import cleared
 from cenote.core.requirements import require_at_least, require_dtype_of, require_floating, require_rate
 from cenote.mix.gatv2.edges import softmax_at, sum_at, with_loops
 
@@ -149,7 +150,8 @@ class GraphAttention(nn.Module, ABC):
             InputError: where `edge_attr` lacks, is given for nothing, or does not fit the pairs.
         """
         self._check_pairs(edge_attr, queries.shape[1], keys.shape[1])
-        q, k, v = self.projected(keys, queries)
+        # keys that none takes of, and queries that take of none, may hold anything
+        q, k, v = self.projected(cleared(keys, adjacency.any(1)), cleared(queries, adjacency.any(2)))
         pair = max(k.shape[0] * k.shape[2] * k.shape[3], 1)
         columns = max(min(at_once // pair, k.shape[1]), 1)
         rows = max(at_once // (pair * columns), 1)

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core import InputError
+from cenote.core.masks import cleared
 from cenote.core.requirements import require_at_least
 
 SPREAD = 1e4
@@ -145,6 +146,7 @@ class MixedRepresentation(nn.Module):
         """
         if not x.numel():
             return x
+        x = cleared(x, mask)
         table = self.document_positions if document else self.query_positions
         told = x
         if table is not None:

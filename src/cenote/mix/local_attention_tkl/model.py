@@ -139,7 +139,8 @@ class TKL(nn.Module):
 
         Args:
             query, document: embeddings.
-            query_mask, document_mask: True on real terms that have an embedding; a document without any scores 0.
+            query_mask, document_mask: True on real terms that have an embedding; a document without any scores 0. A term
+                without an embedding keeps its place, so that padding has to stand behind.
         """
         self._check(query, document, query_mask, document_mask)
         query = query.masked_fill(~query_mask.unsqueeze(-1), 0.0)

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from cenote.core.masks import cleared
 from cenote.core.requirements import require_at_least, require_one_of
 from cenote.mix.local_attention_tkl.chunks import MixedRepresentation
 from cenote.mix.local_attention_tkl.terms import terms_of
-from cenote.mix.local_attention_tkl.windows import LEAST, MEANS, cosine, kernels
+from cenote.mix.local_attention_tkl.windows import LEAST, MEANS, at_least, cosine, kernels
 
 Encode = Callable[[Sequence[str]], Float[Tensor, "texts dim"]]
 
@@ -54,7 +55,9 @@ class KNRM(nn.Module):
         document_mask: Bool[Tensor, "batch terms"],
     ) -> Float[Tensor, "batch kernels"]:
         """Logarithms of the sums of kernels, over the query's terms; 0 of a document without any."""
-        logs = torch.log(self.activated(query, document, document_mask).sum(2).clamp(min=LEAST))
+        query, document = cleared(query, query_mask), cleared(document, document_mask)
+        sums = self.activated(query, document, document_mask).sum(2)
+        logs = torch.log(sums.clamp(min=at_least(LEAST, sums)))
         counts = query_mask & document_mask.any(1, keepdim=True)
         # theirs too: 0.01 keeps the sums near those of the other maps
         return 0.01 * (logs * counts.unsqueeze(-1)).sum(1)
@@ -93,7 +96,7 @@ class ConvKNRM(KNRM):
     def summed(
         self, query: Tensor, document: Tensor, query_mask: Tensor, document_mask: Tensor
     ) -> Float[Tensor, "batch all"]:
-        sides = [self._grams(x * mask.unsqueeze(-1)) for x, mask in ((query, query_mask), (document, document_mask))]
+        sides = [self._grams(cleared(x, mask)) for x, mask in ((query, query_mask), (document, document_mask))]
         found = [super(ConvKNRM, self).summed(q, d, query_mask, document_mask) for q in sides[0] for d in sides[1]]
         return torch.cat(found, -1)
 
@@ -179,6 +182,7 @@ class MatchPyramid(nn.Module):
     ) -> Float[Tensor, "batch"]:
         """A score of each pair."""
         document, document_mask = document[:, : self.first], document_mask[:, : self.first]
+        query, document = cleared(query, query_mask), cleared(document, document_mask)
         real = (query_mask[:, :, None] & document_mask[:, None])[:, None]
         x = cosine(query, document)[:, None] * real
         for convolution in self.convolutions:

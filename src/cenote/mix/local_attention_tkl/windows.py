@@ -31,8 +31,17 @@ def cosine(
     query: Float[Tensor, "batch queries dim"], document: Float[Tensor, "batch terms dim"]
 ) -> Float[Tensor, "batch queries terms"]:
     """Cosines of all pairs, `x / (|x| + 1e-13)`."""
-    unit = [x / (x.norm(dim=-1, keepdim=True) + TINY) for x in (query, document)]
+    unit = [x / (x.norm(dim=-1, keepdim=True) + at_least(TINY, x)) for x in (query, document)]
     return unit[0] @ unit[1].mT
+
+
+def at_least(number: float, x: Tensor) -> float:
+    """The number, or the least that does not become 0 in half precision.
+
+    >>> at_least(1e-10, torch.zeros(1)), at_least(1e-10, torch.zeros(1, dtype=torch.float16))
+    (1e-10, 6.103515625e-05)
+    """
+    return max(number, torch.finfo(x.dtype).tiny)
 
 
 def kernels(
@@ -149,11 +158,11 @@ class SaturatedWindows(nn.Module):
         if self.saturation == "linear":
             return sums
         if self.saturation == "log":
-            return torch.log((sums * self.gain).clamp(min=LEAST))
+            return torch.log((sums * self.gain).clamp(min=at_least(LEAST, sums)))
         length = windows.lengths / self.window if self.robust else windows.lengths
         known = self.reduce(query)[:, :, None].expand(-1, -1, sums.shape[2], -1)
         told = self.norm(torch.cat([known, length[:, None, :, None].expand(known.shape)], -1))
-        raised: Tensor = sums.clamp(min=LEAST) ** (1 / self.root(told))
+        raised: Tensor = sums.clamp(min=at_least(LEAST, sums)) ** (1 / self.root(told))
         return self.factor(told) * raised - self.offset(told)
 
 

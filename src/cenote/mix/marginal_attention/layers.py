@@ -59,7 +59,7 @@ class PosteriorAttention(Mixer):
         require_one_of(get_args(Potential), potential=potential)
         if dim % heads:
             raise InputError(f"heads: {heads} does not divide dim={dim}")
-        self.heads, self.most = heads, most
+        self.dim, self.heads, self.most = dim, heads, most
         self.family = OneParentPerQuery() if family is None else family
         self.order_matters = prior == "distances" or self.family.order_matters
         # what a bias adds to all scores of a query, or of an input, most families do not see

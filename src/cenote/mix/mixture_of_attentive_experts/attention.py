@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core import InputError
-from cenote.core.masks import real_tokens
+from cenote.core.masks import cleared, real_tokens
 from cenote.core.requirements import require_at_least, require_one_of, require_rate
 from cenote.mix.base import Mixer
 from cenote.mix.mixture_of_attentive_experts.experts import ExpertGate, head_factors
@@ -220,7 +220,8 @@ class MixtureAttention(Mixer):
         memory_mask: Bool[Tensor, "batch sources"] | None,
         heads: Int[Tensor, "kept"] | None,
     ) -> Float[Tensor, "batch kept tokens width"]:
-        source, real = (x, mask) if memory is None else (memory, memory_mask)
+        x = cleared(x, mask)
+        source, real = (x, mask) if memory is None else (cleared(memory, memory_mask), memory_mask)
         real = real_tokens(source, real)
         q, k, v = self._projected(x, source, heads)
         seen = _readable(real, x.shape[1], self.causal and memory is None)

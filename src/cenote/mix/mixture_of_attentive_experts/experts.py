@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cenote.core import InputError
 from cenote.core.masks import real_tokens
 from cenote.core.requirements import require_at_least
+from cenote.core.segments import accumulation_dtype
 from cenote.mix.base import HeadGate
 
 
@@ -110,5 +111,6 @@ def gate_input(
     """
     real = real_tokens(x, mask).unsqueeze(-1)
     kept = x.masked_fill(~real, 0.0)
-    total, count = (kept.cumsum(1), real.cumsum(1)) if causal else (kept.sum(1), real.sum(1))
-    return total / count.clamp(min=1)
+    dtype = accumulation_dtype(x.dtype)
+    total, count = (kept.cumsum(1, dtype=dtype), real.cumsum(1)) if causal else (kept.sum(1, dtype=dtype), real.sum(1))
+    return (total / count.clamp(min=1)).to(x.dtype)

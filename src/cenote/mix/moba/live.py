@@ -165,7 +165,7 @@ class MoBAMixer(Mixer):
             raise InputError(
                 f"heads: rotary positions need heads of an even width, got {width}; give other heads or rope=None"
             )
-        self.heads, self.kv_heads, self.block, self.top = heads, kv_heads, block, top
+        self.dim, self.heads, self.kv_heads, self.block, self.top = dim, heads, kv_heads, block, top
         self.first, self.last, self.rope = first, last, rope
         self.queries = nn.Linear(dim, dim, bias=bias)
         self.keys = nn.Linear(dim, kv_heads * width, bias=bias)

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cenote.core import InputError
+from cenote.core.masks import cleared
 from cenote.core.requirements import require_at_least, require_one_of, require_positive
 from cenote.mix.base import Normaliser
 
@@ -104,6 +105,7 @@ def distance(
         selected: another set than the largest.
     """
     require_one_of(get_args(Mode), mode=mode)
+    weights, x = _cleared(weights, x, mask)
     chosen = top_set(weights, n, mask) if selected is None else selected
     outside = _outside(chosen, mask)
     if mode == "sum":
@@ -121,6 +123,7 @@ def distance_bound(weights: Weights, x: Vectors, n: int, mask: Real | None = Non
     `(1 - A) d_1 + (L - N - 1 + A) A max_{i selected} |x_i|`. The formula is reconstructed; it follows from
     `s - a x = a (s - x) + (1 - a) s`, for any weights.
     """
+    weights, x = _cleared(weights, x, mask)
     chosen = top_set(weights, n, mask)
     outside = _outside(chosen, mask)
     weights = weights.double()
@@ -150,7 +153,7 @@ def expected_squared_distances(
     length = real.sum(-1, keepdim=True).double()
     if bool((length < n + 1).any()):
         raise InputError(f"n: {n} of the others, and a row has {int(length.min())} tokens")
-    weights, x = weights.double() * real, x.double()
+    weights, x = _cleared(weights.double(), x.double(), mask)
     squared = weights.square() * x.square().sum(-1)
     total = _sums(weights, x)
     own = weights * _products(total, x)
@@ -166,8 +169,12 @@ def expected_squared_distances(
 def expected_distance_bound(weights: Weights, x: Vectors, n: int, mask: Real | None = None) -> Float[Tensor, "*rows"]:
     """`(L - N) / L sum_j sqrt(E |s - y_j|^2)`: not less than the distance that is expected of a uniform set of n tokens."""
     found = expected_squared_distances(weights, x, n, mask)
-    length = weights.shape[-1] if mask is None else mask.expand_as(weights).sum(-1)
-    return (length - n) / length * found.sqrt().sum(-1)
+    if mask is None:
+        return (weights.shape[-1] - n) / weights.shape[-1] * found.sqrt().sum(-1)
+    # a root has no gradient at 0
+    roots = found.masked_fill(~mask, 1.0).sqrt().masked_fill(~mask, 0.0)
+    length = mask.expand_as(weights).sum(-1)
+    return (length - n) / length * roots.sum(-1)
 
 
 def softmax_range(spread: float, length: int, temperature: float = 1.0) -> tuple[float, float]:
@@ -206,6 +213,7 @@ def vanishing_range(
 
 def separable(weights: Weights, x: Vectors, n: int, mask: Real | None = None) -> Separable:
     """How many of the n top tokens can be told from the others by their place."""
+    weights, x = _cleared(weights, x, mask)
     chosen = top_set(weights, n, mask)
     outside = _outside(chosen, mask)
     away = distances(weights, x, chosen)
@@ -343,6 +351,15 @@ def permuted(weights: Weights, mask: Real | None = None, generator: torch.Genera
     order = (~real).to(torch.uint8).argsort(dim=-1, stable=True)
     drawn = noise.masked_fill(~real, 2.0).argsort(dim=-1)
     return torch.zeros_like(weights).scatter(-1, drawn, weights.gather(-1, order)).masked_fill(~real, 0.0)
+
+
+def _cleared(weights: Weights, x: Vectors, mask: Real | None) -> tuple[Weights, Vectors]:
+    """Zeros where a row may not read, and in vectors that no row may read."""
+    if mask is None:
+        return weights, x
+    shape = x.shape[:-1]
+    read = mask.expand(torch.broadcast_shapes(mask.shape, shape)).long().sum_to_size(shape) > 0
+    return weights.masked_fill(~mask, 0.0), cleared(x, read)
 
 
 def _sums(weights: Weights, x: Vectors) -> Float[Tensor, "*rows dim"]:

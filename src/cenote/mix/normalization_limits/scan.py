@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core import InputError
+from cenote.core.masks import padding_of
 from cenote.core.requirements import require_at_least, require_one_of, require_positive
 from cenote.mix.base import Normaliser
 from cenote.mix.normalisers import Softmax
@@ -192,9 +193,16 @@ class HeadScan:
             lengths: inputs are cut to these; as they are by default.
 
         Raises:
-            InputError: for a length beyond the inputs', or rows with hardly more tokens than n.
+            InputError: for inputs with padding, a length beyond them, or rows with hardly more tokens than n.
         """
-        whole = next(v.shape[1] for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 1)
+        sizes = [v.shape[1] for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 1]
+        if not sizes:
+            raise InputError("inputs: expected a tensor [batch, tokens, ...] among them, got none")
+        if padding_of(inputs) is not None:
+            raise InputError("inputs: attention_mask tells of padding; scan items of one length, or one at a time")
+        whole = sizes[0]
+        for length in lengths:
+            require_at_least(1, lengths=length)
         found: list[HeadLimits] = []
         for length in lengths or (whole,):
             if length > whole:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.masks import cleared
 from cenote.core.requirements import require_at_least, require_one_of
 from cenote.core.segments import accumulation_dtype
 from cenote.mix.base import Mixer
@@ -74,15 +75,15 @@ def pooled_views(
     """
     require_odd(window=window)
     heads, count = q.shape[1], mask.sum(1).clamp(min=1)[:, None, None]
-    seen = mask[:, None, :, None]
+    q, k, o, v = (cleared(y, mask.unsqueeze(1)) for y in (q, k, o, k if value is None else value))
+    segment, local = cleared(segment, mask), cleared(local, mask)
     low = torch.finfo(q.dtype).min
     if weighted:
-        query = (q.masked_fill(~seen, 0.0).sum(2, dtype=accumulation_dtype(q.dtype)) / count).to(q.dtype)
+        query = (q.sum(2, dtype=accumulation_dtype(q.dtype)) / count).to(q.dtype)
         scores = torch.einsum("bhd,bhnd->bhn", query, k) * q.shape[-1] ** -0.5
         weights = scores.masked_fill(~mask.unsqueeze(1), low).softmax(-1) * mask.unsqueeze(1)
     else:
         weights = (mask.unsqueeze(1) / count).to(q.dtype).expand(-1, heads, -1)
-    v = (k if value is None else value).masked_fill(~seen, 0.0)
     pooled = torch.einsum("bhn,bhnd->bhd", weights, v).unsqueeze(2)
 
     def by_head(y: Tensor) -> Tensor:
@@ -167,7 +168,7 @@ class PoNetMixer(Mixer):
             raise InputError(f"heads: expected a divisor of dim = {dim}, got {heads}")
         for view in views:
             require_one_of(VIEWS, views=view)
-        self.heads, self.segments, self.window = heads, segments, window
+        self.dim, self.heads, self.segments, self.window = dim, heads, segments, window
         self.views, self.product, self.weighted = tuple(views), product, weighted
         self.dense_q = nn.Linear(dim, dim)
         self.dense_k = nn.Linear(dim, dim)

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core.errors import InputError
+from cenote.core.masks import first_of
 from cenote.core.requirements import require_at_least, require_one_of
 from cenote.mix.base import Mixer
 from cenote.mix.basic.attention import AttentionMixer
@@ -197,8 +198,7 @@ class PoNetEncoder(nn.Module):
         """
         if ids.shape[1] > self.longest:
             raise InputError(f"ids: expected at most longest = {self.longest} tokens, got {ids.shape[1]}")
-        if mask is None:
-            mask = torch.ones_like(ids, dtype=torch.bool) if self.padding is None else ids != self.padding
+        mask = self.real(ids) if mask is None else mask
         x = self.words(ids) + self.places((mask.cumsum(1) - 1).clamp(min=0))
         if self.types is not None:
             x = x + self.types(torch.zeros_like(ids) if types is None else types)
@@ -213,6 +213,10 @@ class PoNetEncoder(nn.Module):
             weights += [] if of_block is None else [of_block]
         x = x if self.order == "post" else self.norm(x)
         return Encoded(x.masked_fill(~mask.unsqueeze(-1), 0.0), weights)
+
+    def real(self, ids: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
+        """Which ids are not `padding`."""
+        return torch.ones_like(ids, dtype=torch.bool) if self.padding is None else ids != self.padding
 
 
 class Predicted(NamedTuple):
@@ -241,7 +245,7 @@ class PoNetForPretraining(nn.Module):
         """Logits of both tasks."""
         states = self.encoder(ids, types=types).states
         words = F.linear(self.norm(F.gelu(self.transform(states))), self.encoder.words.weight, self.bias)
-        return Predicted(words, self.order(self.pooler(states[:, 0]).tanh()))
+        return Predicted(words, self.order(self.pooler(first_of(states, self.encoder.real(ids))).tanh()))
 
 
 class PoNetClassifier(nn.Module):
@@ -263,11 +267,8 @@ class PoNetClassifier(nn.Module):
         self, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch classes"]:
         """Logits of the texts."""
+        mask = self.encoder.real(ids) if mask is None else mask
         states = self.encoder(ids, mask).states
         if self.read == "first":
-            return self.head(states[:, 0])
-        if mask is None:
-            mask = (
-                torch.ones_like(ids, dtype=torch.bool) if self.encoder.padding is None else ids != self.encoder.padding
-            )
+            return self.head(first_of(states, mask))
         return self.head(states.sum(1) / mask.sum(1, keepdim=True).clamp(min=1))

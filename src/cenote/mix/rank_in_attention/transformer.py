@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cenote.core import InputError
+from cenote.core.masks import cleared, real_tokens
 from cenote.core.requirements import require_at_least, require_one_of
 from cenote.core.seeded import seeded
 from cenote.mix.rank_in_attention.layers import RankAttention
@@ -85,16 +86,16 @@ class RankTransformer(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch tokens dim"]:
-        """A prediction for each token.
+        """A prediction for each token; positions count the real ones.
 
         Raises:
             InputError: for more tokens than there are positions.
         """
-        h = x
+        h = x = cleared(x, mask)
         if self.positions is not None:
             if x.shape[1] > len(self.positions):
                 raise InputError(f"x: {x.shape[1]} tokens, and this model has {len(self.positions)} positions")
-            own = self.positions[: x.shape[1]].expand(len(x), -1, -1)
+            own = self.positions[(real_tokens(x, mask).cumsum(1) - 1).clamp(min=0)]
             h = x + own if self.places == "added" else torch.cat([x, own], -1)
         for i, (modules, feed_forward) in enumerate(zip(self.attention, self.feed_forward, strict=True)):
             assert isinstance(modules, nn.ModuleList)
@@ -126,6 +127,7 @@ def rank_at_equal_size(dim: int, heads: int, like: tuple[int, int]) -> int:
     >>> rank_at_equal_size(16, 4, (1, 16))
     4
     """
+    require_at_least(1, heads=heads)
     found = like[0] * like[1] // heads
     if found < 1:
         raise InputError(f"heads: {heads} heads leave no rank of {like[0]} x {like[1]} in {dim} dimensions")

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core import InputError
-from cenote.core.masks import real_tokens
+from cenote.core.masks import cleared, real_tokens
 from cenote.core.requirements import require_at_least, require_one_of, require_rate
 from cenote.mix.base import Mixer
 
@@ -86,6 +86,8 @@ class GatedAttention(Mixer):
         self, x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
     ) -> Float[Tensor, "batch heads tokens width"]:
         """What each head read, before its gate and the output projection."""
+        real, _ = self._checked(x, mask, None)
+        x = cleared(x, real)
         weights = self.weights_of(x, mask)
         value = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return F.dropout(weights, self.dropout, self.training) @ value

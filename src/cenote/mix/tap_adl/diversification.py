@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cenote.core.errors import InputError
 from cenote.core.requirements import require_at_least
+from cenote.core.segments import accumulation_dtype
 
 EPS = 1e-6
 
@@ -59,7 +60,7 @@ def attention_diversification(
             raise InputError(f"attentions[{i}]: expected [batch, heads, tokens, tokens], got {list(a.shape)}")
         if mask is not None and mask.shape != (a.shape[0], a.shape[2]):
             raise InputError(f"mask: expected {[a.shape[0], a.shape[2]]} as the attention, got {list(mask.shape)}")
-    losses = [_of_layer(a.mean(1), threshold, mask) for a in attentions]
+    losses = [_of_layer(a.mean(1), threshold, mask).to(a.dtype) for a in attentions]
     return torch.stack(losses).sum() / (len(losses) + EPS)
 
 
@@ -67,7 +68,7 @@ def _of_layer(rows: Tensor, threshold: float, mask: Tensor | None) -> Tensor:
     batch, n = rows.shape[:2]
     if mask is None:
         mask = torch.ones(batch, n, dtype=torch.bool, device=rows.device)
-    rows = rows.masked_fill(~mask.unsqueeze(1) | ~mask.unsqueeze(2), 0.0)
+    rows = rows.masked_fill(~mask.unsqueeze(1) | ~mask.unsqueeze(2), 0.0).to(accumulation_dtype(rows.dtype))
     count = mask.sum(1).clamp(min=1)
     mean = rows.sum(1, keepdim=True) / count[:, None, None]
     tau = (threshold / count)[:, None, None]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cenote.core.errors import InputError
+from cenote.core.requirements import require_heads
 from cenote.mix.base import GridMixer
 from cenote.mix.image_training import Loss, Recipe
 from cenote.mix.maps import DropPath, drop_rates, on_map
@@ -116,8 +116,7 @@ class FANBlock(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        if dim % heads:
-            raise InputError(f"heads: expected a divisor of dim = {dim}, got {heads}")
+        require_heads(dim, heads)
         self.pooling = TokenAwarePooling(dim, scales)
         self.norm1 = nn.LayerNorm(dim)
         self.attn = _SplitAttention(dim, heads, bias)

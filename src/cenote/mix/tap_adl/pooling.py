@@ -68,7 +68,7 @@ class TokenAwarePooling(GridMixer):
         super().__init__(grid=grid, prefix=prefix)
         require_at_least(1, dim=dim, scales=scales)
         require_positive(temperature=temperature)
-        self.scales, self.temperature = scales, temperature
+        self.dim, self.scales, self.temperature = dim, scales, temperature
         self.first = nn.Conv2d(dim, scales, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(scales)
         self.second = nn.Conv2d(scales, scales, 3, padding=1, bias=False)

@@ -187,6 +187,7 @@ def length_table(model: ScoredDecoder, text: Int[Tensor, "tokens"], lengths: Seq
         InputError: where the text is shorter than the longest window.
     """
     require_at_least(2, lengths=min(lengths, default=0))
+    require_at_least(1, last=last)
     longest = max(lengths)
     if len(text) < longest or last >= min(lengths):
         raise InputError(
