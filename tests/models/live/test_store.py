@@ -10,6 +10,7 @@ from tests.models.live import zoo
 from tests.models.live.test_decoding import generated, padded
 
 from cenote.core import InputError
+from cenote.mix import SinkWindow
 from cenote.models.live import edited
 from cenote.models.live.heads import ScaledHeads
 from cenote.models.live.store import KeyValueStore, StoreLayer, adopt, exact_decoding, in_place, nbytes
@@ -76,6 +77,7 @@ def test_a_loop_of_ones_own_and_a_cache_that_came_filled() -> None:
         torch.testing.assert_close(model(words[:, 8:], past_key_values=cache).logits, logits)
 
 
+@torch.no_grad()
 def test_room_doubles_and_bytes_are_declared() -> None:
     layer = StoreLayer()
     k = torch.randn(2, 3, 1, 4)
@@ -162,6 +164,40 @@ def test_gradients_flow_through_keys() -> None:
     (found,) = torch.autograd.grad(out, model.model.embed_tokens.weight)
     expected = torch.autograd.grad(model(words).logits[:, 4:].sum(), model.model.embed_tokens.weight)[0]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def gradients_of_steps(model: Any, trained: str) -> list[torch.Tensor]:
+    """Of a prompt and four steps behind it, backwards once through all."""
+    words, needed = zoo.ids(1, 14), [x for name, x in model.named_parameters() if trained in name]
+    for name, x in model.named_parameters():
+        x.requires_grad_(trained in name)
+    out = model(words[:, :10], use_cache=True)
+    total = out.logits.sum()
+    for i in range(10, 14):
+        out = model(words[:, i : i + 1], past_key_values=out.past_key_values)
+        total = total + out.logits.pow(2).sum()
+    return list(torch.autograd.grad(total, needed))
+
+
+@pytest.mark.parametrize("trained", ["q_proj", "k_proj", "layers.1.mlp", ""])
+@pytest.mark.parametrize("entered", [in_place, exact_decoding, SinkWindow(200).on])
+def test_gradients_of_steps_are_those_of_a_copied_cache(entered: Any, trained: str) -> None:
+    """Whatever is trained: autograd keeps keys that need no gradient themselves, for the queries'."""
+    model = zoo.MODELS["llama"]("sdpa").model
+    plain = gradients_of_steps(model, trained)
+    with entered(model):
+        found = gradients_of_steps(model, trained)
+    torch.testing.assert_close(found, plain, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("trained", ["q_proj", ""])
+def test_gradients_flow_where_keys_are_forgotten(trained: str) -> None:
+    model = zoo.MODELS["llama"]("sdpa").model
+    with SinkWindow(6, 2).on(model):
+        kept = gradients_of_steps(model, trained)
+    with SinkWindow(6, 2, forgets=True).on(model):
+        forgot = gradients_of_steps(model, trained)
+    torch.testing.assert_close(forgot, kept, atol=1e-3, rtol=1e-4)
 
 
 def test_other_edits_act_beside_grouped_rows() -> None:

@@ -36,8 +36,8 @@ LEAST = 64
 class StoreLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values of one layer; `keys` and `values`, `[batch, kv_heads, tokens, width]`, are views of a larger room.
 
-    What was read before a `crop` may be written over behind it. Where gradients flow through keys they are copied, as
-    transformers does.
+    What was read before a `crop` may be written over behind it. While autograd records they are copied, as transformers does:
+    it may keep the keys for queries' gradients alone.
 
     Args:
         room: for how many tokens there is room at first; by default 64, or what the first ones need.
@@ -74,9 +74,9 @@ class StoreLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        given = (key_states, value_states, self.keys, self.values)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        if torch.is_grad_enabled():
             super().update(key_states, value_states, *args, **kwargs)
+            self._leave_rooms()
         else:
             self.keys = self._written("keys", self.keys, key_states)
             self.values = self._written("values", self.values, value_states)
@@ -114,7 +114,7 @@ class StoreLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         }
         keys, values = grouped.gathered(self.keys, at), grouped.gathered(self.values, at)
         empty = {name: x[:, :, :0] for name, x in (("keys", keys), ("values", values))}
-        if any(most + 1 <= room.shape[2] // 4 for room in self._rooms.values()):
+        if torch.is_grad_enabled() or any(most + 1 <= room.shape[2] // 4 for room in self._rooms.values()):
             self._leave_rooms()
         self.keys = self._written("keys", self._start("keys", empty["keys"]), keys)
         self.values = self._written("values", self._start("values", empty["values"]), values)
