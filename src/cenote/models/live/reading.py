@@ -11,7 +11,6 @@ keys, encoder-decoders, padding that is not on the left, compiled models, other 
 from __future__ import annotations
 
 import inspect
-import math
 import threading
 import weakref
 from collections import Counter
@@ -321,6 +320,7 @@ class _Seat(AttentionEdit):
             if at is not None:
                 told["position_ids"] = at
             cache.crop(-recent.shape[1])
+            self.now.looked_at.clear()
             self.now.refreshing = True
             try:
                 with torch.no_grad():
@@ -363,6 +363,8 @@ class _Seat(AttentionEdit):
         prompt = generation.prompt(self.given_prompt)
         held = self._held(call)
         first = min(max(0, prompt - (held.seen - call.queries)), call.queries)
+        if first < call.queries or "prefill" in self.policy.acts or self.policy.watches or self.policy.forgets:
+            generation.require_finite(call, held, layer)
         if first == call.queries:
             return self._of_prompt(call, fused, layer, held, generation)
         if self.policy.forgets and call.queries > 1 and generation.layer(layer) is not None:
@@ -416,8 +418,6 @@ class _Seat(AttentionEdit):
             _require_mask_alone(call)
             call = self.inputs(call.replace(k=stored.keys, v=stored.values, allowed=None, bias=None))
             held = self._held(call)
-        if not math.isfinite(float(call.q.sum())):
-            raise InputError(f"model: queries of layer {layer} are NaN or infinite, and no key is the best for them")
         reads = self.policy.read(layer, call.q, held, generation.state)
         kv_heads = call.k.shape[1]
         seen = kv_heads * (call.batch * held.seen - generation.padding)
@@ -511,6 +511,8 @@ class _Generation:
         self.begun = self.refreshing = self.left_out = False
         self.start: Tensor | None = None
         self.padding = 0
+        # of each layer, tokens whose keys are known to be finite
+        self.looked_at: dict[int, int] = {}
         self._prompt = before
         self._cache: weakref.ref[Any] | None = None
 
@@ -525,6 +527,20 @@ class _Generation:
 
     def prompt(self, given: int | None) -> int:
         return self._prompt if given is None else given
+
+    def require_finite(self, call: AttentionCall, held: Held, layer: int) -> None:
+        """Raise where real queries, or real keys that were not looked at yet, are NaN or infinite: none is the best then."""
+        new = min(held.count, max(call.queries, held.seen - self.looked_at.get(layer, 0)))
+        keys, queries = call.k[:, :, held.count - new :].isfinite(), call.q.isfinite()
+        if not held.whole:
+            keys |= ~held.real[:, :, held.count - new :, None]
+            own = torch.arange(held.seen - call.queries, held.seen, device=call.q.device)
+            queries |= (own < (0 if held.start is None else held.start[:, None])).view(-1, 1, call.queries, 1)
+        fine = queries.all() & keys.all()
+        if not bool(fine):
+            what = "keys" if bool(queries.all()) else "queries"
+            raise InputError(f"model: {what} of layer {layer} are NaN or infinite, and no key is the best then")
+        self.looked_at[layer] = held.seen
 
     def layer(self, number: int) -> Any:
         cache = None if self._cache is None else self._cache()
