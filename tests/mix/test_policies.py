@@ -189,6 +189,31 @@ def test_a_cache_that_came_filled_is_the_prompt() -> None:
         assert isinstance(cache.layers[0], StoreLayer)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_cache_that_forgot_needs_a_policy(tokens: int) -> None:
+    model, words = llama(), zoo.ids(1, 14)
+    with torch.no_grad():
+        with H2O(6).on(model):
+            cache = model(words[:, :9], use_cache=True).past_key_values
+            model(words[:, 9:10], past_key_values=cache)
+        for _ in range(2):
+            with pytest.raises(InputError, match="cache: keys were forgotten, and without a policy"):
+                model(words[:, 10 : 10 + tokens], past_key_values=cache)
+        assert cache.get_seq_length() == 10
+        with SinkWindow(4).on(model):
+            model(words[:, 10:11], past_key_values=cache)
+        with pytest.raises(InputError, match="cache: keys were forgotten"), exact_decoding(model):
+            model(words[:, 11 : 11 + tokens], past_key_values=cache)
+        cache.reset()
+        expected = model(words).logits
+        assert torch.equal(model(words, past_key_values=cache).logits, expected)
+        # where all keys were kept, decoding goes on without the policy
+        with SinkWindow(4).on(model):
+            cache = model(words[:, :9], use_cache=True).past_key_values
+            model(words[:, 9:10], past_key_values=cache)
+        model(words[:, 10 : 10 + tokens], past_key_values=cache)
+
+
 def test_a_prompt_in_pieces() -> None:
     model, inputs = llama(), padded((9, 7, 4, 6))[0]
     for policy in (SinkWindow(5, 1), H2O(5), Quest(4, page=2)):

@@ -265,6 +265,8 @@ class _Seat(AttentionEdit):
             handle.remove()
 
     def ends(self) -> None:
+        for cache in list(self.kept):
+            _leave(cache, True)
         self.kept.clear()
         self.now = None
 
@@ -296,6 +298,8 @@ class _Seat(AttentionEdit):
                 "tokens it has (prompt=) where drafts come with it"
             )
         generation.comes(cache, given)
+        if cache is not None:
+            _leave(cache, False)
         self.now = generation
         every = getattr(self.policy, "refresh_every", None)
         if every is not None and cache is not None and before >= generation.prompt(self.given_prompt):
@@ -581,6 +585,15 @@ def _require_keys(cache: Any, forgets: bool) -> None:
             )
         if forgets:
             layer.is_croppable = False
+
+
+def _leave(cache: Any, left: bool) -> None:
+    """Let each layer know whether a policy goes on reading from it."""
+    from cenote.models.live.store import StoreLayer
+
+    for layer in cache.layers:
+        if isinstance(layer, StoreLayer):
+            layer.left = left
 
 
 def _padding(mask: Any) -> Int[Tensor, "batch"] | None:

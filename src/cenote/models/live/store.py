@@ -49,6 +49,7 @@ class StoreLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         per_key: tensors `[batch, kv_heads, tokens, ...]` that follow the keys when these are cropped, forgotten or reordered;
             zeros for a token more.
         notes: what else is kept beside this layer: tensors `[batch, ...]` follow the items, and a crop clears all.
+        left: whether the policy that read from here is gone, so that nobody tells the model which keys were forgotten.
     """
 
     keys: Any
@@ -62,6 +63,7 @@ class StoreLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.numbers: Int[Tensor, "batch kv_heads tokens"] | None = None
         self.per_key: dict[str, Tensor] = {}
         self.notes: dict[str, Any] = {}
+        self.left = False
         self._rooms: dict[str, Tensor] = {}
         self._views: dict[str, Tensor] = {}
         self._least = LEAST if room is None else room
@@ -71,7 +73,15 @@ class StoreLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
         Returns:
             All keys and values that are there.
+
+        Raises:
+            InputError: where keys were forgotten, and the policy that did is gone.
         """
+        if self.left and self.numbers is not None:
+            raise InputError(
+                "cache: keys were forgotten, and without a policy the model takes those that are left for others; go on with "
+                "a policy (policy.on), or begin with a new cache"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if torch.is_grad_enabled():
@@ -151,7 +161,7 @@ class StoreLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         """Forget all."""
         super().reset()
-        self.seen, self.numbers = 0, None
+        self.seen, self.numbers, self.left = 0, None, False
         self.per_key.clear()
         self.notes.clear()
         self._leave_rooms()
