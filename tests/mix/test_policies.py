@@ -315,8 +315,10 @@ def test_keys_of_padding_may_be_anything() -> None:
     assert torch.equal(*logits)
 
 
-def wrong(policy: KVPolicy, name: str = "llama", prompt: int | None = None, **options: Any) -> None:
-    case = zoo.MODELS[name]("sdpa" if (name, "sdpa") in zoo.REACHED else "eager")
+def wrong(
+    policy: KVPolicy, name: str = "llama", prompt: int | None = None, attention: str = "sdpa", **options: Any
+) -> None:
+    case = zoo.MODELS[name](attention if (name, attention) in zoo.REACHED else "eager")
     inputs = options.pop("inputs", padded()[0])
     with policy.on(case.model, prompt):
         generated(case.model, inputs, **options)
@@ -366,6 +368,8 @@ def test_calls_that_a_policy_cannot_act_on() -> None:
     model._compiled_call_impl = model.forward
     with pytest.raises(InputError, match="model: was compiled in place"), Dense().on(model):
         generated(model, inputs)
+    with pytest.raises(InputError, match="output_attentions: SinkWindow reads some keys alone"):
+        wrong(SinkWindow(4, 2), attention="eager", output_attentions=True)
     model = llama()
     with pytest.raises(InputError, match=r"attention_mask: expected \[batch, tokens\]"), Dense().on(model):
         model(inputs["input_ids"], attention_mask=torch.ones(4, 1, 9, 9, dtype=torch.bool))

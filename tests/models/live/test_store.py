@@ -210,6 +210,26 @@ def test_other_edits_act_beside_grouped_rows() -> None:
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(plain.logits), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("by", ["argument", "config"])
+def test_weights_that_are_asked_for_are_shown(by: str) -> None:
+    model = zoo.MODELS["llama"]("eager").model
+    options = {"output_attentions": True} if by == "argument" else {}
+    model.config.output_attentions = by == "config"
+    words = zoo.ids(1, 9)
+    with torch.no_grad():
+        cache = model(words[:, :8], use_cache=True).past_key_values
+        plain = model(words[:, 8:], past_key_values=cache, **options).attentions
+        with exact_decoding(model):
+            cache = model(words[:, :8], use_cache=True).past_key_values
+            found = model(words[:, 8:], past_key_values=cache, **options).attentions
+        assert len(plain) == 3
+        torch.testing.assert_close(found, plain)
+        model.config.output_attentions = False
+        with exact_decoding(model):
+            made = generated(model, {"input_ids": words}, output_attentions=True)
+        assert all(of_layer is not None for of_step in made.attentions for of_layer in of_step)
+
+
 @pytest.mark.parametrize(
     ("implementation", "kind"), [("static", "of a fixed size"), ("offloaded_static", "fixed|offloaded")]
 )

@@ -28,6 +28,7 @@ from cenote.models.live.calls import AttentionCall, Place, may_read
 from cenote.models.live.edited import edited, require_module
 from cenote.models.live.edits import AttentionEdit, Where
 from cenote.models.live.places import attentions
+from cenote.models.live.transformers import implementation_of
 
 Phase = Literal["prefill", "decode"]
 ROWS = 256
@@ -271,7 +272,7 @@ class _Seat(AttentionEdit):
         self.now = None
 
     def _enters(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        from cenote.models.live.store import with_store
+        from cenote.models.live.store import shows_weights, with_store
 
         if module is not self.model or threading.get_ident() != self.thread:
             return None
@@ -298,6 +299,7 @@ class _Seat(AttentionEdit):
                 "tokens it has (prompt=) where drafts come with it"
             )
         generation.comes(cache, given)
+        generation.shows = shows_weights(self.model, given)
         if cache is not None:
             _leave(cache, False)
         self.now = generation
@@ -431,6 +433,11 @@ class _Seat(AttentionEdit):
             if self.policy.watches:
                 self.policy.seen(layer, call.weights(), held, generation.state)
             return fused(call)
+        if generation.shows and implementation_of(call.place.module) == "eager":
+            raise InputError(
+                f"output_attentions: {type(self.policy).__name__} reads some keys alone, and there are no weights of the others; "
+                f"decode without"
+            )
         generation.left_out = True
         numbers, valid = reads
         if not held.whole:
@@ -512,7 +519,7 @@ class _Generation:
 
     def __init__(self, before: int) -> None:
         self.state: Any = None
-        self.begun = self.refreshing = self.left_out = False
+        self.begun = self.refreshing = self.left_out = self.shows = False
         self.start: Tensor | None = None
         self.padding = 0
         # of each layer, tokens whose keys are known to be finite

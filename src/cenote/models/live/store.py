@@ -366,18 +366,33 @@ def in_place(model: nn.Module) -> Iterator[None]:
     """
     require_module(model)
     cache_argument(model)
+    with _called(model, lambda given: with_store(model, given)[0]):
+        yield
+
+
+@contextmanager
+def _called(model: nn.Module, act: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
+    """Whenever the model is called in this thread: from the arguments by name to those it is given."""
     names, thread = list(inspect.signature(model.forward).parameters), threading.get_ident()
 
     def enters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if module is not model or threading.get_ident() != thread:
             return None
-        return (), with_store(model, {**dict(zip(names, args, strict=False)), **kwargs})[0]
+        return (), act({**dict(zip(names, args, strict=False)), **kwargs})
 
     handle = model.register_forward_pre_hook(enters, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+def shows_weights(model: nn.Module, given: Mapping[str, Any]) -> bool:
+    """Whether a call asks for attention weights."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    asked = given.get("output_attentions")
+    return bool(getattr(text, "output_attentions", False)) if asked is None else bool(asked)
 
 
 class GroupedSteps(AttentionEdit):
@@ -387,17 +402,21 @@ class GroupedSteps(AttentionEdit):
 
     Args:
         at: the places.
+
+    Attributes:
+        shown: whether weights are asked for, which grouped rows do not hand out: then all runs as it was loaded.
     """
 
     innermost = True
 
     def __init__(self, at: Where | None = None) -> None:
         self.at = at or Where(kinds=["self"])
+        self.shown = False
 
     def attends(
         self, call: AttentionCall, fused: Callable[[AttentionCall], Tensor]
     ) -> Float[Tensor, "batch heads queries width"]:
-        if call.queries != 1 or (torch.is_grad_enabled() and call.q.requires_grad):
+        if call.queries != 1 or self.shown or (torch.is_grad_enabled() and call.q.requires_grad):
             return fused(call)
         return attended(call)
 
@@ -432,5 +451,11 @@ def exact_decoding(model: nn.Module) -> Iterator[Run]:
         >>> made.shape
         torch.Size([1, 5])
     """
-    with in_place(model), edited(model, GroupedSteps()) as run:
+    steps = GroupedSteps()
+
+    def enters(given: dict[str, Any]) -> dict[str, Any]:
+        steps.shown = shows_weights(model, given)
+        return given
+
+    with in_place(model), edited(model, steps) as run, _called(model, enters):
         yield run
