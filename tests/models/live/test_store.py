@@ -239,6 +239,21 @@ def test_caches_that_cannot_be_written_in_place(implementation: str, kind: str) 
         generated(model, padded()[0], cache_implementation=implementation, disable_compile=True)
 
 
+@pytest.mark.parametrize("alibi", [True, False])
+@pytest.mark.parametrize("entered", [exact_decoding, SinkWindow(6, 2).on])
+def test_attention_that_is_written_out_is_refused_before_anything_runs(entered: Any, alibi: bool) -> None:
+    falcon = zoo.text("FalconForCausalLM", True, alibi=alibi, new_decoder_architecture=False)
+    model = falcon("eager").model
+    with pytest.raises(InputError, match="cannot be reached: under attn_implementation='eager' it is written out"):
+        entered(model).__enter__()
+    assert not model._forward_pre_hooks
+    with in_place(model):
+        generated(model, padded()[0])
+    model = falcon("sdpa").model
+    with entered(model):
+        generated(model, padded()[0])
+
+
 def test_what_takes_no_cache() -> None:
     with pytest.raises(InputError, match="model: ViTModel takes no cache"), in_place(zoo.MODELS["vit"]("sdpa").model):
         pass
