@@ -189,6 +189,31 @@ def test_a_cache_that_came_filled_is_the_prompt() -> None:
         assert isinstance(cache.layers[0], StoreLayer)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_cache_that_forgot_needs_a_policy(tokens: int) -> None:
+    model, words = llama(), zoo.ids(1, 14)
+    with torch.no_grad():
+        with H2O(6).on(model):
+            cache = model(words[:, :9], use_cache=True).past_key_values
+            model(words[:, 9:10], past_key_values=cache)
+        for _ in range(2):
+            with pytest.raises(InputError, match="cache: keys were forgotten, and without a policy"):
+                model(words[:, 10 : 10 + tokens], past_key_values=cache)
+        assert cache.get_seq_length() == 10
+        with SinkWindow(4).on(model):
+            model(words[:, 10:11], past_key_values=cache)
+        with pytest.raises(InputError, match="cache: keys were forgotten"), exact_decoding(model):
+            model(words[:, 11 : 11 + tokens], past_key_values=cache)
+        cache.reset()
+        expected = model(words).logits
+        assert torch.equal(model(words, past_key_values=cache).logits, expected)
+        # where all keys were kept, decoding goes on without the policy
+        with SinkWindow(4).on(model):
+            cache = model(words[:, :9], use_cache=True).past_key_values
+            model(words[:, 9:10], past_key_values=cache)
+        model(words[:, 10 : 10 + tokens], past_key_values=cache)
+
+
 def test_a_prompt_in_pieces() -> None:
     model, inputs = llama(), padded((9, 7, 4, 6))[0]
     for policy in (SinkWindow(5, 1), H2O(5), Quest(4, page=2)):
@@ -262,8 +287,38 @@ def test_what_is_added_to_scores_is_read_with_its_keys() -> None:
         generated(model, inputs)
 
 
-def wrong(policy: KVPolicy, name: str = "llama", prompt: int | None = None, **options: Any) -> None:
-    case = zoo.MODELS[name]("sdpa" if (name, "sdpa") in zoo.REACHED else "eager")
+def test_keys_that_are_not_finite_are_found_wherever_they_came_from() -> None:
+    model, words = llama(), zoo.ids(1, 12)
+    with torch.no_grad():
+        cache = model(words[:, :9], use_cache=True).past_key_values
+        cache.layers[2].keys[0, 1, 4, 0] = float("inf")
+        with pytest.raises(InputError, match="model: keys of layer 2 are NaN or infinite"), OracleTopK(4).on(model):
+            model(words[:, 9:10], past_key_values=cache)
+        with pytest.raises(InputError, match="model: keys of layer 2"), OracleTopK(4).on(model):
+            model(words[:, 9:], past_key_values=cache)
+
+
+def test_keys_of_padding_may_be_anything() -> None:
+    model, inputs = llama(), padded()[0]
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    positions = mask.sum(1, keepdim=True) - 1
+    logits = []
+    for broken in (False, True):
+        with torch.no_grad():
+            cache = model(**inputs, use_cache=True).past_key_values
+            for layer in cache.layers:
+                if broken:
+                    layer.keys.masked_fill_(~inputs["attention_mask"].bool()[:, None, :, None], float("nan"))
+            with SinkWindow(4, 2).on(model):
+                one = inputs["input_ids"][:, -1:]
+                logits.append(model(one, attention_mask=mask, position_ids=positions, past_key_values=cache).logits)
+    assert torch.equal(*logits)
+
+
+def wrong(
+    policy: KVPolicy, name: str = "llama", prompt: int | None = None, attention: str = "sdpa", **options: Any
+) -> None:
+    case = zoo.MODELS[name](attention if (name, attention) in zoo.REACHED else "eager")
     inputs = options.pop("inputs", padded()[0])
     with policy.on(case.model, prompt):
         generated(case.model, inputs, **options)
@@ -305,9 +360,16 @@ def test_calls_that_a_policy_cannot_act_on() -> None:
     model.model.layers[1].self_attn.q_proj.weight.data[:] = float("nan")
     with pytest.raises(InputError, match="model: queries of layer 1 are NaN"), Dense().on(model):
         generated(model, inputs)
+    for policy in (OracleTopK(4), Quest(4, page=2), H2O(4)):
+        model = llama()
+        model.model.layers[-1].self_attn.k_proj.weight.data[3] = float("nan")
+        with pytest.raises(InputError, match="model: keys of layer 2 are NaN"), policy.on(model):
+            generated(model, inputs)
     model._compiled_call_impl = model.forward
     with pytest.raises(InputError, match="model: was compiled in place"), Dense().on(model):
         generated(model, inputs)
+    with pytest.raises(InputError, match="output_attentions: SinkWindow reads some keys alone"):
+        wrong(SinkWindow(4, 2), attention="eager", output_attentions=True)
     model = llama()
     with pytest.raises(InputError, match=r"attention_mask: expected \[batch, tokens\]"), Dense().on(model):
         model(inputs["input_ids"], attention_mask=torch.ones(4, 1, 9, 9, dtype=torch.bool))

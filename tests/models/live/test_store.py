@@ -10,6 +10,7 @@ from tests.models.live import zoo
 from tests.models.live.test_decoding import generated, padded
 
 from cenote.core import InputError
+from cenote.mix import SinkWindow
 from cenote.models.live import edited
 from cenote.models.live.heads import ScaledHeads
 from cenote.models.live.store import KeyValueStore, StoreLayer, adopt, exact_decoding, in_place, nbytes
@@ -76,6 +77,7 @@ def test_a_loop_of_ones_own_and_a_cache_that_came_filled() -> None:
         torch.testing.assert_close(model(words[:, 8:], past_key_values=cache).logits, logits)
 
 
+@torch.no_grad()
 def test_room_doubles_and_bytes_are_declared() -> None:
     layer = StoreLayer()
     k = torch.randn(2, 3, 1, 4)
@@ -164,6 +166,40 @@ def test_gradients_flow_through_keys() -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+def gradients_of_steps(model: Any, trained: str) -> list[torch.Tensor]:
+    """Of a prompt and four steps behind it, backwards once through all."""
+    words, needed = zoo.ids(1, 14), [x for name, x in model.named_parameters() if trained in name]
+    for name, x in model.named_parameters():
+        x.requires_grad_(trained in name)
+    out = model(words[:, :10], use_cache=True)
+    total = out.logits.sum()
+    for i in range(10, 14):
+        out = model(words[:, i : i + 1], past_key_values=out.past_key_values)
+        total = total + out.logits.pow(2).sum()
+    return list(torch.autograd.grad(total, needed))
+
+
+@pytest.mark.parametrize("trained", ["q_proj", "k_proj", "layers.1.mlp", ""])
+@pytest.mark.parametrize("entered", [in_place, exact_decoding, SinkWindow(200).on])
+def test_gradients_of_steps_are_those_of_a_copied_cache(entered: Any, trained: str) -> None:
+    """Whatever is trained: autograd keeps keys that need no gradient themselves, for the queries'."""
+    model = zoo.MODELS["llama"]("sdpa").model
+    plain = gradients_of_steps(model, trained)
+    with entered(model):
+        found = gradients_of_steps(model, trained)
+    torch.testing.assert_close(found, plain, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("trained", ["q_proj", ""])
+def test_gradients_flow_where_keys_are_forgotten(trained: str) -> None:
+    model = zoo.MODELS["llama"]("sdpa").model
+    with SinkWindow(6, 2).on(model):
+        kept = gradients_of_steps(model, trained)
+    with SinkWindow(6, 2, forgets=True).on(model):
+        forgot = gradients_of_steps(model, trained)
+    torch.testing.assert_close(forgot, kept, atol=1e-3, rtol=1e-4)
+
+
 def test_other_edits_act_beside_grouped_rows() -> None:
     model = zoo.MODELS["llama"]("sdpa").model
     scaled = {0: torch.tensor([1.0, 0.0, 1.0, 1.0])}
@@ -174,6 +210,26 @@ def test_other_edits_act_beside_grouped_rows() -> None:
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(plain.logits), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("by", ["argument", "config"])
+def test_weights_that_are_asked_for_are_shown(by: str) -> None:
+    model = zoo.MODELS["llama"]("eager").model
+    options = {"output_attentions": True} if by == "argument" else {}
+    model.config.output_attentions = by == "config"
+    words = zoo.ids(1, 9)
+    with torch.no_grad():
+        cache = model(words[:, :8], use_cache=True).past_key_values
+        plain = model(words[:, 8:], past_key_values=cache, **options).attentions
+        with exact_decoding(model):
+            cache = model(words[:, :8], use_cache=True).past_key_values
+            found = model(words[:, 8:], past_key_values=cache, **options).attentions
+        assert len(plain) == 3
+        torch.testing.assert_close(found, plain)
+        model.config.output_attentions = False
+        with exact_decoding(model):
+            made = generated(model, {"input_ids": words}, output_attentions=True)
+        assert all(of_layer is not None for of_step in made.attentions for of_layer in of_step)
+
+
 @pytest.mark.parametrize(
     ("implementation", "kind"), [("static", "of a fixed size"), ("offloaded_static", "fixed|offloaded")]
 )
@@ -181,6 +237,21 @@ def test_caches_that_cannot_be_written_in_place(implementation: str, kind: str) 
     model = zoo.MODELS["llama"]("sdpa").model
     with pytest.raises(InputError, match=f"cache: .*({kind})"), exact_decoding(model):
         generated(model, padded()[0], cache_implementation=implementation, disable_compile=True)
+
+
+@pytest.mark.parametrize("alibi", [True, False])
+@pytest.mark.parametrize("entered", [exact_decoding, SinkWindow(6, 2).on])
+def test_attention_that_is_written_out_is_refused_before_anything_runs(entered: Any, alibi: bool) -> None:
+    falcon = zoo.text("FalconForCausalLM", True, alibi=alibi, new_decoder_architecture=False)
+    model = falcon("eager").model
+    with pytest.raises(InputError, match="cannot be reached: under attn_implementation='eager' it is written out"):
+        entered(model).__enter__()
+    assert not model._forward_pre_hooks
+    with in_place(model):
+        generated(model, padded()[0])
+    model = falcon("sdpa").model
+    with entered(model):
+        generated(model, padded()[0])
 
 
 def test_what_takes_no_cache() -> None:

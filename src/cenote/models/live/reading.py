@@ -11,7 +11,6 @@ keys, encoder-decoders, padding that is not on the left, compiled models, other 
 from __future__ import annotations
 
 import inspect
-import math
 import threading
 import weakref
 from collections import Counter
@@ -29,6 +28,7 @@ from cenote.models.live.calls import AttentionCall, Place, may_read
 from cenote.models.live.edited import edited, require_module
 from cenote.models.live.edits import AttentionEdit, Where
 from cenote.models.live.places import attentions
+from cenote.models.live.transformers import implementation_of
 
 Phase = Literal["prefill", "decode"]
 ROWS = 256
@@ -266,11 +266,13 @@ class _Seat(AttentionEdit):
             handle.remove()
 
     def ends(self) -> None:
+        for cache in list(self.kept):
+            _leave(cache, True)
         self.kept.clear()
         self.now = None
 
     def _enters(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        from cenote.models.live.store import with_store
+        from cenote.models.live.store import shows_weights, with_store
 
         if module is not self.model or threading.get_ident() != self.thread:
             return None
@@ -297,6 +299,9 @@ class _Seat(AttentionEdit):
                 "tokens it has (prompt=) where drafts come with it"
             )
         generation.comes(cache, given)
+        generation.shows = shows_weights(self.model, given)
+        if cache is not None:
+            _leave(cache, False)
         self.now = generation
         every = getattr(self.policy, "refresh_every", None)
         if every is not None and cache is not None and before >= generation.prompt(self.given_prompt):
@@ -321,6 +326,7 @@ class _Seat(AttentionEdit):
             if at is not None:
                 told["position_ids"] = at
             cache.crop(-recent.shape[1])
+            self.now.looked_at.clear()
             self.now.refreshing = True
             try:
                 with torch.no_grad():
@@ -363,6 +369,8 @@ class _Seat(AttentionEdit):
         prompt = generation.prompt(self.given_prompt)
         held = self._held(call)
         first = min(max(0, prompt - (held.seen - call.queries)), call.queries)
+        if first < call.queries or "prefill" in self.policy.acts or self.policy.watches or self.policy.forgets:
+            generation.require_finite(call, held, layer)
         if first == call.queries:
             return self._of_prompt(call, fused, layer, held, generation)
         if self.policy.forgets and call.queries > 1 and generation.layer(layer) is not None:
@@ -416,8 +424,6 @@ class _Seat(AttentionEdit):
             _require_mask_alone(call)
             call = self.inputs(call.replace(k=stored.keys, v=stored.values, allowed=None, bias=None))
             held = self._held(call)
-        if not math.isfinite(float(call.q.sum())):
-            raise InputError(f"model: queries of layer {layer} are NaN or infinite, and no key is the best for them")
         reads = self.policy.read(layer, call.q, held, generation.state)
         kv_heads = call.k.shape[1]
         seen = kv_heads * (call.batch * held.seen - generation.padding)
@@ -427,6 +433,11 @@ class _Seat(AttentionEdit):
             if self.policy.watches:
                 self.policy.seen(layer, call.weights(), held, generation.state)
             return fused(call)
+        if generation.shows and implementation_of(call.place.module) == "eager":
+            raise InputError(
+                f"output_attentions: {type(self.policy).__name__} reads some keys alone, and there are no weights of the others; "
+                f"decode without"
+            )
         generation.left_out = True
         numbers, valid = reads
         if not held.whole:
@@ -508,9 +519,11 @@ class _Generation:
 
     def __init__(self, before: int) -> None:
         self.state: Any = None
-        self.begun = self.refreshing = self.left_out = False
+        self.begun = self.refreshing = self.left_out = self.shows = False
         self.start: Tensor | None = None
         self.padding = 0
+        # of each layer, tokens whose keys are known to be finite
+        self.looked_at: dict[int, int] = {}
         self._prompt = before
         self._cache: weakref.ref[Any] | None = None
 
@@ -525,6 +538,20 @@ class _Generation:
 
     def prompt(self, given: int | None) -> int:
         return self._prompt if given is None else given
+
+    def require_finite(self, call: AttentionCall, held: Held, layer: int) -> None:
+        """Raise where real queries, or real keys that were not looked at yet, are NaN or infinite: none is the best then."""
+        new = min(held.count, max(call.queries, held.seen - self.looked_at.get(layer, 0)))
+        keys, queries = call.k[:, :, held.count - new :].isfinite(), call.q.isfinite()
+        if not held.whole:
+            keys |= ~held.real[:, :, held.count - new :, None]
+            own = torch.arange(held.seen - call.queries, held.seen, device=call.q.device)
+            queries |= (own < (0 if held.start is None else held.start[:, None])).view(-1, 1, call.queries, 1)
+        fine = queries.all() & keys.all()
+        if not bool(fine):
+            what = "keys" if bool(queries.all()) else "queries"
+            raise InputError(f"model: {what} of layer {layer} are NaN or infinite, and no key is the best then")
+        self.looked_at[layer] = held.seen
 
     def layer(self, number: int) -> Any:
         cache = None if self._cache is None else self._cache()
@@ -565,6 +592,15 @@ def _require_keys(cache: Any, forgets: bool) -> None:
             )
         if forgets:
             layer.is_croppable = False
+
+
+def _leave(cache: Any, left: bool) -> None:
+    """Let each layer know whether a policy goes on reading from it."""
+    from cenote.models.live.store import StoreLayer
+
+    for layer in cache.layers:
+        if isinstance(layer, StoreLayer):
+            layer.left = left
 
 
 def _padding(mask: Any) -> Int[Tensor, "batch"] | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from cenote.core import InputError
 from cenote.models.live import seats
 from cenote.models.live.calls import Allowed, AttentionCall, Place, causal, dense
+from cenote.models.live.transformers import implementation_of
 
 _before: dict[nn.Module, Callable[..., Any] | None] = {}
 
@@ -36,6 +38,11 @@ def why_not(module: nn.Module) -> str | None:
         )
     if getattr(module, "fused_attn", True) is False:
         return "its attention is written out; set fused_attn=True on it"
+    asks = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if asks is not None and {"_attn_implementation", "softmax"} <= set(asks.co_names):
+        implementation = implementation_of(module)
+        if implementation != "sdpa":
+            return f"under attn_implementation={implementation!r} it is written out; load the model with 'sdpa'"
     return None
 
 

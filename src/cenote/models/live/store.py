@@ -36,8 +36,8 @@ LEAST = 64
 class StoreLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values of one layer; `keys` and `values`, `[batch, kv_heads, tokens, width]`, are views of a larger room.
 
-    What was read before a `crop` may be written over behind it. Where gradients flow through keys they are copied, as
-    transformers does.
+    What was read before a `crop` may be written over behind it. While autograd records they are copied, as transformers does:
+    it may keep the keys for queries' gradients alone.
 
     Args:
         room: for how many tokens there is room at first; by default 64, or what the first ones need.
@@ -49,6 +49,7 @@ class StoreLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         per_key: tensors `[batch, kv_heads, tokens, ...]` that follow the keys when these are cropped, forgotten or reordered;
             zeros for a token more.
         notes: what else is kept beside this layer: tensors `[batch, ...]` follow the items, and a crop clears all.
+        left: whether the policy that read from here is gone, so that nobody tells the model which keys were forgotten.
     """
 
     keys: Any
@@ -62,6 +63,7 @@ class StoreLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.numbers: Int[Tensor, "batch kv_heads tokens"] | None = None
         self.per_key: dict[str, Tensor] = {}
         self.notes: dict[str, Any] = {}
+        self.left = False
         self._rooms: dict[str, Tensor] = {}
         self._views: dict[str, Tensor] = {}
         self._least = LEAST if room is None else room
@@ -71,12 +73,20 @@ class StoreLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
         Returns:
             All keys and values that are there.
+
+        Raises:
+            InputError: where keys were forgotten, and the policy that did is gone.
         """
+        if self.left and self.numbers is not None:
+            raise InputError(
+                "cache: keys were forgotten, and without a policy the model takes those that are left for others; go on with "
+                "a policy (policy.on), or begin with a new cache"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        given = (key_states, value_states, self.keys, self.values)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        if torch.is_grad_enabled():
             super().update(key_states, value_states, *args, **kwargs)
+            self._leave_rooms()
         else:
             self.keys = self._written("keys", self.keys, key_states)
             self.values = self._written("values", self.values, value_states)
@@ -114,7 +124,7 @@ class StoreLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         }
         keys, values = grouped.gathered(self.keys, at), grouped.gathered(self.values, at)
         empty = {name: x[:, :, :0] for name, x in (("keys", keys), ("values", values))}
-        if any(most + 1 <= room.shape[2] // 4 for room in self._rooms.values()):
+        if torch.is_grad_enabled() or any(most + 1 <= room.shape[2] // 4 for room in self._rooms.values()):
             self._leave_rooms()
         self.keys = self._written("keys", self._start("keys", empty["keys"]), keys)
         self.values = self._written("values", self._start("values", empty["values"]), values)
@@ -151,7 +161,7 @@ class StoreLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         """Forget all."""
         super().reset()
-        self.seen, self.numbers = 0, None
+        self.seen, self.numbers, self.left = 0, None, False
         self.per_key.clear()
         self.notes.clear()
         self._leave_rooms()
@@ -356,18 +366,33 @@ def in_place(model: nn.Module) -> Iterator[None]:
     """
     require_module(model)
     cache_argument(model)
+    with _called(model, lambda given: with_store(model, given)[0]):
+        yield
+
+
+@contextmanager
+def _called(model: nn.Module, act: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
+    """Whenever the model is called in this thread: from the arguments by name to those it is given."""
     names, thread = list(inspect.signature(model.forward).parameters), threading.get_ident()
 
     def enters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if module is not model or threading.get_ident() != thread:
             return None
-        return (), with_store(model, {**dict(zip(names, args, strict=False)), **kwargs})[0]
+        return (), act({**dict(zip(names, args, strict=False)), **kwargs})
 
     handle = model.register_forward_pre_hook(enters, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+def shows_weights(model: nn.Module, given: Mapping[str, Any]) -> bool:
+    """Whether a call asks for attention weights."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    asked = given.get("output_attentions")
+    return bool(getattr(text, "output_attentions", False)) if asked is None else bool(asked)
 
 
 class GroupedSteps(AttentionEdit):
@@ -377,17 +402,21 @@ class GroupedSteps(AttentionEdit):
 
     Args:
         at: the places.
+
+    Attributes:
+        shown: whether weights are asked for, which grouped rows do not hand out: then all runs as it was loaded.
     """
 
     innermost = True
 
     def __init__(self, at: Where | None = None) -> None:
         self.at = at or Where(kinds=["self"])
+        self.shown = False
 
     def attends(
         self, call: AttentionCall, fused: Callable[[AttentionCall], Tensor]
     ) -> Float[Tensor, "batch heads queries width"]:
-        if call.queries != 1 or (torch.is_grad_enabled() and call.q.requires_grad):
+        if call.queries != 1 or self.shown or (torch.is_grad_enabled() and call.q.requires_grad):
             return fused(call)
         return attended(call)
 
@@ -422,5 +451,11 @@ def exact_decoding(model: nn.Module) -> Iterator[Run]:
         >>> made.shape
         torch.Size([1, 5])
     """
-    with in_place(model), edited(model, GroupedSteps()) as run:
+    steps = GroupedSteps()
+
+    def enters(given: dict[str, Any]) -> dict[str, Any]:
+        steps.shown = shows_weights(model, given)
+        return given
+
+    with in_place(model), edited(model, steps) as run, _called(model, enters):
         yield run
