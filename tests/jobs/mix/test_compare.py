@@ -149,6 +149,10 @@ def test_names_are_of_policies() -> None:
         ({"budgets": ()}, "budgets: expected numbers of keys"),
         ({"budgets": (60,)}, "budget: 60 keys of a context of 60 tokens are all of them"),
         ({"budgets": (3,)}, "sink-window 3: budget: 3 keys leave no room"),
+        (
+            {"budgets": (6,)},
+            "random-keys 6: budget: 6 keys leave no room .* sinks 4 and recent 3; take 7 or more, which every",
+        ),
         ({"policies": "quest", "budgets": (12,)}, "quest 12: budget: expected a multiple of the 16 tokens of a page"),
         ({"loss": -1}, "loss"),
         ({"texts": "one text"}, "texts"),
