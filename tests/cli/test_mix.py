@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from cenote.cli.mix import table_of
 from cenote.jobs.mix import PolicyFrontier, measure
 from tests import tiny
 from tests.cli.program import Run
 from tests.jobs.mix import decoders
+from tests.jobs.mix.planted import Made, compared, first
 
 pytest.importorskip("transformers", reason="cenote[models] is not installed")
 QUICK = ("--methods", "h2o", "--budgets", "12", "--facts", "2", "--length", "56")
@@ -120,6 +122,34 @@ def test_wrong_input_is_one_line(
     assert (code, told in err) == (2, True), err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--budgets", "0"), "budget: expected at least 1, got 0"),
+        (("--budgets", "280"), "budget: 280 keys of a context of 280 tokens are all of them"),
+        (("--budgets", "64", "--length", "64"), "budget: 64 keys of a context of 64 tokens are all of them"),
+        (("--budgets", "6"), "random-keys 6: budget: 6 keys leave no room"),
+        (("--methods", "quest", "--budgets", "20"), "quest 20: budget: expected a multiple of the 16 tokens"),
+    ],
+)
+def test_budgets_are_checked_before_a_model_is_loaded(
+    cenote: Run, tmp_path: Path, arguments: tuple[str, ...], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr("cenote.cli.mix._embedded", never)
+    code, _, err = cenote("mix", *arguments, "--out", tmp_path / "out")
+    assert (code, told in err) == (2, True), err
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_minus() -> None:
+    found = compared({"dense": Made(first(130, 300)), "h2o 32": Made(first(129, 300))}, ["h2o"], (32,), 300)
+    (column,) = (c for c in table_of(found, 200).columns if c.header == "vs dense")
+    assert "-0" not in [str(cell) for cell in column.cells]
+    assert "+0" in [str(cell) for cell in column.cells]
 
 
 def test_an_interrupted_run_says_so(cenote: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cenote.core import InputError, routing
 from cenote.mix import H2O, KVPolicy, OracleTopK, Quest, RandomKeys, SinkWindow
-from cenote.mix.policies import Reads
+from cenote.mix.policies import Reads, key_scores
 from cenote.models.live.reading import Held, Layout
 from cenote.testing import ContractError, check_kv_policy
 from cenote.testing.contract import title
@@ -221,9 +221,71 @@ class _ByBatch(OracleTopK):
         return super().read(layer, q, held, state)
 
 
+class _BudgetTimesGroup(OracleTopK):
+    """The whole group's budget for each query head."""
+
+    def __init__(self, budget: int) -> None:
+        super().__init__(budget, "query_head")
+
+    def read(self, layer: int, q: Tensor, held: Held, state: Any) -> Reads | None:
+        if held.count <= self.budget:
+            return None
+        scores = self.scores(layer, q, held, state)
+        group = scores.shape[1] // held.keys.shape[1]
+        return Reads(*routing.best_numbers(scores, self.budget * group, held.real.repeat_interleave(group, 1)))
+
+
+class _AllAtTimes(OracleTopK):
+    """Reads everything of longer contexts, which is less than a group of query heads may read."""
+
+    share = "query_head"
+
+    def read(self, layer: int, q: Tensor, held: Held, state: Any) -> Reads | None:
+        return None if held.count > 20 else super().read(layer, q, held, state)
+
+
+class _ExcusesItself(OracleTopK):
+    """Reads everything in its first layer, and says that it may."""
+
+    def reads_all(self, layer: int) -> bool:
+        return True
+
+    def read(self, layer: int, q: Tensor, held: Held, state: Any) -> Reads | None:
+        return None if layer == 0 else super().read(layer, q, held, state)
+
+
+class _ForgetsTheNewest(SinkWindow):
+    """Keeps the first tokens, and not the one that is just decoded."""
+
+    def __init__(self, budget: int) -> None:
+        super().__init__(budget, forgets=True)
+
+    def forget(self, layer: int, held: Held, state: Any) -> Tensor | None:
+        return held.real & (held.positions < self.budget) if held.count > self.budget else None
+
+
+class _PromptOfTheLast(SinkWindow):
+    """Every query of the prompt reads what its last one asks for."""
+
+    acts = frozenset({"prefill", "decode"})
+
+    def choose(self, layer: int, q: Tensor, held: Held, state: Any) -> Tensor | None:
+        chosen = routing.best(key_scores(q[:, :, -1:], held, "kv_head"), self.budget, held.real)
+        own = held.last + torch.arange(1 - q.shape[2], 1)
+        return chosen.unsqueeze(2) | (held.positions.unsqueeze(2) == own.unsqueeze(-1))
+
+
+def _forgetting(policy: SinkWindow) -> SinkWindow:
+    policy.forgets = True
+    return policy
+
+
 WRONG: list[tuple[Any, str]] = [
     (_Early, "dense"),
     (_OneMore, "budget"),
+    (_BudgetTimesGroup, "budget"),
+    (_ExcusesItself, "budget"),
+    (_ForgetsTheNewest, "own key"),
     (_Padding, "batch"),
     (_AnotherToken, "own query"),
     (_LeftOver, "again"),
@@ -237,14 +299,27 @@ WRONG: list[tuple[Any, str]] = [
     (_GlobalGenerator, "random generators"),
     (_Slow, "budget"),
     (_ByBatch, "batch"),
+    (_AllAtTimes, "budget"),
+    (_PromptOfTheLast, "causality"),
+    (lambda budget: _forgetting(_PromptOfTheLast(budget)), "causality"),
 ]
 
 
-@pytest.mark.parametrize(("make", "rule"), few(WRONG, 6))
+@pytest.mark.parametrize(("make", "rule"), few(WRONG, 9))
 def test_wrong_policies_are_caught(make: Any, rule: str) -> None:
     with pytest.raises(ContractError) as caught:
         check_kv_policy(make, leave_out=all_but(rule))
     assert caught.value.broken == (rule,)
+
+
+def test_layers_that_read_everything_are_named_and_are_not_all() -> None:
+    for layers, told in (
+        ([], r"reads_all says that layer 0 reads everything, and whole_layers does not name it"),
+        ([0], r"reads_all says that layer 1 reads everything"),
+        ([0, 1], r"every layer reads everything"),
+    ):
+        with pytest.raises(ContractError, match=told):
+            check_kv_policy(_ExcusesItself, whole_layers=layers, leave_out=all_but("budget"))
 
 
 def test_a_dense_policy_must_be_dense() -> None:

@@ -75,6 +75,15 @@ def clock(seconds: float) -> str:
     return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
 
 
+def signed(value: float, digits: int) -> str:
+    """A difference with its sign; what rounds to nothing has no minus.
+
+    >>> signed(0.25, 1), signed(-0.2, 0)
+    ('+0.2', '+0')
+    """
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
+
+
 def sized(count: int) -> str:
     """Bytes as people say them.
 

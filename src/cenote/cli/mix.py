@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cenote.cli import interrupts, options
-from cenote.cli.console import clock, emit, say, sized, talking
+from cenote.cli.console import clock, emit, say, signed, sized, talking
 from cenote.cli.leaderboard import leaderboard
 from cenote.cli.progress import arms_bar
 from cenote.core import InputError
@@ -77,11 +77,12 @@ def mix(
     asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     from cenote.compare.words import counted
     from cenote.jobs.mix import arms
+    from cenote.jobs.mix.job import LENGTH
 
     options.import_from_here(*methods.split(","))
-    # before a model takes its time to load
-    arms.named(methods)
     sizes = _budgets(budgets) if budgets is not None else SMALL if model is None else arms.BUDGETS
+    # before a model takes its time to load
+    arms.tried(methods, sizes, length or (EMBEDDED["length"] if model is None else LENGTH))
     if model is None:
         decoder, tokenizer, told = _embedded(device, console)
         asked = {**EMBEDDED, **asked}
@@ -211,7 +212,7 @@ def table_of(found: PolicyFrontier, width: int) -> Table:
     columns = {
         "policy": [_named(r.method, found) for r in results],
         "facts": [f"{found.told(r)}/{found.dataset['facts']}" for r in results],
-        "vs dense": [f"{100 * tests[r.method].difference:+.0f}" if r.method in tests else "" for r in results],
+        "vs dense": [signed(100 * tests[r.method].difference, 0) if r.method in tests else "" for r in results],
         "p adj.": [_adjusted(tests[r.method].p_adjusted) if r.method in tests else "" for r in results],
         "memory": [found.memory(r) for r in results],
         "keys read": [f"{r.keys:,.0f}" for r in results],

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cenote.cli import interrupts, options
-from cenote.cli.console import emit, say, talking
+from cenote.cli.console import emit, say, signed, talking
 from cenote.cli.engines import extractor, known_engine, sweep
 from cenote.cli.leaderboard import leaderboard
 from cenote.cli.progress import arms_bar
@@ -295,7 +295,7 @@ def _interval(interval: tuple[float, float]) -> str:
 
 def _difference(test: PairTest | None) -> str:
     # adding 0 takes the sign from a zero
-    return "" if test is None else f"{round(test.difference, 3) + 0.0:+.3f}"
+    return "" if test is None else signed(test.difference, 3)
 
 
 def _adjusted(test: PairTest | None) -> str:

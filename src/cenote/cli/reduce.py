@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cenote.cli import encoders, interrupts, options
-from cenote.cli.console import clock, emit, say, sized, talking
+from cenote.cli.console import clock, emit, say, signed, sized, talking
 from cenote.cli.leaderboard import leaderboard
 from cenote.cli.progress import arms_bar
 from cenote.cli.reduce_images import is_images, reduce_images
@@ -292,7 +292,7 @@ def table_of(found: Frontier, width: int) -> Table:
     columns = {
         "index": [_named(r.method, found) for r in results],
         found.metric_name: [f"{r.metric:.3f}" for r in results],
-        "vs all": [f"{tests[r.method].difference:+.3f}" if r.method in tests else "" for r in results],
+        "vs all": [signed(tests[r.method].difference, 3) if r.method in tests else "" for r in results],
         "interval": [_interval(tests[r.method].interval) if r.method in tests else "" for r in results],
         "p adj.": [_adjusted(tests[r.method].p_adjusted) if r.method in tests else "" for r in results],
         "MRR": [f"{r.mrr:.3f}" for r in results],

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cenote.cli.console import say
+from cenote.cli.console import say, signed
 from cenote.cli.leaderboard import leaderboard
 from cenote.cli.progress import arms_bar
 from cenote.core import InputError
@@ -151,7 +151,7 @@ def table_of(found: EncoderFrontier, width: int) -> Table:
     columns = {
         "tokens": [r.method for r in results],
         found.metric_name: [f"{r.metric:.3f}" for r in results],
-        "vs all": [f"{tests[r.method].difference:+.3f}" if r.method in tests else "" for r in results],
+        "vs all": [signed(tests[r.method].difference, 3) if r.method in tests else "" for r in results],
         "p adj.": [f"{tests[r.method].p_adjusted:.2g}" if r.method in tests else "" for r in results],
         "agree": [f"{r.agreement:.2f}" for r in results],
         "left": [f"{r.tokens[-1]}" for r in results],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cenote.core import routing
 from cenote.core.errors import InputError
 from cenote.models.live.reading import Held, Layout, Phase, Policy, Reading, Reads, reading
 from cenote.testing.as_found import AsFound
@@ -29,14 +31,16 @@ def check_kv_policy(
     model: Callable[[int], nn.Module] | None = None,
     *,
     budget: int = BUDGET,
+    whole_layers: Collection[int] = (),
     leave_out: Collection[str] = (),
 ) -> None:
     """Check that a KV policy keeps what is promised of every one.
 
     With a budget of the length or more, outputs are those of the model to the bit. Fewer keys are read than there are, never
-    more than the budget, counted where they are gathered, and the same for any number of query heads per key head. Nothing that
-    comes later changes what was said before, by change and by gradient. What is decoded with a cache is what one forward
-    says. What is chosen is chosen by this token's query. A batch padded on the left is its items, and padding is never chosen.
+    more than the budget, by each head and counted where they are gathered, and the same for any number of query heads per key
+    head. Nothing that comes later changes what was said before, by change and by gradient. What is decoded with a cache is what
+    one forward says. What is chosen is chosen by this token's query, and its own key is never forgotten before it reads. A
+    batch padded on the left is its items, and padding is never chosen.
     Beams are scored as their tokens are one by one. A prompt in pieces is the whole one. Tokens that are taken back leave
     nothing. A second generation is the first, and so are two at a time. What was forgotten is as if it was masked; bytes are
     those declared. Half precision works. Afterwards, also after an exception, the model is what it was.
@@ -46,13 +50,14 @@ def check_kv_policy(
         model: from a number of query heads per key head to a decoder in eval mode, with at least 40 positions and
             40 tokens; tiny ones with random weights by default.
         budget: that is tried, above 4 and below 20.
+        whole_layers: that may read everything, as the policy's `reads_all` says; any other keeps to the budget.
         leave_out: names of rules that are not checked.
 
     Raises:
         ContractError: with one line per broken rule.
         InputError: where `leave_out` names a rule that there is not.
     """
-    trial = _Trial(make, model or _tiny, budget)
+    trial = _Trial(make, model or _tiny, budget, whole_layers)
     run_rules(make(budget), _RULES, trial, leave_out=leave_out, first=(_rule_dense,))
 
 
@@ -81,6 +86,8 @@ class _Watched:
         self.policy = policy
         self.padding: list[str] = []
         self.kept: list[tuple[int, int]] = []
+        self.most: Counter[int] = Counter()
+        self.without_own: list[int] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.policy, name)
@@ -94,11 +101,15 @@ class _Watched:
 
     def read(self, layer: int, q: Tensor, held: Held, state: Any) -> Reads | None:
         reads = self.policy.read(layer, q, held, state)
-        if reads is not None:
+        if reads is None:
+            each = held.real.sum(2)
+        else:
             group = reads.numbers.shape[1] // held.keys.shape[1]
             real = held.real.repeat_interleave(group, 1).gather(2, reads.numbers)
             if bool((reads.valid & ~real).any()):
                 self.padding.append("read")
+            each = routing.counted(reads.numbers, reads.valid & real, reads.numbers.shape[1], held.count)
+        self.most[layer] = max(self.most[layer], int(each.max()))
         return reads
 
     def choose(self, layer: int, q: Tensor, held: Held, state: Any) -> Tensor | None:
@@ -114,12 +125,17 @@ class _Watched:
             if bool((kept & ~held.real).any()):
                 self.padding.append("kept")
             self.kept.append((layer, int(kept.sum(2).max())))
+            # behind a whole prompt its last query has read already
+            if held.seen > PROMPT and not bool((kept & (held.positions == held.last)).any(2).all()):
+                self.without_own.append(layer)
         return None if kept is None else torch.as_tensor(kept)
 
 
 class _Trial:
-    def __init__(self, make: Callable[[int], Any], model: Callable[[int], nn.Module], budget: int) -> None:
-        self.make, self.budget = make, budget
+    def __init__(
+        self, make: Callable[[int], Any], model: Callable[[int], nn.Module], budget: int, whole_layers: Collection[int]
+    ) -> None:
+        self.make, self.budget, self.whole_layers = make, budget, frozenset(whole_layers)
         self.models = {group: model(group) for group in GROUPS}
         self.model = self.models[GROUPS[0]]
         generator = torch.Generator().manual_seed(0)
@@ -208,14 +224,23 @@ def _rule_budget(t: _Trial) -> str | None:
         share = group if getattr(policy, "share", "kv_head") == "query_head" else 1
         with t.on(policy, model) as run:
             t.generated(model)
-        whole = getattr(policy, "reads_all", lambda _: False)
-        over = {layer: most for layer, most in run.most.items() if most > t.budget * share and not whole(layer)}
-        if over:
-            layer, most = next(iter(over.items()))
+        excused = [layer for layer in run.most if getattr(policy, "reads_all", lambda _: False)(layer)]
+        if alone := [layer for layer in excused if layer not in t.whole_layers]:
             return (
-                f"budget: a key head of layer {layer} read {most} keys for one token, with a budget of {t.budget}"
-                f"{f' for each of {group} query heads' if share > 1 else ''}"
+                f"budget: reads_all says that layer {alone[0]} reads everything, and whole_layers does not name it; name the "
+                f"layers that may"
             )
+        if len(excused) == len(run.most):
+            return "budget: every layer reads everything, as reads_all says; at least one must keep to the budget"
+        for layer in run.most:
+            if layer in excused:
+                continue
+            said = f"of layer {layer} read {{}} keys for one token, with a budget of {t.budget}"
+            if policy.most[layer] > t.budget:
+                return f"budget: a head {said.format(policy.most[layer])}"
+            if run.most[layer] > t.budget * share:
+                several = f" for each of {group} query heads" if share > 1 else ""
+                return f"budget: a key head {said.format(run.most[layer])}{several}"
         kept = [(layer, most) for layer, most in policy.kept if most > t.budget]
         if kept:
             return f"budget: layer {kept[0][0]} kept {kept[0][1]} keys, with a budget of {t.budget}"
@@ -227,27 +252,32 @@ def _rule_budget(t: _Trial) -> str | None:
 
 
 def _rule_causality(t: _Trial) -> str | None:
-    policy = t.policy()
-    if policy.forgets:
-        # reads one token after the other, and no later one is there
-        return None
+    # one that forgets reads one token after the other behind the prompt, and no later one is there
+    forgets = t.policy().forgets
     words = torch.cat([t.words[:1], t.behind], 1)
-    last = PROMPT + NEW // 2
+    for given, last in ((words[:, :PROMPT], PROMPT // 2), *(() if forgets else ((words, PROMPT + NEW // 2),))):
+        if message := _reached(t, given, last, use_cache=forgets):
+            return f"causality: {message}"
+    return None
+
+
+def _reached(t: _Trial, words: Tensor, last: int, use_cache: bool) -> str | None:
+    """Whether what is said of the tokens before one depends on it, or on those behind it."""
     other = words.clone()
     other[:, last:] = (other[:, last:] - 4) % 33 + 5
     found = []
     with torch.no_grad():
         for given in (words, other):
             with t.on(t.policy(), prompt=PROMPT):
-                found.append(t.model(given, use_cache=False).logits[:, :last])
+                found.append(t.model(given, use_cache=use_cache).logits[:, :last])
     if not torch.equal(*found):
-        return f"causality: tokens from {last} on change logits before them, by {difference(*found):.3g}"
+        return f"tokens from {last} on change logits before them, by {difference(*found):.3g}"
     embedded = t.model.get_input_embeddings()(words).detach().requires_grad_()  # type: ignore[operator]
     with t.on(t.policy(), prompt=PROMPT):
-        out = t.model(inputs_embeds=embedded, use_cache=False).logits[:, last - 1].sum()
+        out = t.model(inputs_embeds=embedded, use_cache=use_cache).logits[:, last - 1].sum()
     (gradient,) = torch.autograd.grad(out, embedded)
     if bool(gradient[:, last:].any()):
-        return "causality: gradients of a token's logits reach later tokens"
+        return "gradients of a token's logits reach later tokens"
     return None
 
 
@@ -298,6 +328,16 @@ def _rule_own_query(t: _Trial) -> str | None:
                     f"own query: layer {layer} reads other keys for the same query and keys where another token was asked for "
                     f"before it"
                 )
+    return None
+
+
+def _rule_own_key(t: _Trial) -> str | None:
+    """What a token stored is there when it reads."""
+    policy = t.policy()
+    with t.on(policy):
+        t.generated(t.model, None)
+    if policy.without_own:
+        return f"own key: layer {policy.without_own[0]} forgets a token's key before that token has read it"
     return None
 
 
@@ -519,6 +559,7 @@ _RULES = (
     _rule_causality,
     _rule_cached,
     _rule_own_query,
+    _rule_own_key,
     _rule_batch,
     _rule_beams,
     _rule_pieces,

@@ -125,6 +125,34 @@ def test_a_plan_is_of_the_arms_that_would_be_measured() -> None:
     assert min(arm.seconds for arm in plan.arms) > 0
 
 
+def test_a_policy_of_layers_that_a_model_lacks_is_left_out_and_said() -> None:
+    bench = benched(decoders.model(num_hidden_layers=3), decoders.tokenizer(), decoders.texts(), **ASKED)
+    made, skipped = arms(bench, "tidaldecode,tidaldecode-once", (12,))
+    plan = planned(bench, made, skipped)
+    assert list(plan.skipped) == ["tidaldecode 12"]
+    assert plan.skipped["tidaldecode 12"].startswith("correction: layer 9 of a model of 3 layers")
+    assert plan.arms[-1].name == "tidaldecode-once 12"
+    assert {"tidaldecode", "tidaldecode-once"} <= set(named("all")[0]) - set(named("fast")[0])
+
+
+def test_a_policy_that_reads_more_than_its_budget_stands_beside_a_window_that_reads_as_much() -> None:
+    found = compare_policies(
+        decoders.model(num_hidden_layers=3),
+        decoders.tokenizer(),
+        decoders.texts(),
+        "tidaldecode-once",
+        (8, 24),
+        **ASKED,
+    )
+    for name in ("tidaldecode-once 8", "tidaldecode-once 24"):
+        result = found[name]
+        assert result.most > 24
+        beside = found.window_of(result)
+        assert beside is not None
+        assert beside.method == "sink-window 24"
+        assert beside.keys <= result.keys
+
+
 def test_names_are_of_policies() -> None:
     names, _ = named("fast")
     assert names[:3] == ["sink-window", "random-keys", "oracle-top-k"]
@@ -149,6 +177,10 @@ def test_names_are_of_policies() -> None:
         ({"budgets": ()}, "budgets: expected numbers of keys"),
         ({"budgets": (60,)}, "budget: 60 keys of a context of 60 tokens are all of them"),
         ({"budgets": (3,)}, "sink-window 3: budget: 3 keys leave no room"),
+        (
+            {"budgets": (6,)},
+            "random-keys 6: budget: 6 keys leave no room .* sinks 4 and recent 3; take 7 or more, which every",
+        ),
         ({"policies": "quest", "budgets": (12,)}, "quest 12: budget: expected a multiple of the 16 tokens of a page"),
         ({"loss": -1}, "loss"),
         ({"texts": "one text"}, "texts"),

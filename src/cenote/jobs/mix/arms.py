@@ -110,29 +110,46 @@ def arms(bench: Bench, policies: str | Sequence[str], budgets: Sequence[int]) ->
     Raises:
         InputError: for a policy that there is not, or a budget that it cannot keep.
     """
-    sizes = _sizes(budgets, bench.length)
-    names, skipped = named(policies)
+    which, skipped = tried(policies, budgets, bench.length)
     found = [Read(BASELINE, "all keys", bench)]
-    for name in names:
-        entry = method(name)
-        for budget in sizes if _has_budget(entry) else (None,):
-            arm = Read(
-                name if budget is None else f"{name} {budget}",
-                entry.summary,
+    for name, budget in which:
+        found.append(
+            Read(
+                _title(name, budget),
+                method(name).summary,
                 bench,
                 name,
                 budget,
                 control=name in (WINDOW, RANDOM),
                 reference=name == ORACLE,
             )
+        )
+    return found, skipped
+
+
+def tried(
+    policies: str | Sequence[str], budgets: Sequence[int], length: int
+) -> tuple[list[tuple[str, int | None]], dict[str, str]]:
+    """The methods and their budgets in contexts of so many tokens, and why others are not tried; no model is needed.
+
+    Raises:
+        InputError: as `arms`.
+    """
+    sizes = _sizes(budgets, length)
+    names, skipped = named(policies)
+    found: list[tuple[str, int | None]] = []
+    for name in names:
+        for budget in sizes if _has_budget(method(name)) else (None,):
             try:
-                arm.made()
+                _made(name, budget)
             except InputError as error:
-                if name in ALWAYS or policies not in SETS:
-                    raise InputError(f"{arm.name}: {error}") from error
-                skipped[arm.name] = str(error)
+                if name in ALWAYS:
+                    raise InputError(f"{_title(name, budget)}: {error}; take {_least(sizes, length)}") from error
+                if policies not in SETS:
+                    raise InputError(f"{_title(name, budget)}: {error}") from error
+                skipped[_title(name, budget)] = str(error)
             else:
-                found.append(arm)
+                found.append((name, budget))
     return found, skipped
 
 
@@ -182,6 +199,22 @@ def _policy(name: str) -> Method:
 def _made(name: str, budget: int | None) -> KVPolicy:
     found: KVPolicy = create(name) if budget is None else create(name, budget=budget)
     return found
+
+
+def _title(name: str, budget: int | None) -> str:
+    return name if budget is None else f"{name} {budget}"
+
+
+def _least(budgets: Sequence[int], length: int) -> str:
+    """In words, from which budget on all controls find room."""
+    for budget in range(min(budgets), length):
+        try:
+            for name in ALWAYS:
+                _made(name, budget)
+        except InputError:
+            continue
+        return f"{budget} or more, which every control has room in"
+    return "a larger length and budget"
 
 
 def _has_budget(entry: Method) -> bool:

@@ -48,6 +48,8 @@ class Plan:
 def planned(bench: Bench, arms: Sequence[Read], skipped: dict[str, str]) -> Plan:
     """Each policy at its largest budget behind half a text, and what follows for all arms."""
     timed: dict[str, tuple[float, float]] = {}
+    unfit = {arm.name: reason for arm in arms if (reason := arm.unfit()) is not None}
+    arms = [arm for arm in arms if arm.name not in unfit]
     for arm in sorted(arms, key=lambda a: -(a.budget or 0)):
         if arm.policy not in timed:
             timed[arm.policy] = _timed(bench, arm)
@@ -63,7 +65,7 @@ def planned(bench: Bench, arms: Sequence[Read], skipped: dict[str, str]) -> Plan
         timing = WAYS * (2 * loaded[0] + TRIES * (BURST + 1) * step)
         found.append(PlannedArm(arm.name, reading + telling + timing))
     return Plan(
-        tuple(found), skipped, sum(arm.seconds for arm in found), len(bench.facts), len(bench.contexts),
+        tuple(found), {**skipped, **unfit}, sum(arm.seconds for arm in found), len(bench.facts), len(bench.contexts),
         len(bench.passages), bench.length,
     )  # fmt: skip
 

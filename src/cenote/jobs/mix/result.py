@@ -33,7 +33,7 @@ class PolicyResult(ArmResult):
         bytes: of a text's cache at its end, with room for more.
         log_loss: mean of `-log p` of the tokens in the last halves of texts.
         over_dense: how much more than with all keys, and the 95 % interval of that.
-        over_window: how much more than sink + window of the same budget; empty where there is none.
+        over_window: how much more than sink + window of as many keys, see `window_of`; empty where there is none.
         agreement: share of these tokens where the likeliest is that of all keys.
         fact_log_loss: mean of `-log p` of a fact's number.
         depths: share of facts told, by parts of the context from its beginning.
@@ -143,11 +143,12 @@ class PolicyFrontier(Smaller[PolicyResult]):
         return next((r.method for r in fit if lower[r.method] >= -allowed), None)
 
     def window_of(self, result: PolicyResult) -> PolicyResult | None:
-        """Sink + window of as many keys; of a policy without a budget, the largest that reads no more."""
+        """Sink + window of as many keys; of a policy without a budget, or that reads more somewhere, the largest that reads no
+        more on average."""
         if result.role == "dense":
             return None
         windows = [r for r in self.results if r.role == "window" and r.method != result.method]
-        if result.budget is not None:
+        if result.budget is not None and result.most <= result.budget:
             return next((r for r in windows if r.budget == result.budget), None)
         fit = [r for r in windows if r.keys <= result.keys]
         return max(fit, key=lambda r: r.keys, default=None)
