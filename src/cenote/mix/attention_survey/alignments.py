@@ -208,6 +208,8 @@ class DeepAlignment(Alignment):
         activation: tanh by default.
     """
 
+    level_parameters = ("bias",)
+
     def __init__(
         self,
         query_width: int,
@@ -244,6 +246,8 @@ class LocationAlignment(Alignment):
         most: so many keys at most.
     """
 
+    reads_keys = False
+
     def __init__(self, query_width: int, key_width: int, most: int = 64) -> None:
         super().__init__(query_width, key_width)
         require_at_least(1, most=most)
@@ -266,6 +270,8 @@ class FeatureAlignment(Alignment):
         features: two maps of the keys that keep their width; the keys and their squares by default.
         activation: tanh by default.
     """
+
+    reads_queries = False
 
     def __init__(
         self,
