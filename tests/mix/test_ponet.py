@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from cenote.core import InputError
 from cenote.mix.ponet.cost import growth
 from cenote.mix.ponet.live import ponet_for_attention
-from cenote.mix.ponet.mixer import PoNetMixer, pooled_views
+from cenote.mix.ponet.mixer import VIEWS, PoNetMixer, pooled_views
 from cenote.mix.ponet.model import PoNetClassifier, PoNetEncoder, PoNetForPretraining, variants
 from cenote.mix.ponet.segments import fixed_segments, segments_between, special_tokens
 from cenote.mix.ponet.training import (
@@ -154,10 +155,23 @@ def test_ablations_are_what_their_names_say() -> None:
 
 @pytest.mark.parametrize("name", [n for n in variants() if n not in ("ponet", "separate value", "attention", "mean")])
 def test_variants_and_rivals_keep_the_contract_of_mixers(name: str) -> None:
-    leave_out = (
-        ["export"] + ["gradients"] * name.startswith(("without", "plain")) + ["half precision"] * (name == "nystrom")
-    )
+    leave_out = ["export"] + ["half precision"] * (name == "nystrom")
     check_mixer(variants(2)[name](8, 2, 12), leave_out=leave_out)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("separate_value", [True, False])
+@pytest.mark.parametrize("product", [True, False])
+def test_parameters_that_no_gradient_reaches_are_told(weighted: bool, separate_value: bool, product: bool) -> None:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"weighted": weighted, "separate_value": separate_value, "product": product}
+    for count in range(4):
+        for views in itertools.combinations(VIEWS, count):
+            mixer = PoNetMixer(4, 2, 2, views=views, **settings).double()
+            y = mixer(torch.randn(2, 7, 4, dtype=torch.float64))
+            (y * torch.randn_like(y)).sum().backward()
+            dead = {n for n, p in mixer.named_parameters() if p.grad is None or float(p.grad.abs().max()) < 1e-12}
+            assert dead == set(mixer.inert_parameters), (views, settings)
 
 
 @pytest.mark.parametrize("name", list(variants()))

@@ -154,7 +154,16 @@ class GridMixer(Mixer):
 
 
 class ScoreModifier(nn.Module, ABC):
-    """Base of what gives attention its scores."""
+    """Base of what gives attention its scores.
+
+    Attributes:
+        reads_queries, reads_keys: whether scores depend on what queries and keys are.
+        level_parameters: names of parameters that add the same number to all scores of a row.
+    """
+
+    reads_queries: bool = True
+    reads_keys: bool = True
+    level_parameters: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(
@@ -177,7 +186,13 @@ class ScoreModifier(nn.Module, ABC):
 
 
 class Normaliser(nn.Module, ABC):
-    """Base of what makes weights of scores."""
+    """Base of what makes weights of scores.
+
+    Attributes:
+        forgets_level: whether weights stay as they are where one number is added to all scores of a row.
+    """
+
+    forgets_level: bool = False
 
     @abstractmethod
     def forward(

@@ -25,6 +25,8 @@ class Softmax(Normaliser):
         temperature: T; towards 0 it is the largest score alone, towards infinity the mean.
     """
 
+    forgets_level = True
+
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         require_positive(temperature=temperature)
@@ -45,6 +47,8 @@ class ScalableSoftmax(Normaliser):
 
     Source: Nakanishi (2025), arXiv 2501.19399.
     """
+
+    forgets_level = True
 
     def __init__(self, factor: float = 0.43) -> None:
         super().__init__()
@@ -80,6 +84,8 @@ class Sparsemax(Normaliser):
     Source: Martins and Astudillo (2016), arXiv 1602.02068.
     """
 
+    forgets_level = True
+
     def forward(self, scores: Scores, mask: Readable | None = None) -> Scores:
         return sparsemax(scores, mask)
 
@@ -89,6 +95,8 @@ class Entmax15(Normaliser):
 
     Source: Peters, Niculae and Martins (2019), arXiv 1905.05702.
     """
+
+    forgets_level = True
 
     def forward(self, scores: Scores, mask: Readable | None = None) -> Scores:
         return entmax15(scores, mask)
@@ -117,6 +125,8 @@ class Sigmoid(Normaliser):
 class Hardmax(Normaliser):
     """One at the largest score, the lowest index of equal ones; gradients pass as those of softmax (straight through)."""
 
+    forgets_level = True
+
     def forward(self, scores: Scores, mask: Readable | None = None) -> Scores:
         soft = softmax(scores, mask)
         # exact at both ends: soft - soft is 0, and adding it to 1 or 0 changes nothing
@@ -132,6 +142,8 @@ class GumbelSoftmax(Normaliser):
 
     Source: Jang, Gu and Poole (2017), arXiv 1611.01144; Maddison, Mnih and Teh (2017), arXiv 1611.00712.
     """
+
+    forgets_level = True
 
     def __init__(self, temperature: float = 1.0, hard: bool = False) -> None:
         super().__init__()

@@ -95,6 +95,13 @@ class ScoredAttention(Mixer):
         if getattr(self.scores, "gate_keys", "keys") == "own":
             self.gate = nn.Linear(dim, kv_heads * self.width, bias=bias)
         self.output = nn.Linear(heads * self.width, dim, bias=bias)
+        level = self.scores.level_parameters if self.normaliser.forgets_level else ()
+        unread = [(self.query, "query")] * (not self.scores.reads_queries) + [(self.key, "key")] * (
+            not self.scores.reads_keys
+        )
+        self.inert_parameters = tuple(f"scores.{name}" for name in level) + tuple(
+            f"{of}.{name}" for module, of in unread for name, _ in module.named_parameters()
+        )
         self.dropout = nn.Dropout(dropout)
 
     def mix(self, x: Tensor, mask: Tensor, positions: Tensor) -> Float[Tensor, "batch tokens dim"]:

@@ -211,6 +211,8 @@ class DeepAlignment(Alignment):
         activation: tanh by default.
     """
 
+    level_parameters = ("bias",)
+
     def __init__(
         self,
         query_width: int,
@@ -246,6 +248,8 @@ class LocationAlignment(Alignment):
         query_width, key_width: of a head; what the keys are plays no part.
         most: so many places; keys stand at their positions, where these are given.
     """
+
+    reads_keys = False
 
     def __init__(self, query_width: int, key_width: int, most: int = 64) -> None:
         super().__init__(query_width, key_width)
@@ -290,6 +294,8 @@ class FeatureAlignment(Alignment):
         features: two maps of the keys that keep their width; the keys and their squares by default.
         activation: tanh by default.
     """
+
+    reads_queries = False
 
     def __init__(
         self,

@@ -411,7 +411,7 @@ class GATConv(GraphAttention):
         edge: Float[Tensor, "#batch queries keys heads channels"] | None = None,
     ) -> Float[Tensor, "batch heads queries keys"]:
         pair = q.squeeze(-1).mT.unsqueeze(3) + k.squeeze(-1).mT.unsqueeze(2)
-        if edge is not None:
+        if edge is not None and self.att_edge is not None:
             pair = pair + (edge * self.att_edge).sum(-1).permute(0, 3, 1, 2)
         return F.leaky_relu(pair, self.slope)
 

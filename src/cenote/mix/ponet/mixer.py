@@ -177,8 +177,22 @@ class PoNetMixer(Mixer):
         self.dense_local = nn.Linear(dim, dim)
         self.dense_v = nn.Linear(dim, dim) if separate_value else None
         self.proj = nn.Linear(dim, dim) if out else nn.Identity()
-        # what is the same for all tokens drops out of the softmax
-        self.inert_parameters = ("dense_k.bias",) if separate_value and weighted else ()
+        self.inert_parameters = self._inert()
+
+    def _inert(self) -> tuple[str, ...]:
+        """Names of the parameters that the views leave unread."""
+        unread = [f"dense_{view}" for view in ("segment", "local") if view not in self.views]
+        if "global" not in self.views:
+            unread += ["dense_q", "dense_k", "dense_v"]
+        elif not self.weighted:
+            unread += ["dense_q"] + ["dense_k"] * (self.dense_v is not None)
+        if self.product and not {"global", "segment"} & set(self.views):
+            unread += ["dense_o"]
+        found = [n for n, _ in self.named_parameters() if n.split(".")[0] in unread]
+        if self.dense_v is not None and "dense_k" not in unread:
+            # what is the same for all tokens drops out of the softmax
+            found += ["dense_k.bias"]
+        return tuple(found + ["proj.weight"] * (not self.views and self.product and isinstance(self.proj, nn.Linear)))
 
     def mix(
         self,
