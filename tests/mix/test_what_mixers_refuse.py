@@ -100,3 +100,8 @@ def test_rankers_are_finite_in_half_precision() -> None:
     masks = torch.tensor([[True, True, False]]), torch.arange(9)[None] < 7
     for model in (TKL(4, heads=2, layers=1, hidden=4).half().eval(), KNRM().half()):
         assert model(query, document, *masks).isfinite().all()
+
+
+def test_rank_attention_refuses_a_mask_of_numbers() -> None:
+    with pytest.raises(InputError, match=r"mask: expected bool \[1, 2\], got torch.float32"):
+        RankAttention(8, 2).attend(torch.zeros(1, 2, 8), torch.zeros(1, 1, 8), torch.ones(1, 2))

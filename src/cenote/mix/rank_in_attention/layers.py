@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cenote.core.masks import cleared
-from cenote.core.requirements import require_at_least, require_one_of, require_positive
+from cenote.core.requirements import require_at_least, require_mask, require_one_of, require_positive
 from cenote.mix.base import Mixer
 from cenote.mix.normalisers import one_hot, softmax
 
@@ -88,6 +88,7 @@ class RankAttention(Mixer):
         mask: Bool[Tensor, "batch keys"] | None = None,
     ) -> Float[Tensor, "batch queries dim"]:
         """Queries `y` over `x`; True in the mask = a real key."""
+        require_mask(x.shape[:2], mask=mask)
         x = cleared(x, mask)
         weights = self._weights(x, y, mask)
         return torch.einsum("bhqk,bkd,hde->bqe", weights, x, self.value_output)
