@@ -214,6 +214,24 @@ def test_a_cache_that_forgot_needs_a_policy(tokens: int) -> None:
         model(words[:, 10 : 10 + tokens], past_key_values=cache)
 
 
+def test_a_second_turn_is_given_one_token_at_a_time() -> None:
+    model, words = llama(), zoo.ids(1, 16)
+    with torch.no_grad(), SinkWindow(6, 2).on(model):
+        cache = model(words[:, :9], use_cache=True).past_key_values
+        model(words[:, 9:10], past_key_values=cache)
+        expected = model(words[:, 10:], past_key_values=cache).logits[:, -1]
+    with torch.no_grad(), SinkWindow(6, 2, forgets=True).on(model) as run:
+        cache = model(words[:, :9], use_cache=True).past_key_values
+        model(words[:, 9:10], past_key_values=cache)
+        with pytest.raises(InputError, match=r"got 6 at once: give a further turn one token at a time"):
+            model(words[:, 10:], past_key_values=cache)
+        # nothing was stored, and the same cache goes on
+        for i in range(10, 16):
+            logits = model(words[:, i : i + 1], past_key_values=cache).logits
+    assert set(run.most.values()) == {6}
+    torch.testing.assert_close(logits[:, -1], expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_prompt_in_pieces() -> None:
     model, inputs = llama(), padded((9, 7, 4, 6))[0]
     for policy in (SinkWindow(5, 1), H2O(5), Quest(4, page=2)):

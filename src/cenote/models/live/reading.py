@@ -299,6 +299,10 @@ class _Seat(AttentionEdit):
                 "tokens it has (prompt=) where drafts come with it"
             )
         generation.comes(cache, given)
+        x = _input(given)
+        if cache is not None and x is not None:
+            # before anything is stored, so that the cache can still be given one token at a time
+            self._require_one(x.shape[1], before, generation)
         generation.shows = shows_weights(self.model, given)
         if cache is not None:
             _leave(cache, False)
@@ -373,11 +377,8 @@ class _Seat(AttentionEdit):
             generation.require_finite(call, held, layer)
         if first == call.queries:
             return self._of_prompt(call, fused, layer, held, generation)
-        if self.policy.forgets and call.queries > 1 and generation.layer(layer) is not None:
-            raise InputError(
-                f"policy: {type(self.policy).__name__} forgets, and reads one token at a time behind the prompt; got "
-                f"{call.queries} at once: decode without drafts, and say how long a prompt in pieces is (prompt=)"
-            )
+        if generation.layer(layer) is not None:
+            self._require_one(call.queries, held.seen - call.queries, generation)
         if call.queries > 1:
             return self._of_several(call, fused, layer, held, generation, first)
         return self._of_one(call, fused, layer, held, generation)
@@ -435,7 +436,7 @@ class _Seat(AttentionEdit):
             return fused(call)
         if generation.shows and implementation_of(call.place.module) == "eager":
             raise InputError(
-                f"output_attentions: {type(self.policy).__name__} reads some keys alone, and there are no weights of the others; "
+                f"output_attentions: {type(self.policy).__name__} reads some keys alone, and there are no weights of others; "
                 f"decode without"
             )
         generation.left_out = True
@@ -491,6 +492,15 @@ class _Seat(AttentionEdit):
         stored.forget(kept)
         return True
 
+    def _require_one(self, tokens: int, before: int, generation: _Generation) -> None:
+        """Raise where a policy that forgets is given several tokens at once, and not all are the prompt's."""
+        if self.policy.forgets and tokens > 1 and before + tokens > generation.prompt(self.given_prompt):
+            raise InputError(
+                f"policy: {type(self.policy).__name__} forgets, and reads one token at a time behind the prompt; got {tokens} "
+                f"at once: give a further turn one token at a time, decode without drafts, and say how long a prompt in "
+                f"pieces is (prompt=)"
+            )
+
     def _now(self, call: AttentionCall) -> _Generation:
         if self.now is None:
             raise InputError(
@@ -530,7 +540,7 @@ class _Generation:
     def comes(self, cache: Any, given: Mapping[str, Any]) -> None:
         """The model is called."""
         self._cache = None if cache is None else weakref.ref(cache)
-        x = next((given[n] for n in ("input_ids", "inputs_embeds") if isinstance(given.get(n), Tensor)), None)
+        x = _input(given)
         if not self._prompt and x is not None:
             self._prompt = x.shape[1]
         self.start = _padding(given.get("attention_mask"))
@@ -592,6 +602,11 @@ def _require_keys(cache: Any, forgets: bool) -> None:
             )
         if forgets:
             layer.is_croppable = False
+
+
+def _input(given: Mapping[str, Any]) -> Tensor | None:
+    """What the model reads, `[batch, tokens, ...]`."""
+    return next((given[n] for n in ("input_ids", "inputs_embeds") if isinstance(given.get(n), Tensor)), None)
 
 
 def _leave(cache: Any, left: bool) -> None:
