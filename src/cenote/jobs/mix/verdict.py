@@ -62,8 +62,10 @@ def reason(found: PolicyFrontier, chosen: str | None) -> str:
     allowed = found.words.amount(found.loss)
     if chosen is None:
         return f"of no policy can it be said that it loses at most {allowed} of the facts"
-    kind = f"which forgets: {FOR_EVER}" if found[chosen].forgets else "which keeps all memory"
-    return f"it reads the fewest keys of which the data say that they lose at most {allowed} of the facts, {kind}"
+    kind = f"it forgets, and {FOR_EVER}" if found[chosen].forgets else "it keeps all memory"
+    return (
+        f"of those of which the data say that they lose at most {allowed} of the facts it reads the fewest keys; {kind}"
+    )
 
 
 def lead(found: PolicyFrontier, chosen: str | None) -> str:
