@@ -79,7 +79,7 @@ class System:
     def standing(self) -> str:
         """The status in words, with what is missing.
 
-        >>> find("ponet")[0].standing
+        >>> find("attencraft")[0].standing
         'planned'
         """
         if self.status != "partial":
