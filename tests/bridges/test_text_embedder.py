@@ -136,7 +136,7 @@ def test_all_seven_linear_layers_are_adapted_by_default() -> None:
     assert len(embedder(3).adapted.names) == 7 * 3
 
 
-@pytest.mark.parametrize("number", [1, 5])
+@pytest.mark.parametrize("number", [1, pytest.param(5, marks=pytest.mark.thorough("half a minute for another design"))])
 def test_embedders_learn_from_hard_negatives(number: int) -> None:
     model = embedder(number, rank=4, adapted_dropout=0.0)
     pairs = [
