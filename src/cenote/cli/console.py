@@ -75,6 +75,15 @@ def clock(seconds: float) -> str:
     return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
 
 
+def rounded_p(p: float) -> str:
+    """A p-value, of which nobody believes the digits where it is small.
+
+    >>> rounded_p(0.0421), rounded_p(0.0002)
+    ('0.042', '<0.001')
+    """
+    return "<0.001" if p < 0.001 else f"{p:.2g}"
+
+
 def signed(value: float, digits: int) -> str:
     """A difference with its sign; what rounds to nothing has no minus.
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cenote.cli import explain_decoder, interrupts, options
-from cenote.cli.console import emit, say, signed, talking
+from cenote.cli.console import emit, rounded_p, say, signed, talking
 from cenote.cli.leaderboard import leaderboard
 from cenote.cli.options import split_names
 from cenote.cli.progress import arms_bar
@@ -239,7 +239,7 @@ def table_of(audit: Audit, width: int) -> Table:
         "explanation": [_named(r.method, audit) for r in results],
         audit.metric_name: [f"{r.metric:.3f}" for r in results],
         difference: [signed(tests[r.method].difference, 3) if r.method in tests else "" for r in results],
-        "p adj.": [_adjusted(tests[r.method].p_adjusted) if r.method in tests else "" for r in results],
+        "p adj.": [rounded_p(tests[r.method].p_adjusted) if r.method in tests else "" for r in results],
         "compr.": [f"{r.comprehensiveness:.3f}" for r in results],
         "suff.": [f"{r.sufficiency:.3f}" for r in results],
         "deletion": [f"{r.deletion:+.3f}" for r in results],
@@ -289,7 +289,3 @@ def _named(method: str, audit: Audit) -> str:
 
 def _known(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _adjusted(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.2g}"

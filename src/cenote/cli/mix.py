@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cenote.cli import interrupts, options
-from cenote.cli.console import clock, emit, say, signed, sized, talking
+from cenote.cli.console import clock, emit, rounded_p, say, signed, sized, talking
 from cenote.cli.leaderboard import leaderboard
 from cenote.cli.progress import arms_bar
 from cenote.core import InputError
@@ -213,7 +213,7 @@ def table_of(found: PolicyFrontier, width: int) -> Table:
         "policy": [_named(r.method, found) for r in results],
         "facts": [f"{found.told(r)}/{found.dataset['facts']}" for r in results],
         "vs dense": [signed(100 * tests[r.method].difference, 0) if r.method in tests else "" for r in results],
-        "p adj.": [_adjusted(tests[r.method].p_adjusted) if r.method in tests else "" for r in results],
+        "p adj.": [rounded_p(tests[r.method].p_adjusted) if r.method in tests else "" for r in results],
         "memory": [found.memory(r) for r in results],
         "keys read": [f"{r.keys:,.0f}" for r in results],
         "share": [f"{100 * r.share:.0f} %" for r in results],
@@ -239,7 +239,3 @@ def table_of(found: PolicyFrontier, width: int) -> Table:
 def _named(method: str, found: PolicyFrontier) -> str:
     marks = ((method in found.controls, " °"), (method in found.references, " ^"), (method in found.pareto, " *"))
     return method + "".join(mark for holds, mark in marks if holds)
-
-
-def _adjusted(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.2g}"

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cenote.cli import interrupts, options
-from cenote.cli.console import emit, say, signed, talking
+from cenote.cli.console import emit, rounded_p, say, signed, talking
 from cenote.cli.engines import extractor, known_engine, sweep
 from cenote.cli.leaderboard import leaderboard
 from cenote.cli.progress import arms_bar
@@ -299,4 +299,4 @@ def _difference(test: PairTest | None) -> str:
 
 
 def _adjusted(test: PairTest | None) -> str:
-    return "" if test is None else "<0.001" if test.p_adjusted < 0.001 else f"{test.p_adjusted:.2g}"
+    return "" if test is None else rounded_p(test.p_adjusted)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cenote.cli import encoders, interrupts, options
-from cenote.cli.console import clock, emit, say, signed, sized, talking
+from cenote.cli.console import clock, emit, rounded_p, say, signed, sized, talking
 from cenote.cli.leaderboard import leaderboard
 from cenote.cli.progress import arms_bar
 from cenote.cli.reduce_images import is_images, reduce_images
@@ -294,7 +294,7 @@ def table_of(found: Frontier, width: int) -> Table:
         found.metric_name: [f"{r.metric:.3f}" for r in results],
         "vs all": [signed(tests[r.method].difference, 3) if r.method in tests else "" for r in results],
         "interval": [_interval(tests[r.method].interval) if r.method in tests else "" for r in results],
-        "p adj.": [_adjusted(tests[r.method].p_adjusted) if r.method in tests else "" for r in results],
+        "p adj.": [rounded_p(tests[r.method].p_adjusted) if r.method in tests else "" for r in results],
         "MRR": [f"{r.mrr:.3f}" for r in results],
         "R@100": [f"{r.recall:.3f}" for r in results],
         "alike": [f"{r.alike:.2f}" for r in results],
@@ -324,7 +324,3 @@ def _interval(interval: tuple[float, float]) -> str:
 
 def _known(value: float | None) -> str:
     return "-" if value is None else f"{value:.2g}" if value < 100 else f"{value:.0f}"
-
-
-def _adjusted(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.2g}"
